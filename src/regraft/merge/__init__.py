@@ -1,0 +1,1 @@
+"""Merging on files: recipe, match, plan, execute, receipt."""
