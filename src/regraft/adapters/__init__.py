@@ -1,0 +1,1 @@
+"""Adapters of any dialect, brought into one form."""

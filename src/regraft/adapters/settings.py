@@ -1,0 +1,329 @@
+"""A LoRA adapter's settings, from its ``adapter_config.json``, and what they mean for a module."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from regraft.errors import AdapterError, Problem, RegraftError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The fields of PEFT's ``LoraConfig`` that decide what a merge is; names are PEFT's."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+    bias: str
+    lora_bias: bool
+    init_lora_weights: str | bool
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
+    target_modules: str | tuple[str, ...] | None
+    exclude_modules: str | tuple[str, ...] | None
+    target_parameters: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...]
+    ensure_weight_tying: bool
+    base_model_name_or_path: str | None
+    task_type: str | None
+    base_model_class: str | None
+
+    def rank_of(self, key: str) -> int:
+        """Return r for a module (or parameter) name: the first rank pattern that matches it."""
+        return _first_match(self.rank_pattern, key, self.r)
+
+    def alpha_of(self, key: str) -> float:
+        """Return alpha for a module (or parameter) name."""
+        return _first_match(self.alpha_pattern, key, self.lora_alpha)
+
+    def scale_of(self, key: str) -> float:
+        """Return alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023), in float64."""
+        rank, alpha = self.rank_of(key), self.alpha_of(key)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def saves(self, parameter: str) -> bool:
+        """Whether ``modules_to_save`` covers a parameter (or module) name."""
+        return any(_compiled(rf"(^|.*\.){m}($|\..*)").match(parameter) for m in self.modules_to_save)
+
+    def targets(self, module: str) -> bool:
+        """Whether ``target_modules`` and its limits select a module, by PEFT's rules."""
+        if self._excludes(module) or self.saves(module):
+            return False
+        wanted = self.target_modules
+        if wanted is None:
+            return not self.target_parameters
+        if isinstance(wanted, str):
+            return wanted.lower() == "all-linear" or bool(_compiled(wanted).fullmatch(module))
+        if module in wanted:
+            return True
+        return module.endswith(_suffixes(wanted)) and self._in_layers(module)
+
+    def parameters_of(self, module: str) -> tuple[str, ...]:
+        """Return the names of the parameters of ``module`` that ``target_parameters`` selects."""
+        found = []
+        for target in self.target_parameters:
+            owner, _, leaf = target.rpartition(".")
+            if not owner or module == owner or module.endswith(f".{owner}"):
+                found.append(leaf)
+        return tuple(dict.fromkeys(found))
+
+    def _excludes(self, module: str) -> bool:
+        excluded = self.exclude_modules
+        if not excluded:
+            return False
+        if isinstance(excluded, str):
+            return bool(_compiled(excluded).fullmatch(module))
+        return module in excluded or module.endswith(_suffixes(excluded))
+
+    def _in_layers(self, module: str) -> bool:
+        if not self.layers_to_transform:
+            return True
+        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+            if match := _compiled(pattern).match(module):
+                return int(match.group(1)) in self.layers_to_transform
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+@lru_cache(maxsize=256)
+def _suffixes(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in names)
+
+
+def _first_match(patterns: tuple[tuple[str, Any], ...], key: str, default: Any) -> Any:
+    for pattern, value in patterns:
+        if _compiled(rf"(.*\.)?({pattern})$").match(key):
+            return value
+    return default
+
+
+class _Fields:
+    """Reads typed fields from a config and collects everything that is wrong with it."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self.config, self.where, self.problems = config, where, list[Problem]()
+
+    def get(self, name: str, kinds: tuple[type, ...], default: Any) -> Any:
+        value = self.config.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            self.bad(name, " or ".join(kind.__name__ for kind in kinds), repr(value)[:80])
+            return default
+        return value
+
+    def bad(self, name: str, expected: str, found: str) -> None:
+        self.problems.append(
+            Problem(f"bad value for {name!r}", self.where, expected, found, "Fix adapter_config.json")
+        )
+
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.get(name, (list, str), [])
+        value = [value] if isinstance(value, str) else value
+        if not all(isinstance(item, str) for item in value):
+            self.bad(name, "a list of names", repr(value)[:80])
+            return ()
+        return tuple(value)
+
+    def regex_or_names(self, name: str) -> str | tuple[str, ...] | None:
+        value = self.config.get(name)
+        if value is None:
+            return None
+        if isinstance(value, str):
+            self.pattern(name, value)
+            return value
+        return self.names(name)
+
+    def pattern(self, name: str, pattern: str) -> None:
+        try:
+            _compiled(pattern)
+        except re.error as error:
+            self.bad(name, "a regular expression", f"{pattern!r} ({error})")
+
+    def patterns(self, name: str) -> tuple[tuple[str, Any], ...]:
+        value = self.get(name, (dict,), {})
+        for pattern, number in value.items():
+            self.pattern(name, pattern)
+            if not _is_positive(number):
+                self.bad(f"{name}[{pattern!r}]", "a positive number", repr(number)[:80])
+        return tuple((pattern, number) for pattern, number in value.items() if _is_positive(number))
+
+    def positive(self, name: str, kinds: tuple[type, ...], default: Any) -> Any:
+        value = self.get(name, kinds, default)
+        if not _is_positive(value):
+            self.bad(name, "a positive number", repr(value)[:80])
+            return default
+        return value
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
+
+
+def _token_indices(fields: _Fields) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    value = fields.get("trainable_token_indices", (list, dict), {})
+    by_module = value if isinstance(value, dict) else {"": value}
+    for indices in by_module.values():
+        good = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
+        if not good:
+            fields.bad("trainable_token_indices", "lists of row numbers", repr(indices)[:80])
+            return ()
+    return tuple((module, tuple(indices)) for module, indices in by_module.items() if indices)
+
+
+def _layers(fields: _Fields) -> tuple[int, ...]:
+    value = fields.get("layers_to_transform", (list, int), [])
+    value = [value] if isinstance(value, int) else value
+    if not all(type(item) is int for item in value):
+        fields.bad("layers_to_transform", "layer numbers", repr(value)[:80])
+        return ()
+    return tuple(value)
+
+
+def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
+    """Return the settings in an ``adapter_config.json``.
+
+    Args:
+        config: the parsed file.
+        where: how messages name it.
+
+    Raises:
+        UnsupportedError: a feature that cannot be merged, by name; all of them at once.
+        AdapterError: fields of the wrong type or value; all of them at once.
+    """
+    refused = [Problem(what, where, hint=hint) for what, hint in refusals(config)]
+    if refused:
+        raise UnsupportedError(refused)
+    fields = _Fields(config, where)
+    auto = fields.get("auto_mapping", (dict,), {})
+    settings = LoraSettings(
+        r=fields.positive("r", (int,), 8),
+        lora_alpha=fields.positive("lora_alpha", (int, float), 8),
+        use_rslora=fields.get("use_rslora", (bool,), False),
+        use_dora=fields.get("use_dora", (bool,), False),
+        fan_in_fan_out=fields.get("fan_in_fan_out", (bool,), False),
+        bias=fields.get("bias", (str,), "none"),
+        lora_bias=fields.get("lora_bias", (bool,), False),
+        init_lora_weights=fields.get("init_lora_weights", (bool, str), True),
+        rank_pattern=fields.patterns("rank_pattern"),
+        alpha_pattern=fields.patterns("alpha_pattern"),
+        target_modules=fields.regex_or_names("target_modules"),
+        exclude_modules=fields.regex_or_names("exclude_modules"),
+        target_parameters=fields.names("target_parameters"),
+        modules_to_save=fields.names("modules_to_save"),
+        layers_to_transform=_layers(fields),
+        layers_pattern=fields.names("layers_pattern"),
+        trainable_token_indices=_token_indices(fields),
+        ensure_weight_tying=fields.get("ensure_weight_tying", (bool,), False),
+        base_model_name_or_path=fields.get("base_model_name_or_path", (str,), None),
+        task_type=fields.get("task_type", (str,), None),
+        base_model_class=auto.get("base_model_class") if isinstance(auto, dict) else None,
+    )
+    if fields.problems:
+        raise AdapterError(fields.problems)
+    return settings
+
+
+_RESAVE = (
+    "Save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
+    "which turns it into a plain LoRA, then merge that"
+)
+
+_CHANGED_BASES = {
+    "corda": "CorDA changed the base at its start by statistics of data that are not in the file",
+    "loftq": "LoftQ replaced the base by a quantized one when training began",
+    "lora_ga": "LoRA-GA changed the base by gradients that are not in the file",
+}
+
+_REFUSED_FEATURES: dict[str, tuple[str, str]] = {
+    "alora_invocation_tokens": (
+        "aLoRA is active only after its invocation tokens, so no single weight can stand for it",
+        "Serve it as an adapter instead (PEFT, vLLM)",
+    ),
+    "arrow_config": (
+        "Arrow routes every token to other adapters, so no single weight can stand for it",
+        "Merge its expert adapters one by one, or serve it with PEFT",
+    ),
+    "use_qalora": (
+        "QALoRA pools its inputs by group, which a plain weight cannot express",
+        "Merge it into its GPTQ zero points with the tool that trained it",
+    ),
+    "layer_replication": (
+        "layer_replication builds a model with repeated layers, which this base does not have",
+        "Save the replicated model as a base of its own first, then merge into that",
+    ),
+    "use_bdlora": (
+        "BD-LoRA keeps block-diagonal factors, which regraft does not merge",
+        "Convert it to plain LoRA with PEFT first",
+    ),
+    "kasa_config": (
+        "KaSA cut the base's smallest singular values when training began",
+        "Merge it with PEFT on the machine and base it was trained on",
+    ),
+    "monteclora_config": (
+        "MonteCLoRA samples its factors, which regraft does not merge",
+        "Convert it to plain LoRA with PEFT first",
+    ),
+    "megatron_config": (
+        "Megatron's parallel layers name and split their weights in their own way",
+        "Export the adapter to plain PEFT format with Megatron's converter first",
+    ),
+}
+
+_PROMPT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT",
+                 "MULTITASK_PROMPT_TUNING", "CARTRIDGE")  # fmt: skip
+
+
+def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return ``(what, what to do instead)`` for everything in a config that cannot be merged."""
+    kind = config.get("peft_type")
+    if kind is None:
+        return [("adapter_config.json has no 'peft_type'", "Is this a PEFT adapter?")]
+    if kind != "LORA":
+        return [_refused_type(str(kind))]
+    found = [reason for name, reason in _REFUSED_FEATURES.items() if config.get(name)]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str):
+        found += [
+            (f"init_lora_weights={init!r}: {why}", _RESAVE)
+            for prefix, why in _CHANGED_BASES.items()
+            if init.lower().startswith(prefix)
+        ]
+        known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
+        if not init.lower().startswith(known):
+            found.append((f"init_lora_weights={init!r} is not known to regraft", _RESAVE))
+    return found
+
+
+def _refused_type(kind: str) -> tuple[str, str]:
+    if kind in _PROMPT_TYPES:
+        return (
+            f"peft_type {kind} adds prompts or attention to the model and changes no weight",
+            "It cannot be merged into weights by anyone; serve it with PEFT",
+        )
+    return (
+        f"peft_type {kind} is not LoRA",
+        "Merge it with PEFT's merge_and_unload(), or convert it with peft.convert_to_lora first",
+    )
+
+
+def refusal_error(config: Mapping[str, Any], where: str) -> RegraftError | None:
+    """Return the error :func:`read_settings` would raise for refused features, if any."""
+    found = [Problem(what, where, hint=hint) for what, hint in refusals(config)]
+    return UnsupportedError(found) if found else None

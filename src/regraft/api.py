@@ -1,0 +1,222 @@
+"""The verbs on checkpoints: merge, plan, check. The command line is a thin layer on these."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.adapters.dialects.peft import read_adapter
+from regraft.errors import AccessError, Problem, RegraftError, UsageError
+from regraft.formats.checkpoint import open_adapter, open_checkpoint
+from regraft.formats.hub import locate
+from regraft.merge.events import Progress, ProgressEvent
+from regraft.merge.output import SLACK_BYTES, building, check_output, check_space, free_bytes
+from regraft.merge.plan import Plan
+from regraft.merge.planning import Choices, make_plan, parse_dtype
+from regraft.merge.report import CheckReport
+from regraft.tensors import parse_size
+
+if TYPE_CHECKING:
+    from regraft.merge.receipt import Receipt
+
+AdapterArg = str | Path | tuple[str | Path, float]
+"""An adapter: a path or Hub id, ``"path=0.5"``, or ``(path, 0.5)``."""
+
+
+def merge(
+    base: str | Path,
+    adapters: AdapterArg | Sequence[AdapterArg],
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_size: str | int | None = None,
+    max_memory: str | int = "512MiB",
+    threads: int | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Receipt:
+    """Merge adapters into a base checkpoint; write a plain Hugging Face model to ``out``.
+
+    Args:
+        base: a folder, a single ``.safetensors`` file, or a Hub id ``org/name[@revision]``.
+        adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
+        out: the folder to make; it appears whole or not at all.
+        dtype: dtype of all floating-point tensors; by default each keeps the base's.
+        shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
+        max_memory: cap on resident memory, whatever the size of the model.
+        threads: worker threads; by default one more than there are cores at hand.
+        overwrite: replace ``out``, once the new one is complete, if it holds a model already.
+        token: Hub token; by default the one the machine is logged in with.
+        progress: called as work proceeds.
+        command: how the receipt and the card say it was made.
+
+    Returns:
+        The receipt, as it is in ``out/regraft/receipt.json``.
+
+    Raises:
+        RegraftError: one of :mod:`regraft.errors`; ``out`` is then as it was before the call.
+    """
+    started = time.perf_counter()
+    made = plan(
+        base, adapters, out, dtype=dtype, shard_size=shard_size, max_memory=max_memory,
+        threads=threads, token=token, progress=progress,
+    )  # fmt: skip
+    place = Path(out)
+    check_output(place, [made.base.root, *(Path(a.root) for a in made.adapters)], overwrite=overwrite)
+    check_space(place, made.nbytes)
+
+    from regraft.merge.execute import execute
+    from regraft.merge.finalize import write_rest
+
+    with building(place) as folder:
+        outcome = execute(made, folder, progress)
+        _tell(progress, "finish", made.nbytes)
+        return write_rest(made, outcome, folder, _call(made, command), lambda: _used(started, made))
+
+
+def plan(
+    base: str | Path,
+    adapters: AdapterArg | Sequence[AdapterArg],
+    out: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    shard_size: str | int | None = None,
+    max_memory: str | int = "512MiB",
+    threads: int | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Return what :func:`merge` would do, from headers alone; nothing is written.
+
+    Raises:
+        RegraftError: whatever :func:`merge` would raise before it begins to write.
+    """
+    choices = _choices(dtype, shard_size, max_memory, threads)
+    wanted = parse_adapters(adapters)
+    _tell(progress, "read", 0)
+    checkpoint = open_checkpoint(locate(base, kind="base", token=token))
+    opened = [open_adapter(locate(source, kind="adapter", token=token)) for source, _ in wanted]
+    read = [read_adapter(f, weight) for f, (_, weight) in zip(opened, wanted, strict=True)]
+    made = make_plan(checkpoint, read, choices, Path(out) if out is not None else None)
+    if out is None:
+        return made
+    disk = {"needed": made.nbytes + SLACK_BYTES, "free": free_bytes(Path(out))}
+    return replace(made, disk=disk)
+
+
+def check(
+    base: str | Path,
+    adapters: AdapterArg | Sequence[AdapterArg],
+    *,
+    dtype: str | None = None,
+    max_memory: str | int = "512MiB",
+    token: str | None = None,
+) -> CheckReport:
+    """Say whether adapters would merge into a base, with everything that stands in the way.
+
+    Reads headers only. NaN in an adapter, which headers do not show, is found by the merge itself.
+
+    Raises:
+        UsageError: the call contradicts itself.
+        EnvironmentShortfall: an input cannot be read, or needs an optional package.
+        InputError: the base cannot be opened at all.
+    """
+    choices = _choices(dtype, None, max_memory, None)
+    checkpoint = open_checkpoint(locate(base, kind="base", token=token))
+    read, problems = [], list[Problem]()
+    for source, weight in parse_adapters(adapters):
+        try:
+            read.append(
+                read_adapter(open_adapter(locate(source, kind="adapter", token=token)), weight)
+            )
+        except (UsageError, AccessError):
+            raise
+        except RegraftError as error:
+            problems += error.problems
+    try:
+        made = make_plan(checkpoint, read, choices, None)
+    except RegraftError as error:
+        return CheckReport(False, (*problems, *error.problems))
+    if problems:
+        return CheckReport(False, tuple(problems), made.warnings)
+    summary = {**made.totals(), "memory": made.memory}
+    return CheckReport(True, (), made.warnings, summary)
+
+
+def parse_adapters(adapters: AdapterArg | Sequence[AdapterArg]) -> list[tuple[str, float]]:
+    """Return ``(source, weight)`` for every adapter, however it was given.
+
+    Raises:
+        UsageError: there is none, or a weight is not a finite number.
+    """
+    if isinstance(adapters, str | Path) or _is_pair(adapters):
+        adapters = [adapters]  # type: ignore[list-item]
+    pairs = [_parse_adapter(adapter) for adapter in adapters]  # type: ignore[arg-type]
+    if not pairs:
+        raise UsageError("no adapter was given", hint="Name at least one adapter to merge")
+    return pairs
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
+
+
+def _parse_adapter(adapter: AdapterArg) -> tuple[str, float]:
+    if isinstance(adapter, tuple):
+        return str(adapter[0]), _weight(adapter[1], str(adapter[0]))
+    text = str(adapter)
+    if "=" not in text or Path(text).exists():
+        return text, 1.0
+    source, _, weight = text.rpartition("=")
+    return source, _weight(weight, text)
+
+
+def _weight(value: float | str, where: str) -> float:
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = float("nan")
+    if weight != weight or weight in (float("inf"), float("-inf")):
+        raise UsageError(
+            "an adapter's weight has to be a number", where=where, expected="ADAPTER=WEIGHT",
+            found=f"weight {value!r}", hint="Write for example ./adapter=0.5",
+        )  # fmt: skip
+    return weight
+
+
+def _choices(
+    dtype: str | None, shard_size: str | int | None, max_memory: str | int, threads: int | None
+) -> Choices:
+    sizes = []
+    for name, value in (("shard_size", shard_size), ("max_memory", max_memory)):
+        try:
+            sizes.append(parse_size(value) if value is not None else None)
+        except ValueError as error:
+            raise UsageError(str(error), where=f"--{name.replace('_', '-')}") from None
+    if threads is not None and threads < 1:
+        raise UsageError("threads has to be at least 1", where="--threads", found=str(threads))
+    return Choices(parse_dtype(dtype), sizes[0], sizes[1] or 0, threads)
+
+
+def _tell(progress: Progress | None, stage: str, total: int) -> None:
+    if progress is not None:
+        progress(ProgressEvent(stage, total if stage == "finish" else 0, total))
+
+
+def _call(made: Plan, command: str | None) -> str:
+    if command is not None:
+        return command
+    adapters = ", ".join(repr((a.source, a.weight)) for a in made.adapters)
+    return f"regraft.merge({made.base.source!r}, [{adapters}], {made.out!r})"
+
+
+def _used(started: float, made: Plan) -> tuple[float, int, int]:
+    """Return seconds, peak resident bytes and threads."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return time.perf_counter() - started, peak, made.threads

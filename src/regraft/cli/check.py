@@ -1,0 +1,66 @@
+"""``regraft check``: would it merge?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from regraft.cli import options
+from regraft.cli.output import Output
+
+if TYPE_CHECKING:
+    from regraft.merge.report import CheckReport
+
+
+@click.command(short_help="Would it merge? All problems at once.")
+@options.base_and_adapters
+@options.dtype
+@options.max_memory
+@options.token
+@options.as_json
+@click.pass_context
+def command(
+    ctx: click.Context, /, base: str, adapters: tuple[str, ...], as_json: bool, **chosen: Any
+) -> None:
+    """Say whether adapters would merge into a base, and if not, everything that stands in the way.
+
+    Only headers and configs are read, so this takes under a second for a sharded 70B model. Exits
+    with 0 when it would merge, 1 when it would not, and 3 when a file cannot even be opened.
+
+    \b
+    Examples:
+      regraft check ./base ./adapter
+      regraft check org/model ./adapter=0.5 ./other --json
+    """
+    from regraft import api
+
+    output = Output(as_json=as_json)
+    report = api.check(base, list(adapters), **chosen)
+    output.warn(report.warnings)
+    output.data(report.to_json(), _render(report))
+    ctx.exit(0 if report.ok else 1)
+
+
+def _render(report: CheckReport) -> str:
+    from regraft.cli.text import plural
+
+    if report.ok:
+        return "ok: it would merge" + _counts(report.summary)
+    lines = [f"no: {plural(len(report.problems), 'problem')}"]
+    return "\n".join(lines + [f"  - {problem}" for problem in report.problems])
+
+
+def _counts(summary: dict[str, Any]) -> str:
+    """Return the plan's counts below the answer; whatever of them the report holds."""
+    from regraft.cli.receipt_text import actions
+    from regraft.cli.text import memory, pairs, size
+
+    totals = summary.get("totals", summary)
+    rows = [("  tensors", actions(totals) if "tensors" in totals else "")]
+    if "bytes_written" in totals:
+        rows.append(("  size", size(totals["bytes_written"])))
+    if "memory" in summary:
+        rows.append(("  memory", memory(summary["memory"])))
+    text = pairs(rows)
+    return f"\n{text}" if text else ""

@@ -1,0 +1,38 @@
+"""``regraft demo``: train a small adapter, merge it, and see both models answer alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from regraft.cli import options
+from regraft.cli.output import Output
+
+
+@click.command(short_help="See it work on a real model, in minutes.")
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("regraft-demo"),
+    show_default=True,
+    help="Where to keep what the demo makes, so that a second run is quick.",
+)
+@click.option("--fresh", is_flag=True, help="Start over: train again, merge again.")
+@click.option("--hub-id", metavar="ID", help="Take the base from the Hugging Face Hub instead.")
+@options.as_json
+def command(folder: Path, fresh: bool, hub_id: str | None, as_json: bool) -> None:
+    """Train a small adapter on a real 135M language model, merge it, and compare the answers.
+
+    The base fails at the task, the adapter answers it, and the merged model answers the same
+    without PEFT. Needs pip install 'regraft[demo]'; takes under three minutes on two cores the
+    first time, and under thirty seconds the second.
+
+    \b
+    Examples:
+      regraft demo
+      regraft demo --dir /tmp/demo --fresh
+      regraft demo --hub-id HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    raise NotImplementedError

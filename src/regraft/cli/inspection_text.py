@@ -1,0 +1,141 @@
+"""An inspection as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from regraft.cli.text import count, pairs, percent, plural, size, table
+from regraft.inspection import AdapterFacts, Inspection, MergeFacts, ModelFacts
+
+_KINDS = {"base": "a base model", "merged": "a merged model", "adapter": "an adapter"}
+
+FEW_FILES = 8
+"""Up to this many files are listed one by one."""
+
+
+def render(inspection: Inspection) -> str:
+    """Return what :func:`regraft.inspect` found, as text."""
+    revision = f" at {inspection.revision}" if inspection.revision else ""
+    title = f"{inspection.source}{revision}: {_KINDS[inspection.kind]}"
+    rows = [
+        *(_merge_rows(inspection.merge) if inspection.merge else []),
+        *(_model_rows(inspection.model) if inspection.model else []),
+        *(_adapter_rows(inspection.adapter) if inspection.adapter else []),
+        *_size_rows(inspection),
+    ]
+    parts = [f"{title}\n{_indented(pairs(rows))}", _files(inspection)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def _size_rows(inspection: Inspection) -> list[tuple[str, str]]:
+    total = inspection.bytes or 1
+    shares = [f"{d.dtype} {percent(d.bytes / total)}" for d in inspection.dtypes]
+    elements = "elements stored" if _quantized(inspection) else "parameters"
+    files = plural(len(inspection.files), "file")
+    return [
+        ("size", f"{count(inspection.parameters)} {elements}, {size(inspection.bytes)} in {files}"),
+        ("dtypes", ", ".join(shares)),
+    ]
+
+
+def _quantized(inspection: Inspection) -> bool:
+    return inspection.model is not None and inspection.model.quantization is not None
+
+
+def _model_rows(model: ModelFacts) -> list[tuple[str, str]]:
+    shape = [
+        f"{number} {name}"
+        for number, name in (
+            (model.layers, "layers"),
+            (model.hidden, "hidden"),
+            (model.vocab, "vocabulary"),
+        )
+        if number is not None
+    ]
+    tied = {True: "tied", False: "not tied", None: ""}[model.tied_embeddings]
+    return [
+        ("model", ", ".join(filter(None, [model.model_type or "", *model.architectures]))),
+        ("shape", ", ".join(shape)),
+        ("embeddings", tied),
+        ("quantization", model.quantization or ""),
+    ]
+
+
+def _merge_rows(merge: MergeFacts) -> list[tuple[str, str]]:
+    rows = [("merged from", merge.base)]
+    rows += [("with", name + _times(weight)) for name, weight in merge.adapters]
+    rows += [("on", f"{merge.created} by regraft {merge.regraft}")]
+    return [*rows, ("moved", f"|delta|/|W| {percent(merge.relative_delta)}")]
+
+
+def _times(weight: float | None) -> str:
+    return "" if weight in (None, 1.0) else f" x {weight:g}"
+
+
+def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
+    revision = f" at {adapter.base_revision}" if adapter.base_revision else ""
+    return [
+        ("adapter", ", ".join(filter(None, [_kind(adapter), adapter.task_type or ""]))),
+        ("claims base", f"{adapter.base}{revision}" if adapter.base else "none"),
+        ("rank", _rank(adapter)),
+        ("scale", _scale(adapter)),
+        ("adapts", _adapted(adapter)),
+        ("targets", _names(adapter.target_modules)),
+        ("parameters of", _names(adapter.target_parameters)),
+        ("saved whole", _names(adapter.modules_to_save)),
+        ("token rows", plural(adapter.token_rows, "row") if adapter.token_rows else ""),
+        ("bias", "" if adapter.bias == "none" else adapter.bias),
+        ("init", "" if adapter.init in ("true", "false") else adapter.init),
+        ("trained with", f"peft {adapter.peft_version}" if adapter.peft_version else ""),
+        ("cannot merge", "; ".join(adapter.unmergeable)),
+    ]
+
+
+def _kind(adapter: AdapterFacts) -> str:
+    flags = {"rsLoRA": adapter.rslora, "DoRA": adapter.dora, "with lora_bias": adapter.lora_bias}
+    return " ".join([adapter.peft_type, *(name for name, is_set in flags.items() if is_set)])
+
+
+def _rank(adapter: AdapterFacts) -> str:
+    """Return the config's rank, and the tensors' where they say more."""
+    stated = "" if adapter.r is None else str(adapter.r)
+    if list(adapter.ranks) in ([], [adapter.r]):
+        return stated
+    seen = ", ".join(f"{rank} in {plural(n, 'module')}" for rank, n in adapter.ranks.items())
+    return f"{stated} in the config; seen: {seen}"
+
+
+def _scale(adapter: AdapterFacts) -> str:
+    if adapter.scale is None:
+        return ""
+    formula = "alpha/sqrt(r)" if adapter.rslora else "alpha/r"
+    varies = ", and other scales by pattern" if adapter.patterned else ""
+    return f"{adapter.scale:.6g} ({formula}, alpha {adapter.alpha:g}){varies}"
+
+
+def _adapted(adapter: AdapterFacts) -> str:
+    if not adapter.adapted:
+        return "no module"
+    return f"{plural(adapter.modules, 'module')}: {_counts(adapter.adapted)}"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} x{number}" for name, number in counts.items())
+
+
+def _names(names: Any) -> str:
+    return names if isinstance(names, str) else ", ".join(names)
+
+
+def _files(inspection: Inspection) -> str:
+    """Return the files as a table; of many, the first and the last ones."""
+    rows = [(file.name, str(file.tensors), size(file.bytes)) for file in inspection.files]
+    if len(rows) > FEW_FILES:
+        half = FEW_FILES // 2
+        rows = [*rows[:half], ("...", "", ""), *rows[-half:]]
+    return table([("file", "tensors", "bytes"), *rows], "lrr", indent="  ")

@@ -1,0 +1,92 @@
+"""``regraft merge``: the main job, as a thin layer over :func:`regraft.merge`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from regraft.cli import options
+from regraft.cli.output import Output
+
+
+@click.command(short_help="Merge adapters into a base checkpoint.")
+@options.base_and_adapters
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(),
+    metavar="OUT",
+    help="Folder to make. It appears whole or not at all.",
+)
+@options.dtype
+@click.option(
+    "--shard-size",
+    callback=options.check_size,
+    metavar="SIZE",
+    help="Largest output file, such as 5GB.  [default: the base's shards]",
+)
+@options.max_memory
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Worker threads; the bytes do not depend on it.  [default: one per core]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
+@click.option("-v", "--verbose", is_flag=True, help="With --dry-run: every tensor on its own line.")
+@options.token
+@options.as_json
+@options.quiet
+@click.pass_context
+def command(
+    ctx: click.Context, /, dry_run: bool, verbose: bool, as_json: bool, quiet: bool, **chosen: Any
+) -> None:
+    """Merge LoRA adapters into a base checkpoint.
+
+    BASE is a folder, a .safetensors file, or a Hub id such as org/name@revision; an ADAPTER is the
+    same, in PEFT's format, and =WEIGHT multiplies its scale. Several adapters add up in float32
+    before the one rounding. OUT loads with transformers and without PEFT, and carries a receipt of
+    what was done to each tensor.
+
+    \b
+    Examples:
+      regraft merge ./base ./adapter -o ./merged
+      regraft merge org/model@main ./adapter=0.5 -o ./half --dtype bfloat16
+      regraft merge ./base ./style ./facts=0.8 -o ./both --shard-size 5GB
+      regraft merge ./base ./adapter --dry-run
+    """
+    if dry_run:
+        _dry_run(Output(as_json=as_json), verbose, chosen)
+        return
+    if not chosen["out"]:
+        raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
+    _merge(Output(as_json=as_json, quiet=quiet), options.command_line(ctx), chosen)
+
+
+def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
+    from regraft import api
+    from regraft.cli import plan_text
+
+    plan = api.plan(**_arguments(chosen)).to_json()
+    output.warn(plan["warnings"])
+    output.data(plan, plan_text.render(plan, verbose=verbose))
+
+
+def _merge(output: Output, command_line: str, chosen: dict[str, Any]) -> None:
+    output.mute_downloads()
+    from regraft import api
+    from regraft.cli import receipt_text
+
+    with output.progress() as progress:
+        receipt = api.merge(**_arguments(chosen), progress=progress, command=command_line)
+    output.warn(receipt.warnings)
+    if receipt.quiet:
+        output.warn([receipt_text.quiet_warning(receipt)])
+    payload = receipt.to_json() | {"quiet": receipt.quiet}
+    output.data(payload, receipt_text.render(receipt, cap=chosen["max_memory"]))
+
+
+def _arguments(chosen: dict[str, Any]) -> dict[str, Any]:
+    return chosen | {"adapters": list(chosen["adapters"])}

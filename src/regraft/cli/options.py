@@ -1,0 +1,83 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from regraft.tensors import parse_size
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+DEFAULT_MAX_MEMORY = "512MiB"
+
+_UNRECORDED = {"token", "as_json", "quiet", "overwrite", "dry_run", "verbose", "help"}
+"""Parameters that do not belong in a receipt: one is a secret, the others change no byte."""
+
+
+def check_size(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse what :func:`regraft.tensors.parse_size` cannot read; pass on the text as it is."""
+    try:
+        parse_size(value or 1)
+    except (ValueError, OverflowError) as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+    return value
+
+
+def base_and_adapters(function: Function) -> Function:
+    """Add the arguments ``BASE ADAPTER[=WEIGHT]...``."""
+    function = click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)(
+        function
+    )
+    return click.argument("base", metavar="BASE")(function)
+
+
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Element type of the output.  [default: each tensor keeps the base's]",
+)
+
+max_memory = click.option(
+    "--max-memory",
+    callback=check_size,
+    default=DEFAULT_MAX_MEMORY,
+    show_default=True,
+    metavar="SIZE",
+    help="Cap on the memory the merge takes, whatever the size of the model.",
+)
+
+token = click.option(
+    "--token",
+    metavar="TOKEN",
+    help="Hugging Face token. Better: HF_TOKEN or `hf auth login`, which other users of the "
+    "machine cannot see.",
+)
+
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, errors too."
+)
+
+quiet = click.option(
+    "-q", "--quiet", is_flag=True, help="No progress bar and no summary; errors and warnings stay."
+)
+
+
+def command_line(ctx: click.Context) -> str:
+    """Return the command as one would type it, without secrets: what the receipt records."""
+    words = [ctx.command_path]
+    for parameter in ctx.command.params:
+        words += _words(parameter, ctx.params.get(parameter.name or ""))
+    return " ".join([words[0], *map(shlex.quote, words[1:])])
+
+
+def _words(parameter: click.Parameter, value: Any) -> list[str]:
+    """Return the words that give ``parameter`` its value; none where it is the default."""
+    if parameter.name in _UNRECORDED or value is None or value == parameter.default:
+        return []
+    if isinstance(parameter, click.Argument):
+        return [str(word) for word in (value if parameter.nargs == -1 else [value])]
+    return [max(parameter.opts, key=len), str(value)]

@@ -1,0 +1,162 @@
+"""The only module that prints: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from regraft.cli.text import plural, printable
+
+if TYPE_CHECKING:
+    from regraft.cli.failures import Failure
+    from regraft.merge.events import Progress, ProgressEvent
+
+
+class ReaderGoneError(Exception):
+    """Whoever read our output closed the pipe, as ``| head`` does."""
+
+
+class Output:
+    """Where a command writes.
+
+    Args:
+        as_json: print data as one JSON object.
+        quiet: no progress bar, no notes and no text summary; errors and warnings stay.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def data(self, payload: Mapping[str, Any], text: str) -> None:
+        """Print a command's answer on stdout: ``payload`` as JSON, or ``text``."""
+        if self.as_json:
+            _write(sys.stdout, json.dumps(_plain(payload), indent=2))
+        elif not self.quiet:
+            _write(sys.stdout, text)
+
+    def note(self, line: str) -> None:
+        """Print a remark on stderr, unless quiet."""
+        if not self.quiet:
+            _write(sys.stderr, line)
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Print warnings on stderr, quiet or not."""
+        for warning in warnings:
+            _write(sys.stderr, warning, label="warning", colour="yellow")
+
+    def failure(self, failure: Failure) -> None:
+        """Print an error: readable lines on stderr, and the object on stdout in JSON mode."""
+        if self.as_json:
+            _write(sys.stdout, json.dumps(failure.to_json(), indent=2))
+        if failure.usage:
+            _write(sys.stderr, failure.usage)
+        _write(sys.stderr, _problems(failure), label=failure.label, colour="red")
+
+    def traceback(self, error: BaseException) -> None:
+        """Print the traceback of ``error`` on stderr."""
+        import traceback
+
+        _write(sys.stderr, "".join(traceback.format_exception(error)).rstrip())
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress | None]:
+        """Give a progress callback that draws a bar, or None away from a terminal."""
+        if self.quiet or not _is_terminal(sys.stderr):
+            yield None
+            return
+        bar = _Bar()
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    def mute_downloads(self) -> None:
+        """Keep huggingface_hub from drawing its own bars; call before it is imported."""
+        if self.quiet:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+_STAGES = {"read": "reading headers", "merge": "merging", "finish": "writing to disk"}
+
+
+class _Bar:
+    """A tqdm bar in bytes, fed by :class:`~regraft.merge.events.ProgressEvent`."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0
+        self._bar = tqdm(
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def __call__(self, event: ProgressEvent) -> None:
+        bar = self._bar
+        stage = _STAGES.get(event.stage, event.stage)
+        if bar.desc != f"{stage}: ":
+            bar.set_description(stage, refresh=False)
+        bar.total = event.total or None
+        bar.update(event.done - bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _problems(failure: Failure) -> str:
+    """Return all problems: one on the line itself, several as a list under their number."""
+    lines = [str(problem) for problem in failure.problems]
+    if len(lines) == 1:
+        return lines[0]
+    return "\n".join([plural(len(lines), "problem"), *(f"  - {line}" for line in lines)])
+
+
+def _write(stream: TextIO, text: str, *, label: str = "", colour: str = "") -> None:
+    """Write ``text`` and a newline, with a coloured label before it on a terminal."""
+    prefix = f"{label}: " if label else ""
+    if label and _has_colour(stream):
+        prefix = click.style(prefix, fg=colour, bold=True)
+    try:
+        stream.write(prefix + printable(text) + "\n")
+        stream.flush()
+    except BrokenPipeError as error:
+        _abandon(stream)
+        raise ReaderGoneError from error
+
+
+def _abandon(stream: TextIO) -> None:
+    """Send what is still buffered nowhere, so that the interpreter's last flush succeeds."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
+
+
+def _has_colour(stream: TextIO) -> bool:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return _is_terminal(stream) and not plain
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` as JSON can hold it: no NaN or infinity, no paths, no tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

@@ -1,0 +1,130 @@
+"""The summary a merge ends with, as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from regraft.cli.text import count, memory, pairs, percent, plural, seconds, size, table
+from regraft.merge.receipt import InputRecord, Receipt, TensorRecord, Totals
+from regraft.tensors import parse_size
+
+MOST_MOVED = 5
+"""Tensors listed under "moved most"."""
+
+
+def render(receipt: Receipt, *, cap: str | int) -> str:
+    """Return the summary of a finished merge.
+
+    Args:
+        receipt: what the merge returned.
+        cap: the memory cap it ran under, as given.
+    """
+    parts = [_overview(receipt, parse_size(cap)), _most_moved(receipt.tensors), _loading(receipt)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def quiet_warning(receipt: Receipt) -> str:
+    """Return what to say of a merge that changed (nearly) nothing, with the likely causes."""
+    totals = receipt.totals
+    return (
+        "THE MERGED MODEL IS (NEARLY) THE BASE: "
+        f"{percent(totals.changed_share)} of the adapted elements changed, "
+        f"|delta|/|W| is {percent(totals.relative_delta)}. Likely causes: the adapter was saved "
+        "before training (lora_B is still zero); alpha or the =WEIGHT is tiny; or the delta is "
+        "smaller than the dtype's step, which --dtype float32 would keep."
+    )
+
+
+def _overview(receipt: Receipt, cap: int) -> str:
+    totals = receipt.totals
+    rows = [
+        ("base", _input(receipt.base)),
+        *(("adapter", _input(adapter)) for adapter in receipt.adapters),
+        ("tensors", actions(vars(totals))),
+        ("moved", _moved(totals)),
+        ("size", _sizes(receipt)),
+        ("time", _time(totals)),
+        ("memory", f"{memory(totals.peak_memory)} at peak, the cap is {memory(cap)}"),
+    ]
+    return pairs(rows)
+
+
+def actions(totals: dict[str, Any]) -> str:
+    """Return the tensors by action: ``"291: 196 merged, 95 copied"``."""
+    names = ("merged", "replaced", "added", "converted", "copied")
+    shares = [f"{totals[name]} {name}" for name in names if totals.get(name)]
+    return f"{totals.get('tensors', 0)}: {', '.join(shares)}" if shares else "0"
+
+
+def _input(record: InputRecord) -> str:
+    revision = f" at {record.revision}" if record.revision else ""
+    weight = "" if record.weight in (None, 1.0) else f" x {record.weight:g}"
+    return f"{record.source}{revision}{weight}"
+
+
+def _moved(totals: Totals) -> str:
+    delta, changed = percent(totals.relative_delta), percent(totals.changed_share)
+    return f"|delta|/|W| {delta}, {changed} of the adapted elements changed"
+
+
+def _sizes(receipt: Receipt) -> str:
+    totals = receipt.totals
+    files = len({record.file for record in receipt.tensors})
+    written, read = size(totals.bytes_written), size(totals.bytes_read)
+    return (
+        f"{count(totals.parameters)} parameters, {written} in {plural(files, 'file')}, {read} read"
+    )
+
+
+def _time(totals: Totals) -> str:
+    text = f"{seconds(totals.seconds)} on {plural(totals.threads, 'thread')}"
+    if totals.seconds > 0:
+        text += f", {size(totals.bytes_written / totals.seconds)}/s written"
+    return text
+
+
+def _most_moved(records: Iterable[TensorRecord]) -> str:
+    """Return a table of the tensors with the largest |delta| for their size."""
+    moved = sorted((r for r in records if _share(r) > 0), key=_share, reverse=True)[:MOST_MOVED]
+    if not moved:
+        return ""
+    rows = [("moved most", "|delta|/|W|", "changed")]
+    rows += [(r.name, percent(_share(r)), percent(_changed(r))) for r in moved]
+    return table(rows, "lrr")
+
+
+def _share(record: TensorRecord) -> float:
+    """Return |delta|/|W| of one tensor; 0 where it has no delta or W is all zero."""
+    return (record.delta_norm or 0.0) / record.weight_norm if record.weight_norm else 0.0
+
+
+def _changed(record: TensorRecord) -> float:
+    elements = 1
+    for length in record.shape:
+        elements *= length
+    return record.changed / elements if elements else 0.0
+
+
+def _loading(receipt: Receipt) -> str:
+    out = receipt.output
+    return f"merged into {out}\nload it with: {_loader(Path(out))}"
+
+
+def _loader(out: Path) -> str:
+    """Return the line of Python that loads ``out``, by what its config says it is."""
+    names = _architectures(out)
+    if not names:
+        return f"safetensors.torch.load_file, on each weights file in {str(out)!r}"
+    name = "AutoModelForCausalLM" if names[0].endswith("ForCausalLM") else names[0]
+    return f"transformers.{name}.from_pretrained({str(out)!r})"
+
+
+def _architectures(out: Path) -> list[str]:
+    try:
+        names = json.loads((out / "config.json").read_text(encoding="utf-8"))["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []

@@ -1,0 +1,63 @@
+"""Single IEEE operations that numba does not offer, as LLVM instructions.
+
+Each gives the same bits on every CPU that has the instruction in hardware (x86-64-v3, ARM64),
+which is what fixes the bytes of a merge.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001
+    """Return ``a * b + c`` with one rounding (float32)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.fma(*args)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def bits_of(typingctx: Any, value: Any) -> Any:  # noqa: ARG001
+    """Return the 32 bits of a float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def float_of(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
+    """Return the float32 that 32 bits stand for."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def half_to_float(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
+    """Return the float32 equal to the float16 with these 16 bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def float_to_half(typingctx: Any, value: Any) -> Any:  # noqa: ARG001
+    """Return the 16 bits of a float32 rounded to float16, to nearest even."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen

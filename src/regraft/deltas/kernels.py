@@ -1,0 +1,342 @@
+"""The inner loops of a merge, compiled by numba (cached on disk after the first run).
+
+Arrays are 1-D and contiguous on purpose: with 2-D arrays LLVM has to assume that they overlap and
+stops vectorizing. Weights travel as raw bits in two views of one buffer, ``x16`` (uint16) and
+``x32`` (float32); a *kind* says which one is meant, so that one compiled function serves every
+pair of dtypes. Nothing here allocates more than a few kilobytes, and everything runs without the
+interpreter's lock.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from regraft.deltas.intrinsics import bits_of, float_of, float_to_half, fma, half_to_float
+
+F32, BF16, F16 = 0, 1, 2
+KINDS = {"F32": F32, "BF16": BF16, "F16": F16}
+"""Number of each working dtype, by its safetensors name."""
+
+ROW_FACTOR, COLUMN_FACTOR, ROUND_TO_SOURCE = 1, 2, 4
+"""Flags of one delta: a factor per row (DoRA), per column (DoRA, transposed), or a rounding."""
+
+LEFT, RIGHT, RANK, FLAGS, FACTOR = range(5)
+"""Columns of the ``table`` that describes packed deltas: offsets, rank, flags, factor offset."""
+
+BLOCK = 512
+"""Columns done at a time, so that a block of the right factor stays in the first-level cache."""
+
+ONE, TWO, THREE = np.uintp(1), np.uintp(2), np.uintp(3)
+
+_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+# Indices below are unsigned (np.uintp): numba then leaves out the check for a negative index, which
+# would keep LLVM from vectorizing. Slices would do too, but each costs two atomic reference counts.
+
+
+@njit(**_options)
+def _decode(x16: Any, x32: Any, kind: int, at: Any, out: Any, n: Any) -> None:
+    """Set ``out[:n]`` to ``n`` weights, as float32."""
+    if kind == BF16:
+        for j in range(n):
+            out[j] = float_of(np.uint32(x16[at + j]) << np.uint32(16))
+    elif kind == F16:
+        for j in range(n):
+            out[j] = half_to_float(x16[at + j])
+    else:
+        for j in range(n):
+            out[j] = x32[at + j]
+
+
+@njit(inline="always")
+def _bfloat16_bits(value: Any) -> Any:
+    """Round to bfloat16, to nearest even; a NaN keeps its sign and stays a NaN."""
+    u = bits_of(value)
+    rounded = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    nan = (u >> np.uint32(16)) | np.uint32(0x40)
+    is_nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16(nan if is_nan else rounded)
+
+
+@njit(**_options)
+def _encode(values: Any, kind: int, x16: Any, x32: Any, at: Any, n: Any) -> None:
+    """Round ``n`` float32 values into a buffer."""
+    if kind == BF16:
+        for j in range(n):
+            x16[at + j] = _bfloat16_bits(values[j])
+    elif kind == F16:
+        for j in range(n):
+            x16[at + j] = float_to_half(values[j])
+    else:
+        for j in range(n):
+            x32[at + j] = values[j]
+
+
+@njit(**_options)
+def _round_through(values: Any, kind: int, n: Any) -> None:
+    """Round float32 values to a dtype and back, in place."""
+    if kind == BF16:
+        for j in range(n):
+            values[j] = float_of(np.uint32(_bfloat16_bits(values[j])) << np.uint32(16))
+    elif kind == F16:
+        for j in range(n):
+            values[j] = half_to_float(float_to_half(values[j]))
+
+
+@njit(**_options)
+def _product(
+    left: Any, at0: Any, at1: Any, right: Any, right_at: Any, ld: Any, rank: Any,
+    acc0: Any, acc1: Any, n: Any,
+) -> None:  # fmt: skip
+    """Set two accumulators to two rows of ``left @ right``, k ascending, fused, float32.
+
+    Four values of k go through one pass over j: each still adds in ascending order, and the
+    accumulators are loaded and stored a quarter as often.
+    """
+    for j in range(n):
+        acc0[j] = np.float32(0)
+        acc1[j] = np.float32(0)
+    fours = rank // np.uintp(4)
+    for k4 in range(fours):
+        k = np.uintp(4) * k4
+        i0, i1 = at0 + k, at1 + k
+        a0, a1, a2, a3 = left[i0], left[i0 + ONE], left[i0 + TWO], left[i0 + THREE]
+        b0, b1, b2, b3 = left[i1], left[i1 + ONE], left[i1 + TWO], left[i1 + THREE]
+        r0 = right_at + k * ld
+        r1, r2, r3 = r0 + ld, r0 + TWO * ld, r0 + THREE * ld
+        for j in range(n):
+            x0, x1, x2, x3 = right[r0 + j], right[r1 + j], right[r2 + j], right[r3 + j]
+            acc0[j] = fma(a3, x3, fma(a2, x2, fma(a1, x1, fma(a0, x0, acc0[j]))))
+            acc1[j] = fma(b3, x3, fma(b2, x2, fma(b1, x1, fma(b0, x0, acc1[j]))))
+    for k in range(fours * np.uintp(4), rank):
+        a, b, r = left[at0 + k], left[at1 + k], right_at + k * ld
+        for j in range(n):
+            acc0[j] = fma(a, right[r + j], acc0[j])
+            acc1[j] = fma(b, right[r + j], acc1[j])
+
+
+@njit(**_options)
+def _apply(
+    weights: Any, acc: Any, scale: Any, flags: int, factors: Any, row_at: Any, column_at: Any,
+    source_kind: int, n: Any,
+) -> None:  # fmt: skip
+    """Add one delta to a row of float32 weights, with its factor and rounding, in place."""
+    for j in range(n):
+        weights[j] = fma(scale, acc[j], weights[j])
+    if flags & ROW_FACTOR:
+        factor = factors[row_at]
+        for j in range(n):
+            weights[j] = factor * weights[j]
+    if flags & COLUMN_FACTOR:
+        for j in range(n):
+            weights[j] = factors[column_at + j] * weights[j]
+    if flags & ROUND_TO_SOURCE:
+        _round_through(weights, source_kind, n)
+
+
+@njit(**_options)
+def _tree_sum(values: Any, n: Any) -> float:
+    """Sum ``values[:n]`` by halves in float32, always over BLOCK places (the rest are zeros)."""
+    for j in range(n, np.uintp(BLOCK)):
+        values[j] = np.float32(0)
+    half = np.uintp(BLOCK // 2)
+    while half >= np.uintp(16):
+        for j in range(half):
+            values[j] = values[j] + values[j + half]
+        half = half // np.uintp(2)
+    total = np.float64(0)
+    for j in range(np.uintp(16)):
+        total += np.float64(values[j])
+    return total
+
+
+@njit(**_options)
+def _measure(source: Any, merged: Any, scratch: Any, sums: Any, n: Any) -> None:
+    """Add ``|source|^2`` and ``|merged - source|^2`` of one block to ``sums[0:2]``."""
+    for j in range(n):
+        scratch[j] = source[j] * source[j]
+    sums[0] += _tree_sum(scratch, n)
+    for j in range(n):
+        difference = merged[j] - source[j]
+        scratch[j] = difference * difference
+    sums[1] += _tree_sum(scratch, n)
+
+
+@njit(**_options)
+def _differing16(x: Any, y: Any, at: Any, n: Any) -> int:
+    count = np.uint16(0)  # n <= BLOCK; a narrow counter lets LLVM compare 32 values at once
+    for j in range(n):
+        count = np.uint16(count + np.uint16(x[at + j] != y[at + j]))
+    return np.int64(count)
+
+
+@njit(**_options)
+def _differing32(x: Any, y: Any, at: Any, n: Any) -> int:
+    count = np.uint32(0)
+    for j in range(n):
+        count = np.uint32(count + np.uint32(bits_of(x[at + j]) != bits_of(y[at + j])))
+    return np.int64(count)
+
+
+@njit(**_options)
+def _newly_infinite(source: Any, result: Any, n: Any) -> int:
+    """Count the values that are NaN or infinite in ``result`` and were neither in ``source``."""
+    infinity = np.uint32(0x7F800000)
+    largest = np.uint32(0)
+    for j in range(n):
+        largest = max(largest, np.uint32(bits_of(result[j]) & np.uint32(0x7FFFFFFF)))
+    if largest < infinity:
+        return 0
+    count = 0
+    for j in range(n):
+        was = bits_of(source[j]) & infinity
+        now = bits_of(result[j]) & infinity
+        count += now == infinity and was != infinity
+    return count
+
+
+@njit(**_options)
+def _count(
+    x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int, at: Any,
+    source: Any, scratch: Any, sums: Any, n: Any,
+) -> None:  # fmt: skip
+    """Add elements changed to ``sums[2]`` and elements that stopped being finite to ``sums[3]``."""
+    _decode(y16, y32, out_kind, at, scratch, n)
+    if kind == out_kind and kind != F32:
+        sums[2] += _differing16(x16, y16, at, n)
+    elif kind == out_kind:
+        sums[2] += _differing32(x32, y32, at, n)
+    else:
+        sums[2] += _differing32(source, scratch, np.uintp(0), n)
+    sums[3] += _newly_infinite(source, scratch, n)
+
+
+@njit(**_options)
+def _store(
+    source: Any, merged: Any, x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int,
+    at: Any, scratch: Any, sums: Any, n: Any,
+) -> None:  # fmt: skip
+    """Round one row of a block into the output and account for it."""
+    _encode(merged, out_kind, y16, y32, at, n)
+    _measure(source, merged, scratch, sums, n)
+    _count(x16, x32, kind, y16, y32, out_kind, at, source, scratch, sums, n)
+
+
+@njit(**_options)
+def merge_rows(
+    x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int, row_count: int,
+    column_count: int, left: Any, right: Any, right_ld: int, first_row: int, first_column: int,
+    table: Any, scales: Any, factors: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Write ``round(W + deltas)`` for a tile of ``row_count x column_count``.
+
+    Args:
+        x16, x32: the tile's weights as uint16 and as float32; ``kind`` says which one holds.
+        y16, y32: where the result goes, likewise, with ``out_kind``.
+        left: float32, left factors of every delta one after the other, each ``(segment rows, r)``.
+        right: float32, right factors, each ``(r, right_ld)``.
+        first_row, first_column: the tile's place in the segment the factors cover.
+        table: int64 ``(deltas, 5)``, one line per delta in the order they are added.
+        scales: float32 ``(deltas,)``.
+        factors: float32, DoRA factors, per row or per column of the segment.
+        sums: float64 ``(4,)``: |W|^2, |delta|^2, changed, no longer finite; added to.
+    """
+    w0, w1 = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    s0, s1 = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    acc0, acc1 = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    scratch = np.empty(BLOCK, np.float32)
+    rows, columns, ld = np.uintp(row_count), np.uintp(column_count), np.uintp(right_ld)
+    row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
+    for b in range((columns + block - ONE) // block):
+        start = b * block
+        n = min(block, columns - start)
+        for pair in range((rows + ONE) // TWO):
+            i = pair * TWO
+            i1 = min(i + ONE, rows - ONE)  # an odd last row is computed twice, stored once
+            at0, at1 = i * columns + start, i1 * columns + start
+            _decode(x16, x32, kind, at0, s0, n)
+            _decode(x16, x32, kind, at1, s1, n)
+            for j in range(n):
+                w0[j] = s0[j]
+                w1[j] = s1[j]
+            for d in range(table.shape[0]):
+                rank, flags = np.uintp(table[d, RANK]), table[d, FLAGS]
+                l0 = np.uintp(table[d, LEFT]) + (row0 + i) * rank
+                l1 = np.uintp(table[d, LEFT]) + (row0 + i1) * rank
+                r_at = np.uintp(table[d, RIGHT]) + column0 + start
+                _product(left, l0, l1, right, r_at, ld, rank, acc0, acc1, n)
+                f_at = np.uintp(table[d, FACTOR])
+                f_row, f_column = f_at + row0, f_at + column0 + start
+                _apply(w0, acc0, scales[d], flags, factors, f_row + i, f_column, kind, n)
+                _apply(w1, acc1, scales[d], flags, factors, f_row + i1, f_column, kind, n)
+            _store(s0, w0, x16, x32, kind, y16, y32, out_kind, at0, scratch, sums, n)
+            if i1 != i:
+                _store(s1, w1, x16, x32, kind, y16, y32, out_kind, at1, scratch, sums, n)
+
+
+@njit(**_options)
+def _add_squares(values: Any, out: Any, at: Any, by_column: bool, n: Any) -> None:
+    if by_column:
+        for j in range(n):
+            out[at + j] += np.float64(values[j]) * np.float64(values[j])
+    else:
+        total = out[at]
+        for j in range(n):
+            total += np.float64(values[j]) * np.float64(values[j])
+        out[at] = total
+
+
+@njit(**_options)
+def square_sums(
+    x16: Any, x32: Any, kind: int, row_count: int, column_count: int, left: Any, left_offset: int,
+    right: Any, right_offset: int, rank_: int, scale: Any, first_row: int, by_column: bool, out: Any,
+) -> None:  # fmt: skip
+    """Add ``(W + scale * left @ right)^2`` to ``out``, per row or per column, in float64.
+
+    ``W + scale * delta`` is one fused float32 operation, as in :func:`merge_rows`; its square is
+    exact in float64, and squares are added in ascending order of the index summed over.
+
+    Args:
+        x16, x32: whole rows of weights, ``(row_count, column_count)``, as in :func:`merge_rows`.
+        out: float64 ``(row_count,)``, or ``(column_count,)`` with ``by_column``; added to.
+    """
+    w0, w1 = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    acc0, acc1 = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    rows, columns, rank = np.uintp(row_count), np.uintp(column_count), np.uintp(rank_)
+    left_at = np.uintp(left_offset) + np.uintp(first_row) * rank
+    block = np.uintp(BLOCK)
+    for b in range((columns + block - ONE) // block):
+        start = b * block
+        n = min(block, columns - start)
+        for pair in range((rows + ONE) // TWO):
+            i = pair * TWO
+            i1 = min(i + ONE, rows - ONE)
+            _decode(x16, x32, kind, i * columns + start, w0, n)
+            _decode(x16, x32, kind, i1 * columns + start, w1, n)
+            l0, l1 = left_at + i * rank, left_at + i1 * rank
+            r_at = np.uintp(right_offset) + start
+            _product(left, l0, l1, right, r_at, columns, rank, acc0, acc1, n)
+            for j in range(n):
+                w0[j] = fma(scale, acc0[j], w0[j])
+                w1[j] = fma(scale, acc1[j], w1[j])
+            _add_squares(w0, out, start if by_column else i, by_column, n)
+            if i1 != i:
+                _add_squares(w1, out, start if by_column else i1, by_column, n)
+
+
+@njit(**_options)
+def convert(
+    x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int, total: int, sums: Any
+) -> None:
+    """Round ``total`` values from one dtype to another; ``sums`` as in :func:`merge_rows`."""
+    values, scratch = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    block, count = np.uintp(BLOCK), np.uintp(total)
+    for b in range((count + block - ONE) // block):
+        start = b * block
+        n = min(block, count - start)
+        _decode(x16, x32, kind, start, values, n)
+        _encode(values, out_kind, y16, y32, start, n)
+        _count(x16, x32, kind, y16, y32, out_kind, start, values, scratch, sums, n)

@@ -1,0 +1,95 @@
+"""Ask a model the demo's questions, and read its logits on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from regraft.demo.compare import Logits
+from regraft.demo.data import INSTRUCTION, Example
+
+MAX_NEW_TOKENS = 24
+"""Room for the longest right answer, and enough to see a wrong one."""
+
+
+class Asker:
+    """A model with its tokenizer; every computation is float32.
+
+    Args:
+        folder: a checkpoint, as ``AutoModelForCausalLM.from_pretrained`` takes it.
+        adapter: a folder with a PEFT adapter to put on it, live.
+    """
+
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if adapter is not None:
+            self._model = PeftModel.from_pretrained(self._model, adapter)
+        self._model.eval()
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's parameters."""
+        return sum(weight.numel() for weight in self._model.parameters())
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Make the model answer as the base for a while."""
+        with self._model.disable_adapter():
+            yield
+
+    def answers(self, examples: list[Example]) -> list[str]:
+        """Return the model's answer to each sentence, by greedy decoding in one batch."""
+        prompts = [prompt_ids(self._tokenizer, example.sentence) for example in examples]
+        ids, mask = _padded_left(prompts, self._tokenizer.pad_token_id)
+        with torch.inference_mode():
+            out = self._model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
+            )
+        texts = self._tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def logits(self, examples: list[Example]) -> Logits:
+        """Return the logits at every token of prompts and right answers, (positions, vocabulary)."""
+        texts = [prompt(self._tokenizer, e.sentence) + e.answer for e in examples]
+        rows = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        ids, mask = _padded_left(rows, self._tokenizer.pad_token_id)
+        with torch.inference_mode():
+            out = self._model(input_ids=ids, attention_mask=mask).logits
+        logits: Logits = out[mask.bool()].numpy().astype(np.float32, copy=False)
+        return logits
+
+
+def prompt(tokenizer: Any, sentence: str) -> str:
+    """Return the chat that asks for the fields of ``sentence``, up to where the answer starts."""
+    chat = [
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": sentence},
+    ]
+    text: str = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return text
+
+
+def prompt_ids(tokenizer: Any, sentence: str) -> list[int]:
+    """Return the token ids of :func:`prompt`."""
+    text = prompt(tokenizer, sentence)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _padded_left(rows: list[list[int]], pad: int) -> tuple[Any, Any]:
+    """Return token ids and mask, (batch, length), with every row ending at the same place."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = torch.tensor(row)
+        mask[i, length - len(row) :] = 1
+    return ids, mask

@@ -1,0 +1,221 @@
+"""Where an input is: a path on this machine, or a model on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from regraft.errors import (
+    DiskSpaceError,
+    EnvironmentShortfall,
+    InputError,
+    MissingExtraError,
+    RegraftError,
+)
+from regraft.formats.problems import quoted
+from regraft.formats.reading import access_error, typed_os_errors
+
+Kind = Literal["base", "adapter"]
+
+
+@dataclass(frozen=True)
+class Located:
+    """An input that is on this machine now.
+
+    Attributes:
+        path: the folder or file.
+        source: what the user called it.
+        repo_id: its name on the Hub, or None for a local path.
+        revision: the Hub's commit hash, or None for a local path.
+    """
+
+    path: Path
+    source: str
+    repo_id: str | None
+    revision: str | None
+
+
+_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[\w.-]+)?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
+
+_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.py")
+_DOCUMENTS = ("*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_SAFE_WEIGHTS = {"base": ("*.safetensors",), "adapter": ("adapter_model.safetensors",)}
+_TORCH_WEIGHTS = {"base": ("pytorch_model*.bin",), "adapter": ("adapter_model.bin",)}
+_NEVER = (
+    "original/*",
+    # "*" crosses folders, and only the files at the top are read
+    "*/*.safetensors",
+    "*/*.bin",
+    "*/*.json",
+    "*/*.model",
+    "*/*.txt",
+    # other copies of the same weights
+    "consolidated*.safetensors",
+    "*.fp16.safetensors",
+    "*.non_ema.safetensors",
+)
+
+
+def locate(source: str | Path, *, kind: Kind, token: str | None = None) -> Located:
+    """Return where ``source`` is, fetching it from the Hub where it is not a local path.
+
+    A path that exists wins over a Hub id of the same name. Only the files needed are fetched:
+    safetensors, else PyTorch's ``.bin``; config, tokenizer and the like; documents where they can
+    be had. The Hub's cache, token, progress bars and ``HF_HUB_OFFLINE`` are huggingface_hub's.
+
+    Args:
+        source: a path, or ``name``, ``org/name`` or ``org/name@revision``.
+        kind: whether a base or an adapter is meant, which decides what to fetch.
+        token: a Hub token; by default the one huggingface_hub knows of.
+
+    Raises:
+        InputError: no such path, no such model or revision, or no right to it.
+        EnvironmentShortfall: the Hub cannot be reached and the cache does not hold the model.
+    """
+    path = _expanded(source)
+    with typed_os_errors(path):
+        exists = path.exists()
+    if exists:
+        return Located(path, str(source), None, None)
+    repo_id, _, revision = str(source).partition("@")
+    if isinstance(source, Path) or not _could_be_repo(repo_id):
+        raise _no_such_path(path)
+    with _translated(str(source), kind):
+        folder = _snapshot(repo_id, revision or None, kind, token)
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision or None
+    return Located(folder, str(source), repo_id, commit)
+
+
+def _expanded(source: str | Path) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # "~name" of somebody who is not known here
+        return Path(source)
+
+
+def _could_be_repo(text: str) -> bool:
+    return bool(_REPO_ID.fullmatch(text)) and not text.endswith(_WEIGHT_SUFFIXES)
+
+
+def _no_such_path(path: Path) -> InputError:
+    return InputError(
+        "no such file or folder",
+        where=str(path),
+        expected="a path that exists, or a Hub id such as org/name or org/name@revision",
+        hint=f"Check the spelling; relative paths start from {Path.cwd()}",
+    )
+
+
+def _snapshot(repo_id: str, revision: str | None, kind: Kind, token: str | None) -> Path:
+    """Return the folder that holds the files, safetensors if the repository has any."""
+    folder = _fetch_with_documents(repo_id, revision, _SAFE_WEIGHTS[kind], token)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if kind == "adapter" and not (folder / "adapter_config.json").exists():
+        return folder  # not an adapter: the weights would be of no use
+    return _fetch(repo_id, revision, _TORCH_WEIGHTS[kind], token)
+
+
+def _fetch_with_documents(
+    repo_id: str, revision: str | None, weights: tuple[str, ...], token: str | None
+) -> Path:
+    """Fetch; without a connection, do without documents that the cache happens not to hold."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    needed = (*weights, *_SIDE_FILES)
+    try:
+        return _fetch(repo_id, revision, (*needed, *_DOCUMENTS), token)
+    except LocalEntryNotFoundError as error:
+        if not hasattr(error, "snapshot_path"):  # nothing at all is cached
+            raise
+    return _fetch(repo_id, revision, needed, token)
+
+
+def _fetch(
+    repo_id: str, revision: str | None, patterns: tuple[str, ...], token: str | None
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        repo_id,
+        revision=revision,
+        allow_patterns=list(patterns),
+        ignore_patterns=list(_NEVER),
+        token=token,
+        library_name="regraft",
+    )
+    return Path(folder)
+
+
+@contextmanager
+def _translated(source: str, kind: Kind) -> Iterator[None]:
+    """Turn what huggingface_hub raises into regraft's errors."""
+    try:
+        yield
+    except ImportError:
+        raise MissingExtraError(
+            "huggingface_hub is needed to fetch from the Hub",
+            where=quoted(source),
+            hint="Run pip install huggingface_hub, or give a local path",
+        ) from None
+    except Exception as error:  # the library's errors come from several trees
+        raise _hub_error(source, kind, error) from None
+
+
+def _hub_error(source: str, kind: Kind, error: Exception) -> RegraftError:
+    """Return the typed error for the first class of the table that fits."""
+    from huggingface_hub import errors
+
+    here = f"Hub id {quoted(source)}"
+    not_local = f"no {kind} of this name: neither a local path nor on the Hub"
+    sign_in = "Check the spelling; a private one needs a token (hf auth login)"
+    accept = f"Accept its terms on https://huggingface.co/{source.partition('@')[0]}"
+    offline = "Unset HF_HUB_OFFLINE, check the connection, or give a local path"
+    table: tuple[tuple[type[Exception], type[RegraftError], str, str], ...] = (
+        (
+            errors.GatedRepoError,
+            InputError,
+            "access to it is gated",
+            f"{accept}, then hf auth login",
+        ),
+        (errors.RepositoryNotFoundError, InputError, not_local, sign_in),
+        (errors.RevisionNotFoundError, InputError, "it has no such revision", "See its branches"),
+        (errors.HFValidationError, InputError, "is neither a path that exists nor a Hub id", ""),
+        (
+            errors.LocalEntryNotFoundError,
+            EnvironmentShortfall,
+            "no such local path, the Hub cannot be reached, and the cache lacks files of it",
+            offline,
+        ),
+        (errors.OfflineModeIsEnabled, EnvironmentShortfall, "the Hub is set to offline", offline),
+    )
+    for caught, raised, what, hint in table:
+        if isinstance(error, caught):
+            return raised(what, where=here, found=_first_line(error), hint=hint)
+    return _other_error(here, error, offline)
+
+
+def _other_error(here: str, error: Exception, hint: str) -> RegraftError:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return DiskSpaceError(
+            "the disk is full: the download does not fit",
+            where=here,
+            hint="Free some space, or move the cache with HF_HOME",
+        )
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return access_error(Path(error.filename), error)
+    return EnvironmentShortfall(
+        "the download failed", where=here, found=_first_line(error), hint=hint
+    )
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line[:300]}"

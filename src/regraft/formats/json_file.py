@@ -1,0 +1,126 @@
+"""JSON files a stranger made: limits on size and depth, no key twice, typed errors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import FormatError
+from regraft.formats.problems import DOWNLOAD_AGAIN, quoted
+from regraft.formats.reading import open_regular, read_at
+
+MAX_BYTES = 64 * 2**20
+MAX_DEPTH = 64
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object names the same key twice, so readers would disagree on its value."""
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dict; an ``object_pairs_hook`` for :func:`json.loads`.
+
+    Raises:
+        DuplicateKeyError: a key occurs twice.
+    """
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise DuplicateKeyError(f"the key {quoted(twice)} occurs twice in one object")
+    return fields
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+    """Return the value in a UTF-8 JSON file.
+
+    ``NaN`` and ``Infinity`` are accepted: published ``config.json`` files hold them.
+
+    Args:
+        path: the file.
+        max_bytes: the largest file accepted.
+        max_depth: how deep objects and lists may nest; ``{}`` has depth 1.
+
+    Raises:
+        FormatError: not UTF-8, not JSON, too large, too deep, or a key occurs twice.
+        InputError: there is no such file.
+        AccessError: the system refused to read it.
+    """
+    content = _content(path, max_bytes)
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=unique_object)
+        _check_depth(value, max_depth)
+        if b"\\u" in content:  # only an escape can smuggle in half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            "cannot be read as JSON",
+            where=str(path),
+            expected=f"UTF-8 JSON, no key twice, at most {max_depth} levels deep",
+            found=json_trouble(error),
+            hint=DOWNLOAD_AGAIN,
+        ) from None
+    return value
+
+
+def read_json_object(
+    path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH
+) -> dict[str, Any]:
+    """Return the object in a JSON file; raises as :func:`read_json`, and for any other value."""
+    value = read_json(path, max_bytes=max_bytes, max_depth=max_depth)
+    if not isinstance(value, dict):
+        raise FormatError(
+            "holds the wrong kind of JSON value",
+            where=str(path),
+            expected="an object, {...}",
+            found=f"a {type(value).__name__}",
+            hint=DOWNLOAD_AGAIN,
+        )
+    return value
+
+
+def json_trouble(error: ValueError | RecursionError) -> str:
+    """Return in a few words why :func:`json.loads` or its hooks gave up."""
+    if isinstance(error, RecursionError):
+        return "objects or lists nested too deep"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a byte that is not UTF-8 at {error.start}"
+    if isinstance(error, UnicodeEncodeError):
+        return "half of a surrogate pair in a string"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at line {error.lineno}, column {error.colno}"
+    return str(error)
+
+
+def _content(path: Path, max_bytes: int) -> bytes:
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > max_bytes:
+            raise FormatError(
+                "is too large for a JSON file of its kind",
+                where=str(path),
+                expected=f"at most {max_bytes} bytes",
+                found=f"{size} bytes",
+                hint="Check that this is the file you mean",
+            )
+        return read_at(fd, path, 0, size)
+    finally:
+        os.close(fd)
+
+
+def _check_depth(value: Any, max_depth: int) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    depth = 0
+    while level:
+        depth += 1
+        if depth > max_depth:
+            raise ValueError(f"more than {max_depth} levels")
+        children = (child for node in level for child in _children(node))
+        level = [child for child in children if isinstance(child, (dict, list))]
+
+
+def _children(node: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node

@@ -1,0 +1,121 @@
+"""What a folder or file looks like, by names and first bytes: for messages and ``inspect``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from regraft.errors import RegraftError
+from regraft.formats.safetensors import read_header
+
+Looks = Literal[
+    "adapter", "checkpoint", "merged", "mlx-adapter", "gguf", "tokenizer", "empty", "unknown"
+]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_SAFE = "adapter_model.safetensors"
+ADAPTER_TORCH = "adapter_model.bin"
+MLX_WEIGHTS = "adapters.safetensors"
+RECEIPT = "regraft/receipt.json"
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+
+DESCRIPTIONS: dict[Looks, str] = {
+    "adapter": "an adapter",
+    "checkpoint": "a full model",
+    "merged": "a full model that regraft merged",
+    "mlx-adapter": "an MLX adapter",
+    "gguf": "GGUF",
+    "tokenizer": "a tokenizer without weights",
+    "empty": "an empty folder",
+    "unknown": "neither a model nor an adapter",
+}
+
+_TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
+_LORA_KEY = re.compile(
+    r"(?:^|[._])lora_(?:A|B|a|b|up|down|embedding_A|embedding_B|unet|te\d?)(?:[._]|$)"
+)
+
+
+def looks_like(path: Path) -> Looks:
+    """Return what ``path`` looks like; ``"unknown"`` also where it cannot be read."""
+    try:
+        if path.is_file():
+            return _file_looks_like(path)
+        names = {entry.name for entry in path.iterdir()}
+        return _folder_looks_like(path, names) if names else "empty"
+    except OSError:
+        return "unknown"
+
+
+def _folder_looks_like(path: Path, names: set[str]) -> Looks:
+    weights = any(map(is_model_weights, names))
+    adapter_weights = bool(names & {ADAPTER_SAFE, ADAPTER_TORCH})
+    signs: tuple[tuple[bool, Looks], ...] = (
+        (weights and (path / RECEIPT).is_file(), "merged"),
+        (adapter_weights and (ADAPTER_CONFIG in names or not weights), "adapter"),
+        (MLX_WEIGHTS in names, "mlx-adapter"),
+        (weights, _weights_look_like(path, names)),
+        (ADAPTER_CONFIG in names, "adapter"),
+        (any(name.endswith(".gguf") for name in names), "gguf"),
+        (bool(names & _TOKENIZER_FILES), "tokenizer"),
+    )
+    return next((looks for seen, looks in signs if seen), "unknown")
+
+
+def _weights_look_like(path: Path, names: set[str]) -> Looks:
+    """Tell a lone LoRA file under a name of its own, as other trainers write it, from a model."""
+    weights = [name for name in names if is_model_weights(name)]
+    if len(weights) == 1 and "config.json" not in names and weights[0].endswith(".safetensors"):
+        return _file_looks_like(path / weights[0])
+    return "checkpoint"
+
+
+def is_model_weights(name: str) -> bool:
+    """Return whether a file name is one that weights of a full model have."""
+    if name in (ADAPTER_SAFE, ADAPTER_TORCH, MLX_WEIGHTS):
+        return False
+    return name.endswith((".safetensors", ".safetensors.index.json")) or (
+        name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))
+    )
+
+
+def _file_looks_like(path: Path) -> Looks:
+    by_name: dict[str, Looks] = {
+        ADAPTER_SAFE: "adapter",
+        ADAPTER_TORCH: "adapter",
+        MLX_WEIGHTS: "mlx-adapter",
+    }
+    if path.name in by_name:
+        return by_name[path.name]
+    if is_gguf(path):
+        return "gguf"
+    if path.suffix in TORCH_SUFFIXES:
+        return "checkpoint"
+    return _safetensors_looks_like(path) if path.suffix == ".safetensors" else "unknown"
+
+
+def _safetensors_looks_like(path: Path) -> Looks:
+    try:
+        names = read_header(path).tensors
+    except RegraftError:
+        return "unknown"
+    return "adapter" if is_mostly_lora(names) else "checkpoint"
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a file is GGUF, by its suffix or its first four bytes."""
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def is_mostly_lora(names: Iterable[str]) -> bool:
+    """Return whether most of a file's tensors are LoRA factors, in any dialect's naming."""
+    found = [_LORA_KEY.search(name) is not None for name in names]
+    return sum(found) * 2 > len(found)

@@ -1,0 +1,542 @@
+"""What a path or Hub id is: a base model, a merged one, or an adapter. Reads headers only.
+
+inspect -> locate the files -> read headers and configs -> Inspection
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from regraft.errors import AdapterError, EnvironmentShortfall, FormatError, InputError, Problem
+from regraft.formats.checkpoint import AdapterFiles, Checkpoint, open_adapter, open_checkpoint
+from regraft.formats.hub import Located, locate
+from regraft.formats.json_file import read_json_object
+from regraft.formats.layout import ADAPTER_CONFIG, RECEIPT, looks_like
+from regraft.formats.reading import access_error
+from regraft.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from huggingface_hub.utils._safetensors import SafetensorsRepoMetadata
+
+Kind = Literal["base", "merged", "adapter"]
+Value = TypeVar("Value")
+
+MAX_RECEIPT_BYTES = 2**28
+"""A receipt has a record per tensor, so it may be larger than other JSON files."""
+
+
+@dataclass(frozen=True)
+class DTypeShare:
+    """How much of the tensors is of one dtype.
+
+    Attributes:
+        dtype: a key of :data:`regraft.tensors.DTYPES`.
+        tensors: number of tensors.
+        elements: elements as the header counts them.
+        bytes: bytes of data.
+    """
+
+    dtype: str
+    tensors: int
+    elements: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """One file of tensors: its name, the bytes of its tensors, and their number."""
+
+    name: str
+    bytes: int
+    tensors: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What ``config.json`` says of a model; None or empty where it is silent.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        architectures: transformers' classes.
+        layers: number of layers.
+        hidden: width of the hidden states.
+        vocab: rows of the embedding.
+        tied_embeddings: whether input and output embeddings share a tensor.
+        quantization: the ``quant_method`` of a quantized checkpoint.
+    """
+
+    model_type: str | None
+    architectures: tuple[str, ...]
+    layers: int | None
+    hidden: int | None
+    vocab: int | None
+    tied_embeddings: bool | None
+    quantization: str | None
+
+
+@dataclass(frozen=True)
+class MergeFacts:
+    """What the receipt of a merged model says.
+
+    Attributes:
+        base: the base as it was named, with its revision.
+        adapters: name and weight of each adapter, in order.
+        created: UTC time of the merge, ISO 8601.
+        regraft: version of regraft that merged it.
+        relative_delta: |delta|/|W| over all adapted weights.
+        changed_share: share of the adapted elements that changed.
+    """
+
+    base: str
+    adapters: tuple[tuple[str, float | None], ...]
+    created: str
+    regraft: str
+    relative_delta: float | None
+    changed_share: float | None
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What ``adapter_config.json`` and the adapter's tensors say.
+
+    Attributes:
+        peft_type: PEFT's name of the method, such as ``"LORA"``.
+        base: the base it claims to be trained on.
+        base_revision: and that base's revision.
+        task_type: such as ``"CAUSAL_LM"``.
+        r: rank in the config.
+        alpha: lora_alpha in the config.
+        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        patterned: whether rank_pattern or alpha_pattern give some modules another scale.
+        rslora: whether the scale divides by sqrt(r).
+        dora: whether there are magnitude vectors.
+        lora_bias: whether lora_B has biases.
+        ranks: ranks seen in the tensors, and in how many modules.
+        target_modules: as the config states them: names, or one regex.
+        target_parameters: parameters (of experts) that are adapted.
+        modules: modules adapted in fact.
+        adapted: the same, counted by the last part of their names.
+        modules_to_save: modules that the adapter replaces whole.
+        token_rows: embedding rows that the adapter replaces.
+        bias: ``"none"``, ``"all"`` or ``"lora_only"``.
+        init: how the adapter was initialized, ``"true"`` for PEFT's default.
+        unmergeable: features that cannot be merged, each with its reason.
+        peft_version: version of PEFT that saved it.
+    """
+
+    peft_type: str
+    base: str | None
+    base_revision: str | None
+    task_type: str | None
+    r: int | None
+    alpha: float | None
+    scale: float | None
+    patterned: bool
+    rslora: bool
+    dora: bool
+    lora_bias: bool
+    ranks: Mapping[int, int]
+    target_modules: str | tuple[str, ...]
+    target_parameters: tuple[str, ...]
+    modules: int
+    adapted: Mapping[str, int]
+    modules_to_save: tuple[str, ...]
+    token_rows: int
+    bias: str
+    init: str
+    unmergeable: tuple[str, ...]
+    peft_version: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer of :func:`inspect`.
+
+    Attributes:
+        kind: what it is.
+        source: as the caller named it.
+        revision: the Hub commit, when it came from the Hub.
+        parameters: elements of all tensors, as stored: packed weights count packed.
+        bytes: bytes of all tensors.
+        dtypes: share of each dtype, the largest first.
+        files: the files that hold tensors.
+        model: what the config says, for a base or merged model that has one.
+        merge: what the receipt says, for a merged model.
+        adapter: what an adapter is made of.
+    """
+
+    kind: Kind
+    source: str
+    revision: str | None
+    parameters: int
+    bytes: int
+    dtypes: tuple[DTypeShare, ...]
+    files: tuple[FileFacts, ...]
+    model: ModelFacts | None = None
+    merge: MergeFacts | None = None
+    adapter: AdapterFacts | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the inspection as JSON-ready objects."""
+        return asdict(self)
+
+
+def inspect(path: str | Path, *, token: str | None = None) -> Inspection:
+    """Say what a path or a Hub id is, from headers and configs alone.
+
+    A base on the Hub is not fetched: its headers are read where they are.
+
+    Args:
+        path: a folder, a weights file, or ``org/name[@revision]``.
+        token: a Hub token; by default the one huggingface_hub knows of.
+
+    Raises:
+        InputError: there is no such thing, or it is neither a model nor an adapter.
+        FormatError: a header, an index or a config is malformed.
+        AdapterError: an adapter's config holds values of the wrong kind.
+        UnsupportedError: it is of a kind that regraft does not read, such as GGUF.
+        MissingExtraError: it is a ``.bin`` file, and PyTorch is not installed.
+        AccessError: the system refused to read it.
+        EnvironmentShortfall: the Hub cannot be reached.
+    """
+    located = locate(path, kind="adapter", token=token)
+    try:
+        return _inspect(located, token)
+    except OSError as error:
+        raise access_error(Path(error.filename or located.path), error) from None
+
+
+def _inspect(located: Located, token: str | None) -> Inspection:
+    looks = looks_like(located.path)
+    if looks in ("adapter", "mlx-adapter"):
+        return _of_adapter(open_adapter(located))
+    if located.repo_id is not None and not _is_whole(located.path):
+        return _of_hub_model(located, _hub_headers(located, token))
+    return _of_checkpoint(open_checkpoint(located), merged=looks == "merged")
+
+
+def _of_checkpoint(checkpoint: Checkpoint, *, merged: bool) -> Inspection:
+    receipt = checkpoint.root / RECEIPT
+    tensors = checkpoint.tensors
+    files = [(s.name, [tensors[n] for n in s.tensors if n in tensors]) for s in checkpoint.shards]
+    return Inspection(
+        kind="merged" if merged else "base",
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        model=_model_facts(checkpoint.config),
+        merge=_merge_facts(receipt) if merged else None,
+        **_sizes(files),
+    )
+
+
+def _of_adapter(adapter: AdapterFiles) -> Inspection:
+    return Inspection(
+        kind="adapter",
+        source=adapter.source,
+        revision=adapter.revision,
+        adapter=_adapter_facts(adapter),
+        **_sizes([(adapter.weights_file, list(adapter.tensors.values()))]),
+    )
+
+
+def _sizes(files: Sequence[tuple[str, Sequence[TensorSpec]]]) -> dict[str, Any]:
+    """Return the fields of an inspection that are sums over tensors."""
+    tensors = [spec for _, specs in files for spec in specs]
+    return {
+        "parameters": sum(spec.numel for spec in tensors),
+        "bytes": sum(spec.nbytes for spec in tensors),
+        "dtypes": _dtype_shares(tensors),
+        "files": tuple(FileFacts(name, sum(s.nbytes for s in t), len(t)) for name, t in files),
+    }
+
+
+def _dtype_shares(tensors: Iterable[TensorSpec]) -> tuple[DTypeShare, ...]:
+    by_dtype: dict[str, list[TensorSpec]] = {}
+    for spec in tensors:
+        by_dtype.setdefault(spec.dtype, []).append(spec)
+    shares = (
+        DTypeShare(dtype, len(specs), sum(s.numel for s in specs), sum(s.nbytes for s in specs))
+        for dtype, specs in by_dtype.items()
+    )
+    return tuple(sorted(shares, key=lambda share: (-share.bytes, share.dtype)))
+
+
+# ---- models
+
+
+def _model_facts(config: Mapping[str, Any] | None) -> ModelFacts | None:
+    """Return what a config says; where it is silent, what its ``text_config`` says."""
+    if config is None:
+        return None
+    nested = config.get("text_config")
+    levels = [config, nested] if isinstance(nested, dict) else [config]
+    return ModelFacts(
+        model_type=_first(levels, str, "model_type"),
+        architectures=_strings(config.get("architectures")),
+        layers=_first(levels, int, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        hidden=_first(levels, int, "hidden_size", "n_embd", "d_model"),
+        vocab=_first(levels, int, "vocab_size"),
+        tied_embeddings=_first(levels, bool, "tie_word_embeddings"),
+        quantization=_quantization(config),
+    )
+
+
+def _first(levels: Iterable[Mapping[str, Any]], kind: type[Value], *names: str) -> Value | None:
+    """Return the first value of type ``kind`` that a level has under one of the names."""
+    found = (level.get(name) for level in levels for name in names)
+    return next((value for value in found if type(value) is kind), None)
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return None
+    return str(quantization.get("quant_method") or "unnamed")
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
+
+
+def _merge_facts(path: Path) -> MergeFacts:
+    """Return what a receipt says."""
+    receipt = read_json_object(path, max_bytes=MAX_RECEIPT_BYTES)
+    try:
+        return MergeFacts(
+            base=_named(receipt["base"]),
+            adapters=tuple((_named(a), a["weight"]) for a in receipt["adapters"]),
+            created=str(receipt["created"]),
+            regraft=str(receipt["regraft"]),
+            relative_delta=receipt["totals"]["relative_delta"],
+            changed_share=receipt["totals"]["changed_share"],
+        )
+    except (KeyError, TypeError) as error:
+        raise FormatError(
+            "is not a receipt that this version can read",
+            where=str(path),
+            expected="base, adapters, created, regraft and totals",
+            found=f"{type(error).__name__}: {error}",
+            hint="Merge again, or delete it to treat the folder as a plain model",
+        ) from None
+
+
+def _named(record: Mapping[str, Any]) -> str:
+    """Return the name of an input, with its Hub commit where it has one."""
+    source, revision = str(record["source"]), record["revision"]
+    return f"{source.partition('@')[0]}@{revision}" if revision else source
+
+
+# ---- models on the Hub
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a Hub model's weights are all in the cache, so that no header need be fetched."""
+    if (folder / "model.safetensors.index.json").exists():
+        index = read_json_object(folder / "model.safetensors.index.json")
+        weight_map = index.get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        return all((folder / name).is_file() for name in names)
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def _hub_headers(located: Located, token: str | None) -> SafetensorsRepoMetadata:
+    """Fetch the headers of a model's safetensors files, without their tensors."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    where = f"Hub id {located.source!r}"
+    try:
+        return HfApi(token=token).get_safetensors_metadata(
+            located.repo_id or "", revision=located.revision
+        )
+    except NotASafetensorsRepoError:
+        raise InputError(
+            "is neither an adapter nor a model in safetensors",
+            where=where,
+            expected="model.safetensors, its index, or adapter_config.json",
+            hint="Download its files and inspect the folder",
+        ) from None
+    except Exception as error:  # the library's errors come from several trees
+        raise EnvironmentShortfall(
+            "the headers could not be fetched",
+            where=where,
+            found=f"{type(error).__name__}: {error}".partition("\n")[0],
+            hint="Check the connection and the token, or download the model and give its folder",
+        ) from None
+
+
+def _of_hub_model(located: Located, headers: SafetensorsRepoMetadata) -> Inspection:
+    config = located.path / "config.json"
+    files = [
+        (name, [_spec(name, key, info) for key, info in file.tensors.items()])
+        for name, file in sorted(headers.files_metadata.items())
+    ]
+    return Inspection(
+        kind="base",
+        source=located.source,
+        revision=located.revision,
+        model=_model_facts(read_json_object(config) if config.exists() else None),
+        **_sizes(files),
+    )
+
+
+def _spec(file: str, name: str, info: Any) -> TensorSpec:
+    begin, end = info.data_offsets
+    return TensorSpec(name, info.dtype, tuple(info.shape), Path(file), begin, end - begin)
+
+
+# ---- adapters
+
+_PREFIX = "base_model.model."
+_LORA_A = re.compile(r"(.+)\.(?:lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?)")
+_TOKEN_ROWS = re.compile(r".+\.trainable_tokens_delta(?:\.[^.]+)?")
+
+_UNMERGEABLE = (
+    ("alora_invocation_tokens", "aLoRA: it acts only after its invocation tokens"),
+    ("arrow_config", "Arrow: it routes each token among several adapters"),
+    ("use_qalora", "QALoRA: it acts on pooled inputs of a quantized layer"),
+    ("layer_replication", "layer_replication: it changes which layers the model has"),
+    ("kasa_config", "KaSA: it was trained on a truncated base"),
+)
+"""Fields of the config that, when set, mean that no merge gives the trained model."""
+
+_CHANGED_BASE = ("corda", "loftq", "lora_ga")
+"""Inits that changed the base before training: right only on that base."""
+
+
+def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
+    config = _Config(adapter.config, adapter.root / ADAPTER_CONFIG)
+    names = adapter.tensors
+    ranks = _ranks(adapter.tensors, config)
+    r, alpha = config.number("r"), config.number("lora_alpha")
+    rslora = bool(config.get("use_rslora"))
+    facts = AdapterFacts(
+        peft_type=str(config.get("peft_type") or "LORA"),
+        base=config.text("base_model_name_or_path"),
+        base_revision=config.text("revision"),
+        task_type=config.text("task_type"),
+        r=None if r is None else int(r),
+        alpha=alpha,
+        scale=_scale(r, alpha, rslora=rslora),
+        patterned=bool(config.get("rank_pattern") or config.get("alpha_pattern")),
+        rslora=rslora,
+        dora=bool(config.get("use_dora")) or any("lora_magnitude_vector" in n for n in names),
+        lora_bias=bool(config.get("lora_bias")),
+        ranks=dict(sorted(Counter(ranks.values()).items())),
+        target_modules=config.names_or_pattern("target_modules"),
+        target_parameters=config.names("target_parameters"),
+        modules=len(ranks),
+        adapted=dict(Counter(map(_leaf, ranks)).most_common()),
+        modules_to_save=config.names("modules_to_save"),
+        token_rows=sum(s.shape[0] for n, s in names.items() if s.shape and _TOKEN_ROWS.match(n)),
+        bias=config.text("bias") or "none",
+        init=str(config.get("init_lora_weights", True)).lower(),
+        unmergeable=_unmergeable(adapter.config),
+        peft_version=config.text("peft_version"),
+    )
+    config.raise_problems()
+    return facts
+
+
+def _ranks(tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, int]:
+    """Return the rank of each adapted module (r is the first dimension of A).
+
+    Experts adapted by ``target_parameters`` stack theirs: A is (experts * r, in), and the number of
+    experts is not in the adapter, so they count with the config's rank.
+    """
+    stated = config.get("r")
+    ranks: dict[str, int] = {}
+    for name, spec in tensors.items():
+        match = _LORA_A.fullmatch(name)
+        if match and spec.shape:
+            module = match[1].removeprefix(_PREFIX)
+            ranks[module] = spec.shape[0]
+            if isinstance(stated, int) and _is_parameter(module, config):
+                ranks[module] = stated
+    return ranks
+
+
+def _is_parameter(module: str, config: _Config) -> bool:
+    """Whether ``module`` holds a parameter that ``target_parameters`` names."""
+    owners = {name.rpartition(".")[0] for name in config.names("target_parameters")}
+    plain = f".{_without_wrappers(module)}"
+    return any(plain.endswith(f".{owner}") for owner in owners if owner)
+
+
+def _without_wrappers(module: str) -> str:
+    return module.replace(".base_layer", "")
+
+
+def _leaf(module: str) -> str:
+    return _without_wrappers(module).rpartition(".")[2]
+
+
+def _scale(r: float | None, alpha: float | None, *, rslora: bool) -> float | None:
+    """Return alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
+    if not r or alpha is None or r < 0:
+        return None
+    return alpha / (math.sqrt(r) if rslora else r)
+
+
+def _unmergeable(config: Mapping[str, Any]) -> tuple[str, ...]:
+    reasons = [reason for field, reason in _UNMERGEABLE if config.get(field)]
+    peft_type = str(config.get("peft_type") or "LORA")
+    if peft_type != "LORA":
+        reasons.insert(0, f"{peft_type}: not a LoRA adapter")
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init in _CHANGED_BASE:
+        reasons.append(f"init {init}: it was trained on a base that this init changed")
+    return tuple(reasons)
+
+
+class _Config:
+    """``adapter_config.json``, whose values a stranger chose: wrong kinds are gathered."""
+
+    def __init__(self, fields: Mapping[str, Any], path: Path) -> None:
+        self.get = fields.get
+        self._path = path
+        self._problems: dict[str, Problem] = {}
+
+    def raise_problems(self) -> None:
+        """Raise all values of the wrong kind together."""
+        if self._problems:
+            raise AdapterError(list(self._problems.values()))
+
+    def number(self, name: str) -> float | None:
+        """Return a number, or None where there is none."""
+        value = self.get(name)
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            return value
+        return self._bad(name, "a number", None)
+
+    def text(self, name: str) -> str | None:
+        """Return a string, or None where there is none."""
+        value = self.get(name)
+        return (
+            value if value is None or isinstance(value, str) else self._bad(name, "a string", None)
+        )
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """Return a list of names, empty where there is none."""
+        value = self.get(name)
+        if value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            return tuple(value or ())
+        return self._bad(name, "a list of names", ())
+
+    def names_or_pattern(self, name: str) -> str | tuple[str, ...]:
+        """Return a list of names, or the one string that is a regex."""
+        value = self.get(name)
+        return value if isinstance(value, str) else self.names(name)
+
+    def _bad(self, name: str, expected: str, fallback: Value) -> Value:
+        found = repr(self.get(name))[:80]
+        self._problems[name] = Problem(
+            "a field is of the wrong kind", f"{self._path}, {name}", expected, found
+        )
+        return fallback

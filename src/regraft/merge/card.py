@@ -1,0 +1,125 @@
+"""The model card of a merge: where it comes from, how it was made, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from regraft.merge.receipt import Receipt
+
+_REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "extra_gated_prompt")
+
+
+def base_metadata(folder: Path) -> dict[str, Any]:
+    """Return what a base's own card says of licence and language, {} if it has none to read."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    match = re.match(r"^---\n(.*?)\n---", path.read_text("utf-8", "replace")[:65536], re.DOTALL)
+    if match is None:
+        return {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(match.group(1))
+    except yaml.YAMLError:  # a card that cannot be read has nothing to hand on
+        return {}
+    return {k: found[k] for k in _KEPT if k in found} if isinstance(found, dict) else {}
+
+
+def model_card(
+    receipt: Receipt, *, claimed_base: str | None, inherited: Mapping[str, Any], auto_class: str
+) -> str:
+    """Return the text of README.md.
+
+    Args:
+        receipt: what was done.
+        claimed_base: the base's Hub id as the adapters name it, for a base given as a folder.
+        inherited: the base's licence and the like.
+        auto_class: the transformers class that loads the model.
+    """
+    return f"{_front_matter(receipt, claimed_base, inherited)}\n{_body(receipt, auto_class)}"
+
+
+def _front_matter(receipt: Receipt, claimed: str | None, inherited: Mapping[str, Any]) -> str:
+    import yaml
+
+    base = _hub_id(receipt.base.source) or _hub_id(claimed)
+    adapters = [_hub_id(adapter.source) for adapter in receipt.adapters]
+    models = [name for name in [base, *adapters] if name]
+    data: dict[str, Any] = dict(inherited)
+    if models:
+        data |= {"base_model": list(dict.fromkeys(models)), "base_model_relation": "merge"}
+    data |= {"library_name": "transformers", "tags": ["merge", "lora", "regraft"]}
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
+
+
+def _hub_id(source: str | None) -> str | None:
+    name = (source or "").partition("@")[0]
+    return name if _REPOSITORY.match(name) and not Path(name).exists() else None
+
+
+def _body(receipt: Receipt, auto_class: str) -> str:
+    adapters = "\n".join(
+        f"| adapter {i + 1} | `{_shown(a.source)}` | {a.weight:g} |"
+        for i, a in enumerate(receipt.adapters)
+    )
+    totals = receipt.totals
+    return f"""
+# {Path(receipt.output).name}
+
+A plain transformers model: adapters merged into a base. No adapter library is needed to run it.
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{Path(receipt.output).name}")
+```
+
+| | source | weight |
+|---|---|---|
+| base | `{_shown(receipt.base.source)}` | |
+{adapters}
+
+{totals.merged} of {totals.tensors} tensors were merged. The adapters moved them by
+{totals.relative_delta:.2%} of their norm; {totals.changed_share:.1%} of the merged elements changed.
+
+Made by [regraft](https://github.com/regraft/regraft) {receipt.regraft}, arithmetic version
+{receipt.arithmetic}:
+
+```
+{receipt.command}
+```
+
+`regraft/receipt.json` holds the digest of every tensor read and written.
+"""
+
+
+def _shown(source: str) -> str:
+    """Folders are named without their path, which is nobody else's business."""
+    return Path(source).name if Path(source).exists() else source
+
+
+AUTO_CLASSES = (
+    ("ForCausalLM", "AutoModelForCausalLM"),
+    ("LMHeadModel", "AutoModelForCausalLM"),
+    ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+    ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ("ForTokenClassification", "AutoModelForTokenClassification"),
+    ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+    ("ForImageClassification", "AutoModelForImageClassification"),
+    ("ForMaskedLM", "AutoModelForMaskedLM"),
+)
+
+
+def auto_class_of(config: Mapping[str, Any]) -> str:
+    """Return the transformers auto class that loads a config's architecture."""
+    architecture = str((config.get("architectures") or [""])[0])
+    for ending, auto in AUTO_CLASSES:
+        if architecture.endswith(ending):
+            images = auto == "AutoModelForSeq2SeqLM" and "vision_config" in config
+            return "AutoModelForImageTextToText" if images else auto
+    return "AutoModel"

@@ -1,0 +1,147 @@
+"""Adapter tensors in memory: read once, checked, cached, and packed for the kernels."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from regraft.deltas import kernels
+from regraft.deltas.views import Delta, View
+from regraft.errors import AdapterError
+from regraft.formats.reading import FilePool
+from regraft.merge.plan import Segment
+from regraft.tensors import TensorSpec
+
+Floats = npt.NDArray[np.float32]
+Key = tuple[Path, str]
+
+
+def decode(raw: bytes, dtype: str) -> Floats:
+    """Return stored values as float32, exactly."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.frombuffer(raw, {"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
+
+
+class FactorStore:
+    """Tensors of the adapters as float32, kept while they are likely to be asked for again."""
+
+    def __init__(self, files: FilePool, limit: int) -> None:
+        self._files = files
+        self._limit = limit
+        self._kept: OrderedDict[Key, Floats] = OrderedDict()
+        self._lock = threading.Lock()
+        self.digests: dict[Key, str] = {}
+
+    def matrix(self, view: View) -> Floats:
+        """Return a view's matrix, contiguous.
+
+        Raises:
+            AdapterError: the tensor holds NaN or infinity.
+        """
+        if view.spec is None:
+            return np.ones(view.result, np.float32)
+        whole = self._tensor(view.spec).reshape(view.shape)
+        index = tuple(slice(*s) if isinstance(s, tuple) else _all(s) for s in view.select)
+        part = whole[index].reshape(view.matrix)
+        return np.ascontiguousarray(part.T if view.transpose else part)
+
+    def _tensor(self, spec: TensorSpec) -> Floats:
+        key = (spec.path, spec.name)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+            values = self._read(spec, key)
+            self._kept[key] = values
+            while len(self._kept) > 1 and sum(v.nbytes for v in self._kept.values()) > self._limit:
+                self._kept.popitem(last=False)
+            return values
+
+    def _read(self, spec: TensorSpec, key: Key) -> Floats:
+        raw = self._files.read_bytes(spec)
+        self.digests[key] = blake3(raw).hexdigest()
+        values = decode(raw, spec.dtype)
+        if not np.isfinite(values).all():
+            bad = int(values.size - np.isfinite(values).sum())
+            raise AdapterError(
+                "the adapter holds NaN or infinity",
+                where=f"{spec.path}: {spec.name}",
+                expected="finite numbers",
+                found=f"{bad} of {values.size} are not",
+                hint="Its training diverged; use an earlier checkpoint",
+            )
+        return values
+
+
+def _all(select: int | None) -> int | slice:
+    return slice(None) if select is None else select
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The deltas of a segment in the form :func:`regraft.deltas.kernels.merge_rows` takes."""
+
+    left: Floats
+    right: Floats
+    right_ld: int
+    table: npt.NDArray[np.int64]
+    scales: Floats
+    factors: Floats
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A delta's factors in memory: left (rows, r), right (r, columns)."""
+
+    left: Floats
+    right: Floats
+
+
+def pack(
+    segment: Segment, pairs: Sequence[Pair], dora: Sequence[Floats | None]
+) -> Packed:
+    """Lay a segment's factors out one after the other.
+
+    Args:
+        segment: the rows and their deltas.
+        pairs: the factors of each delta, cut to the segment's rows.
+        dora: DoRA's factor per row or per column of each delta, or None.
+    """
+    table = np.zeros((len(pairs), 5), np.int64)
+    left_at = right_at = factor_at = 0
+    for line, delta, pair, factor in zip(table, segment.deltas, pairs, dora, strict=True):
+        flags = _flags(delta)
+        line[:] = (left_at, right_at, pair.right.shape[0], flags, factor_at)
+        left_at += pair.left.size
+        right_at += pair.right.size
+        factor_at += factor.size if factor is not None else 0
+    return Packed(
+        _joined([pair.left for pair in pairs]),
+        _joined([pair.right for pair in pairs]),
+        pairs[0].right.shape[1],
+        table,
+        np.array([delta.scale for delta in segment.deltas], np.float32),
+        _joined([factor for factor in dora if factor is not None]),
+    )
+
+
+def _flags(delta: Delta) -> int:
+    if delta.is_residual:
+        return kernels.ROUND_TO_SOURCE
+    if delta.magnitude is None:
+        return 0
+    return kernels.COLUMN_FACTOR if delta.by_column else kernels.ROW_FACTOR
+
+
+def _joined(arrays: Sequence[Floats]) -> Floats:
+    if not arrays:
+        return np.empty(0, np.float32)
+    return arrays[0].ravel() if len(arrays) == 1 else np.concatenate([a.ravel() for a in arrays])

@@ -1,0 +1,150 @@
+"""After the weights: index, config, side files, card and receipt."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from regraft._version import __version__
+from regraft.formats.reading import access_error
+from regraft.merge.card import auto_class_of, base_metadata, model_card
+from regraft.merge.execute import Outcome
+from regraft.merge.output import write_file
+from regraft.merge.plan import Plan
+from regraft.merge.receipt import InputRecord, Receipt, TensorRecord, Totals
+from regraft.merge.sidefiles import json_bytes, plan_side_files, updated_config
+
+Used = Callable[[], tuple[float, int, int]]
+"""Asks for seconds, peak memory in bytes, and threads."""
+
+
+def write_rest(plan: Plan, outcome: Outcome, folder: Path, command: str, used: Used) -> Receipt:
+    """Write everything but the weights into ``folder``; the receipt is last.
+
+    Raises:
+        RegraftError: a side file cannot be read, or something cannot be written.
+    """
+    config = updated_config(plan.base.config or {}, plan.config_updates)
+    _copy_side_files(plan, folder, code=bool(config.get("auto_map")))
+    if plan.base.config is not None:
+        write_file(folder / "config.json", json_bytes(config))
+    if len(plan.shards) > 1:
+        write_file(folder / _index_name(plan), json_bytes(_index(plan), sort_keys=True))
+    receipt = _receipt(plan, outcome, command, used)
+    claimed = next((a.settings.base_model_name_or_path for a in plan.adapters), None)
+    card = model_card(
+        receipt, claimed_base=claimed, inherited=base_metadata(plan.base.root),
+        auto_class=auto_class_of(config),
+    )  # fmt: skip
+    write_file(folder / "README.md", card.encode())
+    receipt = _with_usage(receipt, used)
+    write_file(folder / "regraft" / "receipt.json", json_bytes(receipt.to_json()))
+    return receipt
+
+
+def _copy_side_files(plan: Plan, folder: Path, *, code: bool) -> None:
+    if plan.base.single_file:
+        return
+    adapters = [Path(adapter.root) for adapter in plan.adapters]
+    for name, path in plan_side_files(plan.base.root, adapters, code=code).items():
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise access_error(path, error) from error
+        write_file(folder / name, content)
+
+
+def _index_name(plan: Plan) -> str:
+    stem = plan.shards[0].name.partition("-")[0].partition(".")[0]
+    return f"{stem}.safetensors.index.json"
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    totals = plan.totals()
+    return {
+        "metadata": {"total_parameters": totals["parameters"], "total_size": plan.nbytes},
+        "weight_map": {step.name: shard.name for shard in plan.shards for step in shard.steps},
+    }
+
+
+def _receipt(plan: Plan, outcome: Outcome, command: str, used: Used) -> Receipt:
+    base_digests = {
+        record.source: record.source_blake3
+        for step, record in zip(plan.steps, outcome.records, strict=True)
+        if step.source_adapter is None
+    }
+    base = InputRecord(plan.base.source, plan.base.revision, None, base_digests)
+    receipt = Receipt(
+        regraft=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        output=str(plan.out),
+        base=base,
+        adapters=_adapter_records(plan, outcome),
+        options=dict(plan.options),
+        tensors=outcome.records,
+        totals=_totals(plan, outcome.records, used),
+        warnings=plan.warnings,
+    )
+    return replace(receipt, warnings=(*plan.warnings, *_quiet_warning(receipt)))
+
+
+def _with_usage(receipt: Receipt, used: Used) -> Receipt:
+    seconds, peak, _ = used()
+    return replace(receipt, totals=replace(receipt.totals, seconds=seconds, peak_memory=peak))
+
+
+def _adapter_records(plan: Plan, outcome: Outcome) -> tuple[InputRecord, ...]:
+    by_file: dict[Path, dict[str, str]] = defaultdict(dict)
+    for (path, name), digest in outcome.adapter_digests.items():
+        by_file[path][name] = digest
+    for step, record in zip(plan.steps, outcome.records, strict=True):
+        if step.source_adapter is not None:
+            by_file[step.source.path][record.source] = record.source_blake3
+    records = []
+    for adapter in plan.adapters:
+        paths = {target.a.path for target in adapter.targets}
+        paths |= {whole.spec.path for whole in adapter.whole}
+        paths |= {rows.spec.path for rows in adapter.token_rows}
+        digests = {n: d for path in paths for n, d in sorted(by_file[path].items())}
+        records.append(InputRecord(adapter.source, adapter.revision, adapter.weight, digests))
+    return tuple(records)
+
+
+def _totals(plan: Plan, records: tuple[TensorRecord, ...], used: Used) -> Totals:
+    counts = plan.totals()
+    weights = sum((r.weight_norm or 0.0) ** 2 for r in records if r.weight_norm is not None)
+    deltas = sum((r.delta_norm or 0.0) ** 2 for r in records if r.weight_norm is not None)
+    touched = [r for r in records if r.action in ("merge", "replace")]
+    elements = sum(_numel(r) for r in touched)
+    seconds, peak, threads = used()
+    return Totals(
+        **counts,
+        relative_delta=float(f"{(deltas / weights) ** 0.5:.9g}") if weights else 0.0,
+        changed_share=sum(r.changed for r in touched) / elements if elements else 0.0,
+        seconds=seconds,
+        peak_memory=peak,
+        threads=threads,
+    )
+
+
+def _numel(record: TensorRecord) -> int:
+    count = 1
+    for size in record.shape:
+        count *= size
+    return count
+
+
+def _quiet_warning(receipt: Receipt) -> list[str]:
+    if not receipt.quiet:
+        return []
+    return [
+        f"the adapters changed (nearly) nothing: {receipt.totals.changed_share:.4%} of the merged "
+        "elements differ from the base; are they trained, and is the weight right?"
+    ]
+
+

@@ -1,0 +1,141 @@
+"""Finding the base's tensors behind a name an adapter uses."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from regraft.formats.checkpoint import Checkpoint
+from regraft.names import NameMap, Piece
+from regraft.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of the base, and which part of a model's parameter it is."""
+
+    spec: TensorSpec
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a name leads.
+
+    Attributes:
+        piece: which part of a model's parameter the name means.
+        held: the base's tensors that hold some of it.
+        alias: the parameter's own name when the base holds it only under another name, because
+            the two are tied; None otherwise.
+    """
+
+    piece: Piece
+    held: tuple[Held, ...]
+    alias: str | None = None
+
+
+class BaseIndex:
+    """The tensors of a base by every name they can be asked for."""
+
+    def __init__(self, base: Checkpoint, names: NameMap) -> None:
+        self.base = base
+        self.names = names.for_names(base.tensors)
+        self.by_parameter: dict[str, list[Held]] = defaultdict(list)
+        for name, spec in base.tensors.items():
+            for piece in self.names.pieces(name):
+                self.by_parameter[piece.parameter].append(Held(spec, piece))
+        self.aliases = self._absent_ties()
+
+    def _absent_ties(self) -> dict[str, str]:
+        """Return the tied parameters that the base leaves out, with the parameter they share."""
+        ties = {}
+        for target, source in self.names.tied_now.items():
+            if target not in self.by_parameter and self._holding(source):
+                ties[target] = source
+        return ties
+
+    def _holding(self, parameter: str) -> tuple[Held, ...]:
+        """Return the tensors of a parameter, whether or not the base has its model's prefix."""
+        prefix = f"{self.names.base_model_prefix}."
+        for name in (parameter, parameter.removeprefix(prefix), prefix + parameter):
+            if name in self.by_parameter:
+                return tuple(self.by_parameter[name])
+        return ()
+
+    def find(self, name: str) -> tuple[Found, ...]:
+        """Return what a full parameter name means in this base: nothing, or one or more finds."""
+        if exact := self._exact(name):
+            return (exact,)
+        for pieces in (self.names.targets(name), *self.names.canonical_candidates(name)):
+            found = [self._of_piece(piece) for piece in pieces]
+            if any(found):
+                return tuple(f for f in found if f is not None)
+        return ()
+
+    def _exact(self, name: str) -> Found | None:
+        spec = self.base.tensors.get(name)
+        pieces = self.names.pieces(name) if spec is not None else ()
+        if spec is None or any(p.transposed or p.unsupported for p in pieces):
+            return None
+        return Found(Piece(name), (Held(spec, Piece(name)),))
+
+    def _of_piece(self, piece: Piece) -> Found | None:
+        held = tuple(h for h in self.by_parameter.get(piece.parameter, ()) if overlap(piece, h.piece))
+        if held:
+            return Found(piece, held)
+        if piece.parameter in self.aliases:
+            return Found(piece, self._holding(self.aliases[piece.parameter]), piece.parameter)
+        return None
+
+    def part_offset(self, parameter: str, piece: Piece) -> int:
+        """Return the row at which a part of a concatenated parameter begins."""
+        before = [
+            h.spec.shape[0]
+            for h in self.by_parameter[parameter]
+            if h.piece.expert == piece.expert and h.piece.part < piece.part
+        ]
+        return sum(before)
+
+    def part_total(self, parameter: str, piece: Piece) -> int:
+        """Return the rows that all parts of a concatenated parameter have together."""
+        rows = [
+            h.spec.shape[0] for h in self.by_parameter[parameter] if h.piece.expert == piece.expert
+        ]
+        return sum(rows)
+
+    def nearest(self, name: str, count: int = 3) -> list[str]:
+        """Return the base's names most like ``name``, for messages."""
+        shape = _numberless(name)
+        close = difflib.get_close_matches(shape, list(self._shapes), n=count, cutoff=0.4)
+        return [self._shapes[c] for c in close]
+
+    @cached_property
+    def _shapes(self) -> dict[str, str]:
+        """One name for each shape of name (numbers aside), so that a search stays short."""
+        shapes: dict[str, str] = {}
+        for name in self.base.tensors:
+            shapes.setdefault(_numberless(name), name)
+        return shapes
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
+
+
+def overlap(wanted: Piece, held: Piece) -> bool:
+    """Whether two parts of one parameter have elements in common."""
+    experts = wanted.expert is None or held.expert is None or wanted.expert == held.expert
+    parts = wanted.parts == 1 or held.parts == 1 or wanted.part == held.part
+    return experts and parts
+
+
+def nearest_hint(index: BaseIndex, names: Sequence[str]) -> str:
+    """Return a hint that lists the nearest names of the base."""
+    near = index.nearest(names[0])
+    if not near:
+        return "Is this the base the adapter was trained on?"
+    return "The base's nearest names: " + ", ".join(near)

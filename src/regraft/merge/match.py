@@ -1,0 +1,355 @@
+"""Matching adapters with a base: which stored tensor gets what, with all misfits at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
+from regraft.deltas.views import Delta, RowPatch, matrix_view
+from regraft.errors import Problem
+from regraft.merge.lookup import BaseIndex, Found, Held, nearest_hint
+from regraft.merge.placing import (
+    Misfit,
+    Placement,
+    bias_delta,
+    embedding_delta,
+    linear_deltas,
+    residual_delta,
+)
+from regraft.tensors import TensorSpec
+
+
+@dataclass
+class Work:
+    """What happens to one output tensor, gathered over all adapters.
+
+    Attributes:
+        name: the tensor's name in the output.
+        base: the base's tensor, or None when the base has none.
+        override: an adapter's tensor that takes the base's place, with the adapter's number.
+        origin: why it does (see :data:`regraft.adapters.model.Origin`).
+        deltas: in the order they are added.
+        patches: rows replaced afterwards.
+        shared: adapters that asked for the two sides of a tie to stay one.
+    """
+
+    name: str
+    base: TensorSpec | None
+    override: tuple[int, TensorSpec] | None = None
+    origin: str = ""
+    deltas: list[Delta] = field(default_factory=list)
+    patches: list[RowPatch] = field(default_factory=list)
+    shared: set[int] = field(default_factory=set)
+
+    @property
+    def source(self) -> TensorSpec:
+        """The tensor the work starts from."""
+        if self.override is not None:
+            return self.override[1]
+        assert self.base is not None  # noqa: S101  (a work has one or the other)
+        return self.base
+
+
+@dataclass
+class Matching:
+    """The outcome: works by output name, works on tied parameters by their own name, and notes.
+
+    Attributes:
+        works: by the name of the base's tensor (or of the added one).
+        tied: works on parameters that the base holds only under the name they are tied to.
+        problems: every misfit.
+        warnings: what the user should know.
+    """
+
+    works: dict[str, Work] = field(default_factory=dict)
+    tied: dict[str, Work] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Matcher:
+    """Matches adapters, one after the other, with one base."""
+
+    def __init__(self, index: BaseIndex) -> None:
+        self.index = index
+        self.result = Matching()
+        self._tying: set[int] = set()
+
+    def ties(self, number: int) -> bool:
+        """Whether an adapter asked for tied weights to stay tied (``ensure_weight_tying``)."""
+        return number in self._tying
+
+    def add(self, number: int, adapter: Adapter) -> None:
+        """Match one adapter; misfits go to ``result.problems``."""
+        if adapter.settings.ensure_weight_tying:
+            self._tying.add(number)
+        for whole in adapter.whole:
+            self._collect(self._place_whole, number, adapter, whole)
+        for target in adapter.targets:
+            self._collect(self._place_target, number, adapter, target)
+        for rows in adapter.token_rows:
+            self._collect(self._place_rows, number, adapter, rows)
+        self._note_untouched(adapter)
+
+    def _collect(self, place, number: int, adapter: Adapter, item) -> None:  # type: ignore[no-untyped-def]
+        try:
+            place(number, adapter, item)
+        except Misfit as misfit:
+            self.result.problems.append(misfit.problem)
+
+    def _work(self, found: Found, held: Held) -> Work:
+        """Return the work on a stored tensor, or on the tied parameter behind it."""
+        if found.alias is not None:
+            return self.result.tied.setdefault(found.alias, Work(found.alias, held.spec))
+        return self.result.works.setdefault(held.spec.name, Work(held.spec.name, held.spec))
+
+    # -- LoRA targets ---------------------------------------------------------------------------
+
+    def _place_target(self, number: int, adapter: Adapter, target: LoraTarget) -> None:
+        parameter, key = self._parameter_of(adapter, target)
+        place = Placement(number, adapter, target, key)
+        finds = self.index.find(parameter)
+        if not finds:
+            raise Misfit(self._not_found(place.where(), parameter))
+        for found in finds:
+            for held in found.held:
+                self._add_deltas(place, found, held)
+        if target.b_bias is not None:
+            self._add_bias(place)
+
+    def _parameter_of(self, adapter: Adapter, target: LoraTarget) -> tuple[str, str]:
+        """Return the parameter a target means, and the key of its rank and alpha patterns."""
+        selected = adapter.settings.parameters_of(target.module)
+        known = self.index.names.expert_parameters(target.module) or _EXPERT_ORDER
+        ordered = [p for p in known if p in selected] + [p for p in selected if p not in known]
+        if target.depth >= max(len(ordered), 1):
+            raise Misfit(
+                Problem("more wrapped parameters than target_parameters names",
+                        f"{adapter.label}: {target.module}", f"at most {len(ordered)}",
+                        str(target.depth + 1))
+            )  # fmt: skip
+        if ordered:
+            # The parameter registered first is wrapped first, so it lies innermost.
+            parameter = f"{target.module}.{ordered[len(ordered) - 1 - target.depth]}"
+            return parameter, parameter
+        self._check_targeted(adapter, target.module)
+        packed = f"{target.module}.in_proj_weight"
+        if packed in self.index.base.tensors:  # nn.MultiheadAttention
+            return packed, target.module
+        return f"{target.module}.weight", target.module
+
+    def _check_targeted(self, adapter: Adapter, module: str) -> None:
+        parent = module.removesuffix(".out_proj")  # MultiheadAttention wraps its own out_proj
+        settings = adapter.settings
+        tied = settings.ensure_weight_tying and f"{module}.weight" in self.index.aliases
+        if settings.targets(module) or tied or (parent != module and settings.targets(parent)):
+            return
+        raise Misfit(
+            Problem("the adapter has factors for a module that its config does not target",
+                    f"{adapter.label}: {module}", "a module that target_modules selects",
+                    f"target_modules={_short(settings.target_modules)}",
+                    "PEFT would ignore them in silence; mend target_modules in adapter_config.json")
+        )  # fmt: skip
+
+    def _add_deltas(self, place: Placement, found: Found, held: Held) -> None:
+        if place.target.kind == "embedding":
+            work = self._work(found, held)
+            deltas = [embedding_delta(place, self._seen(work, held).spec)]
+        else:
+            work = self._work(found, held)
+            deltas = linear_deltas(place, found, self._seen(work, held), self.index)
+        if work.origin == "saved":
+            raise Misfit(_conflict(place.where(), work.name))
+        for delta in deltas:
+            residual = residual_delta(place, delta)
+            work.deltas += [residual, delta] if residual else [delta]
+        if self.ties(place.adapter):
+            work.shared.add(place.adapter)
+
+    def _seen(self, work: Work, held: Held) -> Held:
+        """The tensor a delta will meet: PEFT's copy of a (resized) embedding wins over the base's."""
+        source = self.result.works.get(held.spec.name, work)
+        if source.override is not None and source.origin == "embedding":
+            return Held(source.override[1], held.piece)
+        return held
+
+    def _add_bias(self, place: Placement) -> None:
+        parameter = f"{place.target.module}.bias"
+        finds = self.index.find(parameter)
+        if len(finds) != 1 or len(finds[0].held) != 1:
+            raise Misfit(
+                Problem("lora_bias needs a bias in the base, and there is none", place.where(),
+                        parameter, "nothing", "Nobody can merge this; serve it as an adapter")
+            )  # fmt: skip
+        work = self._work(finds[0], finds[0].held[0])
+        work.deltas.append(bias_delta(place, finds[0].held[0].spec))
+
+    # -- whole tensors and rows ------------------------------------------------------------------
+
+    def _place_whole(self, number: int, adapter: Adapter, whole: WholeTensor) -> None:
+        where = f"{adapter.label}: {whole.parameter}"
+        if adapter.weight != 1.0 and whole.origin != "embedding":
+            raise Misfit(
+                Problem("a replaced tensor cannot be weighted", where, "weight 1",
+                        f"weight {adapter.weight:g}", "Merge this adapter with weight 1")
+            )  # fmt: skip
+        finds = self.index.find(whole.parameter)
+        if not finds:
+            self._add_tensor(number, whole, where)
+            return
+        if len(finds) != 1 or len(finds[0].held) != 1 or not _is_direct(finds[0]):
+            raise Misfit(
+                Problem("the base keeps this tensor in parts that a whole one cannot replace", where,
+                        "one tensor", ", ".join(h.spec.name for f in finds for h in f.held))
+            )  # fmt: skip
+        self._override(number, whole, finds[0], where)
+
+    def _override(self, number: int, whole: WholeTensor, found: Found, where: str) -> None:
+        held = found.held[0]
+        if found.alias is not None and whole.origin == "embedding":
+            found = Found(found.piece, found.held)  # a parameter of the base: both sides share it
+        self._check_shape(whole, held.spec, where)
+        work = self._work(found, held)
+        replaced = work.override is not None and work.origin != "embedding"
+        if replaced or (work.deltas and whole.origin == "saved"):
+            raise Misfit(_conflict(where, work.name))
+        if work.override is not None and work.override[1].shape != whole.spec.shape:
+            raise Misfit(
+                Problem("two adapters carry this embedding in different sizes", where,
+                        str(work.override[1].shape), str(whole.spec.shape))
+            )  # fmt: skip
+        work.override, work.origin = (number, whole.spec), whole.origin
+        if self.ties(number):
+            work.shared.add(number)
+
+    def _check_shape(self, whole: WholeTensor, spec: TensorSpec, where: str) -> None:
+        if whole.spec.shape == spec.shape:
+            return
+        grown = len(spec.shape) == len(whole.spec.shape) and whole.spec.shape[1:] == spec.shape[1:]
+        if grown and (self._is_vocabulary(spec.name) or whole.origin == "saved"):
+            return
+        raise Misfit(
+            Problem("the adapter's tensor has another shape than the base's", where,
+                    f"{spec.shape} (base)", f"{whole.spec.shape} (adapter)",
+                    "Is this the base the adapter was trained on?")
+        )  # fmt: skip
+
+    def _is_vocabulary(self, name: str) -> bool:
+        return vocabulary_side(self.index, name) is not None
+
+    def _add_tensor(self, number: int, whole: WholeTensor, where: str) -> None:
+        if whole.origin != "saved":
+            raise Misfit(self._not_found(where, whole.parameter))
+        if whole.parameter in self.result.works:
+            raise Misfit(_conflict(where, whole.parameter))
+        work = Work(whole.parameter, None, (number, whole.spec), "saved")
+        self.result.works[whole.parameter] = work
+
+    def _place_rows(self, number: int, adapter: Adapter, rows: TokenRows) -> None:
+        where = f"{adapter.label}: {rows.module}"
+        if adapter.weight != 1.0:
+            raise Misfit(
+                Problem("replaced token rows cannot be weighted", where, "weight 1",
+                        f"weight {adapter.weight:g}", "Merge this adapter with weight 1")
+            )  # fmt: skip
+        finds = self.index.find(f"{rows.module}.weight")
+        if len(finds) != 1 or len(finds[0].held) != 1:
+            raise Misfit(self._not_found(where, f"{rows.module}.weight"))
+        held = finds[0].held[0]
+        # PEFT ties the rows of tied embeddings, so they belong to the tensor both sides share.
+        work = self._work(Found(finds[0].piece, finds[0].held), held)
+        self._check_rows(rows, work, where)
+        n, width = rows.spec.shape
+        work.patches.append(RowPatch(number, rows.indices, matrix_view(rows.spec, n, width)))
+
+    def _check_rows(self, rows: TokenRows, work: Work, where: str) -> None:
+        height, width = work.source.shape
+        taken = {i for patch in work.patches for i in patch.indices}
+        if taken & set(rows.indices):
+            raise Misfit(_conflict(where, f"rows of {work.name}"))
+        beyond = sorted(i for i in rows.indices if i >= height)
+        if beyond != list(range(height, height + len(beyond))) or rows.spec.shape[1] != width:
+            raise Misfit(
+                Problem("the adapter trained token rows that the base does not have", where,
+                        f"rows below {height} of width {width}",
+                        f"rows up to {max(rows.indices)} of width {rows.spec.shape[1]}",
+                        "Resize the base's vocabulary first, or save the adapter with the "
+                        "embeddings in modules_to_save")
+            )  # fmt: skip
+
+    # -- notes -----------------------------------------------------------------------------------
+
+    def _not_found(self, where: str, parameter: str) -> Problem:
+        return Problem(
+            "the base has no such tensor", where, parameter, "nothing",
+            nearest_hint(self.index, [parameter]),
+        )  # fmt: skip
+
+    def _note_untouched(self, adapter: Adapter) -> None:
+        """Say which modules the config targets although the adapter has no factors for them."""
+        targets = {target.module for target in adapter.targets}
+        if not targets or adapter.settings.target_modules is None:
+            return
+        leaves = {module.rpartition(".")[2] for module in targets}
+        untouched = [
+            module
+            for name in self.index.base.tensors
+            if name.endswith(".weight")
+            and (module := name.removesuffix(".weight")).rpartition(".")[2] in leaves
+            and module not in targets
+            and adapter.settings.targets(module)
+            and not self.result.works.get(name)
+        ]
+        if untouched:
+            self.result.warnings.append(
+                f"{adapter.label}: the config targets {len(untouched)} more modules that the "
+                f"adapter has no factors for (such as {untouched[0]}); they stay as in the base"
+            )
+
+
+_EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+"""How transformers' experts modules register their parameters, where the table does not say."""
+
+
+def _short(value: object) -> str:
+    text = ", ".join(value) if isinstance(value, tuple) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_direct(found: Found) -> bool:
+    held = found.held[0].piece
+    return (found.piece.expert, found.piece.part, found.piece.parts, found.piece.chunks) == (
+        held.expert, held.part, held.parts, held.chunks,
+    ) and not held.transposed and not held.unsupported  # fmt: skip
+
+
+def _conflict(where: str, name: str) -> Problem:
+    return Problem(
+        "two adapters claim the same tensor, and at least one replaces it", f"{where} -> {name}",
+        hint="Merge them one after the other, or keep the tensor in one of them only",
+    )  # fmt: skip
+
+
+def vocabulary_side(index: BaseIndex, tensor: str) -> str | None:
+    """Return ``"input"`` or ``"output"`` for a tensor that has one row per token, else None."""
+    names = index.names
+    parameters = [piece.parameter for piece in names.pieces(tensor)] or [tensor]
+    module = parameters[0].rpartition(".")[0]
+    prefix = f"{names.base_model_prefix}."
+    sides = {"input": names.input_embedding, "output": names.output_embedding}
+    for side, known in sides.items():
+        if known and module.removeprefix(prefix) == known.removeprefix(prefix):
+            return side
+    if not names.known:
+        leaf = module.rpartition(".")[2]
+        return {"embed_tokens": "input", "wte": "input", "lm_head": "output"}.get(leaf)
+    return None
+
+
+def match(index: BaseIndex, adapters: Iterable[Adapter]) -> Matching:
+    """Match adapters with a base; misfits are collected, not raised."""
+    matcher = Matcher(index)
+    for number, adapter in enumerate(adapters):
+        matcher.add(number, adapter)
+    return matcher.result

@@ -1,0 +1,147 @@
+"""The output folder: built beside its place, flushed, then renamed into it, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
+from regraft.formats.layout import looks_like
+from regraft.merge.writer import write_error
+
+SLACK_BYTES = 64 * 2**20
+"""Room asked for beyond the weights: tokenizer, headers, the file system's own needs."""
+
+
+def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse an output folder that would harm something.
+
+    Raises:
+        UsageError: it is, holds, or lies in one of the inputs.
+        OutputExistsError: it exists and may not be replaced.
+    """
+    place = out.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if place == source or place in source.parents or source in place.parents:
+            raise UsageError(
+                "the output would lie in (or over) an input", where=str(out), found=str(path),
+                hint="Choose another folder for -o",
+            )  # fmt: skip
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise OutputExistsError(
+            "the output exists already", where=str(out),
+            hint="Give another -o, or --overwrite to replace it once the new one is complete",
+        )  # fmt: skip
+    kind = looks_like(out) if out.is_dir() else "unknown"
+    if out.is_symlink() or kind not in ("merged", "checkpoint", "empty", "tokenizer"):
+        raise OutputExistsError(
+            "--overwrite replaces only folders that hold a model", where=str(out),
+            expected="a model folder, or an empty one", found=f"{kind}",
+            hint="Give another -o, or remove it yourself",
+        )  # fmt: skip
+
+
+def free_bytes(out: Path) -> int:
+    """Return the bytes free where ``out`` will be, for this user."""
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to begin what will not fit.
+
+    Raises:
+        DiskSpaceError: fewer bytes are free than are needed.
+    """
+    free = free_bytes(out)
+    if free < needed + SLACK_BYTES:
+        raise DiskSpaceError(
+            "not enough disk space", where=str(out.absolute().parent),
+            expected=f"{(needed + SLACK_BYTES) / 1e9:.2f} GB free", found=f"{free / 1e9:.2f} GB",
+            hint="Free some space, or put -o on another disk; nothing was written",
+        )  # fmt: skip
+
+
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """Give a fresh folder beside ``out``; on success it becomes ``out``, else it is removed.
+
+    Raises:
+        AccessError, DiskSpaceError: the system refused.
+    """
+    parent = out.absolute().parent
+    folder = parent / f".{out.name}.regraft-{secrets.token_hex(6)}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except OSError as error:
+        raise write_error(parent, error) from error
+    try:
+        yield folder
+        _publish(folder, out.absolute())
+    except OSError as error:
+        raise write_error(Path(error.filename or folder), error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Flush the folder, put it in place, and leave whatever it replaced in the folder's name."""
+    for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_directory(directory)
+    if os.path.lexists(out):
+        if not _exchange(folder, out):
+            aside = out.with_name(f"{folder.name}.old")
+            out.rename(aside)
+            folder.rename(out)
+            shutil.rmtree(aside, ignore_errors=True)
+    else:
+        folder.rename(out)
+    sync_directory(out.parent)
+
+
+def _exchange(folder: Path, out: Path) -> bool:
+    """Swap two folders in one step, where the kernel can (renameat2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    renameat2 = getattr(libc, "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_cwd, exchange = -100, 2
+    return bool(renameat2(at_cwd, bytes(folder), at_cwd, bytes(out), exchange) == 0)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file and flush it to the disk.
+
+    Raises:
+        AccessError, DiskSpaceError: the system refused.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        with contextlib.closing(os.fdopen(fd, "wb")) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(path, error) from error

@@ -1,0 +1,367 @@
+"""From an adapter's factors to deltas on a base's stored tensors: shapes, slices, orientation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from regraft.adapters.model import Adapter, LoraTarget
+from regraft.deltas.views import ONE, Delta, Feature, View, matrix_view
+from regraft.errors import Problem
+from regraft.merge.lookup import BaseIndex, Found, Held
+from regraft.names import Piece
+from regraft.names.conv1d import is_conv1d
+from regraft.tensors import WORKING_DTYPES, TensorSpec
+
+Rows = tuple[int, int]
+
+
+class Misfit(Exception):  # noqa: N818  (not an error of the user's: it is collected, then raised)
+    """One target that does not fit the base; carries the problem to report."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The sizes in a pair of factors.
+
+    Attributes:
+        out: output features.
+        inputs: input features, all kernel positions of a convolution included.
+        kernel: sizes of a convolution's kernel, () otherwise.
+        rank: r.
+        experts: how many experts' factors are stacked; 1 for an ordinary layer.
+    """
+
+    out: int
+    inputs: int
+    kernel: tuple[int, ...]
+    rank: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a target meets one stored tensor.
+
+    Attributes:
+        adapter: number of the adapter.
+        owner: the adapter.
+        target: its target.
+        key: the name under which rank and alpha are looked up.
+        scale: the float32 scale, the user's weight included.
+    """
+
+    adapter: int
+    owner: Adapter
+    target: LoraTarget
+    key: str
+
+    @property
+    def scale(self) -> float:
+        """Scale of the delta: computed in float64, rounded to float32 once."""
+        return float(np.float32(self.owner.weight * self.owner.settings.scale_of(self.key)))
+
+    @property
+    def feature(self) -> Feature:
+        """What the delta is called."""
+        return "lora" if self.target.magnitude is None else "dora"
+
+    def where(self) -> str:
+        """Name the adapter and module for a message."""
+        return f"{self.owner.label}: {self.key}"
+
+
+def read_factors(place: Placement, stacked: bool) -> Factors:
+    """Check the factors' shapes against each other and the settings' rank.
+
+    Raises:
+        Misfit: they contradict each other.
+    """
+    a, b = place.target.a.shape, place.target.b.shape
+    rank = place.owner.settings.rank_of(place.key)
+    wanted = "A of (r, in) and B of (out, r), r from the config"
+    flat_b = len(b) == 2 or (len(b) > 2 and set(b[2:]) == {1})
+    if len(a) < 2 or not flat_b or (len(b) > 2 and len(b) != len(a)) or a[0] != b[1]:
+        raise Misfit(Problem("factors do not fit each other", place.where(), wanted, f"{a}, {b}"))
+    experts, left_over = divmod(a[0], rank)
+    if left_over or (experts != 1 and not stacked):
+        raise Misfit(
+            Problem("the factors' rank is not the config's", place.where(), f"r = {rank}",
+                    f"r = {a[0]}", "Fix r or rank_pattern in adapter_config.json")
+        )  # fmt: skip
+    return Factors(b[0], math.prod(a[1:]), tuple(a[2:]), rank, experts)
+
+
+def check_storage(place: Placement, spec: TensorSpec) -> None:
+    """Refuse a stored tensor whose elements a delta cannot be added to.
+
+    Raises:
+        Misfit: its dtype is not a working dtype.
+    """
+    if spec.dtype not in WORKING_DTYPES:
+        raise Misfit(
+            Problem(f"cannot add a delta to a {spec.dtype} tensor", f"{place.where()} -> {spec.name}",
+                    " or ".join(WORKING_DTYPES), spec.dtype,
+                    "Dequantize or convert the base to one of these first")
+        )  # fmt: skip
+
+
+def embedding_delta(place: Placement, spec: TensorSpec) -> Delta:
+    """Return the delta of an adapted embedding (vocab, dim): s (B A)^T.
+
+    Raises:
+        Misfit: the sizes differ.
+    """
+    check_storage(place, spec)
+    factors = read_factors(place, stacked=False)
+    if spec.shape != (factors.inputs, factors.out):
+        raise Misfit(_wrong_shape(place, spec, (factors.inputs, factors.out)))
+    return Delta(
+        adapter=place.adapter,
+        feature=place.feature,
+        rows=(0, factors.inputs),
+        rank=factors.rank,
+        scale=place.scale,
+        left=matrix_view(place.target.a, factors.rank, factors.inputs, transpose=True),
+        right=matrix_view(place.target.b, factors.out, factors.rank, transpose=True),
+        magnitude=_magnitude(place, factors.out, None),
+        by_column=True,
+    )
+
+
+def linear_deltas(place: Placement, found: Found, held: Held, index: BaseIndex) -> list[Delta]:
+    """Return the deltas of one target on one stored tensor.
+
+    Raises:
+        Misfit: shapes differ, or the tensor is stored in a way regraft does not take apart.
+    """
+    spec, stored = held.spec, held.piece
+    check_storage(place, spec)
+    if stored.unsupported or found.piece.unsupported:
+        raise Misfit(_no_inverse(place, spec, stored.unsupported or found.piece.unsupported))
+    stacked = found.piece.expert is None and (stored.expert is not None or len(spec.shape) == 3)
+    factors = read_factors(place, stacked=stacked)
+    if found.piece.expert is None and stored.expert is not None:
+        return [_of_one_expert(place, factors, held, index)]
+    if factors.kernel or len(spec.shape) != 3:
+        return [_of_matrix(place, factors, found.piece, held, index)]
+    if found.piece.expert is not None:
+        return [_on_one_expert(place, factors, found.piece, spec)]
+    return _on_all_experts(place, factors, spec, index)
+
+
+def _of_matrix(
+    place: Placement, factors: Factors, wanted: Piece, held: Held, index: BaseIndex
+) -> Delta:
+    """A plain weight, a convolution, a slice of a fused weight, or a part of a fused target."""
+    spec, stored = held.spec, held.piece
+    rows, columns = spec.shape[0], math.prod(spec.shape[1:])
+    if _is_transposed(place, factors, wanted, held, index):
+        return _delta(place, factors, (0, rows), None, transposed=True)
+    kept = _kept_rows(place, factors, wanted, held, index)
+    at = _slot(rows, stored.chunk, stored.chunks) if stored.chunks > 1 else (0, rows)
+    fits = (at[1] - at[0], columns) == (kept[1] - kept[0], factors.inputs)
+    if not fits or (factors.kernel and spec.shape[2:] != factors.kernel):
+        raise Misfit(_wrong_shape(place, spec, (factors.out, *place.target.a.shape[1:])))
+    return _delta(place, factors, at, kept)
+
+
+def _kept_rows(
+    place: Placement, factors: Factors, wanted: Piece, held: Held, index: BaseIndex
+) -> Rows:
+    """Return the rows of the target's delta that fall on a stored tensor."""
+    if wanted.chunks > 1:
+        return _slot(factors.out, wanted.chunk, wanted.chunks)
+    if held.piece.parts > 1 and wanted.parts == 1:
+        if index.part_total(wanted.parameter, held.piece) != factors.out:
+            raise Misfit(_wrong_shape(place, held.spec, (factors.out, factors.inputs)))
+        start = index.part_offset(wanted.parameter, held.piece)
+        return (start, start + held.spec.shape[0])
+    return (0, factors.out)
+
+
+def _slot(rows: int, number: int, count: int) -> Rows:
+    each = rows // count
+    return (number * each, (number + 1) * each)
+
+
+def _is_transposed(
+    place: Placement, factors: Factors, wanted: Piece, held: Held, index: BaseIndex
+) -> bool:
+    """Whether the stored matrix is (in, out), as transformers' Conv1D keeps it."""
+    shape = held.spec.shape
+    if len(shape) != 2 or factors.kernel or held.piece.parts > 1 or held.piece.chunks > 1:
+        return False
+    normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
+    if normal == flipped == shape:
+        module = wanted.parameter.removesuffix(".weight")
+        known = is_conv1d((index.base.config or {}).get("model_type"), module)
+        conv1d = place.owner.settings.fan_in_fan_out if known is None else known
+        return conv1d != held.piece.transposed
+    return shape == flipped and shape != normal
+
+
+def _of_one_expert(place: Placement, factors: Factors, held: Held, index: BaseIndex) -> Delta:
+    """A stacked target meets a checkpoint that keeps one matrix (or half) per expert."""
+    spec, piece = held.spec, held.piece
+    if piece.transposed or piece.axis != 0:
+        raise Misfit(_no_inverse(place, spec, "Transpose"))
+    expert = piece.expert or 0
+    if factors.experts <= expert:
+        raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
+    start = index.part_offset(piece.parameter, piece) if piece.parts > 1 else 0
+    total = index.part_total(piece.parameter, piece)
+    if (total, spec.shape[1]) == (factors.out, factors.inputs):
+        kept = (start, start + spec.shape[0])
+        return _expert_delta(place, factors, expert, (0, spec.shape[0]), kept)
+    if (total, spec.shape[1]) == (factors.inputs, factors.out):
+        kept = (start, start + spec.shape[0])
+        return _expert_delta(place, factors, expert, (0, spec.shape[0]), kept, transposed=True)
+    raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
+
+
+def _on_one_expert(place: Placement, factors: Factors, wanted: Piece, spec: TensorSpec) -> Delta:
+    """A target that is one expert's matrix meets a checkpoint that stacks them all."""
+    _, height, width = spec.shape
+    expert = wanted.expert or 0
+    start = wanted.part * factors.out if wanted.parts > 1 else 0
+    fits = height == factors.out * wanted.parts and width == factors.inputs
+    if not fits or expert >= spec.shape[0]:
+        raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
+    at = expert * height + start
+    return _delta(place, factors, (at, at + factors.out), (0, factors.out))
+
+
+def _on_all_experts(
+    place: Placement, factors: Factors, spec: TensorSpec, index: BaseIndex
+) -> list[Delta]:
+    """A stacked target meets a stacked tensor (experts, d1, d2)."""
+    experts, height, width = spec.shape
+    transposed = _stack_is_transposed(place, factors, spec, index)
+    if factors.experts != experts or transposed is None:
+        raise Misfit(_wrong_shape(place, spec, (factors.experts, factors.out, factors.inputs)))
+    return [
+        _expert_delta(
+            place, factors, e, (e * height, (e + 1) * height), (0, height), transposed=transposed
+        )
+        for e in range(experts)
+    ]
+
+
+def _stack_is_transposed(
+    place: Placement, factors: Factors, spec: TensorSpec, index: BaseIndex
+) -> bool | None:
+    """Whether experts are stored (in, out); None when the sizes fit neither way."""
+    normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
+    if normal != flipped:
+        return {normal: False, flipped: True}.get(spec.shape[1:])
+    known = index.names.is_transposed(place.target.module)
+    return known if known is not None else False
+
+
+def _expert_delta(
+    place: Placement, factors: Factors, expert: int, at: Rows, kept: Rows, *, transposed: bool = False
+) -> Delta:
+    """One expert's delta. A is (experts * r, in), expert by expert; B is (out, r * experts),
+    expert fastest (PEFT's ParamWrapper.get_delta_weight)."""
+    a, b = place.target.a, place.target.b
+    r, e = factors.rank, factors.experts
+    a_rows = (r * expert, r * (expert + 1))
+    if transposed:
+        left = View(a, (r * e, factors.inputs), (a_rows, kept), (r, kept[1] - kept[0]), True)
+        right = View(b, (factors.out, r, e), (None, None, expert), (factors.out, r), True)
+    else:
+        left = View(b, (factors.out, r, e), (kept, None, expert), (kept[1] - kept[0], r))
+        right = View(a, (r * e, factors.inputs), (a_rows, None), (r, factors.inputs))
+    return Delta(place.adapter, "lora", at, r, place.scale, left, right)
+
+
+def _delta(
+    place: Placement, factors: Factors, at: Rows, kept: Rows | None, *, transposed: bool = False
+) -> Delta:
+    a, b, r = place.target.a, place.target.b, factors.rank
+    if transposed:
+        left = matrix_view(a, r, factors.inputs, transpose=True)
+        right = matrix_view(b, factors.out, r, transpose=True)
+    else:
+        left = matrix_view(b, factors.out, r, keep=kept)
+        right = matrix_view(a, r, factors.inputs)
+    magnitude = _magnitude(place, factors.out, kept)
+    return Delta(
+        place.adapter, place.feature, at, r, place.scale, left, right, magnitude, transposed
+    )
+
+
+def _magnitude(place: Placement, out: int, kept: Rows | None) -> View | None:
+    spec = place.target.magnitude
+    if spec is None:
+        return None
+    if spec.numel != out:
+        raise Misfit(
+            Problem("DoRA's magnitude vector has the wrong size", place.where(), f"{out} values",
+                    str(spec.shape))
+        )  # fmt: skip
+    return matrix_view(spec, out, 1, keep=kept)
+
+
+def bias_delta(place: Placement, spec: TensorSpec) -> Delta:
+    """Return the delta of ``lora_bias`` on a bias: scale * b.
+
+    Raises:
+        Misfit: the sizes differ.
+    """
+    check_storage(place, spec)
+    b_bias = place.target.b_bias
+    assert b_bias is not None  # noqa: S101  (the caller asked for it because it is there)
+    if spec.shape != b_bias.shape:
+        raise Misfit(_wrong_shape(place, spec, b_bias.shape))
+    left = matrix_view(b_bias, spec.numel, 1)
+    return Delta(place.adapter, "lora-bias", (0, spec.numel), 1, place.scale, left, ONE)
+
+
+def residual_delta(place: Placement, delta: Delta) -> Delta | None:
+    """Return the delta that PiSSA or OLoRA took out of the base, to go before the adapter's own.
+
+    Both begin by factoring W (PEFT's pissa_init and olora_init) and train on W - s B0 A0, rounded
+    to the base's dtype. The factors are found again from W when the step is done.
+    """
+    init = str(place.owner.settings.init_lora_weights).lower()
+    for method in ("pissa", "olora"):
+        if init.startswith(method):
+            scale = float(np.float32(-place.owner.settings.scale_of(place.key)))
+            feature: Feature = "pissa" if method == "pissa" else "olora"
+            return Delta(delta.adapter, feature, delta.rows, delta.rank, scale, None, None, None,
+                         delta.by_column)  # fmt: skip
+    return None
+
+
+def _wrong_shape(place: Placement, spec: TensorSpec, needed: tuple[int, ...]) -> Problem:
+    hint = "Is this the base the adapter was trained on?"
+    if len(needed) == len(spec.shape) == 2 and needed[1] == spec.shape[1]:
+        hint = (
+            "If the vocabulary grew in training, save the adapter with the embeddings in "
+            "modules_to_save, or resize the base first"
+        )
+    return Problem(
+        "the adapter was made for another shape",
+        f"{place.where()} -> {spec.name}",
+        f"{spec.shape} (base)",
+        f"{needed} (adapter)",
+        hint,
+    )
+
+
+def _no_inverse(place: Placement, spec: TensorSpec, operation: str) -> Problem:
+    return Problem(
+        f"the base stores this weight through transformers' {operation}, which regraft does not "
+        "take apart",
+        f"{place.where()} -> {spec.name}",
+        hint="Load the base with transformers and save it again as it is in memory "
+        "(save_original_format=False), then merge into that",
+    )

@@ -1,0 +1,223 @@
+"""The plan of a merge: one step per output tensor, known before any weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.adapters.model import Adapter
+from regraft.deltas.views import Delta, RowPatch, View
+from regraft.formats.checkpoint import Checkpoint
+from regraft.merge.receipt import Action
+from regraft.tensors import TensorSpec, nbytes_of
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of rows of a stored weight and the deltas that fall on all of it, in order."""
+
+    rows: tuple[int, int]
+    deltas: tuple[Delta, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one tensor of the output is made.
+
+    Attributes:
+        name: its name in the output.
+        action: what is done, for the receipt.
+        source: the tensor it is made from, the base's or an adapter's.
+        source_adapter: the adapter ``source`` belongs to; None for the base.
+        dtype: safetensors dtype of the result.
+        shape: shape of the result; more rows than the source if ``patches`` append some.
+        segments: ranges of rows in ascending order that cover the weight; empty for none.
+        patches: rows to replace afterwards.
+    """
+
+    name: str
+    action: Action
+    source: TensorSpec
+    source_adapter: int | None
+    dtype: str
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...] = ()
+    patches: tuple[RowPatch, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return nbytes_of(self.dtype, self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the source as its deltas (or patches) see it.
+
+        Of a convolution everything but the output channel is one axis; a stack of experts'
+        matrices is one matrix of all their rows; a vector is a column.
+        """
+        columns = [delta.right.result[1] for delta in self.deltas if delta.right is not None]
+        columns += [patch.values.result[1] for patch in self.patches]
+        width = columns[0] if columns else max(self.source.numel, 1)
+        return (self.source.numel // width, width)
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
+        """Every delta of every segment."""
+        return tuple(delta for segment in self.segments for delta in segment.deltas)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of what is applied, each once."""
+        names: list[str] = [delta.feature for delta in self.deltas]
+        return tuple(dict.fromkeys(names + ["token-rows"] * bool(self.patches)))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The distinct scales, in order."""
+        return tuple(scale for _, scale in self._distinct())
+
+    @property
+    def adapters(self) -> tuple[int, ...]:
+        """The adapter of each of :attr:`scales`."""
+        return tuple(adapter for adapter, _ in self._distinct())
+
+    def _distinct(self) -> tuple[tuple[int, float], ...]:
+        return tuple(dict.fromkeys((delta.adapter, delta.scale) for delta in self.deltas))
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether a factorization of the whole weight is needed first."""
+        return any(delta.is_residual for delta in self.deltas)
+
+    @property
+    def factor_bytes(self) -> int:
+        """Upper bound of the memory its factors take while it is worked on."""
+        raw = {v.spec.name: v.spec.numel * 4 for v in self._views() if v.spec is not None}
+        widest = max((_packed_bytes(segment) for segment in self.segments), default=0)
+        whole = 16 * self.source.numel if self.has_residual else 0
+        return sum(raw.values()) + widest + whole
+
+    def _views(self) -> list[View]:
+        views = [v for d in self.deltas for v in (d.left, d.right, d.magnitude) if v is not None]
+        return views + [patch.values for patch in self.patches]
+
+
+def _packed_bytes(segment: Segment) -> int:
+    rows = segment.rows[1] - segment.rows[0]
+    total = 0
+    for delta in segment.deltas:
+        columns = delta.right.result[1] if delta.right is not None else rows
+        total += 4 * (rows + columns) * (delta.rank + 1)
+    return total
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One weights file of the output: its name and its tensors in order."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(step.nbytes for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a merge will do. Made by :func:`regraft.plan`; reads headers only.
+
+    Attributes:
+        base: the opened base.
+        adapters: the adapters in the order they are added.
+        shards: output files.
+        config_updates: what changes in ``config.json``.
+        options: the choices that decide the bytes.
+        memory: estimated peak resident memory in bytes.
+        threads: worker threads.
+        tile_bytes: bytes of weights worked on at a time by one thread.
+        warnings: what the user should know.
+        disk: bytes needed and bytes free where the output goes.
+        out: the output folder, if given.
+    """
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    shards: tuple[OutputShard, ...]
+    config_updates: Mapping[str, Any]
+    options: Mapping[str, Any]
+    memory: int
+    threads: int
+    tile_bytes: int
+    warnings: tuple[str, ...]
+    disk: Mapping[str, int] = field(default_factory=dict)
+    out: str | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Every step, in the order of the output's files."""
+        return tuple(step for shard in self.shards for step in shard.steps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in the output."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def totals(self) -> dict[str, int]:
+        """Return counts and sizes for summaries."""
+        actions = Counter(step.action for step in self.steps)
+        adapter_bytes = {
+            (v.spec.path, v.spec.name): v.spec.nbytes
+            for step in self.steps
+            for v in step._views()
+            if v.spec is not None
+        }
+        return {
+            "tensors": len(self.steps),
+            "merged": actions["merge"],
+            "copied": actions["copy"],
+            "converted": actions["convert"],
+            "replaced": actions["replace"],
+            "added": actions["add"],
+            "parameters": sum(nbytes_of("U8", step.shape) for step in self.steps),
+            "bytes_read": sum(s.source.nbytes for s in self.steps) + sum(adapter_bytes.values()),
+            "bytes_written": self.nbytes,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready objects."""
+        return {
+            "base": self.base.source,
+            "adapters": [{"source": a.source, "weight": a.weight} for a in self.adapters],
+            "out": self.out,
+            "dtype": self.options.get("dtype"),
+            "shards": [
+                {"name": s.name, "bytes": s.nbytes, "tensors": len(s.steps)} for s in self.shards
+            ],
+            "steps": [_step_json(step) for step in self.steps],
+            "totals": self.totals(),
+            "config_updates": dict(self.config_updates),
+            "memory": self.memory,
+            "threads": self.threads,
+            "disk": dict(self.disk),
+            "warnings": list(self.warnings),
+        }
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "action": step.action,
+        "features": list(step.features),
+        "scales": list(step.scales),
+        "adapters": list(step.adapters),
+        "dtype": step.dtype,
+        "shape": list(step.shape),
+        "source": step.source.name,
+        "bytes": step.nbytes,
+        "memory": step.factor_bytes,
+    }

@@ -1,0 +1,389 @@
+"""Making the plan: from matched works to steps, files, config, memory and disk."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.model import Adapter
+from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
+from regraft.formats.checkpoint import Checkpoint
+from regraft.merge.lookup import BaseIndex
+from regraft.merge.match import Matching, Work, match
+from regraft.merge.plan import OutputShard, Plan, Segment, Step
+from regraft.merge.receipt import Action
+from regraft.merge.ties import TieOutcome, output_rows, settle_ties, vocabulary_rows
+from regraft.names import NameMap, class_for_task
+from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES
+
+BASELINE_BYTES = 170 * 2**20
+"""Resident memory of the interpreter with numpy, numba and the compiled kernels, measured."""
+
+LARGEST_TILE = 4 * 2**20
+SMALLEST_TILE = 64 * 2**10
+FACTOR_BYTES = 48 * 2**20
+"""Room for the factors of the steps in flight, when none alone needs more."""
+
+_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of a merge, checked.
+
+    Attributes:
+        dtype: safetensors dtype of every floating-point tensor of the output; None keeps each.
+        shard_size: largest output file in bytes; None keeps the base's files.
+        max_memory: cap on resident memory in bytes.
+        threads: worker threads; None chooses.
+    """
+
+    dtype: str | None
+    shard_size: int | None
+    max_memory: int
+    threads: int | None
+
+
+def parse_dtype(name: str | None) -> str | None:
+    """Return the safetensors dtype for ``"bfloat16"``, ``"BF16"``, ``"torch.float16"``, ...
+
+    Raises:
+        UsageError: it is none that regraft can write.
+    """
+    if name is None:
+        return None
+    short = str(name).removeprefix("torch.")
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(short.lower(), short)
+    found = BY_CONFIG_NAME.get(short) or DTYPES.get(short.upper())
+    if found is None or found.name not in WORKING_DTYPES:
+        raise UsageError(
+            f"cannot write dtype {name!r}", where="--dtype", expected="float32, bfloat16 or float16"
+        )
+    return found.name
+
+
+def make_plan(
+    base: Checkpoint, adapters: Sequence[Adapter], choices: Choices, out: Path | None
+) -> Plan:
+    """Return the plan of a merge, from headers alone.
+
+    Raises:
+        UnsupportedError: the base is quantized.
+        MismatchError: adapters and base do not fit; every misfit is listed.
+        MemoryCapError: a step cannot fit under the cap.
+    """
+    refuse_quantized(base)
+    names = NameMap.for_config(base.config, _task_class(base, adapters))
+    index = BaseIndex(base, names)
+    matching = match(index, adapters)
+    ties = settle_ties(index, matching, base.config)
+    works = {**matching.works, **{work.name: work for work in ties.parted}}
+    updates = _config_updates(index, adapters, works, ties, choices, matching)
+    if matching.problems:
+        raise MismatchError(matching.problems)
+    shards = _shards(base, works, choices, _left_out(base, index))
+    steps = [step for shard in shards for step in shard.steps]
+    threads, tile, memory = _fit_memory(steps, choices)
+    options = {
+        "dtype": choices.dtype and DTYPES[choices.dtype].config_name,
+        "shard_size": choices.shard_size,
+    }
+    return Plan(
+        base, tuple(adapters), tuple(shards), updates, options, memory, threads, tile,
+        tuple(matching.warnings + _notes(adapters, ties)), out=str(out) if out else None,
+    )  # fmt: skip
+
+
+def refuse_quantized(base: Checkpoint) -> None:
+    """Refuse a base whose tensors are packed: its bytes are not weights.
+
+    Raises:
+        UnsupportedError: the base is quantized.
+    """
+    config = base.config or {}
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    packed = [n for n in base.tensors if ".quant_state." in n or n.endswith((".qweight", ".SCB"))]
+    if not quantization and not packed:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    raise UnsupportedError(
+        "the base is quantized, and its packed bytes are not weights",
+        where=base.source,
+        expected="a 16- or 32-bit base",
+        found=f"quantization {method or packed[0]}",
+        hint="Name the 16-bit base the quantized one was made from",
+    )
+
+
+def _task_class(base: Checkpoint, adapters: Sequence[Adapter]) -> str | None:
+    """Return the class the adapters were trained on when it is not the base's own."""
+    for adapter in adapters:
+        settings = adapter.settings
+        if settings.base_model_class:
+            return settings.base_model_class
+        if settings.task_type in _HEAD_TASKS and base.config:
+            return class_for_task(settings.task_type, str(base.config.get("model_type")))
+    return None
+
+
+def _left_out(base: Checkpoint, index: BaseIndex) -> frozenset[str]:
+    """Return the base's tensors that the output's class does not have: an old output head."""
+    before = NameMap.for_config(base.config)
+    head = before.output_embedding
+    if index.names.architecture == before.architecture or not head or index.names.output_embedding:
+        return frozenset()
+    return frozenset(name for name in base.tensors if name.startswith(f"{head}."))
+
+
+# -- config ----------------------------------------------------------------------------------------
+
+
+def _config_updates(
+    index: BaseIndex,
+    adapters: Sequence[Adapter],
+    works: Mapping[str, Work],
+    ties: TieOutcome,
+    choices: Choices,
+    matching: Matching,
+) -> dict[str, Any]:
+    """Return what changes in config.json, by dotted path."""
+    config = index.base.config or {}
+    updates: dict[str, Any] = {}
+    if ties.untied:
+        for path in ("", "text_config."):
+            if not path or isinstance(config.get("text_config"), dict):
+                updates[f"{path}tie_word_embeddings"] = False
+    updates |= _vocabulary_updates(index, works, matching, config)
+    if choices.dtype:
+        updates |= _dtype_updates(config, DTYPES[choices.dtype].config_name)
+    return updates | _class_updates(index, adapters, works, config)
+
+
+def _vocabulary_updates(
+    index: BaseIndex, works: Mapping[str, Work], matching: Matching, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    changed = vocabulary_rows(index, list(works.values()))
+    if not changed:
+        return {}
+    sizes = _vocabulary_sizes(index, works)
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} has {rows}" for name, rows in sizes.items())
+        matching.problems.append(
+            Problem("the vocabulary grew on one side only", index.base.source,
+                    "the same number of rows in both embeddings", listed,
+                    "Save the adapter with both embeddings in modules_to_save, or resize the base")
+        )  # fmt: skip
+        return {}
+    rows = next(iter(sizes.values()))
+    paths = ["vocab_size"] * ("vocab_size" in config)
+    if isinstance(config.get("text_config"), dict) and "vocab_size" in config["text_config"]:
+        paths.append("text_config.vocab_size")
+    return dict.fromkeys(paths, rows)
+
+
+def _vocabulary_sizes(index: BaseIndex, works: Mapping[str, Work]) -> dict[str, int]:
+    """Return the rows of both embeddings in the output, by tensor name."""
+    sizes: dict[str, int] = {}
+    names = index.names
+    for module in (names.input_embedding, names.output_embedding):
+        for found in index.find(f"{module}.weight") if module else ():
+            for held in found.held:
+                name = found.alias if found.alias in works else held.spec.name
+                work = works.get(name or held.spec.name)
+                sizes[name or ""] = output_rows(work) if work else held.spec.shape[0]
+    for work in works.values():
+        if work.base is None and work.name == f"{names.output_embedding}.weight":
+            sizes[work.name] = output_rows(work)
+    return sizes
+
+
+def _dtype_updates(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    paths = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    for name, part in config.items():
+        if isinstance(part, dict):
+            paths += [f"{name}.{key}" for key in ("dtype", "torch_dtype") if key in part]
+    return dict.fromkeys(paths, dtype)
+
+
+def _class_updates(
+    index: BaseIndex,
+    adapters: Sequence[Adapter],
+    works: Mapping[str, Work],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the architecture and labels when the adapter brings a head of its own."""
+    architecture = index.names.architecture
+    added = [work for work in works.values() if work.base is None]
+    if not architecture or not (_task_class(index.base, adapters) or added):
+        return {}
+    updates: dict[str, Any] = {}
+    if config.get("architectures") != [architecture] and index.names.known:
+        updates["architectures"] = [architecture]
+    heads = [w for w in works.values() if _is_head(w, adapters)]
+    if len(heads) == 1:
+        count = heads[0].source.shape[0]
+        if len(config.get("id2label") or {}) != count:
+            updates["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
+            updates["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+    return updates
+
+
+def _is_head(work: Work, adapters: Sequence[Adapter]) -> bool:
+    """Whether a work writes the last layer of a classification head."""
+    if work.override is None or adapters[work.override[0]].settings.task_type not in _HEAD_TASKS:
+        return False
+    module = work.name.removesuffix(".weight")
+    last = module.rpartition(".")[2] in ("classifier", "score", "out_proj", "qa_outputs")
+    return last and work.name.endswith(".weight") and len(work.source.shape) == 2
+
+
+# -- steps and files -------------------------------------------------------------------------------
+
+
+def _shards(
+    base: Checkpoint, works: Mapping[str, Work], choices: Choices, left_out: frozenset[str]
+) -> list[OutputShard]:
+    files = [
+        [_step(name, base, works.get(name), choices) for name in shard.tensors if name not in left_out]
+        for shard in base.shards
+    ]
+    known = {step.name for steps in files for step in steps}
+    extra = [_step(name, base, work, choices) for name, work in works.items() if name not in known]
+    if choices.shard_size:
+        files = _split([step for steps in files for step in steps] + extra, choices.shard_size)
+        names = numbered_names(len(files))
+    else:
+        files[-1].extend(extra)
+        names = _kept_names(base)
+    return [OutputShard(name, tuple(steps)) for name, steps in zip(names, files, strict=True)]
+
+
+def numbered_names(count: int) -> list[str]:
+    """Return transformers' file names for ``count`` weight files."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _kept_names(base: Checkpoint) -> list[str]:
+    """Return the base's file names where transformers will find them, else the usual ones."""
+    names = [shard.name for shard in base.shards]
+    usual = len(names) > 1 or names[0] in ("model.safetensors", "diffusion_pytorch_model.safetensors")
+    if base.container == "safetensors" and usual and not base.single_file:
+        return names
+    return numbered_names(len(names))
+
+
+def _split(steps: list[Step], limit: int) -> list[list[Step]]:
+    files: list[list[Step]] = [[]]
+    filled = 0
+    for step in steps:
+        if files[-1] and filled + step.nbytes > limit:
+            files.append([])
+            filled = 0
+        files[-1].append(step)
+        filled += step.nbytes
+    return files
+
+
+def _step(name: str, base: Checkpoint, work: Work | None, choices: Choices) -> Step:
+    if work is None:
+        spec = base.tensors[name]
+        dtype = _output_dtype(spec.dtype, choices)
+        action: Action = "copy" if dtype == spec.dtype else "convert"
+        return Step(name, action, spec, None, dtype, spec.shape)
+    stored = work.base.dtype if work.base is not None else _main_dtype(base, work.source.dtype)
+    dtype = _output_dtype(stored, choices)
+    shape = (output_rows(work), *work.source.shape[1:]) if work.source.shape else ()
+    owner = work.override[0] if work.override else None
+    return Step(
+        name, _action(work), work.source, owner, dtype, shape,
+        _segments(work), tuple(work.patches),
+    )  # fmt: skip
+
+
+def _action(work: Work) -> Action:
+    if work.base is None:
+        return "add"
+    if work.deltas or work.patches:
+        return "merge"
+    return "replace" if work.override else "add"
+
+
+def _output_dtype(stored: str, choices: Choices) -> str:
+    return choices.dtype if choices.dtype and stored in WORKING_DTYPES else stored
+
+
+def _main_dtype(base: Checkpoint, fallback: str) -> str:
+    """Return the dtype most of the base's weights have, for tensors that the base lacks."""
+    bytes_of: dict[str, int] = {}
+    for spec in base.tensors.values():
+        if spec.dtype in WORKING_DTYPES:
+            bytes_of[spec.dtype] = bytes_of.get(spec.dtype, 0) + spec.nbytes
+    return max(bytes_of, key=lambda d: bytes_of[d]) if bytes_of else fallback
+
+
+def _segments(work: Work) -> tuple[Segment, ...]:
+    """Cut the rows wherever a delta begins or ends, so that each piece has one list of deltas."""
+    if not work.deltas:
+        return ()
+    edges = sorted({edge for delta in work.deltas for edge in delta.rows})
+    segments = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        here = tuple(d for d in work.deltas if d.rows[0] <= low and high <= d.rows[1])
+        if here:
+            segments.append(Segment((low, high), here))
+    return tuple(segments)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def _fit_memory(steps: Sequence[Step], choices: Choices) -> tuple[int, int, int]:
+    """Choose threads and tile size under the cap: ``(threads, tile bytes, memory bytes)``.
+
+    Raises:
+        MemoryCapError: not even one thread with the smallest tile fits.
+    """
+    factors = max([FACTOR_BYTES] + [step.factor_bytes for step in steps])
+    largest = max(steps, key=lambda step: step.factor_bytes)
+    wanted = choices.threads or default_threads()
+    for threads in range(wanted, 0, -1):
+        room = choices.max_memory - BASELINE_BYTES - factors
+        tile = min(LARGEST_TILE, room // (4 * threads))
+        if tile >= SMALLEST_TILE:
+            return threads, tile, BASELINE_BYTES + factors + 4 * threads * tile
+    needed = BASELINE_BYTES + factors + 4 * SMALLEST_TILE
+    raise MemoryCapError(
+        "one step needs more memory than allowed",
+        where=largest.name,
+        expected=f"at most {choices.max_memory / 2**20:.0f} MiB (--max-memory)",
+        found=f"{math.ceil(needed / 2**20)} MiB",
+        hint=f"Allow it: --max-memory {math.ceil(needed / 2**20)}MiB",
+    )
+
+
+def default_threads() -> int:
+    """Return one worker per core at hand, and one more to keep the disk busy."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:
+    notes = []
+    if ties.untied:
+        notes.append(
+            "the adapter gives the input and output embeddings different weights: both are written, "
+            "and tie_word_embeddings is set to false"
+        )
+    for adapter in adapters:
+        init = str(adapter.settings.init_lora_weights).lower()
+        if init.startswith("pissa_niter"):
+            notes.append(
+                f"{adapter.label}: {init} began with a randomized factorization; it is recomputed "
+                "with the exact one, which it approximates"
+            )
+    return notes

@@ -1,0 +1,166 @@
+"""Tied weights: keep them one where the adapters allow it, part them where they do not.
+
+A tied parameter is in the file once. An adapter on one side of a tie gives the two sides different
+weights, so a faithful merge writes both and says ``tie_word_embeddings: false``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.errors import Problem
+from regraft.merge.lookup import BaseIndex
+from regraft.merge.match import Matching, Work, vocabulary_side
+
+READS_THE_TIE = frozenset(
+    ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "t5gemma", "pix2struct", "pop2piano")
+)
+"""Model types whose forward pass scales its output by whether the weights are tied: saying that
+they are not would change the function."""
+
+
+@dataclass
+class TieOutcome:
+    """What became of the ties.
+
+    Attributes:
+        parted: works on tied parameters that are now tensors of their own.
+        untied: whether the config has to say so.
+    """
+
+    parted: list[Work] = field(default_factory=list)
+    untied: bool = False
+
+
+def settle_ties(index: BaseIndex, matching: Matching, config: dict[str, Any] | None) -> TieOutcome:
+    """Decide every tie; problems are added to ``matching``."""
+    outcome = TieOutcome()
+    for source in dict.fromkeys(index.aliases.values()):
+        _settle(index, matching, source, outcome, config or {})
+    outcome.untied |= _differs_though_both_stored(index, matching)
+    return outcome
+
+
+def _settle(
+    index: BaseIndex, matching: Matching, source: str, outcome: TieOutcome, config: dict[str, Any]
+) -> None:
+    aliases = [target for target, owner in index.aliases.items() if owner == source]
+    stored = index._holding(source)[0].spec
+    own = matching.works.get(stored.name)
+    for alias in aliases:
+        _share(matching, alias, stored.name)
+    own = matching.works.get(stored.name)
+    private = [a for a in aliases if a in matching.tied] or (own is not None and _is_private(own))
+    if not private:
+        return
+    if problem := _cannot_part(index, aliases, matching, own, config):
+        matching.problems.append(problem)
+        return
+    for alias in aliases:
+        outcome.parted.append(_part(matching.tied.get(alias), own, alias, stored))
+    outcome.untied = True
+
+
+def _share(matching: Matching, alias: str, stored: str) -> None:
+    """Move what an adapter with ``ensure_weight_tying`` says of one side to the common tensor."""
+    work = matching.tied.get(alias)
+    if work is None:
+        return
+    common = matching.works.setdefault(stored, Work(stored, work.base))
+    known = {delta.adapter for delta in common.deltas}
+    for delta in list(work.deltas):
+        if delta.adapter in work.shared and delta.magnitude is None:
+            work.deltas.remove(delta)
+            common.shared.add(delta.adapter)
+            if delta.adapter not in known:
+                common.deltas.append(delta)
+    if work.override is not None and work.override[0] in work.shared:
+        if common.override is None:
+            common.override, common.origin = work.override, work.origin
+            common.shared.add(work.override[0])
+        work.override = None
+    if not (work.deltas or work.override or work.patches):
+        del matching.tied[alias]
+
+
+def _is_private(work: Work) -> bool:
+    """Whether the stored side was changed in a way that the tied side was not."""
+    changed = {delta.adapter for delta in work.deltas}
+    if work.override is not None and work.origin == "saved":
+        changed.add(work.override[0])
+    return bool(changed - work.shared)
+
+
+def _part(tied: Work | None, own: Work | None, alias: str, stored: Any) -> Work:
+    """Return the work that writes a tied parameter as a tensor of its own."""
+    work = tied or Work(alias, stored)
+    if own is None:
+        return work
+    if work.override is None and own.override is not None:
+        is_base = own.origin == "embedding" or own.override[0] in own.shared
+        if is_base:
+            work.override, work.origin = own.override, own.origin
+    common = [d for d in own.deltas if d.adapter in own.shared and d.magnitude is None]
+    mine = {delta.adapter for delta in work.deltas}
+    work.deltas = sorted(
+        [*(d for d in common if d.adapter not in mine), *work.deltas], key=lambda d: d.adapter
+    )
+    work.patches = [*own.patches, *work.patches]
+    return work
+
+
+def _cannot_part(
+    index: BaseIndex,
+    aliases: list[str],
+    matching: Matching,
+    own: Work | None,
+    config: dict[str, Any],
+) -> Problem | None:
+    output = f"{index.names.output_embedding or 'lm_head'}.weight"
+    names = [a for a in aliases if a in matching.tied] or [own.name if own else aliases[0]]
+    where = ", ".join(names)
+    hint = "Train it with ensure_weight_tying=True, or leave the tied embeddings out"
+    if any(alias != output for alias in aliases):
+        return Problem(
+            "the adapter changes one side of a tie that no config can undo", where,
+            found="tied to " + ", ".join(aliases), hint=hint,
+        )  # fmt: skip
+    if config.get("model_type") in READS_THE_TIE:
+        return Problem(
+            "the adapter changes one side of a tie, and this model computes differently when untied",
+            where, found=f"model_type {config.get('model_type')}", hint=hint,
+        )  # fmt: skip
+    return None
+
+
+def _differs_though_both_stored(index: BaseIndex, matching: Matching) -> bool:
+    """Whether a tie that the file stores twice now holds two different weights."""
+    for target, source in index.names.tied_now.items():
+        if target in index.aliases or target not in index.by_parameter:
+            continue
+        sides = [index._holding(name) for name in (target, source)]
+        works = [matching.works.get(held[0].spec.name) for held in sides if held]
+        if any(work is not None for work in works):
+            return True
+    return False
+
+
+def vocabulary_rows(index: BaseIndex, works: list[Work]) -> dict[str, dict[str, int]]:
+    """Return, for each side of the vocabulary that changed size, tensor name to new rows."""
+    rows: dict[str, dict[str, int]] = {}
+    for work in works:
+        side = vocabulary_side(index, work.name)
+        if side is None:
+            continue
+        height = output_rows(work)
+        if work.base is None or height != work.base.shape[0]:
+            rows.setdefault(side, {})[work.name] = height
+    return rows
+
+
+def output_rows(work: Work) -> int:
+    """Return the rows a work's tensor has in the output, appended token rows included."""
+    height = work.source.shape[0]
+    beyond = {i for patch in work.patches for i in patch.indices if i >= height}
+    return height + len(beyond)

@@ -1,0 +1,118 @@
+"""Writing weight files: in any order, past the page cache where the system allows it.
+
+A merge writes each byte once and does not read it back, so the page cache would only cost memory
+bandwidth. Whole disk blocks go out by direct I/O; the edges of a tensor, which may share a block
+with its neighbour, go through the cache. Where direct I/O is refused (tmpfs, some network file
+systems) everything goes through the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+from regraft.errors import AccessError, DiskSpaceError, RegraftError
+
+BLOCK = 4096
+"""Alignment of direct I/O: offset in the file, address in memory and length."""
+
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+def write_error(path: Path, error: OSError) -> RegraftError:
+    """Return the typed error for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskSpaceError(
+            "the disk is full", where=str(path), found=error.strerror or "",
+            hint="Free some space and run the same command again; the inputs are untouched",
+        )  # fmt: skip
+    return AccessError(
+        "cannot write", where=str(path), found=error.strerror or str(error),
+        hint="Check permissions and the disk; the inputs are untouched",
+    )  # fmt: skip
+
+
+class OutputFile:
+    """A weight file being made: its header first, its tensors in any order, then ``close``."""
+
+    def __init__(self, path: Path, header: bytes, data_bytes: int) -> None:
+        self.path = path
+        self.data_start = len(header)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._reserve(len(header) + data_bytes)
+            self._opened = [self._fd]
+            self._direct = self._open_direct()
+            if self._direct is not None:
+                self._opened.append(self._direct)
+            self._write_all(self._fd, memoryview(header), 0)
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    def _reserve(self, size: int) -> None:
+        try:
+            os.posix_fallocate(self._fd, 0, max(size, 1))
+        except OSError as error:
+            if error.errno not in (*_REFUSED, errno.ENOSYS):
+                raise
+        os.ftruncate(self._fd, size)
+
+    def _open_direct(self) -> int | None:
+        flag = getattr(os, "O_DIRECT", None)
+        if flag is None:
+            return None
+        with contextlib.suppress(OSError):  # the file system has no direct I/O: use the cache
+            return os.open(self.path, os.O_RDWR | flag | os.O_CLOEXEC)
+        return None
+
+    def write(self, offset: int, data: memoryview, address: int) -> None:
+        """Write ``data``, which lies at ``address`` in memory, at a byte offset of the file.
+
+        Raises:
+            DiskSpaceError, AccessError: the system refused.
+        """
+        try:
+            if self._direct is None or (address - offset) % BLOCK:
+                self._write_all(self._fd, data, offset)
+            else:
+                self._write_blocks(offset, data)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def _write_blocks(self, offset: int, data: memoryview) -> None:
+        head = min(-offset % BLOCK, len(data))
+        body = (len(data) - head) // BLOCK * BLOCK
+        self._write_all(self._fd, data[:head], offset)
+        self._write_direct(data[head : head + body], offset + head)
+        self._write_all(self._fd, data[head + body :], offset + head + body)
+
+    def _write_direct(self, data: memoryview, offset: int) -> None:
+        direct = self._direct
+        try:
+            if direct is not None:
+                self._write_all(direct, data, offset)
+                return
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            self._direct = None  # other threads may still be using it: closed with the file
+        self._write_all(self._fd, data, offset)
+
+    @staticmethod
+    def _write_all(fd: int, data: memoryview, offset: int) -> None:
+        while data:
+            done = os.pwrite(fd, data, offset)
+            data, offset = data[done:], offset + done
+
+    def close(self, *, sync: bool) -> None:
+        """Flush to the disk (with ``sync``) and close."""
+        try:
+            if sync:
+                os.fsync(self._fd)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        finally:
+            for fd in self._opened:
+                os.close(fd)

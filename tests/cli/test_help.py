@@ -1,0 +1,63 @@
+"""Every command explains itself."""
+
+from __future__ import annotations
+
+import re
+
+import click
+import pytest
+
+from cli.kinds import Run
+from regraft import __version__
+from regraft.cli.app import COMMANDS, app
+
+
+def commands() -> list[tuple[str, click.Command]]:
+    """Return every command by walking the group, as --help does."""
+    context = click.Context(app)
+    return [(name, app.get_command(context, name)) for name in app.list_commands(context)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_a_description_and_examples_that_name_it(run: Run, name: str) -> None:
+    text = run(name, "--help").stdout
+    description, examples = text.split("Examples:")
+    assert len(re.findall(r"\w+", description)) > 20
+    assert re.search(rf"^ +regraft {name}\b", examples, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "command"), commands())
+def test_every_option_is_documented(name: str, command: click.Command) -> None:
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    assert [o.opts for o in options if not o.help] == [], name
+
+
+@pytest.mark.parametrize(("name", "command"), commands())
+def test_every_command_takes_json(name: str, command: click.Command) -> None:
+    assert any("--json" in p.opts for p in command.params), name
+
+
+def test_help_lists_all_commands_with_whole_sentences(run: Run) -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    listed = result.stdout.split("Commands:")[1]
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} +\w.*[.]$", listed, re.MULTILINE)
+        assert "..." not in listed
+
+
+def test_no_arguments_print_the_help(run: Run) -> None:
+    result = run()
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: ")
+
+
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version").stdout == f"regraft {__version__}\n"
+
+
+def test_completion_help_says_where_to_put_the_script(run: Run) -> None:
+    text = run("completion", "--help").stdout
+    assert "bash-completion/completions/regraft" in text
+    assert "_regraft" in text
+    assert "fish/completions" in text

@@ -1,0 +1,60 @@
+"""Wrong usage: exit code 2, and words that help."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cli.kinds import Run
+
+
+def test_a_mistyped_command_is_answered_with_the_one_meant(run: Run) -> None:
+    result = run("mrege", "a", "b")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "did you mean 'merge'?" in result.stderr
+
+
+def test_an_unlikely_command_is_answered_with_all_of_them(run: Run) -> None:
+    result = run("qqqq")
+    assert result.exit_code == 2
+    assert "merge, check, inspect, demo, completion" in result.stderr
+
+
+def test_a_mistyped_option_is_answered_with_the_one_meant(run: Run) -> None:
+    result = run("merge", "a", "b", "--shard-sise", "5GB")
+    assert result.exit_code == 2
+    assert "--shard-size" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["merge"],
+        ["merge", "base"],
+        ["merge", "base", "adapter"],  # no --out
+        ["merge", "base", "adapter", "-o", "out", "--max-memory", "much"],
+        ["merge", "base", "adapter", "-o", "out", "--max-memory", "inf"],
+        ["merge", "base", "adapter", "-o", "out", "--shard-size", "0"],
+        ["merge", "base", "adapter", "-o", "out", "--threads", "0"],
+        ["merge", "base", "adapter", "-o", "out", "--dtype", "int3"],
+        ["check", "base"],
+        ["inspect"],
+        ["completion", "tcsh"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage_exits_with_2_in_text_and_in_json(run: Run, arguments: list[str]) -> None:
+    text = run(*arguments)
+    assert (text.exit_code, text.stdout) == (2, "")
+    assert text.stderr.count("error: ") == 1
+    as_json = run(*arguments, "--json")
+    assert as_json.exit_code == 2
+    error = json.loads(as_json.stdout)["error"]
+    assert (error["type"], error["exit_code"]) == ("UsageError", 2)
+    assert error["problems"][0]["what"] in as_json.stderr
+
+
+def test_json_after_a_double_dash_is_an_argument(run: Run) -> None:
+    assert run("merge", "--", "--json").stdout == ""

@@ -1,0 +1,172 @@
+"""What a faithfulness test is made of: a case, the workshop that makes its files, the check."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import regraft
+from regraft.testing import zoo
+from regraft.testing.adapters import Prepare, live_logits, make_adapter
+
+TOLERANCE = 1e-4
+"""Largest difference from the live model's logits, as a share of their range."""
+
+VISIBLE = 1e-2
+"""Least change an adapter has to make to the base's logits, as a share of their range."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter (or several) on one architecture.
+
+    Attributes:
+        architecture: a name of the zoo.
+        feature: what is tested, as a part of the test's id.
+        configs: fields of each adapter's ``LoraConfig``.
+        weights: the factor on each adapter; None leaves them out of the call.
+        dtype: the stored dtype of the base.
+        sharded: whether the base is split over several files.
+        prepare: what training did to the base before the adapter went on.
+        expect: logits of the truth where PEFT's live model is known to be wrong.
+        inputs: changes the example inputs, so that what is adapted is used.
+    """
+
+    architecture: str
+    feature: str
+    configs: tuple[Mapping[str, Any], ...]
+    weights: tuple[float, ...] | None = None
+    dtype: str = "bfloat16"
+    sharded: bool = False
+    prepare: Prepare | None = None
+    expect: Callable[[Path, Sequence[Path], dict[str, Any]], np.ndarray] | None = None
+    inputs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    @property
+    def id(self) -> str:
+        """The test's id."""
+        return f"{self.architecture}-{self.feature}"
+
+    def example_inputs(self) -> dict[str, Any]:
+        """Return the forward arguments this case is compared on."""
+        inputs = zoo.example_inputs(self.architecture)
+        return self.inputs(inputs) if self.inputs else inputs
+
+
+class Workshop:
+    """Makes bases and adapters on first use and keeps them for the session."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._numbers = itertools.count()
+
+    def base(self, architecture: str, dtype: str = "bfloat16", sharded: bool = False) -> Path:
+        """Return the folder of a base checkpoint."""
+        folder = self.folder / f"{architecture}-{dtype}{'-sharded' if sharded else ''}"
+        if not folder.exists():
+            zoo.make_base(architecture, folder, dtype, "4KB" if sharded else None)
+        return folder
+
+    def adapters(self, case: Case) -> list[Path]:
+        """Return the folders of the case's adapters."""
+        base = self.base(case.architecture, case.dtype, case.sharded)
+        return [
+            self.adapter(base, config, seed=number + 1, prepare=case.prepare)
+            for number, config in enumerate(case.configs)
+        ]
+
+    def adapter(
+        self, base: Path, config: Mapping[str, Any], seed: int = 1, prepare: Prepare | None = None
+    ) -> Path:
+        """Return the folder of one adapter, made once for the same arguments."""
+        from peft import LoraConfig
+
+        what = f"{sorted(config.items(), key=str)} {seed} {prepare and prepare.__qualname__}"
+        key = hashlib.sha256(what.encode()).hexdigest()[:12]
+        folder = self.folder / f"{base.name}-adapter-{key}"
+        if not folder.exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                make_adapter(base, folder, LoraConfig(**config), seed, prepare)
+        return folder
+
+    def fresh(self, name: str) -> Path:
+        """Return a path in the workshop where nothing is yet."""
+        return self.folder / f"{name}-{next(self._numbers)}"
+
+
+def merge_and_load(
+    base: Path, adapters: Any, out: Path, architecture: str, dtype: str = "float32"
+) -> Any:
+    """Merge with regraft, load the result as a user would, and check that the load was complete."""
+    regraft.merge(base, adapters, out, dtype=dtype)
+    return load_complete(out, architecture)
+
+
+def load_complete(folder: Path, architecture: str) -> Any:
+    """Load a checkpoint by its Auto class; fail if a tensor was missing, left over or misshapen."""
+    import transformers
+
+    auto = zoo.ARCHITECTURES[architecture].auto
+    loader = getattr(transformers, auto) if auto else zoo.model_class(folder)
+    model, info = loader.from_pretrained(folder, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[kind], f"{kind}: {info[kind]}"
+    return model.eval()
+
+
+def assert_faithful(case: Case, workshop: Workshop) -> None:
+    """Merge the case's adapters at float32 and compare with the live model, logit by logit."""
+    base = workshop.base(case.architecture, case.dtype, case.sharded)
+    adapters = workshop.adapters(case)
+    inputs = case.example_inputs()
+    expected = expected_logits(case, base, adapters, inputs)
+    assert_visible(expected, zoo.logits(zoo.load_base(base), _within_base(inputs)))
+    merged = merge_and_load(
+        base, _argument(case, adapters), workshop.fresh("merged"), case.architecture
+    )
+    assert_close(zoo.logits(merged, inputs), expected)
+
+
+def expected_logits(
+    case: Case, base: Path, adapters: list[Path], inputs: dict[str, Any]
+) -> np.ndarray:
+    """Return the truth: what the live model answers, unless the case says otherwise."""
+    if case.expect is not None:
+        return case.expect(base, adapters, inputs)
+    return live_logits(base, adapters, inputs, case.weights, case.prepare)
+
+
+def _argument(case: Case, adapters: list[Path]) -> Any:
+    if case.weights is not None:
+        return list(zip(adapters, case.weights, strict=True))
+    return adapters if len(adapters) > 1 else adapters[0]
+
+
+def _within_base(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs with the ids that only a grown vocabulary has replaced."""
+    if "input_ids" not in inputs:
+        return inputs
+    return inputs | {"input_ids": inputs["input_ids"].clamp(max=zoo.VOCAB - 1)}
+
+
+def assert_visible(adapted: np.ndarray, base: np.ndarray) -> None:
+    """Fail unless the adapter changes the logits, so that a merge that does nothing cannot pass."""
+    shared = min(adapted.shape[-1], base.shape[-1])
+    change = np.abs(adapted[..., :shared] - base[..., :shared]).max()
+    assert change > VISIBLE * np.ptp(base), f"the adapter moves the logits by only {change:g}"
+
+
+def assert_close(merged: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    """Fail unless ``merged`` is within ``tolerance`` of the range of ``expected``."""
+    assert merged.shape == expected.shape
+    assert np.isfinite(expected).all()
+    error = np.abs(merged - expected).max() / np.ptp(expected)
+    assert error <= tolerance, f"logits differ by {error:.2e} of their range"

@@ -1,0 +1,262 @@
+"""PyTorch's zip files are located, not loaded: offsets hold the bytes, and odd tensors fail."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from regraft.errors import EnvironmentShortfall, FormatError, MissingExtraError, UnsupportedError
+from regraft.formats import torch_zip
+from regraft.formats.reading import FilePool
+from regraft.formats.torch_zip import read_torch_file
+from regraft.tensors import BY_CONFIG_NAME, TensorSpec
+
+
+def save(folder: Path, value: Any, name: str = "pytorch_model.bin") -> Path:
+    path = folder / name
+    torch.save(value, path)
+    return path
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().reshape(-1).clone().view(torch.uint8).numpy().tobytes()
+
+
+def assert_located(specs: dict[str, TensorSpec], path: Path) -> None:
+    """Every spec's bytes are those of the tensor that PyTorch loads."""
+    loaded = torch.load(path, weights_only=True)
+    assert set(specs) == set(loaded)
+    with FilePool() as pool:
+        for name, tensor in loaded.items():
+            spec = specs[name]
+            assert (spec.name, spec.path, spec.shape) == (name, path, tuple(tensor.shape))
+            assert BY_CONFIG_NAME[str(tensor.dtype)[6:]].name == spec.dtype
+            assert pool.read_bytes(spec) == raw(tensor)
+
+
+@pytest.fixture
+def values() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(64, generator=generator)
+    return {
+        "bf16": torch.randn(33, 5, generator=generator).bfloat16(),
+        "fp16": torch.randn(4, 4, generator=generator).half(),
+        "fp32": torch.randn(7, 3, generator=generator),
+        "fp64": torch.randn(3, generator=generator).double(),
+        "int64": torch.arange(9),
+        "int8": torch.arange(9, dtype=torch.int8),
+        "bool": torch.tensor([True, False, True]),
+        "fp8": torch.ones(3).to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "whole": shared,
+        "view": shared[8:24].view(4, 4),
+        "tied": shared,
+    }
+
+
+def test_every_tensor_lies_where_the_spec_says(
+    tmp_path: Path, values: dict[str, torch.Tensor]
+) -> None:
+    path = save(tmp_path, OrderedDict(values))
+    specs = read_torch_file(path)
+    assert_located(specs, path)
+    assert [spec.start for spec in specs.values()] == sorted(s.start for s in specs.values())
+    assert specs["tied"].start == specs["whole"].start
+    assert specs["view"].start == specs["whole"].start + 8 * 4
+
+
+def test_the_way_for_older_versions_gives_the_same(
+    tmp_path: Path, values: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, values)
+    expected = read_torch_file(path)
+    monkeypatch.setattr(torch_zip, "_tells_offsets_on_meta", lambda _: False)
+    assert read_torch_file(path) == expected
+
+
+def test_tensors_of_a_gpu_are_located_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+    path = save(tmp_path, {"a": torch.arange(5.0)})
+    monkeypatch.undo()
+    with FilePool() as pool:
+        assert pool.read_bytes(read_torch_file(path)["a"]) == raw(torch.arange(5.0))
+
+
+def test_a_file_larger_than_memory_is_located(tmp_path: Path) -> None:
+    with FakeTensorMode():
+        tensors = {"huge": torch.empty(2**36, dtype=torch.int8), "after": torch.empty(3)}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        path = save(tmp_path, tensors)  # a file of holes: 64 GiB long, a few blocks on disk
+    specs = read_torch_file(path)
+    assert specs["huge"].nbytes == 2**36
+    offset = torch._C.PyTorchFileReader(str(path)).get_record_offset("data/1")
+    assert specs["after"].start == offset > 2**36
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = save(tmp_path, {"a": Attack()})
+    with pytest.raises(FormatError, match="tensors only"):
+        read_torch_file(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ({"state_dict": {"a": torch.ones(2)}}, "a dict under 'state_dict'"),
+        ({"a": torch.ones(2), "epoch": 3}, "a int under 'epoch'"),
+        ({0: torch.ones(2)}, "under"),
+        ([torch.ones(2)], "a list"),
+    ],
+)
+def test_anything_but_a_flat_dict_is_refused(tmp_path: Path, value: Any, found: str) -> None:
+    with pytest.raises(FormatError, match=f"not a plain state dict.*{found}"):
+        read_torch_file(save(tmp_path, value))
+
+
+def test_tensors_that_are_no_plain_bytes_are_all_named(tmp_path: Path) -> None:
+    path = save(
+        tmp_path,
+        {
+            "fine": torch.ones(2),
+            "transposed": torch.ones(4, 6).t(),
+            "expanded": torch.ones(1, 4).expand(3, 4),
+            "conjugated": torch.ones(3, dtype=torch.complex64).conj(),
+            "sparse": torch.eye(3).to_sparse(),
+            "complex": torch.ones(3, dtype=torch.complex128),
+            "../outside": torch.ones(1),
+        },
+    )
+    with pytest.raises(FormatError) as caught:
+        read_torch_file(path)
+    assert [problem.where for problem in caught.value.problems] == [
+        f"{path}, tensor '{name}'"
+        for name in ("transposed", "expanded", "conjugated", "sparse", "complex", "../outside")
+    ]
+
+
+def test_the_format_before_1_6_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.bin"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UnsupportedError, match=r"before version 1.6.*save it as safetensors"):
+        read_torch_file(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"version https://git-lfs", b"\x00" * 100])
+def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "other.bin"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match="not a PyTorch file"):
+        read_torch_file(path)
+
+
+def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, {"a": torch.ones(100)})
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(FormatError, match="not a sound zip"):
+        read_torch_file(path)
+
+
+def rewrite(path: Path, change: Any, **options: Any) -> Path:
+    """Write a zip anew, with ``change`` applied to (name, content) of each record."""
+    changed = path.with_name("changed.bin")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w", **options) as new:
+        for name in old.namelist():
+            new.writestr(*change(name, old.read(name)))
+    return changed
+
+
+def test_a_zip_that_was_packed_again_without_compression_is_located(tmp_path: Path) -> None:
+    path = save(tmp_path, {"a": torch.arange(5.0), "b": torch.arange(3)})
+
+    def without_hints(name: str, content: bytes) -> tuple[str, bytes]:
+        return (name.replace(".format_version", "ignored"), content)
+
+    changed = rewrite(path, without_hints)
+    assert_located(read_torch_file(changed), changed)
+
+
+def test_a_zip_whose_records_moved_is_refused_rather_than_misread(tmp_path: Path) -> None:
+    # PyTorch computes offsets from the alignment it wrote with; here they do not hold any more
+    path = save(tmp_path, {"a": torch.arange(5.0), "b": torch.arange(3)})
+    changed = rewrite(path, lambda name, content: (name, content))
+    with pytest.raises(FormatError, match="its storage is not in the zip"):
+        read_torch_file(changed)
+
+
+def test_compressed_records_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, {"a": torch.zeros(1000)})
+    changed = rewrite(path, lambda name, content: (name, content), compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(FormatError, match="a plain record; found a compressed"):
+        read_torch_file(changed)
+
+
+def test_big_endian_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, {"a": torch.zeros(3)})
+
+    def big(name: str, content: bytes) -> tuple[str, bytes]:
+        return name, b"big" if name.endswith("/byteorder") else content
+
+    with pytest.raises(UnsupportedError, match=r"big-endian.*found 'big'"):
+        read_torch_file(rewrite(path, big))
+
+
+def test_a_storage_smaller_than_its_tensor_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, {"a": torch.arange(5.0)})
+
+    def cut(name: str, content: bytes) -> tuple[str, bytes]:
+        short = content[:8] if name.endswith("data/0") else content
+        return name.replace(".format_version", "ignored"), short
+
+    with pytest.raises(FormatError, match=r"tensor 'a'.*at least 20 bytes; found 8 bytes"):
+        read_torch_file(rewrite(path, cut))
+
+
+def test_a_record_named_twice_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, {"a": torch.arange(5.0)})
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(archive.namelist()[0], pickle.dumps({}))
+    with pytest.raises(FormatError, match="names a record twice"):
+        read_torch_file(path)
+
+
+def test_an_unsafe_version_of_pytorch_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, {"a": torch.ones(2)})
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cu124")
+    with pytest.raises(EnvironmentShortfall, match=r"CVE-2025-32434.*2.6 or newer; found 2.5.1"):
+        read_torch_file(path)
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    assert list(read_torch_file(path)) == ["a"]
+
+
+def test_without_pytorch_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, {"a": torch.ones(2)})
+    real = builtins.__import__
+
+    def fail(name: str, *rest: Any) -> Any:
+        if name == "torch":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(MissingExtraError, match=r"pip install 'regraft\[torch\]'"):
+        read_torch_file(path)
