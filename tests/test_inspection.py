@@ -213,6 +213,7 @@ def test_an_adapters_name_left_in_the_keys_is_no_part_of_the_module(tmp_path: Pa
         ({"use_qalora": True}, "QALoRA"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"init_lora_weights": "corda"}, "corda"),
+        ({"peft_type": None}, "peft_type"),
     ],
 )
 def test_features_that_cannot_be_merged_are_named(

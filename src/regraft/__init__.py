@@ -30,10 +30,10 @@ if TYPE_CHECKING:
         UsageError,
     )
     from regraft.inspection import Inspection, inspect
-    from regraft.merge.events import ProgressEvent
-    from regraft.merge.plan import Plan
-    from regraft.merge.receipt import Receipt
-    from regraft.merge.report import CheckReport
+    from regraft.merging.events import ProgressEvent
+    from regraft.merging.plan import Plan
+    from regraft.merging.receipt import Receipt
+    from regraft.merging.report import CheckReport
 
 _HOME = {
     "merge": "regraft.api",
@@ -41,10 +41,10 @@ _HOME = {
     "check": "regraft.api",
     "inspect": "regraft.inspection",
     "Inspection": "regraft.inspection",
-    "ProgressEvent": "regraft.merge.events",
-    "Plan": "regraft.merge.plan",
-    "Receipt": "regraft.merge.receipt",
-    "CheckReport": "regraft.merge.report",
+    "ProgressEvent": "regraft.merging.events",
+    "Plan": "regraft.merging.plan",
+    "Receipt": "regraft.merging.receipt",
+    "CheckReport": "regraft.merging.report",
     **dict.fromkeys(
         (
             "AccessError",

@@ -13,15 +13,15 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import AccessError, Problem, RegraftError, UsageError
 from regraft.formats.checkpoint import open_adapter, open_checkpoint
 from regraft.formats.hub import locate
-from regraft.merge.events import Progress, ProgressEvent
-from regraft.merge.output import SLACK_BYTES, building, check_output, check_space, free_bytes
-from regraft.merge.plan import Plan
-from regraft.merge.planning import Choices, make_plan, parse_dtype
-from regraft.merge.report import CheckReport
+from regraft.merging.events import Progress, ProgressEvent
+from regraft.merging.output import SLACK_BYTES, building, check_output, check_space, free_bytes
+from regraft.merging.plan import Plan
+from regraft.merging.planning import Choices, make_plan, parse_dtype
+from regraft.merging.report import CheckReport
 from regraft.tensors import parse_size
 
 if TYPE_CHECKING:
-    from regraft.merge.receipt import Receipt
+    from regraft.merging.receipt import Receipt
 
 AdapterArg = str | Path | tuple[str | Path, float]
 """An adapter: a path or Hub id, ``"path=0.5"``, or ``(path, 0.5)``."""
@@ -68,11 +68,13 @@ def merge(
         threads=threads, token=token, progress=progress,
     )  # fmt: skip
     place = Path(out)
-    check_output(place, [made.base.root, *(Path(a.root) for a in made.adapters)], overwrite=overwrite)
+    check_output(
+        place, [made.base.root, *(Path(a.root) for a in made.adapters)], overwrite=overwrite
+    )
     check_space(place, made.nbytes)
 
-    from regraft.merge.execute import execute
-    from regraft.merge.finalize import write_rest
+    from regraft.merging.execute import execute
+    from regraft.merging.finalize import write_rest
 
     with building(place) as folder:
         outcome = execute(made, folder, progress)

@@ -5,7 +5,7 @@
     ├── InputError             exit 3    a file is bad, or is refused
     │   ├── FormatError                  a container is malformed (safetensors, index, config)
     │   ├── AdapterError                 an adapter is inconsistent with itself
-    │   ├── UnsupportedError             sound, but regraft (or nobody) can merge it: refused by name
+    │   ├── UnsupportedError             sound, but it cannot be merged: refused by name
     │   ├── MismatchError                adapter and base do not fit; lists every misfit
     │   ├── NumericError                 a result would be NaN or infinite where the base was not
     │   └── OutputExistsError            OUT is there already
@@ -112,7 +112,7 @@ class OutputExistsError(InputError):
     """OUT exists and ``--overwrite`` was not given."""
 
 
-class EnvironmentShortfall(RegraftError):
+class EnvironmentShortfall(RegraftError):  # noqa: N818
     """The machine falls short: a package, disk space, memory, or a permission."""
 
     exit_code = 4

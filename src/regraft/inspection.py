@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from regraft.adapters.settings import refusals
 from regraft.errors import AdapterError, EnvironmentShortfall, FormatError, InputError, Problem
 from regraft.formats.checkpoint import AdapterFiles, Checkpoint, open_adapter, open_checkpoint
 from regraft.formats.hub import Located, locate
@@ -397,18 +398,6 @@ _PREFIX = "base_model.model."
 _LORA_A = re.compile(r"(.+)\.(?:lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?)")
 _TOKEN_ROWS = re.compile(r".+\.trainable_tokens_delta(?:\.[^.]+)?")
 
-_UNMERGEABLE = (
-    ("alora_invocation_tokens", "aLoRA: it acts only after its invocation tokens"),
-    ("arrow_config", "Arrow: it routes each token among several adapters"),
-    ("use_qalora", "QALoRA: it acts on pooled inputs of a quantized layer"),
-    ("layer_replication", "layer_replication: it changes which layers the model has"),
-    ("kasa_config", "KaSA: it was trained on a truncated base"),
-)
-"""Fields of the config that, when set, mean that no merge gives the trained model."""
-
-_CHANGED_BASE = ("corda", "loftq", "lora_ga")
-"""Inits that changed the base before training: right only on that base."""
-
 
 def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
     config = _Config(adapter.config, adapter.root / ADAPTER_CONFIG)
@@ -417,7 +406,7 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
     r, alpha = config.number("r"), config.number("lora_alpha")
     rslora = bool(config.get("use_rslora"))
     facts = AdapterFacts(
-        peft_type=str(config.get("peft_type") or "LORA"),
+        peft_type=str(config.get("peft_type") or "unknown"),
         base=config.text("base_model_name_or_path"),
         base_revision=config.text("revision"),
         task_type=config.text("task_type"),
@@ -437,7 +426,7 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         token_rows=sum(s.shape[0] for n, s in names.items() if s.shape and _TOKEN_ROWS.match(n)),
         bias=config.text("bias") or "none",
         init=str(config.get("init_lora_weights", True)).lower(),
-        unmergeable=_unmergeable(adapter.config),
+        unmergeable=tuple(what for what, _ in refusals(adapter.config)),
         peft_version=config.text("peft_version"),
     )
     config.raise_problems()
@@ -482,17 +471,6 @@ def _scale(r: float | None, alpha: float | None, *, rslora: bool) -> float | Non
     if not r or alpha is None or r < 0:
         return None
     return alpha / (math.sqrt(r) if rslora else r)
-
-
-def _unmergeable(config: Mapping[str, Any]) -> tuple[str, ...]:
-    reasons = [reason for field, reason in _UNMERGEABLE if config.get(field)]
-    peft_type = str(config.get("peft_type") or "LORA")
-    if peft_type != "LORA":
-        reasons.insert(0, f"{peft_type}: not a LoRA adapter")
-    init = str(config.get("init_lora_weights", "")).lower()
-    if init in _CHANGED_BASE:
-        reasons.append(f"init {init}: it was trained on a base that this init changed")
-    return tuple(reasons)
 
 
 class _Config:

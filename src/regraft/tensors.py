@@ -92,7 +92,7 @@ class TensorSpec:
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes that a tensor of ``dtype`` and ``shape`` takes, rounded up to a whole byte."""
+    """Return the bytes a tensor of ``dtype`` and ``shape`` takes, rounded up to a whole one."""
     return (math.prod(shape) * DTYPES[dtype].bits + 7) // 8
 
 

@@ -15,7 +15,7 @@ from cli.test_plan_text import lora, plan
 from cli.test_receipt_text import TOTALS, receipt
 from cli.tiny import make_receipt
 from regraft.errors import InputError, Problem
-from regraft.merge.report import CheckReport
+from regraft.merging.report import CheckReport
 
 
 class Called:
@@ -106,7 +106,16 @@ def test_a_dry_run_prints_the_plan_and_needs_no_output(run: Run, fake_api: FakeA
     planned = Called(SimpleNamespace(to_json=lambda: answer))
     fake_api(plan=planned)
     result = run("merge", "base", "a", "--dry-run")
-    assert planned.named["out"] is None
+    assert planned.named == {
+        "base": "base",
+        "adapters": ["a"],
+        "out": None,
+        "dtype": None,
+        "shard_size": None,
+        "max_memory": "512MiB",
+        "threads": None,
+        "token": None,
+    }
     assert "l.{0..3}.w" in result.stdout
     assert result.stderr == "warning: odd base\n"
     assert "l.2.w" in run("merge", "base", "a", "--dry-run", "-v").stdout
@@ -117,7 +126,7 @@ def test_a_dry_run_prints_the_plan_and_needs_no_output(run: Run, fake_api: FakeA
 
 
 def test_check_says_yes_with_0(run: Run, fake_api: FakeApi) -> None:
-    summary = {"totals": {"tensors": 9, "merged": 7, "copied": 2, "bytes_written": 2_000_000}}
+    summary = {"tensors": 9, "merged": 7, "copied": 2, "bytes_written": 2_000_000, "memory": 2**28}
     check = Called(CheckReport(ok=True, warnings=("odd base",), summary=summary))
     fake_api(check=check)
     result = run("check", "base", "a=2", "b", "--dtype", "float32")
@@ -125,6 +134,7 @@ def test_check_says_yes_with_0(run: Run, fake_api: FakeApi) -> None:
     assert result.stdout.startswith("ok: it would merge\n")
     assert "7 merged, 2 copied" in result.stdout
     assert "2.00 MB" in result.stdout
+    assert "256 MiB at most" in result.stdout
     assert result.stderr == "warning: odd base\n"
     assert check.arguments == ("base", ["a=2", "b"])
     assert check.named == {"dtype": "float32", "max_memory": "512MiB", "token": None}
@@ -154,6 +164,31 @@ def test_check_of_what_cannot_be_opened_is_3(run: Run, fake_api: FakeApi) -> Non
 
     fake_api(check=refuse)
     assert run("check", "base", "a").exit_code == 3
+
+
+# ---- demo
+
+
+def test_the_demo_tells_its_story_on_stdout(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = Called(SimpleNamespace(to_json=lambda: {"same_answers": 10}))
+    monkeypatch.setattr("regraft.demo.run_demo", demo)
+    result = run("demo", "--dir", "somewhere", "--fresh", "--hub-id", "org/model")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert demo.arguments == (Path("somewhere"),)
+    assert (demo.named["fresh"], demo.named["hub_id"]) == (True, "org/model")
+    story = Called(None)
+    monkeypatch.setattr("regraft.cli.output._write", story)
+    demo.named["say"]("once upon a time")
+    assert story.arguments[1] == "once upon a time"
+
+
+def test_the_demo_as_json_is_its_figures_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = Called(SimpleNamespace(to_json=lambda: {"same_answers": 10}))
+    monkeypatch.setattr("regraft.demo.run_demo", demo)
+    result = run("demo", "--json")
+    assert json.loads(result.stdout) == {"same_answers": 10}
+    assert demo.named["as_json"] is True
+    demo.named["say"]("nothing")
 
 
 # ---- inspect

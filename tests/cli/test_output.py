@@ -16,7 +16,7 @@ import regraft
 from cli.kinds import Launch
 from regraft.cli import output as module
 from regraft.cli.output import Output
-from regraft.merge.events import ProgressEvent
+from regraft.merging.events import ProgressEvent
 
 
 class Terminal(io.StringIO):
@@ -45,11 +45,10 @@ def test_data_is_json_or_text_on_stdout(capsys: pytest.CaptureFixture[str]) -> N
     assert captured.err == ""
 
 
-def test_quiet_silences_text_and_notes_but_not_json_or_warnings(
+def test_quiet_silences_text_but_not_json_or_warnings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Output(quiet=True).data({}, "text")
-    Output(quiet=True).note("note")
     Output(quiet=True).warn(["careful"])
     Output(quiet=True, as_json=True).data({}, "text")
     captured = capsys.readouterr()

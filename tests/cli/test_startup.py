@@ -36,12 +36,14 @@ print(json.dumps({"code": code, "loaded": loaded}), file=sys.stderr)
 
 WITHOUT_TORCH = """
 import sys
-class Blocked:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "transformers", "peft", "accelerate"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return None
-sys.meta_path.insert(0, Blocked())
+            return None
+        return self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
 sys.argv = ["regraft", *sys.argv[1:]]
 from regraft.cli import main
 main()

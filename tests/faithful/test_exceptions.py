@@ -11,9 +11,10 @@ import pytest
 
 import regraft
 from faithful.cases import lora, one
+from faithful.embedding_cases import GROWN, grow
 from faithful.harness import Workshop, assert_faithful
 from regraft.testing import zoo
-from regraft.testing.adapters import WEIGHTS_FILE
+from regraft.testing.adapters import WEIGHTS_FILE, rewrite_adapter
 
 SCALE = 6 / 4
 
@@ -91,4 +92,18 @@ def test_what_cannot_be_merged_is_refused_by_name(name: str, workshop: Workshop)
     out = workshop.fresh("refused")
     with pytest.raises(regraft.InputError, match=module):
         regraft.merge(base, workshop.adapter(base, config), out)
+    assert not out.exists()
+
+
+def test_a_vocabulary_that_grew_unsaid_is_refused_with_both_sizes(workshop: Workshop) -> None:
+    base = workshop.base("llama")
+    adapter = rewrite_adapter(
+        workshop.adapter(base, lora(["lm_head"]), prepare=grow),
+        workshop.fresh("grown"),
+        lambda key, tensor: None if "base_layer" in key else (key, tensor),
+    )
+    out = workshop.fresh("refused")
+    with pytest.raises(regraft.MismatchError, match=str(GROWN)) as caught:
+        regraft.merge(base, adapter, out)
+    assert str(zoo.VOCAB) in str(caught.value)
     assert not out.exists()

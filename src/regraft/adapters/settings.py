@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from regraft.errors import AdapterError, Problem, RegraftError, UnsupportedError
 
@@ -53,7 +53,9 @@ class LoraSettings:
 
     def saves(self, parameter: str) -> bool:
         """Whether ``modules_to_save`` covers a parameter (or module) name."""
-        return any(_compiled(rf"(^|.*\.){m}($|\..*)").match(parameter) for m in self.modules_to_save)
+        return any(
+            _compiled(rf"(^|.*\.){m}($|\..*)").match(parameter) for m in self.modules_to_save
+        )
 
     def targets(self, module: str) -> bool:
         """Whether ``target_modules`` and its limits select a module, by PEFT's rules."""
@@ -105,7 +107,10 @@ def _suffixes(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f".{name}" for name in names)
 
 
-def _first_match(patterns: tuple[tuple[str, Any], ...], key: str, default: Any) -> Any:
+_Number = TypeVar("_Number", int, float)
+
+
+def _first_match(patterns: tuple[tuple[str, _Number], ...], key: str, default: _Number) -> _Number:
     for pattern, value in patterns:
         if _compiled(rf"(.*\.)?({pattern})$").match(key):
             return value
@@ -129,7 +134,9 @@ class _Fields:
 
     def bad(self, name: str, expected: str, found: str) -> None:
         self.problems.append(
-            Problem(f"bad value for {name!r}", self.where, expected, found, "Fix adapter_config.json")
+            Problem(
+                f"bad value for {name!r}", self.where, expected, found, "Fix adapter_config.json"
+            )
         )
 
     def names(self, name: str) -> tuple[str, ...]:

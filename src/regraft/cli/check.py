@@ -10,7 +10,7 @@ from regraft.cli import options
 from regraft.cli.output import Output
 
 if TYPE_CHECKING:
-    from regraft.merge.report import CheckReport
+    from regraft.merging.report import CheckReport
 
 
 @click.command(short_help="Would it merge? All problems at once.")
@@ -52,15 +52,13 @@ def _render(report: CheckReport) -> str:
 
 
 def _counts(summary: dict[str, Any]) -> str:
-    """Return the plan's counts below the answer; whatever of them the report holds."""
+    """Return the plan's counts, to stand below the answer."""
     from regraft.cli.receipt_text import actions
     from regraft.cli.text import memory, pairs, size
 
-    totals = summary.get("totals", summary)
-    rows = [("  tensors", actions(totals) if "tensors" in totals else "")]
-    if "bytes_written" in totals:
-        rows.append(("  size", size(totals["bytes_written"])))
-    if "memory" in summary:
-        rows.append(("  memory", memory(summary["memory"])))
-    text = pairs(rows)
-    return f"\n{text}" if text else ""
+    rows = [
+        ("  tensors", actions(summary)),
+        ("  size", size(summary["bytes_written"])),
+        ("  memory", f"{memory(summary['memory'])} at most"),
+    ]
+    return "\n" + pairs(rows)

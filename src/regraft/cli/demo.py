@@ -35,4 +35,16 @@ def command(folder: Path, fresh: bool, hub_id: str | None, as_json: bool) -> Non
       regraft demo --dir /tmp/demo --fresh
       regraft demo --hub-id HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    raise NotImplementedError
+    from regraft.demo import run_demo
+
+    output = Output(as_json=as_json)
+    result = run_demo(
+        folder,
+        fresh=fresh,
+        hub_id=hub_id,
+        as_json=as_json,
+        say=output.tell,
+        progress=output.training_progress(),
+    )
+    if as_json:
+        output.data(result.to_json(), "")

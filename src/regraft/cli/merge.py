@@ -31,7 +31,7 @@ from regraft.cli.output import Output
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Worker threads; the bytes do not depend on it.  [default: one per core]",
+    help="Worker threads; the bytes do not depend on it.  [default: by the number of cores]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
@@ -69,7 +69,8 @@ def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
     from regraft import api
     from regraft.cli import plan_text
 
-    plan = api.plan(**_arguments(chosen)).to_json()
+    settings = {name: value for name, value in chosen.items() if name != "overwrite"}
+    plan = api.plan(**_arguments(settings)).to_json()
     output.warn(plan["warnings"])
     output.data(plan, plan_text.render(plan, verbose=verbose))
 

@@ -16,7 +16,8 @@ from regraft.cli.text import plural, printable
 
 if TYPE_CHECKING:
     from regraft.cli.failures import Failure
-    from regraft.merge.events import Progress, ProgressEvent
+    from regraft.demo.progress import Progress as StepProgress
+    from regraft.merging.events import Progress, ProgressEvent
 
 
 class ReaderGoneError(Exception):
@@ -28,7 +29,7 @@ class Output:
 
     Args:
         as_json: print data as one JSON object.
-        quiet: no progress bar, no notes and no text summary; errors and warnings stay.
+        quiet: no progress bar and no text summary; errors and warnings stay.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
@@ -42,10 +43,10 @@ class Output:
         elif not self.quiet:
             _write(sys.stdout, text)
 
-    def note(self, line: str) -> None:
-        """Print a remark on stderr, unless quiet."""
-        if not self.quiet:
-            _write(sys.stderr, line)
+    def tell(self, text: str) -> None:
+        """Print a piece of a story on stdout, as it happens; nothing in JSON mode."""
+        if not self.as_json:
+            _write(sys.stdout, text)
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Print warnings on stderr, quiet or not."""
@@ -78,6 +79,12 @@ class Output:
         finally:
             bar.close()
 
+    def training_progress(self) -> StepProgress:
+        """Give what makes bars that count steps, silent ones away from a terminal."""
+        from regraft.demo.progress import on_terminal
+
+        return on_terminal(sys.stderr)
+
     def mute_downloads(self) -> None:
         """Keep huggingface_hub from drawing its own bars; call before it is imported."""
         if self.quiet:
@@ -88,7 +95,7 @@ _STAGES = {"read": "reading headers", "merge": "merging", "finish": "writing to 
 
 
 class _Bar:
-    """A tqdm bar in bytes, fed by :class:`~regraft.merge.events.ProgressEvent`."""
+    """A tqdm bar in bytes, fed by :class:`~regraft.merging.events.ProgressEvent`."""
 
     def __init__(self) -> None:
         from tqdm import tqdm

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.cli.text import count, memory, pairs, percent, plural, seconds, size, table
-from regraft.merge.receipt import InputRecord, Receipt, TensorRecord, Totals
+from regraft.merging.receipt import InputRecord, Receipt, TensorRecord, Totals
 from regraft.tensors import parse_size
 
 MOST_MOVED = 5

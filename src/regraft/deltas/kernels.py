@@ -292,7 +292,8 @@ def _add_squares(values: Any, out: Any, at: Any, by_column: bool, n: Any) -> Non
 @njit(**_options)
 def square_sums(
     x16: Any, x32: Any, kind: int, row_count: int, column_count: int, left: Any, left_offset: int,
-    right: Any, right_offset: int, rank_: int, scale: Any, first_row: int, by_column: bool, out: Any,
+    right: Any, right_offset: int, rank_: int, scale: Any, first_row: int, by_column: bool,
+    out: Any,
 ) -> None:  # fmt: skip
     """Add ``(W + scale * left @ right)^2`` to ``out``, per row or per column, in float64.
 

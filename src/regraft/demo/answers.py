@@ -57,7 +57,10 @@ class Asker:
         return [" ".join(text.split()) for text in texts]
 
     def logits(self, examples: list[Example]) -> Logits:
-        """Return the logits at every token of prompts and right answers, (positions, vocabulary)."""
+        """Return the logits at every token of prompts and right answers.
+
+        Shape (positions, vocabulary), sentence after sentence.
+        """
         texts = [prompt(self._tokenizer, e.sentence) + e.answer for e in examples]
         rows = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         ids, mask = _padded_left(rows, self._tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""Run a command and measure its time and peak memory: ``python -m regraft.demo.measure OUT CMD...``.
+"""Measure a command's time and peak memory: ``python -m regraft.demo.measure REPORT CMD...``.
 
 It is a process of its own, and a small one, for a reason: the system starts a child's peak memory
 at what its parent held, so a process with a model loaded cannot measure a child that has none.

@@ -33,14 +33,20 @@ class Measured:
     peak_memory: int
 
 
-def run_merge(base: Path, adapter: Path, out: Path) -> Measured:
+def run_merge(base: Path, adapter: Path, out: Path, *options: str) -> Measured:
     """Run ``regraft merge`` and measure it.
+
+    Args:
+        base: a checkpoint.
+        adapter: a PEFT adapter.
+        out: the folder to make, or to make anew.
+        options: more of the command's options.
 
     Raises:
         RegraftError: the merge failed; the error is the one the command reported.
     """
     regraft = [sys.executable, "-m", "regraft"]
-    arguments = [str(base), str(adapter), "-o", str(out), "--overwrite", "--json"]
+    arguments = [str(base), str(adapter), "-o", str(out), "--overwrite", "--json", *options]
     return run_measured([*regraft, "merge", *arguments])
 
 

@@ -15,6 +15,7 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
+    had_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -24,4 +25,5 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        if had_bars:
+            logging.enable_progress_bar()

@@ -54,6 +54,7 @@ class DemoResult:
         last_loss: at the last step of training.
         questions: every held-out sentence, with all answers.
         logits: the merged model's logits against the live adapter model's.
+        float32_logits: the same for a merge that keeps float32: no rounding to the base's dtype.
         figures: sizes, times, memory.
     """
 
@@ -68,6 +69,7 @@ class DemoResult:
     last_loss: float
     questions: tuple[Question, ...]
     logits: LogitComparison
+    float32_logits: LogitComparison
     figures: Figures
 
     @property
@@ -97,5 +99,7 @@ class DemoResult:
         counts = ("base_right", "adapter_right", "merged_right", "same_answers")
         derived: dict[str, Any] = {name: getattr(self, name) for name in counts}
         shares = ("relative_difference", "agreement")
-        derived["logits"] = made["logits"] | {n: getattr(self.logits, n) for n in shares}
+        for name in ("logits", "float32_logits"):
+            comparison = getattr(self, name)
+            derived[name] = made[name] | {share: getattr(comparison, share) for share in shares}
         return made | paths | derived | {"questions": list(made["questions"])}

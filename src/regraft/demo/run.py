@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 """Takes a piece of text to show, of one line or several."""
 
+
+def _say_nothing(text: str) -> None:
+    del text
+
+
 HELD_OUT = make_examples(HELD_OUT_WORDS, 10, seed=1)
 """The sentences of the evaluation."""
 
@@ -44,7 +50,7 @@ def run_demo(
     fresh: bool = False,
     hub_id: str | None = None,
     as_json: bool = False,
-    say: Say = lambda text: None,
+    say: Say = _say_nothing,
     progress: Progress = silent,
 ) -> DemoResult:
     """Train an adapter on a real model, merge it, and compare the two models.
@@ -64,7 +70,7 @@ def run_demo(
         RegraftError: the model cannot be had, or the merge failed.
     """
     _require_extra()
-    demo = _Demo(DemoFolder(folder), (lambda text: None) if as_json else say)
+    demo = _Demo(DemoFolder(folder), _say_nothing if as_json else say)
     demo.folder.open()
     with quiet_libraries():
         return demo.run(hub_id, progress, fresh=fresh)
@@ -93,6 +99,7 @@ class _Merged:
 
     answers: list[str]
     logits: LogitComparison
+    float32_logits: LogitComparison
 
 
 class _Demo:
@@ -108,7 +115,7 @@ class _Demo:
         training = self.train(base, progress, fresh=fresh)
         live = self.ask_adapter(base)
         measured = self.merge(base)
-        merged = self.ask_merged(live)
+        merged = self.ask_merged(base, live)
         copy_seconds = time_copy(base.path, self.folder.path / "copy.tmp")
         figures = self.count(base, training, measured, copy_seconds)
         result = self.conclude(base, training, live, merged, figures)
@@ -174,13 +181,13 @@ class _Demo:
         self.say(
             story.indented(
                 f"{totals['merged']} of {totals['tensors']} tensors merged in "
-                f"{seconds(measured.seconds)} with {memory(measured.peak_memory)} of memory at peak",
+                f"{seconds(measured.seconds)}, peak memory {memory(measured.peak_memory)}",
                 f"{self.folder.merged}: {size(weight_bytes(self.folder.merged))}",
             )
         )
         return measured
 
-    def ask_merged(self, live: _Live) -> _Merged:
+    def ask_merged(self, base: Base, live: _Live) -> _Merged:
         from regraft.demo.answers import Asker
 
         self.say(story.heading(5, "The merged model, loaded by transformers without PEFT"))
@@ -195,8 +202,20 @@ class _Demo:
                 f"The same answer as the adapter's: {same} of {len(HELD_OUT)}."
             )
         )
-        self.say(story.agreement(logits))
-        return _Merged(answers, logits)
+        del asker
+        float32_logits = self.compare_float32(base, live)
+        self.say(story.agreement(logits, float32_logits))
+        return _Merged(answers, logits, float32_logits)
+
+    def compare_float32(self, base: Base, live: _Live) -> LogitComparison:
+        """Merge once more without the rounding to the base's dtype, compare, and remove it."""
+        from regraft.demo.answers import Asker
+
+        out = self.folder.path / "merged-float32.tmp"
+        run_merge(base.path, self.folder.adapter, out, "--dtype", "float32")
+        comparison = compare_logits(live.logits, Asker(out).logits(HELD_OUT))
+        shutil.rmtree(out)
+        return comparison
 
     def count(
         self, base: Base, training: Training, measured: Measured, copy_seconds: float
@@ -229,6 +248,7 @@ class _Demo:
             last_loss=training.last_loss,
             questions=tuple(Question(e.sentence, e.answer, b, a, m) for e, b, a, m in answers),
             logits=merged.logits,
+            float32_logits=merged.float32_logits,
             figures=figures,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from regraft.demo.compare import LogitComparison
@@ -10,6 +11,9 @@ from regraft.demo.result import DemoResult
 from regraft.demo.text import memory, percent, seconds, size, table
 
 _EARLIER = "kept from an earlier run"
+
+_ANSWER_WIDTH = 70
+"""A longer answer, which is a wrong one, is shown up to here."""
 
 
 def heading(number: int, title: str) -> str:
@@ -44,20 +48,35 @@ def answered(examples: Sequence[Example], answers: dict[str, Sequence[str]]) -> 
         lines.append(example.sentence)
         for model, texts in answers.items():
             mark = "right" if texts[i] == example.answer else "wrong"
-            lines.append(f"  {model:<{width}}  {mark}  {texts[i]}")
+            text = textwrap.shorten(texts[i], _ANSWER_WIDTH, placeholder=" ...")
+            lines.append(f"  {model:<{width}}  {mark}  {text}")
     return indented(*lines)
 
 
-def agreement(logits: LogitComparison) -> str:
-    """Return how far the merged model's logits are from the adapter model's."""
+def agreement(stored: LogitComparison, float32: LogitComparison) -> str:
+    """Return how far the merged model's logits are from the adapter model's.
+
+    Args:
+        stored: of the model merged in the base's dtype.
+        float32: of the same merge kept in float32, which leaves the last rounding out.
+    """
     return indented(
-        f"Logits of both models at all {logits.positions} positions, computed in float32:",
-        f"  largest difference   {logits.largest_difference:.3g}, which is "
-        f"{percent(logits.relative_difference)} of their range ({logits.value_range:.3g})",
-        f"  most likely token    the same at {logits.same_top} of {logits.positions} positions",
-        "The merged weights are stored in bfloat16, as the base's are: the difference is that",
-        "one rounding.",
+        f"Logits at all {stored.positions} positions of the prompts and right answers, where the",
+        f"adapter model's range over {stored.value_range:.3g}:",
+        table(
+            [
+                ("  largest difference", *_difference(stored)),
+                ("  merged in float32 instead", *_difference(float32)),
+            ]
+        ),
+        "So the difference is the one rounding to the base's dtype, and nothing else.",
     )
+
+
+def _difference(logits: LogitComparison) -> tuple[str, str]:
+    share = f"{percent(logits.relative_difference)} of the range"
+    same = f"same top token at {logits.same_top} of {logits.positions}"
+    return f"{logits.largest_difference:.2g}", f"{share}; {same}"
 
 
 def figures(result: DemoResult) -> str:

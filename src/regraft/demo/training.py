@@ -135,6 +135,6 @@ def _optimize(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             bar.advance(f"loss {losses[-1]:.4f}")
     return losses

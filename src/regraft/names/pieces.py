@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+Operation = Mapping[str, Any]
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,21 @@ class Conversion:
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    operations: Sequence[Mapping[str, Any]]
+    operations: Sequence[Operation]
     config: Mapping[str, Any]
 
     def pieces(self, match: Match) -> tuple[Piece, ...]:
         """Return what the matched tensor is: one piece per target."""
-        pieces = [Piece(name) for name in self._parameters(match.parameter)]
+        names = self._parameters(match.parameter)
+        return tuple(self._piece(name, target, match) for target, name in enumerate(names))
+
+    def _piece(self, name: str, target: int, match: Match) -> Piece:
+        fields: Fields = {"parameter": name}
         for operation in self.operations:
-            step = _STEPS.get(operation["name"], _refuse)
-            pieces = [step(self, operation, match, i, piece) for i, piece in enumerate(pieces)]
-        return tuple(pieces)
+            step = _STEPS.get(operation["name"])
+            changes = step(self, operation, match, target, fields) if step else None
+            fields |= _refusal(operation, fields) if changes is None else changes
+        return Piece(**fields)
 
     def _parameters(self, first: str) -> list[str]:
         """Return the name of each target's parameter, given the first one's."""
@@ -102,72 +110,67 @@ class Conversion:
 
 
 def _merge_module_list(
-    _: Conversion, operation: Mapping[str, Any], match: Match, __: int, piece: Piece
-) -> Piece:
+    _: Conversion, operation: Operation, match: Match, __: int, ___: Fields
+) -> Fields | None:
     """Stack matrices, one per expert, along a new first dimension."""
     if match.index is None or operation.get("dim", 0) != 0:
-        return _unsupported(piece, operation)
-    return replace(piece, expert=match.index)
+        return None
+    return {"expert": match.index}
 
 
 def _concatenate(
-    conversion: Conversion, operation: Mapping[str, Any], match: Match, _: int, piece: Piece
-) -> Piece:
+    conversion: Conversion, operation: Operation, match: Match, _: int, fields: Fields
+) -> Fields | None:
     """Join the tensors of all sources, or a counted number of shards, along ``dim``."""
-    axis = operation.get("dim", 0) - (piece.expert is not None)
+    axis = operation.get("dim", 0) - ("expert" in fields)
     part: int | None = match.source
     parts = len(conversion.sources)
     if "num_shards_attribute" in operation:
         part, parts = match.index, conversion.count(operation["num_shards_attribute"])
     if axis < 0 or part is None or part >= parts:
-        return _unsupported(piece, operation)
-    return replace(piece, part=part, parts=parts, axis=axis)
+        return None
+    return {"part": part, "parts": parts, "axis": axis}
 
 
 def _chunk(
-    conversion: Conversion, operation: Mapping[str, Any], _: Match, target: int, piece: Piece
-) -> Piece:
+    conversion: Conversion, operation: Operation, _: Match, target: int, __: Fields
+) -> Fields | None:
     """Cut the tensor into equal slices along ``dim``, one per target."""
     dim = operation.get("dim", 0)
-    return replace(piece, chunk=target, chunks=len(conversion.targets), chunk_axis=dim)
+    return {"chunk": target, "chunks": len(conversion.targets), "chunk_axis": dim}
 
 
 def _transpose(
-    _: Conversion, operation: Mapping[str, Any], __: Match, ___: int, piece: Piece
-) -> Piece:
+    _: Conversion, operation: Operation, __: Match, ___: int, ____: Fields
+) -> Fields | None:
     """Swap the last two dimensions: of a matrix, or of a stack of them."""
-    dims = {operation.get("dim0", 0), operation.get("dim1", 1)}
-    if dims not in ({0, 1}, {1, 2}, {-1, -2}):
-        return _unsupported(piece, operation)
-    return replace(piece, transposed=True, check_shape=operation.get("check_dims", False))
+    if {operation.get("dim0", 0), operation.get("dim1", 1)} not in ({0, 1}, {1, 2}, {-1, -2}):
+        return None
+    return {"transposed": True, "check_shape": operation.get("check_dims", False)}
 
 
 def _permute_for_rope(
-    conversion: Conversion, operation: Mapping[str, Any], _: Match, target: int, piece: Piece
-) -> Piece:
+    conversion: Conversion, operation: Operation, _: Match, target: int, __: Fields
+) -> Fields | None:
     """Reorder rows for rotary embeddings, but only of the layers named, if any are."""
     layers = operation.get("permute_layer_names")
     name = conversion.targets[target]
-    if layers is not None and not any(layer in name for layer in layers):
-        return piece
-    return _unsupported(piece, operation)
+    spared = layers is not None and not any(layer in name for layer in layers)
+    return {} if spared else None
 
 
-def _refuse(
-    _: Conversion, operation: Mapping[str, Any], __: Match, ___: int, piece: Piece
-) -> Piece:
-    return _unsupported(piece, operation)
+def _refusal(operation: Operation, fields: Fields) -> Fields:
+    """Name the operation as the one that is not undone, unless an earlier one was."""
+    return {"unsupported": fields.get("unsupported") or operation["name"]}
 
 
-def _unsupported(piece: Piece, operation: Mapping[str, Any]) -> Piece:
-    return replace(piece, unsupported=piece.unsupported or operation["name"])
+_Step = Callable[[Conversion, Operation, Match, int, Fields], Fields | None]
 
-
-_STEPS = {
+_STEPS: dict[str, _Step] = {
     "MergeModulelist": _merge_module_list,
     "Concatenate": _concatenate,
     "Chunk": _chunk,
     "Transpose": _transpose,
     "PermuteForRope": _permute_for_rope,
 }
-"""The operations that regraft understands, by transformers' class name."""
+"""What each operation adds to a piece, by transformers' class name; None where it is not undone."""

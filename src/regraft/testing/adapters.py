@@ -141,7 +141,7 @@ def cast_adapter(source: Path, folder: Path, dtype: str) -> Path:
 def rewrite_adapter(
     source: Path,
     folder: Path,
-    change: Callable[[str, Any], tuple[str, Any]],
+    change: Callable[[str, Any], tuple[str, Any] | None],
     **config: Any,
 ) -> Path:
     """Copy an adapter, passing every (name, tensor) through ``change``; return ``folder``.
@@ -149,15 +149,15 @@ def rewrite_adapter(
     Args:
         source: the adapter's folder.
         folder: where the copy goes; made if it is not there.
-        change: takes a key and its tensor, returns the new ones.
+        change: takes a key and its tensor; returns the new ones, or None to leave it out.
         **config: fields to set in the copy's ``adapter_config.json``.
     """
     from safetensors.torch import load_file, save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(change(*item) for item in load_file(source / WEIGHTS_FILE).items())
+    changed = (change(*item) for item in load_file(source / WEIGHTS_FILE).items())
     save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        {name: tensor.contiguous() for name, tensor in filter(None, changed)},
         folder / WEIGHTS_FILE,
         metadata={"format": "pt"},
     )

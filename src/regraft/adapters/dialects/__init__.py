@@ -1,1 +1,1 @@
-"""One file per adapter dialect; each turns files into an :class:`~regraft.adapters.model.Adapter`."""
+"""One file per adapter dialect; each turns files into the one form of an adapter."""

@@ -1,4 +1,4 @@
-"""PEFT's adapter format: ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``)."""
+"""PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def read_adapter(files: AdapterFiles, weight: float = 1.0) -> Adapter:
     whole = _whole_tensors(rest, settings, problems, where)
     if not (targets or tokens or whole) and not problems:
         problems.append(
-            Problem("the adapter holds no tensors", where, hint="Was training stopped before a save?")
+            Problem(
+                "the adapter holds no tensors", where, hint="Was training stopped before a save?"
+            )
         )
     if problems:
         raise AdapterError(problems)

@@ -54,11 +54,11 @@ class BaseIndex:
         """Return the tied parameters that the base leaves out, with the parameter they share."""
         ties = {}
         for target, source in self.names.tied_now.items():
-            if target not in self.by_parameter and self._holding(source):
+            if target not in self.by_parameter and self.holding(source):
                 ties[target] = source
         return ties
 
-    def _holding(self, parameter: str) -> tuple[Held, ...]:
+    def holding(self, parameter: str) -> tuple[Held, ...]:
         """Return the tensors of a parameter, whether or not the base has its model's prefix."""
         prefix = f"{self.names.base_model_prefix}."
         for name in (parameter, parameter.removeprefix(prefix), prefix + parameter):
@@ -84,11 +84,13 @@ class BaseIndex:
         return Found(Piece(name), (Held(spec, Piece(name)),))
 
     def _of_piece(self, piece: Piece) -> Found | None:
-        held = tuple(h for h in self.by_parameter.get(piece.parameter, ()) if overlap(piece, h.piece))
+        held = tuple(
+            h for h in self.by_parameter.get(piece.parameter, ()) if overlap(piece, h.piece)
+        )
         if held:
             return Found(piece, held)
         if piece.parameter in self.aliases:
-            return Found(piece, self._holding(self.aliases[piece.parameter]), piece.parameter)
+            return Found(piece, self.holding(self.aliases[piece.parameter]), piece.parameter)
         return None
 
     def part_offset(self, parameter: str, piece: Piece) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
 from regraft.formats.layout import looks_like
-from regraft.merge.writer import write_error
+from regraft.merging.writer import write_error
 
 SLACK_BYTES = 64 * 2**20
 """Room asked for beyond the weights: tokenizer, headers, the file system's own needs."""

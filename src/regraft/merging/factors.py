@@ -14,20 +14,13 @@ from blake3 import blake3
 
 from regraft.deltas import kernels
 from regraft.deltas.views import Delta, View
+from regraft.deltas.weights import Floats, Weights
 from regraft.errors import AdapterError
 from regraft.formats.reading import FilePool
-from regraft.merge.plan import Segment
+from regraft.merging.plan import Segment
 from regraft.tensors import TensorSpec
 
-Floats = npt.NDArray[np.float32]
 Key = tuple[Path, str]
-
-
-def decode(raw: bytes, dtype: str) -> Floats:
-    """Return stored values as float32, exactly."""
-    if dtype == "BF16":
-        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return np.frombuffer(raw, {"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
 
 
 class FactorStore:
@@ -68,7 +61,7 @@ class FactorStore:
     def _read(self, spec: TensorSpec, key: Key) -> Floats:
         raw = self._files.read_bytes(spec)
         self.digests[key] = blake3(raw).hexdigest()
-        values = decode(raw, spec.dtype)
+        values = Weights.of_bytes(np.frombuffer(raw, np.uint8), spec.dtype).floats()
         if not np.isfinite(values).all():
             bad = int(values.size - np.isfinite(values).sum())
             raise AdapterError(
@@ -105,9 +98,7 @@ class Pair:
     right: Floats
 
 
-def pack(
-    segment: Segment, pairs: Sequence[Pair], dora: Sequence[Floats | None]
-) -> Packed:
+def pack(segment: Segment, pairs: Sequence[Pair], dora: Sequence[Floats | None]) -> Packed:
     """Lay a segment's factors out one after the other.
 
     Args:

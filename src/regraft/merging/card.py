@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.merge.receipt import Receipt
+from regraft.merging.receipt import Receipt
 
 _REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
-_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "extra_gated_prompt")
+_KEPT = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "pipeline_tag",
+    "extra_gated_prompt",
+)
 
 
 def base_metadata(folder: Path) -> dict[str, Any]:
@@ -85,7 +92,8 @@ model = {auto_class}.from_pretrained("{Path(receipt.output).name}")
 {adapters}
 
 {totals.merged} of {totals.tensors} tensors were merged. The adapters moved them by
-{totals.relative_delta:.2%} of their norm; {totals.changed_share:.1%} of the merged elements changed.
+{totals.relative_delta:.2%} of their norm; {totals.changed_share:.1%} of the merged
+elements changed.
 
 Made by [regraft](https://github.com/regraft/regraft) {receipt.regraft}, arithmetic version
 {receipt.arithmetic}:

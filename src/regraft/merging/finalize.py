@@ -11,12 +11,12 @@ from typing import Any
 
 from regraft._version import __version__
 from regraft.formats.reading import access_error
-from regraft.merge.card import auto_class_of, base_metadata, model_card
-from regraft.merge.execute import Outcome
-from regraft.merge.output import write_file
-from regraft.merge.plan import Plan
-from regraft.merge.receipt import InputRecord, Receipt, TensorRecord, Totals
-from regraft.merge.sidefiles import json_bytes, plan_side_files, updated_config
+from regraft.merging.card import auto_class_of, base_metadata, model_card
+from regraft.merging.execute import Outcome
+from regraft.merging.output import write_file
+from regraft.merging.plan import Plan
+from regraft.merging.receipt import InputRecord, Receipt, TensorRecord, Totals
+from regraft.merging.sidefiles import json_bytes, plan_side_files, updated_config
 
 Used = Callable[[], tuple[float, int, int]]
 """Asks for seconds, peak memory in bytes, and threads."""
@@ -142,9 +142,6 @@ def _numel(record: TensorRecord) -> int:
 def _quiet_warning(receipt: Receipt) -> list[str]:
     if not receipt.quiet:
         return []
-    return [
-        f"the adapters changed (nearly) nothing: {receipt.totals.changed_share:.4%} of the merged "
-        "elements differ from the base; are they trained, and is the weight right?"
-    ]
-
-
+    share = f"{receipt.totals.changed_share:.4%} of the merged elements differ from the base"
+    question = "are they trained, and is the weight right?"
+    return [f"the adapters changed (nearly) nothing: {share}; {question}"]

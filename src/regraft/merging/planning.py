@@ -6,17 +6,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.model import Adapter
 from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
-from regraft.merge.lookup import BaseIndex
-from regraft.merge.match import Matching, Work, match
-from regraft.merge.plan import OutputShard, Plan, Segment, Step
-from regraft.merge.receipt import Action
-from regraft.merge.ties import TieOutcome, output_rows, settle_ties, vocabulary_rows
+from regraft.merging.lookup import BaseIndex
+from regraft.merging.match import Matching, Work, match
+from regraft.merging.plan import OutputShard, Plan, Segment, Step
+from regraft.merging.receipt import Action
+from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_rows
 from regraft.names import NameMap, class_for_task
 from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES
 
@@ -248,7 +249,11 @@ def _shards(
     base: Checkpoint, works: Mapping[str, Work], choices: Choices, left_out: frozenset[str]
 ) -> list[OutputShard]:
     files = [
-        [_step(name, base, works.get(name), choices) for name in shard.tensors if name not in left_out]
+        [
+            _step(name, base, works.get(name), choices)
+            for name in shard.tensors
+            if name not in left_out
+        ]
         for shard in base.shards
     ]
     known = {step.name for steps in files for step in steps}
@@ -272,7 +277,10 @@ def numbered_names(count: int) -> list[str]:
 def _kept_names(base: Checkpoint) -> list[str]:
     """Return the base's file names where transformers will find them, else the usual ones."""
     names = [shard.name for shard in base.shards]
-    usual = len(names) > 1 or names[0] in ("model.safetensors", "diffusion_pytorch_model.safetensors")
+    usual = len(names) > 1 or names[0] in (
+        "model.safetensors",
+        "diffusion_pytorch_model.safetensors",
+    )
     if base.container == "safetensors" and usual and not base.single_file:
         return names
     return numbered_names(len(names))
@@ -333,7 +341,7 @@ def _segments(work: Work) -> tuple[Segment, ...]:
         return ()
     edges = sorted({edge for delta in work.deltas for edge in delta.rows})
     segments = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         here = tuple(d for d in work.deltas if d.rows[0] <= low and high <= d.rows[1])
         if here:
             segments.append(Segment((low, high), here))
@@ -376,8 +384,8 @@ def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:
     notes = []
     if ties.untied:
         notes.append(
-            "the adapter gives the input and output embeddings different weights: both are written, "
-            "and tie_word_embeddings is set to false"
+            "the adapter gives the input and output embeddings different weights: both are "
+            "written, and tie_word_embeddings is set to false"
         )
     for adapter in adapters:
         init = str(adapter.settings.init_lora_weights).lower()

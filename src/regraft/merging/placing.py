@@ -10,7 +10,7 @@ import numpy as np
 from regraft.adapters.model import Adapter, LoraTarget
 from regraft.deltas.views import ONE, Delta, Feature, View, matrix_view
 from regraft.errors import Problem
-from regraft.merge.lookup import BaseIndex, Found, Held
+from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.names import Piece
 from regraft.names.conv1d import is_conv1d
 from regraft.tensors import WORKING_DTYPES, TensorSpec
@@ -106,7 +106,7 @@ def check_storage(place: Placement, spec: TensorSpec) -> None:
     """
     if spec.dtype not in WORKING_DTYPES:
         raise Misfit(
-            Problem(f"cannot add a delta to a {spec.dtype} tensor", f"{place.where()} -> {spec.name}",
+            Problem(f"cannot add a delta to {spec.dtype}", f"{place.where()} -> {spec.name}",
                     " or ".join(WORKING_DTYPES), spec.dtype,
                     "Dequantize or convert the base to one of these first")
         )  # fmt: skip
@@ -242,7 +242,7 @@ def _on_all_experts(
     place: Placement, factors: Factors, spec: TensorSpec, index: BaseIndex
 ) -> list[Delta]:
     """A stacked target meets a stacked tensor (experts, d1, d2)."""
-    experts, height, width = spec.shape
+    experts, height, _ = spec.shape
     transposed = _stack_is_transposed(place, factors, spec, index)
     if factors.experts != experts or transposed is None:
         raise Misfit(_wrong_shape(place, spec, (factors.experts, factors.out, factors.inputs)))
@@ -260,13 +260,19 @@ def _stack_is_transposed(
     """Whether experts are stored (in, out); None when the sizes fit neither way."""
     normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
     if normal != flipped:
-        return {normal: False, flipped: True}.get(spec.shape[1:])
+        return {normal: False, flipped: True}.get((spec.shape[1], spec.shape[2]))
     known = index.names.is_transposed(place.target.module)
     return known if known is not None else False
 
 
 def _expert_delta(
-    place: Placement, factors: Factors, expert: int, at: Rows, kept: Rows, *, transposed: bool = False
+    place: Placement,
+    factors: Factors,
+    expert: int,
+    at: Rows,
+    kept: Rows,
+    *,
+    transposed: bool = False,
 ) -> Delta:
     """One expert's delta. A is (experts * r, in), expert by expert; B is (out, r * experts),
     expert fastest (PEFT's ParamWrapper.get_delta_weight)."""
@@ -318,7 +324,7 @@ def bias_delta(place: Placement, spec: TensorSpec) -> Delta:
     """
     check_storage(place, spec)
     b_bias = place.target.b_bias
-    assert b_bias is not None  # noqa: S101  (the caller asked for it because it is there)
+    assert b_bias is not None
     if spec.shape != b_bias.shape:
         raise Misfit(_wrong_shape(place, spec, b_bias.shape))
     left = matrix_view(b_bias, spec.numel, 1)

@@ -10,7 +10,7 @@ from typing import Any
 from regraft.adapters.model import Adapter
 from regraft.deltas.views import Delta, RowPatch, View
 from regraft.formats.checkpoint import Checkpoint
-from regraft.merge.receipt import Action
+from regraft.merging.receipt import Action
 from regraft.tensors import TensorSpec, nbytes_of
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import build_header
-from regraft.merge.events import Progress, ProgressEvent
-from regraft.merge.factors import FactorStore
-from regraft.merge.plan import OutputShard, Plan, Step
-from regraft.merge.receipt import TensorRecord
-from regraft.merge.run import Buffers, StepRun
-from regraft.merge.tiles import Tile, tiles_of
-from regraft.merge.writer import OutputFile
+from regraft.merging.events import Progress, ProgressEvent
+from regraft.merging.factors import FactorStore
+from regraft.merging.plan import OutputShard, Plan, Step
+from regraft.merging.receipt import TensorRecord
+from regraft.merging.run import Buffers, StepRun
+from regraft.merging.tiles import Tile, tiles_of
+from regraft.merging.writer import OutputFile
 
 FACTOR_CACHE = 32 * 2**20
 """Bytes of decoded adapter tensors kept for the next step that asks for them."""
@@ -59,7 +59,9 @@ class _Gate:
 class _Queue:
     """Hands out tiles, shard by shard and tensor by tensor, and notices when a step is done."""
 
-    def __init__(self, plan: Plan, folder: Path, files: FilePool, progress: Progress | None) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, files: FilePool, progress: Progress | None
+    ) -> None:
         self._plan, self._folder, self._files = plan, folder, files
         self._store = FactorStore(files, FACTOR_CACHE)
         room = max([step.factor_bytes for step in plan.steps] + [2 * FACTOR_CACHE])
@@ -98,8 +100,9 @@ class _Queue:
     def _step_tiles(
         self, step: Step, shard: OutputShard, output: OutputFile, offset: int
     ) -> Iterator[tuple[StepRun, Tile, str]]:
-        run = StepRun(step, output, offset, self._files, self._store)
-        tiles = list(tiles_of(step, self._plan.tile_bytes))
+        tile_bytes = self._plan.tile_bytes
+        run = StepRun(step, output, offset, self._files, self._store, tile_bytes)
+        tiles = list(tiles_of(step, tile_bytes))
         self._left[id(run)] = len(tiles)
         self._active[id(run)] = run
         for tile in tiles:
@@ -178,7 +181,7 @@ def _run_threads(queue: _Queue, plan: Plan) -> None:
         while (item := queue.next()) is not None:
             run, tile, shard = item
             try:
-                run.work(tile, buffers, plan.tile_bytes)
+                run.work(tile, buffers)
                 if not run.failed:
                     queue.finish(run, tile, shard)
             except BaseException:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.deltas.views import Delta, RowPatch, matrix_view
 from regraft.errors import Problem
-from regraft.merge.lookup import BaseIndex, Found, Held, nearest_hint
-from regraft.merge.placing import (
+from regraft.merging.lookup import BaseIndex, Found, Held, nearest_hint
+from regraft.merging.placing import (
     Misfit,
     Placement,
     bias_delta,
@@ -18,6 +19,8 @@ from regraft.merge.placing import (
     residual_delta,
 )
 from regraft.tensors import TensorSpec
+
+_Item = TypeVar("_Item", WholeTensor, LoraTarget, TokenRows)
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Work:
         """The tensor the work starts from."""
         if self.override is not None:
             return self.override[1]
-        assert self.base is not None  # noqa: S101  (a work has one or the other)
+        assert self.base is not None
         return self.base
 
 
@@ -92,7 +95,13 @@ class Matcher:
             self._collect(self._place_rows, number, adapter, rows)
         self._note_untouched(adapter)
 
-    def _collect(self, place, number: int, adapter: Adapter, item) -> None:  # type: ignore[no-untyped-def]
+    def _collect(
+        self,
+        place: Callable[[int, Adapter, _Item], None],
+        number: int,
+        adapter: Adapter,
+        item: _Item,
+    ) -> None:
         try:
             place(number, adapter, item)
         except Misfit as misfit:
@@ -168,7 +177,7 @@ class Matcher:
             work.shared.add(place.adapter)
 
     def _seen(self, work: Work, held: Held) -> Held:
-        """The tensor a delta will meet: PEFT's copy of a (resized) embedding wins over the base's."""
+        """What a delta will meet: PEFT's copy of a (resized) embedding wins over the base's."""
         source = self.result.works.get(held.spec.name, work)
         if source.override is not None and source.origin == "embedding":
             return Held(source.override[1], held.piece)
@@ -200,7 +209,7 @@ class Matcher:
             return
         if len(finds) != 1 or len(finds[0].held) != 1 or not _is_direct(finds[0]):
             raise Misfit(
-                Problem("the base keeps this tensor in parts that a whole one cannot replace", where,
+                Problem("the base keeps this in parts that a whole tensor cannot replace", where,
                         "one tensor", ", ".join(h.spec.name for f in finds for h in f.held))
             )  # fmt: skip
         self._override(number, whole, finds[0], where)

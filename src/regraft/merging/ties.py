@@ -10,11 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.errors import Problem
-from regraft.merge.lookup import BaseIndex
-from regraft.merge.match import Matching, Work, vocabulary_side
+from regraft.merging.lookup import BaseIndex
+from regraft.merging.match import Matching, Work, vocabulary_side
 
 READS_THE_TIE = frozenset(
-    ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "t5gemma", "pix2struct", "pop2piano")
+    [
+        "t5",
+        "mt5",
+        "umt5",
+        "longt5",
+        "switch_transformers",
+        "udop",
+        "t5gemma",
+        "pix2struct",
+        "pop2piano",
+    ]
 )
 """Model types whose forward pass scales its output by whether the weights are tied: saying that
 they are not would change the function."""
@@ -46,7 +56,7 @@ def _settle(
     index: BaseIndex, matching: Matching, source: str, outcome: TieOutcome, config: dict[str, Any]
 ) -> None:
     aliases = [target for target, owner in index.aliases.items() if owner == source]
-    stored = index._holding(source)[0].spec
+    stored = index.holding(source)[0].spec
     own = matching.works.get(stored.name)
     for alias in aliases:
         _share(matching, alias, stored.name)
@@ -128,7 +138,7 @@ def _cannot_part(
         )  # fmt: skip
     if config.get("model_type") in READS_THE_TIE:
         return Problem(
-            "the adapter changes one side of a tie, and this model computes differently when untied",
+            "the adapter changes one side of a tie, and untied this model computes something else",
             where, found=f"model_type {config.get('model_type')}", hint=hint,
         )  # fmt: skip
     return None
@@ -139,7 +149,7 @@ def _differs_though_both_stored(index: BaseIndex, matching: Matching) -> bool:
     for target, source in index.names.tied_now.items():
         if target in index.aliases or target not in index.by_parameter:
             continue
-        sides = [index._holding(name) for name in (target, source)]
+        sides = [index.holding(name) for name in (target, source)]
         works = [matching.works.get(held[0].spec.name) for held in sides if held]
         if any(work is not None for work in works):
             return True

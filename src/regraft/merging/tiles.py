@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from regraft.merge.plan import Step
+from regraft.merging.plan import Step
 from regraft.tensors import DTYPES
 
 
@@ -84,7 +84,12 @@ def _row_tiles(step: Step, tile_bytes: int) -> Iterator[Tile]:
 
 
 def _block(
-    number: int, rows: tuple[int, int], columns: tuple[int, int], width: int, size: int, out_size: int
+    number: int,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    width: int,
+    size: int,
+    out_size: int,
 ) -> Tile:
     at = rows[0] * width + columns[0]
     count = (rows[1] - rows[0]) * (columns[1] - columns[0])

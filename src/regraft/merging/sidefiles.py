@@ -23,6 +23,7 @@ _TOKENIZER = re.compile(
     r"^(tokenizer|vocab|merges|special_tokens_map|added_tokens|spiece|sentencepiece|source\.spm"
     r"|target\.spm|tekken|bpe\.codes|dict\.txt|.*\.tiktoken$|.*\.model$)"
 )
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEMPLATES = "additional_chat_templates"
 _LARGEST = 256 * 2**20
 
@@ -64,9 +65,7 @@ def travels(name: str, *, code: bool) -> bool:
 
 def _files(folder: Path) -> Iterable[Path]:
     try:
-        return sorted(
-            p for p in folder.iterdir() if p.is_file() and p.stat().st_size <= _LARGEST
-        )
+        return sorted(p for p in folder.iterdir() if p.is_file() and p.stat().st_size <= _LARGEST)
     except OSError as error:
         raise access_error(folder, error) from error
 
@@ -80,8 +79,7 @@ def _templates(folder: Path) -> dict[str, Path]:
 
 def _is_complete(tokenizer: Mapping[str, Path]) -> bool:
     """Whether an adapter's tokenizer stands on its own: a config and a vocabulary."""
-    vocabulary = [n for n in tokenizer if n not in ("tokenizer_config.json", "special_tokens_map.json",
-                                                     "added_tokens.json")]  # fmt: skip
+    vocabulary = set(tokenizer) - set(_TOKENIZER_SETTINGS)
     return "tokenizer_config.json" in tokenizer and bool(vocabulary)
 
 

@@ -1,0 +1,168 @@
+"""The measurements: each runs whole processes and returns their samples."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from process import Sample, measured
+
+HERE = Path(__file__).resolve().parent
+RESERVE_BYTES = 2 * 10**9
+"""Left free on the disk, whatever a measurement writes."""
+
+COPY = 'cp -r "$1" "$2" && sync "$2"/* "$2"'
+"""Copy and flush: ``sync FILE...`` calls fsync on just these files, and on the folder."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base and an adapter on the disk."""
+
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.base.iterdir())
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Copies and merges of the same base, taken in turns."""
+
+    copies: list[Sample]
+    merges: list[Sample]
+
+
+def regraft(*arguments: str | Path) -> list[str]:
+    """Return the command line of regraft: the installed script, or the module without one."""
+    script = Path(sys.executable).with_name("regraft")
+    program = [str(script)] if script.exists() else [sys.executable, "-m", "regraft"]
+    return [*program, *map(str, arguments)]
+
+
+def merge_command(model: Model, out: Path) -> list[str]:
+    return regraft("merge", model.base, model.adapter, "-o", out)
+
+
+def copy_command(model: Model, out: Path) -> list[str]:
+    return ["sh", "-c", COPY, "sh", str(model.base), str(out)]
+
+
+def make_model(folder: Path, *options: str) -> Model:
+    """Write a synthetic model, in a process of its own, unless it is there from before."""
+    model = Model(folder)
+    if not (model.adapter / "adapter_config.json").exists():
+        remove(folder)
+        measured([sys.executable, str(HERE / "synthetic.py"), "--out", str(folder), *options])
+        os.sync()
+    return model
+
+
+def room_for(folder: Path, needed: int) -> str:
+    """Return why ``needed`` bytes do not fit into a folder's disk, or an empty string."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed + RESERVE_BYTES:
+        return ""
+    wanted = (needed + RESERVE_BYTES) / 1e9
+    return f"needs {wanted:.0f} GB of free disk, {free / 1e9:.0f} GB are free"
+
+
+def remove(path: Path) -> None:
+    """Remove a folder and let the disk settle, so that it does not weigh on what comes next."""
+    if path.exists():
+        shutil.rmtree(path)
+        os.sync()
+
+
+def warm_cache(model: Model) -> None:
+    """Read a model once, so that its pages are in memory for whoever is measured."""
+    for path in sorted(model.folder.rglob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.read(2**20):
+                pass
+
+
+def once(command: list[str], out: Path, env: dict[str, str] | None = None) -> Sample:
+    """Measure a command that makes ``out``; removing it, before and after, is not counted."""
+    remove(out)
+    sample = measured(command, env)
+    remove(out)
+    return sample
+
+
+def measure_pairs(model: Model, work: Path, count: int) -> Pairs:
+    """Measure copies and merges in turns; which of the two goes first alternates, too."""
+    out = work / "out"
+    copy, merge = copy_command(model, out), merge_command(model, out)
+    warm_cache(model)
+    pairs = Pairs([], [])
+    for number in range(count):
+        jobs = [(copy, pairs.copies), (merge, pairs.merges)]
+        for command, samples in jobs if number % 2 == 0 else reversed(jobs):
+            samples.append(once(command, out))
+    return pairs
+
+
+def measure_peft(model: Model, work: Path, count: int) -> list[Sample]:
+    """Measure PEFT's merge."""
+    script, out = str(HERE / "peft_merge.py"), work / "out"
+    warm_cache(model)
+    command = [sys.executable, script, str(model.base), str(model.adapter), str(out)]
+    return [once(command, out, {"HF_HUB_OFFLINE": "1"}) for _ in range(count)]
+
+
+def measure_large(work: Path, scale: int) -> Sample:
+    """Measure one merge of a model with ``scale`` times the layers, and remove the model."""
+    model = make_model(work / f"scale{scale}", "--scale", str(scale))
+    try:
+        return once(merge_command(model, work / "out"), work / "out")
+    finally:
+        remove(model.folder)
+
+
+def measure_help(count: int) -> list[Sample]:
+    """Measure ``regraft --help``, once more than counted, so that the files are in memory."""
+    return [measured(regraft("--help")) for _ in range(count + 1)][1:]
+
+
+def measure_tiny(work: Path, count: int) -> list[Sample]:
+    """Measure a merge so small that only start-up is left."""
+    model = make_model(work / "tiny", "--shape", "tiny")
+    out = work / "out"
+    return [once(merge_command(model, out), out) for _ in range(count + 1)][1:]
+
+
+def measure_compile(work: Path, count: int) -> list[tuple[Sample, Sample]]:
+    """Measure (first, second) run of the tiny merge with an empty cache of compiled code."""
+    model = make_model(work / "tiny", "--shape", "tiny")
+    return [_first_and_second(model, work) for _ in range(count)]
+
+
+def _first_and_second(model: Model, work: Path) -> tuple[Sample, Sample]:
+    out, cache = work / "out", work / "numba"
+    remove(cache)
+    env = {"NUMBA_CACHE_DIR": str(cache)}
+    try:
+        first = once(merge_command(model, out), out, env)
+        return first, once(merge_command(model, out), out, env)
+    finally:
+        remove(cache)
+
+
+def measure_check(work: Path, count: int) -> list[Sample]:
+    """Measure ``regraft check`` on the headers of a 70B model in 30 files."""
+    model = make_model(work / "70b", "--shape", "llama-70b", "--headers", "30")
+    command = regraft("check", model.base, model.adapter)
+    return [measured(command) for _ in range(count + 1)][1:]

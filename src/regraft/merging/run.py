@@ -1,0 +1,155 @@
+"""One step at work: its tiles, done by several threads, hashed in order, written anywhere."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+
+import numpy as np
+from blake3 import blake3
+
+from regraft.deltas.weights import Bytes, Sums, Weights
+from regraft.errors import NumericError
+from regraft.formats.reading import FilePool
+from regraft.merging.compute import StepMath
+from regraft.merging.factors import FactorStore
+from regraft.merging.plan import Step
+from regraft.merging.receipt import TensorRecord
+from regraft.merging.tiles import Tile
+from regraft.merging.writer import BLOCK, OutputFile
+
+
+class Buffers:
+    """One thread's memory for tiles: what is read, and what is written."""
+
+    def __init__(self, tile_bytes: int) -> None:
+        self.source: Bytes = np.frombuffer(mmap.mmap(-1, tile_bytes + BLOCK), np.uint8)
+        self._result: Bytes = np.frombuffer(mmap.mmap(-1, 2 * tile_bytes + 2 * BLOCK), np.uint8)
+
+    def result(self, length: int, offset: int) -> tuple[Bytes, int]:
+        """Return room for ``length`` bytes bound for ``offset`` of a file, and its address.
+
+        It lies in its memory page as the bytes will lie in their disk block, as direct I/O wants
+        it, unless that would misalign its elements.
+        """
+        start = offset % BLOCK
+        start -= start % 4
+        return self._result[start : start + length], self._result.ctypes.data + start
+
+
+class StepRun:
+    """A step while it is executed.
+
+    Tiles may be processed at the same time; their bytes are hashed, and their sums added, in the
+    order of their numbers, so that the outcome does not depend on which thread was faster.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        file: OutputFile,
+        offset: int,
+        files: FilePool,
+        store: FactorStore,
+        tile_bytes: int,
+    ) -> None:
+        self.step, self._file, self._offset, self._files = step, file, offset, files
+        self._math = StepMath(step, store, self._read, tile_bytes)
+        self._source_hash, self._result_hash = blake3(), blake3()
+        self._sums: Sums = np.zeros(4, np.float64)
+        self._turn, self._next = threading.Condition(), 0
+        self.failed = False
+
+    def _read(self, offset: int, buffer: Bytes) -> None:
+        self._files.read_into(self.step.source, offset, buffer.data)
+
+    def work(self, tile: Tile, buffers: Buffers) -> None:
+        """Read, compute, hash and write one tile.
+
+        Raises:
+            RegraftError: something could not be read or written, or a factor holds NaN.
+        """
+        sums: Sums = np.zeros(4, np.float64)
+        at = self._offset + tile.write_at
+        result, address = buffers.result(tile.write, at)
+        if tile.kind == "bytes":
+            self._read(tile.read_at, result)
+            self._take_turn(tile, result, None, sums)
+        else:
+            source = buffers.source[: tile.read]
+            self._read(tile.read_at, source)
+            weights = Weights.of_bytes(source, self.step.source.dtype)
+            self._math.run(tile, weights, Weights.of_bytes(result, self.step.dtype), sums)
+            self._take_turn(tile, source, result, sums)
+        self._file.write(at, result.data, address)
+
+    def _take_turn(self, tile: Tile, source: Bytes, result: Bytes | None, sums: Sums) -> None:
+        """Wait for this tile's turn at the digests and sums; without ``result`` both are one."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._next == tile.number or self.failed)
+        if self.failed:
+            return
+        self._source_hash.update(source.data)
+        if result is not None:
+            self._result_hash.update(result.data)
+        self._sums += sums
+        with self._turn:
+            self._next += 1
+            self._turn.notify_all()
+
+    def fail(self) -> None:
+        """Wake whoever waits for a tile that will never come."""
+        with self._turn:
+            self.failed = True
+            self._turn.notify_all()
+
+    def finish(self, file_name: str) -> TensorRecord:
+        """Return the step's record, once all its tiles are done.
+
+        Raises:
+            NumericError: the merge made NaN or infinity out of numbers.
+        """
+        self._math.release()
+        if self._sums[3]:
+            raise self._not_finite(file_name)
+        step, sums = self.step, self._sums
+        same_bytes = step.source.dtype == step.dtype and not (step.segments or step.patches)
+        source = self._source_hash.hexdigest()
+        return TensorRecord(
+            name=step.name,
+            file=file_name,
+            action=step.action,
+            dtype=step.dtype,
+            shape=step.shape,
+            source=step.source.name,
+            source_dtype=step.source.dtype,
+            source_blake3=source,
+            blake3=source if same_bytes else self._result_hash.hexdigest(),
+            features=step.features,
+            scales=step.scales,
+            adapters=step.adapters,
+            weight_norm=_norm(sums[0]) if step.segments else None,
+            delta_norm=_norm(sums[1]) if step.segments or step.patches else None,
+            changed=_changed(step, int(sums[2])),
+        )
+
+    def _not_finite(self, file_name: str) -> NumericError:
+        return NumericError(
+            "the merge would hold NaN or infinity where the base held a number",
+            where=f"{file_name}: {self.step.name}",
+            expected=f"values that {self.step.dtype} can hold",
+            found=f"{int(self._sums[3])} of {self.step.source.numel} that it cannot",
+            hint="Write a wider dtype (--dtype bfloat16 or float32), or lower the weight",
+        )
+
+
+def _norm(squares: float) -> float:
+    """Nine digits: more would depend on how the tensor was cut into tiles."""
+    return float(f"{np.sqrt(squares):.9g}")
+
+
+def _changed(step: Step, counted: int) -> int:
+    """A tensor that an adapter brings along counts as changed throughout."""
+    if step.source_adapter is not None and not step.segments:
+        return step.source.numel
+    return counted if step.segments or step.patches else 0
