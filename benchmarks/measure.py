@@ -162,7 +162,7 @@ def _first_and_second(model: Model, work: Path) -> tuple[Sample, Sample]:
 
 
 def measure_check(work: Path, count: int) -> list[Sample]:
-    """Measure ``regraft check`` on the headers of a 70B model in 30 files."""
+    """Measure ``regraft check`` on the headers of a 70B model in some 30 files."""
     model = make_model(work / "70b", "--shape", "llama-70b", "--headers", "30")
     command = regraft("check", model.base, model.adapter)
     return [measured(command) for _ in range(count + 1)][1:]

@@ -4,7 +4,7 @@
 
 writes ``DIR/base``, a Qwen2.5-1.5B-shaped checkpoint in shards of about 1 GB (with ``--scale 4``,
 four times its layers), and ``DIR/adapter``, a PEFT LoRA adapter on all linear layers. With
-``--headers 30`` the weights are holes: 30 files of the right size that take up no room. Nothing
+``--headers 30`` the weights are holes: some 30 files of the right size that take up no room. Nothing
 depends on torch, and the same call gives the same bytes: the weights come from one block of random
 numbers, read round and round from another place for every tensor.
 """
@@ -217,7 +217,7 @@ def header_of(tensors: Sequence[TensorShape], dtype: str) -> bytes:
 
 
 def write_headers(folder: Path, shape: ModelShape, *, files: int, rank: int, alpha: int) -> None:
-    """Write the headers of a checkpoint in ``files`` shards and of an adapter; weights are holes."""
+    """Write a checkpoint (in about ``files`` shards) and an adapter whose weights are holes."""
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir(parents=True)
     adapter.mkdir()

@@ -137,32 +137,21 @@ def _apply(
         _round_through(weights, source_kind, n)
 
 
-@njit(**_options)
-def _tree_sum(values: Any, n: Any) -> float:
-    """Sum ``values[:n]`` by halves in float32, always over BLOCK places (the rest are zeros)."""
-    for j in range(n, np.uintp(BLOCK)):
-        values[j] = np.float32(0)
-    half = np.uintp(BLOCK // 2)
-    while half >= np.uintp(16):
-        for j in range(half):
-            values[j] = values[j] + values[j + half]
-        half = half // np.uintp(2)
-    total = np.float64(0)
-    for j in range(np.uintp(16)):
-        total += np.float64(values[j])
-    return total
+@njit(fastmath={"reassoc", "nsz", "contract"}, **_options)
+def _measure(source: Any, merged: Any, sums: Any, n: Any) -> None:
+    """Add ``|source|^2`` and ``|merged - source|^2`` of one block to ``sums[0:2]``.
 
-
-@njit(**_options)
-def _measure(source: Any, merged: Any, scratch: Any, sums: Any, n: Any) -> None:
-    """Add ``|source|^2`` and ``|merged - source|^2`` of one block to ``sums[0:2]``."""
+    These are figures for the report and no part of the result, so LLVM may add in any order; in
+    float64 that shows in the last digits alone, which are not reported.
+    """
+    weight, delta = np.float64(0), np.float64(0)
     for j in range(n):
-        scratch[j] = source[j] * source[j]
-    sums[0] += _tree_sum(scratch, n)
-    for j in range(n):
-        difference = merged[j] - source[j]
-        scratch[j] = difference * difference
-    sums[1] += _tree_sum(scratch, n)
+        w = np.float64(source[j])
+        d = np.float64(merged[j] - source[j])
+        weight += w * w
+        delta += d * d
+    sums[0] += weight
+    sums[1] += delta
 
 
 @njit(**_options)
@@ -182,14 +171,34 @@ def _differing32(x: Any, y: Any, at: Any, n: Any) -> int:
 
 
 @njit(**_options)
+def _largest16(x: Any, at: Any, n: Any) -> int:
+    largest = np.uint16(0)
+    for j in range(n):
+        largest = max(largest, np.uint16(x[at + j] & np.uint16(0x7FFF)))
+    return np.int64(largest)
+
+
+@njit(**_options)
+def _largest32(x: Any, at: Any, n: Any) -> int:
+    largest = np.uint32(0)
+    for j in range(n):
+        largest = max(largest, np.uint32(bits_of(x[at + j]) & np.uint32(0x7FFFFFFF)))
+    return np.int64(largest)
+
+
+@njit(**_options)
+def _all_finite(x16: Any, x32: Any, kind: int, at: Any, n: Any) -> bool:
+    if kind == BF16:
+        return _largest16(x16, at, n) < 0x7F80
+    if kind == F16:
+        return _largest16(x16, at, n) < 0x7C00
+    return _largest32(x32, at, n) < 0x7F800000
+
+
+@njit(**_options)
 def _newly_infinite(source: Any, result: Any, n: Any) -> int:
     """Count the values that are NaN or infinite in ``result`` and were neither in ``source``."""
     infinity = np.uint32(0x7F800000)
-    largest = np.uint32(0)
-    for j in range(n):
-        largest = max(largest, np.uint32(bits_of(result[j]) & np.uint32(0x7FFFFFFF)))
-    if largest < infinity:
-        return 0
     count = 0
     for j in range(n):
         was = bits_of(source[j]) & infinity
@@ -204,14 +213,16 @@ def _count(
     source: Any, scratch: Any, sums: Any, n: Any,
 ) -> None:  # fmt: skip
     """Add elements changed to ``sums[2]`` and elements that stopped being finite to ``sums[3]``."""
-    _decode(y16, y32, out_kind, at, scratch, n)
     if kind == out_kind and kind != F32:
         sums[2] += _differing16(x16, y16, at, n)
     elif kind == out_kind:
         sums[2] += _differing32(x32, y32, at, n)
     else:
+        _decode(y16, y32, out_kind, at, scratch, n)
         sums[2] += _differing32(source, scratch, np.uintp(0), n)
-    sums[3] += _newly_infinite(source, scratch, n)
+    if not _all_finite(y16, y32, out_kind, at, n):
+        _decode(y16, y32, out_kind, at, scratch, n)
+        sums[3] += _newly_infinite(source, scratch, n)
 
 
 @njit(**_options)
@@ -221,7 +232,7 @@ def _store(
 ) -> None:  # fmt: skip
     """Round one row of a block into the output and account for it."""
     _encode(merged, out_kind, y16, y32, at, n)
-    _measure(source, merged, scratch, sums, n)
+    _measure(source, merged, sums, n)
     _count(x16, x32, kind, y16, y32, out_kind, at, source, scratch, sums, n)
 
 
@@ -257,8 +268,8 @@ def merge_rows(
             i = pair * TWO
             i1 = min(i + ONE, rows - ONE)  # an odd last row is computed twice, stored once
             at0, at1 = i * columns + start, i1 * columns + start
-            _decode(x16, x32, kind, at0, s0, n)
-            _decode(x16, x32, kind, at1, s1, n)
+            for q in range(2):
+                _decode(x16, x32, kind, at0 if q == 0 else at1, s0 if q == 0 else s1, n)
             for j in range(n):
                 w0[j] = s0[j]
                 w1[j] = s1[j]
@@ -270,11 +281,13 @@ def merge_rows(
                 _product(left, l0, l1, right, r_at, ld, rank, acc0, acc1, n)
                 f_at = np.uintp(table[d, FACTOR])
                 f_row, f_column = f_at + row0, f_at + column0 + start
-                _apply(w0, acc0, scales[d], flags, factors, f_row + i, f_column, kind, n)
-                _apply(w1, acc1, scales[d], flags, factors, f_row + i1, f_column, kind, n)
-            _store(s0, w0, x16, x32, kind, y16, y32, out_kind, at0, scratch, sums, n)
-            if i1 != i:
-                _store(s1, w1, x16, x32, kind, y16, y32, out_kind, at1, scratch, sums, n)
+                for q in range(2):
+                    w, acc = (w0, acc0) if q == 0 else (w1, acc1)
+                    row = f_row + (i if q == 0 else i1)
+                    _apply(w, acc, scales[d], flags, factors, row, f_column, kind, n)
+            for q in range(1 if i1 == i else 2):
+                w, s, at = (w0, s0, at0) if q == 0 else (w1, s1, at1)
+                _store(s, w, x16, x32, kind, y16, y32, out_kind, at, scratch, sums, n)
 
 
 @njit(**_options)

@@ -1,0 +1,183 @@
+"""Measure regraft against its targets and write the table of docs/benchmarks.md.
+
+    python benchmarks/run.py [--quick] [--json] [--pairs N] [--work DIR] [--keep]
+
+It needs some 12 GB of free disk (26 GB with the memory figure at four times the size), takes about
+a quarter of an hour, and wants the machine to itself. It ends with 1 when a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import measure
+import report
+from machine import ROOT, describe
+from process import Sample
+from report import Figure
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+SCALE = 4
+LARGE_BYTES = 23 * 10**9
+"""Base and output at four times the layers."""
+
+
+class Bench:
+    """One run of all measurements: what was measured so far, and the figures from it."""
+
+    def __init__(self, work: Path, options: argparse.Namespace) -> None:
+        self.work, self.options = work, options
+        self.figures: list[Figure] = []
+        self.samples: dict[str, list[Sample]] = {}
+
+    def run(self) -> None:
+        """Measure everything, the short things first."""
+        self._startup()
+        self._check()
+        self._merges()
+
+    def _startup(self) -> None:
+        count = 5 if self.options.quick else 15
+        say("start-up")
+        self.samples["help"] = measure.measure_help(count)
+        self.samples["tiny"] = measure.measure_tiny(self.work, count)
+        compiled = measure.measure_compile(self.work, 1 if self.options.quick else 5)
+        self.samples["compile, first"] = [first for first, _ in compiled]
+        self.samples["compile, second"] = [second for _, second in compiled]
+        self.figures += [
+            report.time_figure("`regraft --help`", self.samples["help"], report.HELP_LIMIT),
+            report.time_figure(
+                "merge of a tiny model, warm", self.samples["tiny"], report.TINY_LIMIT
+            ),
+            report.compile_figure(compiled),
+        ]
+
+    def _check(self) -> None:
+        say("check of a 70B model's headers")
+        samples = measure.measure_check(self.work, 3 if self.options.quick else 7)
+        self.samples["check"] = samples
+        name = "`regraft check`, headers of a 70B model"
+        self.figures.append(report.time_figure(name, samples, report.CHECK_LIMIT))
+
+    def _merges(self) -> None:
+        say("writing the model")
+        model = measure.make_model(self.work / "scale1")
+        say(f"{self.options.pairs} pairs of copy and merge")
+        pairs = measure.measure_pairs(model, self.work, self.options.pairs)
+        self.samples |= {"copy": pairs.copies, "merge": pairs.merges}
+        figures = [report.copy_figure(pairs), self._peft(model), report.peak_figure(pairs.merges)]
+        if not self.options.keep:
+            measure.remove(model.folder)
+        self.figures = [*figures, self._growth(pairs.merges), *self.figures]
+
+    def _peft(self, model: measure.Model) -> Figure:
+        if self.options.quick:
+            name = "merge against PEFT, times faster"
+            return report.missing(name, "at least 10 x", "left out of a quick run")
+        say("PEFT")
+        samples = measure.measure_peft(model, self.work, self.options.peft_runs)
+        self.samples["peft"] = samples
+        return report.peft_figure(samples, self.samples["merge"])
+
+    def _growth(self, merges: Sequence[Sample]) -> Figure:
+        why = measure.room_for(self.work, LARGE_BYTES)
+        if self.options.quick:
+            why = "left out of a quick run"
+        if why:
+            return report.missing(report.growth_name(SCALE), "within 10%", why)
+        say(f"a model with {SCALE} times the layers")
+        large = measure.measure_large(self.work, SCALE)
+        self.samples["large"] = [large]
+        return report.growth_figure(merges, large, SCALE)
+
+    def json(self, machine: dict[str, str]) -> dict[str, object]:
+        runs = {name: [asdict(s) for s in samples] for name, samples in self.samples.items()}
+        return report.as_json(self.figures, machine, runs)
+
+
+def say(what: str) -> None:
+    print(f"... {what}", file=sys.stderr, flush=True)
+
+
+def work_folder(chosen: Path | None) -> tuple[Path, bool]:
+    """Return the folder to work in, and whether it was made for this run alone."""
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        return chosen, False
+    parent = ROOT / ".bench"
+    parent.mkdir(exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="run-", dir=parent)), True
+
+
+def clean(work: Path, ours: bool) -> None:
+    """Remove what was measured; of a folder that was here before, only what a run puts there."""
+    for name in ("out", "numba", "tiny", "70b", "scale1", f"scale{SCALE}"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    if ours:
+        shutil.rmtree(work, ignore_errors=True)
+        if not any(work.parent.iterdir()):
+            work.parent.rmdir()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure regraft against its targets.")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer runs, no PEFT, no large model, no page"
+    )
+    parser.add_argument("--json", action="store_true", help="print every sample as JSON on stdout")
+    parser.add_argument("--pairs", type=int, help="pairs of copy and merge (7, quick 2)")
+    parser.add_argument("--peft-runs", type=int, default=2, help="merges by PEFT (2)")
+    parser.add_argument("--work", type=Path, help="folder for the models (a fresh one in .bench)")
+    parser.add_argument("--keep", action="store_true", help="leave the models for the next run")
+    parser.add_argument("--page", type=Path, help=f"page to write (docs/{PAGE.name}; quick: none)")
+    options = parser.parse_args(arguments)
+    options.pairs = options.pairs or (2 if options.quick else 7)
+    options.page = options.page or (None if options.quick else PAGE)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    work, ours = work_folder(options.work)
+    bench = Bench(work, options)
+    try:
+        if why := measure.room_for(work, 7 * 10**9):
+            sys.exit(f"not enough disk: {why}")
+        bench.run()
+        finish(bench, options)
+    finally:
+        if not options.keep:
+            clean(work, ours)
+    return int(any(figure.passed is False for figure in bench.figures))
+
+
+def finish(bench: Bench, options: argparse.Namespace) -> None:
+    """Write the page and print the table, or everything as JSON."""
+    machine = describe(bench.work)
+    if options.page:
+        command = shlex.join(["python", "benchmarks/run.py", *_shown_arguments(options)])
+        report.write_page(options.page, report.section(bench.figures, machine, command))
+    if options.json:
+        print(json.dumps(bench.json(machine), indent=2))
+    else:
+        print(report.table(bench.figures))
+
+
+def _shown_arguments(options: argparse.Namespace) -> list[str]:
+    """Return the arguments that decide the figures; folders are nobody's business."""
+    quick = ["--quick"] if options.quick else []
+    return [*quick, "--pairs", str(options.pairs), "--peft-runs", str(options.peft_runs)]
+
+
+if __name__ == "__main__":
+    os.umask(0o022)
+    sys.exit(main())
