@@ -94,9 +94,14 @@ def warm_cache(model: Model) -> None:
                 pass
 
 
-def once(command: list[str], out: Path, env: dict[str, str] | None = None) -> Sample:
-    """Measure a command that makes ``out``; removing it, before and after, is not counted."""
+def once(command: list[str], model: Model, out: Path, env: dict[str, str] | None = None) -> Sample:
+    """Measure a command that makes ``out`` of a model that is in the page cache.
+
+    Removing ``out``, before and after, is not counted, nor is reading the model beforehand: each
+    time, because some systems drop pages that were not used for a while.
+    """
     remove(out)
+    warm_cache(model)
     sample = measured(command, env)
     remove(out)
     return sample
@@ -106,28 +111,26 @@ def measure_pairs(model: Model, work: Path, count: int) -> Pairs:
     """Measure copies and merges in turns; which of the two goes first alternates, too."""
     out = work / "out"
     copy, merge = copy_command(model, out), merge_command(model, out)
-    warm_cache(model)
     pairs = Pairs([], [])
     for number in range(count):
         jobs = [(copy, pairs.copies), (merge, pairs.merges)]
         for command, samples in jobs if number % 2 == 0 else reversed(jobs):
-            samples.append(once(command, out))
+            samples.append(once(command, model, out))
     return pairs
 
 
 def measure_peft(model: Model, work: Path, count: int) -> list[Sample]:
     """Measure PEFT's merge."""
     script, out = str(HERE / "peft_merge.py"), work / "out"
-    warm_cache(model)
     command = [sys.executable, script, str(model.base), str(model.adapter), str(out)]
-    return [once(command, out, {"HF_HUB_OFFLINE": "1"}) for _ in range(count)]
+    return [once(command, model, out, {"HF_HUB_OFFLINE": "1"}) for _ in range(count)]
 
 
 def measure_large(work: Path, scale: int) -> Sample:
     """Measure one merge of a model with ``scale`` times the layers, and remove the model."""
     model = make_model(work / f"scale{scale}", "--scale", str(scale))
     try:
-        return once(merge_command(model, work / "out"), work / "out")
+        return once(merge_command(model, work / "out"), model, work / "out")
     finally:
         remove(model.folder)
 
@@ -141,7 +144,7 @@ def measure_tiny(work: Path, count: int) -> list[Sample]:
     """Measure a merge so small that only start-up is left."""
     model = make_model(work / "tiny", "--shape", "tiny")
     out = work / "out"
-    return [once(merge_command(model, out), out) for _ in range(count + 1)][1:]
+    return [once(merge_command(model, out), model, out) for _ in range(count + 1)][1:]
 
 
 def measure_compile(work: Path, count: int) -> list[tuple[Sample, Sample]]:
@@ -155,8 +158,8 @@ def _first_and_second(model: Model, work: Path) -> tuple[Sample, Sample]:
     remove(cache)
     env = {"NUMBA_CACHE_DIR": str(cache)}
     try:
-        first = once(merge_command(model, out), out, env)
-        return first, once(merge_command(model, out), out, env)
+        first = once(merge_command(model, out), model, out, env)
+        return first, once(merge_command(model, out), model, out, env)
     finally:
         remove(cache)
 

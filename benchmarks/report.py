@@ -90,7 +90,8 @@ def growth_name(scale: int) -> str:
 def time_figure(name: str, samples: Sequence[Sample], limit: float) -> Figure:
     values = seconds_of(samples)
     value = median(values)
-    detail = f"{min(values):.2f} to {max(values):.2f} s; {_runs(len(values), 'run')}"
+    extent = f"{min(values):.2f} to {max(values):.2f} s"
+    detail = f"{extent}; CPU time {_cpu(samples)}; {_runs(len(values), 'run')}"
     return Figure(name, value, f"{value:.2f} s", f"under {limit:g} s", value < limit, detail)
 
 
@@ -98,7 +99,9 @@ def compile_figure(runs: Sequence[tuple[Sample, Sample]]) -> Figure:
     values = [first.seconds - second.seconds for first, second in runs]
     firsts = seconds_of([first for first, _ in runs])
     value = median(values)
-    detail = f"first run {_spread(firsts)}, less the second; {_runs(len(runs), 'run')}"
+    cpu = median(first.cpu_seconds - second.cpu_seconds for first, second in runs)
+    runs_text = _runs(len(runs), "run")
+    detail = f"first run {_spread(firsts)}, less the second; CPU time {cpu:.1f} s; {runs_text}"
     passed = value < COMPILE_LIMIT
     name = "compilation, once after installing"
     return Figure(name, value, f"{value:.2f} s", f"under {COMPILE_LIMIT:g} s", passed, detail)
@@ -118,7 +121,7 @@ def _mib(nbytes: float) -> str:
 
 
 def _cpu(samples: Sequence[Sample]) -> str:
-    return f"{median(sample.cpu_seconds for sample in samples):.1f} s"
+    return f"{median(sample.cpu_seconds for sample in samples):.2g} s"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -178,21 +181,22 @@ def replaced(page: str, content: str) -> str:
 
 INTRODUCTION = f"""# Benchmarks
 
-`make bench` measures what regraft promises and writes the table below. Every time is that of a whole
-process, from its start to its end, with the interpreter's start, the imports, all digests and the
-flush to the disk. The base is a checkpoint of random weights in the shape of Qwen2.5-1.5B (3.1 GB in
-bfloat16, four files), the adapter has rank 16 on all linear layers.
+`make bench` measures what regraft promises and writes the table below. Every time is that of a
+whole process, from its start to its end, with the interpreter's start, the imports, all digests
+and the flush to the disk. The base is a checkpoint of random weights in the shape of Qwen2.5-1.5B
+(3.1 GB in bfloat16, four files), the adapter has rank 16 on all linear layers.
 
-- **Against a copy.** `cp -r BASE OUT && sync OUT/* OUT` and `regraft merge BASE ADAPTER -o OUT` take
-  turns, and which goes first alternates. `sync` with names flushes exactly these files and the
-  folder; the merge flushes the same before it ends. The base is in the page cache for both. Removing
-  OUT, and a sync after that, is not timed. The figure is the median of the ratios within each pair.
-- **Against PEFT.** `from_pretrained` in bfloat16, `merge_and_unload`, `save_pretrained`; PEFT does not
-  flush what it wrote, and is not asked to.
+- **Against a copy.** `cp -r BASE OUT && sync OUT/* OUT` and `regraft merge BASE ADAPTER -o OUT`
+  take turns, and which goes first alternates. `sync` with names flushes exactly these files and
+  the folder; the merge flushes the same before it ends. The base is in the page cache for both.
+  Removing OUT, and a sync after that, is not timed. The figure is the median of the ratios within
+  each pair.
+- **Against PEFT.** `from_pretrained` in bfloat16, `merge_and_unload`, `save_pretrained`; PEFT
+  does not flush what it wrote, and is not asked to.
 - **Memory** is the largest resident set the kernel saw (`ru_maxrss`); for PEFT that includes the
   pages of the base it maps.
-- **Start-up** is measured warm, but for the compilation: there the cache of compiled code is empty,
-  and the second run, which finds it, is taken off the first.
+- **Start-up** is measured warm, but for the compilation: there the cache of compiled code is
+  empty, and the second run, which finds it, is taken off the first.
 - **Check** reads the headers of a 70B-shaped checkpoint in some 30 files; the weights are holes.
 
 {BEGIN}

@@ -2,8 +2,9 @@
 
     python benchmarks/run.py [--quick] [--json] [--pairs N] [--work DIR] [--keep]
 
-It needs some 12 GB of free disk (26 GB with the memory figure at four times the size), takes about
-a quarter of an hour, and wants the machine to itself. It ends with 1 when a target is missed.
+It needs some 9 GB of free disk (25 GB with the memory figure at four times the size), takes five
+to fifteen minutes, as the disk allows, and wants the machine to itself. It ends with 1 when a
+target is missed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Bench:
 
     def __init__(self, work: Path, options: argparse.Namespace) -> None:
         self.work, self.options = work, options
+        self.load = os.getloadavg()[0]
         self.figures: list[Figure] = []
         self.samples: dict[str, list[Sample]] = {}
 
@@ -163,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def finish(bench: Bench, options: argparse.Namespace) -> None:
     """Write the page and print the table, or everything as JSON."""
     machine = describe(bench.work)
+    machine["load before it began"] = f"{bench.load:.1f} (above 0.2, others were at work)"
     if options.page:
         command = shlex.join(["python", "benchmarks/run.py", *_shown_arguments(options)])
         report.write_page(options.page, report.section(bench.figures, machine, command))

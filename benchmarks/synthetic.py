@@ -4,9 +4,10 @@
 
 writes ``DIR/base``, a Qwen2.5-1.5B-shaped checkpoint in shards of about 1 GB (with ``--scale 4``,
 four times its layers), and ``DIR/adapter``, a PEFT LoRA adapter on all linear layers. With
-``--headers 30`` the weights are holes: some 30 files of the right size that take up no room. Nothing
-depends on torch, and the same call gives the same bytes: the weights come from one block of random
-numbers, read round and round from another place for every tensor.
+``--headers 30`` the weights are holes: some 30 files of the right size that take up no room.
+
+Nothing depends on torch, and the same call gives the same bytes: the weights come from one block of
+random numbers, read round and round from another place for every tensor.
 """
 
 from __future__ import annotations

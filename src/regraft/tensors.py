@@ -116,7 +116,7 @@ def parse_size(text: str | int) -> int:
             raise ValueError(f"not a size: {text!r}; write for example 512MiB or 5GB")
         try:
             value = int(float(digits) * _UNITS[unit])
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(f"not a size: {text!r}; write for example 512MiB or 5GB") from None
     if value <= 0:
         raise ValueError(f"not a positive size: {text!r}")

@@ -52,7 +52,12 @@ EMBEDDINGS = [
     one("llama", "lm-head", lora(["lm_head"])),
     one("llama", "lm-head-dora", lora(["lm_head", "q_proj"], use_dora=True)),
     one("llama", "embed-and-lm-head", lora(["embed_tokens", "lm_head"])),
-    one("llama", "embed-pissa", lora(["embed_tokens", "q_proj"], init_lora_weights="pissa")),
+    one(
+        "llama",
+        "embed-pissa",
+        lora(["embed_tokens", "q_proj"], init_lora_weights="pissa"),
+        tolerance=ULP_FLIPS,
+    ),
     one("llama", "lm-head-sharded", lora(["lm_head", "embed_tokens"]), sharded=True),
     one("gpt_neox", "embed", lora(["embed_in"])),
     one("gpt_neox", "lm-head", lora(["lm_head"])),
@@ -115,8 +120,6 @@ TIED = [
         "tied-ensured-both",
         lora(["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True),
     ),
-    one("t5", "tied-lm-head", lora(["lm_head"])),
-    one("t5", "tied-encoder-side", lora(["encoder.embed_tokens"])),
 ]
 
 WHOLE_MODULES = [

@@ -37,6 +37,7 @@ class Case:
         prepare: what training did to the base before the adapter went on.
         expect: logits of the truth where PEFT's live model is known to be wrong.
         inputs: changes the example inputs, so that what is adapted is used.
+        tolerance: largest difference of logits allowed, as a share of their range.
     """
 
     architecture: str
@@ -48,6 +49,7 @@ class Case:
     prepare: Prepare | None = None
     expect: Callable[[Path, Sequence[Path], dict[str, Any]], np.ndarray] | None = None
     inputs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    tolerance: float = TOLERANCE
 
     @property
     def id(self) -> str:
@@ -132,7 +134,7 @@ def assert_faithful(case: Case, workshop: Workshop) -> None:
     merged = merge_and_load(
         base, _argument(case, adapters), workshop.fresh("merged"), case.architecture
     )
-    assert_close(zoo.logits(merged, inputs), expected)
+    assert_close(zoo.logits(merged, inputs), expected, case.tolerance)
 
 
 def expected_logits(

@@ -82,6 +82,11 @@ IMPOSSIBLE = {
     # The live layer adds a bias; the architecture has no tensor to put it in.
     "lora-bias-without-a-bias": ("llama", lora(["q_proj"], lora_bias=True), "q_proj"),
     "lora-bias-on-the-head": ("gpt2", lora(["lm_head"], lora_bias=True), "lm_head"),
+    # DoRA's norms would have to be taken over the residual, which nobody saves.
+    "pissa-with-dora": ("llama", lora(init_lora_weights="pissa", use_dora=True), "pissa"),
+    # Said to be untied, T5 no longer scales its output: no config keeps the function.
+    "t5-tied-lm-head": ("t5", lora(["lm_head"]), "lm_head"),
+    "t5-tied-encoder-side": ("t5", lora(["encoder.embed_tokens"]), "encoder.embed_tokens"),
 }
 
 

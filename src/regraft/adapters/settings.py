@@ -52,14 +52,17 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def saves(self, parameter: str) -> bool:
-        """Whether ``modules_to_save`` covers a parameter (or module) name."""
-        return any(
-            _compiled(rf"(^|.*\.){m}($|\..*)").match(parameter) for m in self.modules_to_save
-        )
+        """Whether a parameter lies in a module that ``modules_to_save`` copies.
+
+        PEFT copies every module whose name ends with an entry, dot or no dot before it.
+        """
+        segments = parameter.split(".")[:-1]
+        modules = [".".join(segments[:n]) for n in range(1, len(segments) + 1)]
+        return any(module.endswith(self.modules_to_save) for module in modules)
 
     def targets(self, module: str) -> bool:
         """Whether ``target_modules`` and its limits select a module, by PEFT's rules."""
-        if self._excludes(module) or self.saves(module):
+        if self._excludes(module) or self._keeps_whole(module):
             return False
         wanted = self.target_modules
         if wanted is None:
@@ -78,6 +81,10 @@ class LoraSettings:
             if not owner or module == owner or module.endswith(f".{owner}"):
                 found.append(leaf)
         return tuple(dict.fromkeys(found))
+
+    def _keeps_whole(self, module: str) -> bool:
+        """Whether ``modules_to_save`` keeps LoRA off a module, by PEFT's rule for that."""
+        return any(_compiled(rf"(^|.*\.){m}($|\..*)").match(module) for m in self.modules_to_save)
 
     def _excludes(self, module: str) -> bool:
         excluded = self.exclude_modules
@@ -312,6 +319,8 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
             for prefix, why in _CHANGED_BASES.items()
             if init.lower().startswith(prefix)
         ]
+        if config.get("use_dora") and init.lower().startswith(("pissa", "olora")):
+            found.append((f"init_lora_weights={init!r} together with DoRA", _RESAVE))
         known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
         if not init.lower().startswith(known):
             found.append((f"init_lora_weights={init!r} is not known to regraft", _RESAVE))

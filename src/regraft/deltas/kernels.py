@@ -187,7 +187,7 @@ def _largest32(x: Any, at: Any, n: Any) -> int:
 
 
 @njit(**_options)
-def _all_finite(x16: Any, x32: Any, kind: int, at: Any, n: Any) -> bool:
+def _all_finite(x16: Any, x32: Any, kind: int, at: Any, n: Any) -> Any:
     if kind == BF16:
         return _largest16(x16, at, n) < 0x7F80
     if kind == F16:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from regraft.demo.compare import Logits
 from regraft.demo.data import INSTRUCTION, Example
 
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 22
 """Room for the longest right answer, and enough to see a wrong one."""
 
 
@@ -49,7 +49,7 @@ class Asker:
         """Return the model's answer to each sentence, by greedy decoding in one batch."""
         prompts = [prompt_ids(self._tokenizer, example.sentence) for example in examples]
         ids, mask = _padded_left(prompts, self._tokenizer.pad_token_id)
-        with torch.inference_mode():
+        with torch.inference_mode(), _one_thread():
             out = self._model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
             )
@@ -68,6 +68,17 @@ class Asker:
             out = self._model(input_ids=ids, attention_mask=mask).logits
         logits: Logits = out[mask.bool()].numpy().astype(np.float32, copy=False)
         return logits
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: a token is so little work that more would only wait for others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def prompt(tokenizer: Any, sentence: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TextIO
@@ -34,7 +35,10 @@ class _Terminal:
     def __init__(self, label: str, total: int, stream: TextIO) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(desc=label, total=total, unit="step", file=stream, dynamic_ncols=True)
+        columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0 x 0
+        self.bar = tqdm(
+            desc=label, total=total, unit=" steps", file=stream, ncols=columns, nrows=rows
+        )
 
     def advance(self, note: str) -> None:
         """Move the bar by one step and show ``note`` behind it."""

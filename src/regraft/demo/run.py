@@ -17,7 +17,7 @@ from regraft.demo.data import HELD_OUT_WORDS, TRAIN_WORDS, make_examples
 from regraft.demo.merging import Measured, run_merge, time_copy
 from regraft.demo.model import Base, get_base, weight_bytes
 from regraft.demo.progress import Progress, silent
-from regraft.demo.quiet import quiet_libraries
+from regraft.demo.quiet import quiet_libraries, wait_asleep
 from regraft.demo.result import DemoResult, Figures, Question
 from regraft.demo.settings import Settings
 from regraft.demo.state import DemoFolder
@@ -72,6 +72,7 @@ def run_demo(
     _require_extra()
     demo = _Demo(DemoFolder(folder), _say_nothing if as_json else say)
     demo.folder.open()
+    wait_asleep()
     with quiet_libraries():
         return demo.run(hub_id, progress, fresh=fresh)
 
@@ -157,7 +158,7 @@ class _Demo:
     def ask_adapter(self, base: Base) -> _Live:
         from regraft.demo.answers import Asker
 
-        self.say(story.heading(3, "Sentences it never saw: no name, city or job of them was used"))
+        self.say(story.heading(3, "Sentences whose names, cities and jobs were not in training"))
         asker = Asker(base.path, self.folder.adapter)
         with asker.without_adapter():
             of_base = asker.answers(HELD_OUT)

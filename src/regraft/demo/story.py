@@ -12,6 +12,9 @@ from regraft.demo.text import memory, percent, seconds, size, table
 
 _EARLIER = "kept from an earlier run"
 
+FLOAT32_TOLERANCE = 1e-4
+"""Two float32 computations of the same function stay this close, as a share of the range."""
+
 _ANSWER_WIDTH = 70
 """A longer answer, which is a wrong one, is shown up to here."""
 
@@ -61,16 +64,23 @@ def agreement(stored: LogitComparison, float32: LogitComparison) -> str:
         float32: of the same merge kept in float32, which leaves the last rounding out.
     """
     return indented(
-        f"Logits at all {stored.positions} positions of the prompts and right answers, where the",
-        f"adapter model's range over {stored.value_range:.3g}:",
+        f"Logits of the two models at all {stored.positions} positions of prompts and answers",
+        f"(the adapter model's span {stored.value_range:.3g} from lowest to highest):",
         table(
             [
                 ("  largest difference", *_difference(stored)),
                 ("  merged in float32 instead", *_difference(float32)),
             ]
         ),
-        "So the difference is the one rounding to the base's dtype, and nothing else.",
+        _cause(float32),
     )
+
+
+def _cause(float32: LogitComparison) -> str:
+    if float32.relative_difference <= FLOAT32_TOLERANCE:
+        return "So what differs is the one rounding to the base's dtype, and nothing else."
+    share = percent(float32.relative_difference)
+    return f"That is MORE than the rounding to the base's dtype: {share} is left without it."
 
 
 def _difference(logits: LogitComparison) -> tuple[str, str]:

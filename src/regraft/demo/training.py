@@ -127,7 +127,7 @@ def _optimize(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.warmed_and_decayed)
     losses: list[float] = []
     model.train()
-    with progress("training", len(batches)) as bar:
+    with progress("   training", len(batches)) as bar:
         for batch in batches:
             loss = model(**batch).loss
             loss.backward()

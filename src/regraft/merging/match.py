@@ -17,6 +17,7 @@ from regraft.merging.placing import (
     embedding_delta,
     linear_deltas,
     residual_delta,
+    whole_part,
 )
 from regraft.tensors import TensorSpec
 
@@ -30,8 +31,9 @@ class Work:
     Attributes:
         name: the tensor's name in the output.
         base: the base's tensor, or None when the base has none.
-        override: an adapter's tensor that takes the base's place, with the adapter's number.
-        origin: why it does (see :data:`regraft.adapters.model.Origin`).
+        carried: an adapter's copy of the base's own (resized) embedding, with the adapter's
+            number: it stands for the base.
+        replaced: an adapter's trained tensor that takes the base's place, likewise.
         deltas: in the order they are added.
         patches: rows replaced afterwards.
         shared: adapters that asked for the two sides of a tie to stay one.
@@ -39,19 +41,26 @@ class Work:
 
     name: str
     base: TensorSpec | None
-    override: tuple[int, TensorSpec] | None = None
-    origin: str = ""
+    carried: tuple[int, TensorSpec] | None = None
+    replaced: tuple[int, TensorSpec] | None = None
     deltas: list[Delta] = field(default_factory=list)
     patches: list[RowPatch] = field(default_factory=list)
     shared: set[int] = field(default_factory=set)
 
     @property
+    def source_adapter(self) -> int | None:
+        """The adapter whose tensor the work starts from; None for the base's."""
+        origin = self.replaced or self.carried
+        return origin[0] if origin else None
+
+    @property
     def source(self) -> TensorSpec:
         """The tensor the work starts from."""
-        if self.override is not None:
-            return self.override[1]
-        assert self.base is not None
-        return self.base
+        origin = self.replaced or self.carried
+        spec = origin[1] if origin else self.base
+        if spec is None:
+            raise ValueError(f"nothing to make {self.name} from")
+        return spec
 
 
 @dataclass
@@ -77,17 +86,30 @@ class Matcher:
     def __init__(self, index: BaseIndex) -> None:
         self.index = index
         self.result = Matching()
-        self._tying: set[int] = set()
+        self._tying: dict[int, frozenset[str]] = {}
 
-    def ties(self, number: int) -> bool:
-        """Whether an adapter asked for tied weights to stay tied (``ensure_weight_tying``)."""
-        return number in self._tying
+    def ties(self, number: int, module: str) -> bool:
+        """Whether an adapter trained the two sides of a tie as one, of which ``module`` is one."""
+        return module in self._tying.get(number, ()) or (
+            number in self._tying and module.rpartition(".")[2] in PEFT_EMBEDDINGS
+        )
+
+    def _tied_modules(self, adapter: Adapter) -> frozenset[str]:
+        """Return both sides of a tie where an adapter has factors for both.
+
+        PEFT heeds ``ensure_weight_tying`` only for the names in :data:`PEFT_EMBEDDINGS`; of other
+        names, the factors in the file tell.
+        """
+        names = {self.index.names.input_embedding, self.index.names.output_embedding}
+        sides = {target.module for target in adapter.targets if target.module in names}
+        return frozenset(sides) if len(sides) == 2 else frozenset()
 
     def add(self, number: int, adapter: Adapter) -> None:
         """Match one adapter; misfits go to ``result.problems``."""
         if adapter.settings.ensure_weight_tying:
-            self._tying.add(number)
-        for whole in adapter.whole:
+            self._tying[number] = self._tied_modules(adapter)
+        # Copies of the base's embeddings first: they say what the rest is measured against.
+        for whole in sorted(adapter.whole, key=lambda w: w.origin != "embedding"):
             self._collect(self._place_whole, number, adapter, whole)
         for target in adapter.targets:
             self._collect(self._place_target, number, adapter, target)
@@ -116,8 +138,8 @@ class Matcher:
     # -- LoRA targets ---------------------------------------------------------------------------
 
     def _place_target(self, number: int, adapter: Adapter, target: LoraTarget) -> None:
-        parameter, key = self._parameter_of(adapter, target)
-        place = Placement(number, adapter, target, key)
+        parameter, key, selected = self._parameter_of(adapter, target)
+        place = Placement(number, adapter, target, key, selected)
         finds = self.index.find(parameter)
         if not finds:
             raise Misfit(self._not_found(place.where(), parameter))
@@ -127,9 +149,14 @@ class Matcher:
         if target.b_bias is not None:
             self._add_bias(place)
 
-    def _parameter_of(self, adapter: Adapter, target: LoraTarget) -> tuple[str, str]:
-        """Return the parameter a target means, and the key of its rank and alpha patterns."""
-        selected = adapter.settings.parameters_of(target.module)
+    def _parameter_of(self, adapter: Adapter, target: LoraTarget) -> tuple[str, str, bool]:
+        """Return the parameter a target means, the key of its rank and alpha patterns, and whether
+        ``target_parameters`` selected it."""
+        selected = [
+            leaf
+            for leaf in adapter.settings.parameters_of(target.module)
+            if self.index.find(f"{target.module}.{leaf}")
+        ]
         known = self.index.names.expert_parameters(target.module) or _EXPERT_ORDER
         ordered = [p for p in known if p in selected] + [p for p in selected if p not in known]
         if target.depth >= max(len(ordered), 1):
@@ -141,12 +168,12 @@ class Matcher:
         if ordered:
             # The parameter registered first is wrapped first, so it lies innermost.
             parameter = f"{target.module}.{ordered[len(ordered) - 1 - target.depth]}"
-            return parameter, parameter
+            return parameter, parameter, True
         self._check_targeted(adapter, target.module)
         packed = f"{target.module}.in_proj_weight"
         if packed in self.index.base.tensors:  # nn.MultiheadAttention
-            return packed, target.module
-        return f"{target.module}.weight", target.module
+            return packed, target.module, False
+        return f"{target.module}.weight", target.module, False
 
     def _check_targeted(self, adapter: Adapter, module: str) -> None:
         parent = module.removesuffix(".out_proj")  # MultiheadAttention wraps its own out_proj
@@ -168,20 +195,18 @@ class Matcher:
         else:
             work = self._work(found, held)
             deltas = linear_deltas(place, found, self._seen(work, held), self.index)
-        if work.origin == "saved":
+        if work.replaced is not None:
             raise Misfit(_conflict(place.where(), work.name))
         for delta in deltas:
             residual = residual_delta(place, delta)
             work.deltas += [residual, delta] if residual else [delta]
-        if self.ties(place.adapter):
+        if self.ties(place.adapter, place.target.module):
             work.shared.add(place.adapter)
 
     def _seen(self, work: Work, held: Held) -> Held:
         """What a delta will meet: PEFT's copy of a (resized) embedding wins over the base's."""
         source = self.result.works.get(held.spec.name, work)
-        if source.override is not None and source.origin == "embedding":
-            return Held(source.override[1], held.piece)
-        return held
+        return Held(source.carried[1], held.piece) if source.carried is not None else held
 
     def _add_bias(self, place: Placement) -> None:
         parameter = f"{place.target.module}.bias"
@@ -207,52 +232,54 @@ class Matcher:
         if not finds:
             self._add_tensor(number, whole, where)
             return
-        if len(finds) != 1 or len(finds[0].held) != 1 or not _is_direct(finds[0]):
-            raise Misfit(
-                Problem("the base keeps this in parts that a whole tensor cannot replace", where,
-                        "one tensor", ", ".join(h.spec.name for f in finds for h in f.held))
-            )  # fmt: skip
-        self._override(number, whole, finds[0], where)
+        for found in finds:
+            for held in found.held:
+                part = whole_part(whole.spec, found, held, self.index)
+                if part is None:
+                    raise Misfit(_not_one_tensor(where, finds))
+                if whole.origin == "embedding":
+                    self._carry(number, part, Found(found.piece, found.held), held, where)
+                else:
+                    self._replace(number, part, found, held, where)
 
-    def _override(self, number: int, whole: WholeTensor, found: Found, where: str) -> None:
-        held = found.held[0]
-        if found.alias is not None and whole.origin == "embedding":
-            found = Found(found.piece, found.held)  # a parameter of the base: both sides share it
-        self._check_shape(whole, held.spec, where)
+    def _carry(self, number: int, spec: TensorSpec, found: Found, held: Held, where: str) -> None:
+        """Take an adapter's copy of a base's parameter for the base's, on both sides of a tie."""
+        self._check_shape(spec, held.spec, where, saved=False)
         work = self._work(found, held)
-        replaced = work.override is not None and work.origin != "embedding"
-        if replaced or (work.deltas and whole.origin == "saved"):
-            raise Misfit(_conflict(where, work.name))
-        if work.override is not None and work.override[1].shape != whole.spec.shape:
+        if work.carried is not None and work.carried[1].shape != spec.shape:
             raise Misfit(
-                Problem("two adapters carry this embedding in different sizes", where,
-                        str(work.override[1].shape), str(whole.spec.shape))
+                Problem("this embedding is carried along in different sizes", where,
+                        str(work.carried[1].shape), str(spec.shape))
             )  # fmt: skip
-        work.override, work.origin = (number, whole.spec), whole.origin
-        if self.ties(number):
+        work.carried = (number, spec)
+
+    def _replace(self, number: int, spec: TensorSpec, found: Found, held: Held, where: str) -> None:
+        self._check_shape(spec, held.spec, where, saved=True)
+        work = self._work(found, held)
+        if work.replaced is not None or work.deltas:
+            raise Misfit(_conflict(where, work.name))
+        work.replaced = (number, spec)
+        if self.ties(number, where.rpartition(": ")[2].rpartition(".")[0]):
             work.shared.add(number)
 
-    def _check_shape(self, whole: WholeTensor, spec: TensorSpec, where: str) -> None:
-        if whole.spec.shape == spec.shape:
+    def _check_shape(self, new: TensorSpec, old: TensorSpec, where: str, *, saved: bool) -> None:
+        if new.shape == old.shape:
             return
-        grown = len(spec.shape) == len(whole.spec.shape) and whole.spec.shape[1:] == spec.shape[1:]
-        if grown and (self._is_vocabulary(spec.name) or whole.origin == "saved"):
+        grown = len(old.shape) == len(new.shape) and new.shape[1:] == old.shape[1:]
+        if grown and (saved or vocabulary_side(self.index, old.name) is not None):
             return
         raise Misfit(
             Problem("the adapter's tensor has another shape than the base's", where,
-                    f"{spec.shape} (base)", f"{whole.spec.shape} (adapter)",
+                    f"{old.shape} (base)", f"{new.shape} (adapter)",
                     "Is this the base the adapter was trained on?")
         )  # fmt: skip
-
-    def _is_vocabulary(self, name: str) -> bool:
-        return vocabulary_side(self.index, name) is not None
 
     def _add_tensor(self, number: int, whole: WholeTensor, where: str) -> None:
         if whole.origin != "saved":
             raise Misfit(self._not_found(where, whole.parameter))
         if whole.parameter in self.result.works:
             raise Misfit(_conflict(where, whole.parameter))
-        work = Work(whole.parameter, None, (number, whole.spec), "saved")
+        work = Work(whole.parameter, None, replaced=(number, whole.spec))
         self.result.works[whole.parameter] = work
 
     def _place_rows(self, number: int, adapter: Adapter, rows: TokenRows) -> None:
@@ -266,8 +293,10 @@ class Matcher:
         if len(finds) != 1 or len(finds[0].held) != 1:
             raise Misfit(self._not_found(where, f"{rows.module}.weight"))
         held = finds[0].held[0]
-        # PEFT ties the rows of tied embeddings, so they belong to the tensor both sides share.
-        work = self._work(Found(finds[0].piece, finds[0].held), held)
+        common = self._work(Found(finds[0].piece, finds[0].held), held)
+        if any(p.adapter == number and p.indices == rows.indices for p in common.patches):
+            return  # the other side of a tie, with the same rows: PEFT trains them as one
+        work = self._work(finds[0], held)
         self._check_rows(rows, work, where)
         n, width = rows.spec.shape
         work.patches.append(RowPatch(number, rows.indices, matrix_view(rows.spec, n, width)))
@@ -317,6 +346,9 @@ class Matcher:
             )
 
 
+PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
+"""The module names PEFT knows as embeddings."""
+
 _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """How transformers' experts modules register their parameters, where the table does not say."""
 
@@ -326,11 +358,11 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _is_direct(found: Found) -> bool:
-    held = found.held[0].piece
-    return (found.piece.expert, found.piece.part, found.piece.parts, found.piece.chunks) == (
-        held.expert, held.part, held.parts, held.chunks,
-    ) and not held.transposed and not held.unsupported  # fmt: skip
+def _not_one_tensor(where: str, finds: tuple[Found, ...]) -> Problem:
+    return Problem(
+        "the base keeps this in a form that a whole tensor cannot replace", where, "one tensor",
+        ", ".join(h.spec.name for f in finds for h in f.held),
+    )  # fmt: skip
 
 
 def _conflict(where: str, name: str) -> Problem:

@@ -54,13 +54,14 @@ class Placement:
         owner: the adapter.
         target: its target.
         key: the name under which rank and alpha are looked up.
-        scale: the float32 scale, the user's weight included.
+        by_parameter: whether ``target_parameters`` selected it; such a matrix is never transposed.
     """
 
     adapter: int
     owner: Adapter
     target: LoraTarget
     key: str
+    by_parameter: bool = False
 
     @property
     def scale(self) -> float:
@@ -196,8 +197,9 @@ def _is_transposed(
 ) -> bool:
     """Whether the stored matrix is (in, out), as transformers' Conv1D keeps it."""
     shape = held.spec.shape
-    if len(shape) != 2 or factors.kernel or held.piece.parts > 1 or held.piece.chunks > 1:
-        return False
+    sliced = held.piece.parts > 1 or held.piece.chunks > 1
+    if len(shape) != 2 or factors.kernel or sliced or place.by_parameter:
+        return held.piece.transposed and not sliced
     normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
     if normal == flipped == shape:
         module = wanted.parameter.removesuffix(".weight")
@@ -338,6 +340,8 @@ def residual_delta(place: Placement, delta: Delta) -> Delta | None:
     to the base's dtype. The factors are found again from W when the step is done.
     """
     init = str(place.owner.settings.init_lora_weights).lower()
+    if place.target.kind == "embedding":
+        return None  # PEFT starts these from zero, whatever the initialization
     for method in ("pissa", "olora"):
         if init.startswith(method):
             scale = float(np.float32(-place.owner.settings.scale_of(place.key)))
@@ -371,3 +375,33 @@ def _no_inverse(place: Placement, spec: TensorSpec, operation: str) -> Problem:
         hint="Load the base with transformers and save it again as it is in memory "
         "(save_original_format=False), then merge into that",
     )
+
+
+def whole_part(spec: TensorSpec, found: Found, held: Held, index: BaseIndex) -> TensorSpec | None:
+    """Return the part of an adapter's whole tensor that replaces one stored tensor.
+
+    A stack of experts that the base keeps one by one is cut into them; None where the two are laid
+    out in ways that no contiguous part connects.
+    """
+    wanted, stored = found.piece, held.piece
+    if stored.unsupported or wanted.unsupported or stored.transposed or stored.chunks > 1:
+        return None
+    same = (wanted.expert, wanted.part, wanted.parts) == (stored.expert, stored.part, stored.parts)
+    if same and wanted.chunks == 1:
+        return spec
+    if wanted.expert is not None or wanted.parts > 1 or wanted.chunks > 1 or stored.axis != 0:
+        return None
+    rows = held.spec.shape[0]
+    start = index.part_offset(wanted.parameter, stored) if stored.parts > 1 else 0
+    total = index.part_total(wanted.parameter, stored)
+    if stored.expert is not None:
+        start += stored.expert * total
+        total *= spec.shape[0]
+    if spec.numel != total * held.spec.numel // rows or spec.shape[-1:] != held.spec.shape[-1:]:
+        return None
+    row_bytes = held.spec.numel // rows * spec.itemsize
+    name = f"{spec.name}[rows {start}:{start + rows}]"
+    return TensorSpec(
+        name, spec.dtype, held.spec.shape, spec.path, spec.start + start * row_bytes,
+        rows * row_bytes,
+    )  # fmt: skip

@@ -235,7 +235,8 @@ def _class_updates(
 
 def _is_head(work: Work, adapters: Sequence[Adapter]) -> bool:
     """Whether a work writes the last layer of a classification head."""
-    if work.override is None or adapters[work.override[0]].settings.task_type not in _HEAD_TASKS:
+    owner = work.source_adapter
+    if owner is None or adapters[owner].settings.task_type not in _HEAD_TASKS:
         return False
     module = work.name.removesuffix(".weight")
     last = module.rpartition(".")[2] in ("classifier", "score", "out_proj", "qa_outputs")
@@ -307,9 +308,8 @@ def _step(name: str, base: Checkpoint, work: Work | None, choices: Choices) -> S
     stored = work.base.dtype if work.base is not None else _main_dtype(base, work.source.dtype)
     dtype = _output_dtype(stored, choices)
     shape = (output_rows(work), *work.source.shape[1:]) if work.source.shape else ()
-    owner = work.override[0] if work.override else None
     return Step(
-        name, _action(work), work.source, owner, dtype, shape,
+        name, _action(work), work.source, work.source_adapter, dtype, shape,
         _segments(work), tuple(work.patches),
     )  # fmt: skip
 
@@ -319,7 +319,7 @@ def _action(work: Work) -> Action:
         return "add"
     if work.deltas or work.patches:
         return "merge"
-    return "replace" if work.override else "add"
+    return "replace" if work.source_adapter is not None else "add"
 
 
 def _output_dtype(stored: str, choices: Choices) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from regraft.errors import Problem
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, vocabulary_side
+from regraft.tensors import TensorSpec
 
 READS_THE_TIE = frozenset(
     [
@@ -57,12 +58,10 @@ def _settle(
 ) -> None:
     aliases = [target for target, owner in index.aliases.items() if owner == source]
     stored = index.holding(source)[0].spec
-    own = matching.works.get(stored.name)
     for alias in aliases:
         _share(matching, alias, stored.name)
     own = matching.works.get(stored.name)
-    private = [a for a in aliases if a in matching.tied] or (own is not None and _is_private(own))
-    if not private:
+    if not any(alias in matching.tied for alias in aliases) and not (own and _is_private(own)):
         return
     if problem := _cannot_part(index, aliases, matching, own, config):
         matching.problems.append(problem)
@@ -73,50 +72,52 @@ def _settle(
 
 
 def _share(matching: Matching, alias: str, stored: str) -> None:
-    """Move what an adapter with ``ensure_weight_tying`` says of one side to the common tensor."""
+    """Take what an adapter with ``ensure_weight_tying`` says of one side for both."""
     work = matching.tied.get(alias)
     if work is None:
         return
     common = matching.works.setdefault(stored, Work(stored, work.base))
     known = {delta.adapter for delta in common.deltas}
     for delta in list(work.deltas):
-        if delta.adapter in work.shared and delta.magnitude is None:
-            work.deltas.remove(delta)
-            common.shared.add(delta.adapter)
-            if delta.adapter not in known:
-                common.deltas.append(delta)
-    if work.override is not None and work.override[0] in work.shared:
-        if common.override is None:
-            common.override, common.origin = work.override, work.origin
-            common.shared.add(work.override[0])
-        work.override = None
-    if not (work.deltas or work.override or work.patches):
+        if delta.adapter not in work.shared or delta.magnitude is not None:
+            continue
+        work.deltas.remove(delta)
+        common.shared.add(delta.adapter)
+        if delta.adapter not in known:
+            common.deltas.append(delta)
+    if work.replaced is not None and work.replaced[0] in work.shared:
+        common.replaced = common.replaced or work.replaced
+        common.shared.add(work.replaced[0])
+        work.replaced = None
+    if not (work.deltas or work.replaced or work.patches):
         del matching.tied[alias]
 
 
 def _is_private(work: Work) -> bool:
     """Whether the stored side was changed in a way that the tied side was not."""
-    changed = {delta.adapter for delta in work.deltas}
-    if work.override is not None and work.origin == "saved":
-        changed.add(work.override[0])
+    changed = _lora_adapters(work)
+    if work.replaced is not None:
+        changed.add(work.replaced[0])
     return bool(changed - work.shared)
 
 
-def _part(tied: Work | None, own: Work | None, alias: str, stored: Any) -> Work:
+def _lora_adapters(work: Work) -> set[int]:
+    return {delta.adapter for delta in work.deltas}
+
+
+def _part(tied: Work | None, own: Work | None, alias: str, stored: TensorSpec) -> Work:
     """Return the work that writes a tied parameter as a tensor of its own."""
     work = tied or Work(alias, stored)
     if own is None:
         return work
-    if work.override is None and own.override is not None:
-        is_base = own.origin == "embedding" or own.override[0] in own.shared
-        if is_base:
-            work.override, work.origin = own.override, own.origin
-    common = [d for d in own.deltas if d.adapter in own.shared and d.magnitude is None]
-    mine = {delta.adapter for delta in work.deltas}
-    work.deltas = sorted(
-        [*(d for d in common if d.adapter not in mine), *work.deltas], key=lambda d: d.adapter
-    )
-    work.patches = [*own.patches, *work.patches]
+    work.carried = work.carried or own.carried
+    if work.replaced is None and own.replaced is not None and own.replaced[0] in own.shared:
+        work.replaced = own.replaced
+    mine = _lora_adapters(work)
+    common = [d for d in own.deltas if d.adapter in own.shared - mine and d.magnitude is None]
+    work.deltas = sorted([*common, *work.deltas], key=lambda delta: delta.adapter)
+    patched = {patch.adapter for patch in work.patches}
+    work.patches = [*(p for p in own.patches if p.adapter not in patched), *work.patches]
     return work
 
 

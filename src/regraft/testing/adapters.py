@@ -99,6 +99,9 @@ def live_model(
     model = load_base(base)
     if prepare is not None:
         prepare(model)
+    if any(_changes_base(folder) for folder in folders):
+        # PiSSA and OLoRA round what is left of the base to its dtype, as they did in training.
+        model = model.to(_stored_dtype(base))
     with _quiet():
         live = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
         for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -106,7 +109,19 @@ def live_model(
         if len(names) > 1:
             live.base_model.set_adapter(names)
     _weigh(live, dict(zip(names, weights or [1.0] * len(names), strict=True)))
-    return live.eval()
+    return live.float().eval()
+
+
+def _changes_base(adapter: Path) -> bool:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora"))
+
+
+def _stored_dtype(base: Path) -> Any:
+    import torch
+
+    config = json.loads((base / "config.json").read_text())
+    return getattr(torch, config.get("dtype") or config["torch_dtype"])
 
 
 def _weigh(live: Any, weights: dict[str, float]) -> None:

@@ -20,6 +20,8 @@ _FACTOR = re.compile(
     r"|lora_magnitude_vector)(?P<rest>(\.[^.]+)*)$"
 )
 _TOKENS = re.compile(r"^(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?$")
+_UNTRAINED = ".original_module."
+_TOKEN_BASE = ".token_adapter.base_layer."
 _EMBEDDING_LEAVES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
 _COMPILED, _SAVED_COPY = "_orig_mod.", re.compile(r"\.modules_to_save(\.[^.]+)?\.")
 
@@ -175,25 +177,34 @@ def _token_rows(
 
 def _indices_of(module: str, settings: LoraSettings) -> tuple[int, ...]:
     """Return the rows trained in an embedding; a list in the config means the input embedding."""
-    for name, indices in settings.trainable_token_indices:
+    listed = settings.trainable_token_indices
+    for name, indices in listed:
         if name == "" or module == name or module.endswith(f".{name}"):
             return indices
-    return ()
+    # The other side of a tie: PEFT writes the rows there too when the vocabulary grew.
+    return listed[0][1] if len(listed) == 1 else ()
 
 
 def _whole_tensors(
     rest: dict[str, TensorSpec], settings: LoraSettings, problems: list[Problem], where: str
 ) -> tuple[WholeTensor, ...]:
-    whole = []
-    for name, spec in rest.items():
-        cleaned = _SAVED_COPY.sub(".", name)
-        parameter = strip_wrappers(cleaned)
+    whole: dict[str, WholeTensor] = {}
+    copies_last = sorted(rest.items(), key=lambda item: bool(_SAVED_COPY.search(item[0])))
+    for name, spec in copies_last:
+        if _UNTRAINED in name and settings.modules_to_save:
+            continue  # the base's own weights, which PEFT writes along when the vocabulary grew
+        parameter = strip_wrappers(_SAVED_COPY.sub(".", name))
+        if parameter in whole and whole[parameter].spec.shape == spec.shape:
+            continue  # PEFT writes a grown embedding twice; the plain name is the one it loads
         tensor = _whole_tensor(parameter, spec, settings)
+        if _TOKEN_BASE in name:
+            parameter = strip_wrappers(name.replace(_TOKEN_BASE, "."))
+            tensor = WholeTensor(parameter, spec, "embedding")
         if tensor is None:
             problems.append(_belongs_to_nothing(name, settings, where))
         else:
-            whole.append(tensor)
-    return tuple(whole)
+            whole[parameter] = tensor
+    return tuple(whole.values())
 
 
 def _whole_tensor(parameter: str, spec: TensorSpec, settings: LoraSettings) -> WholeTensor | None:

