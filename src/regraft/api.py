@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import AccessError, Problem, RegraftError, UsageError
 from regraft.formats.checkpoint import open_adapter, open_checkpoint
 from regraft.formats.hub import locate
+from regraft.memory import peak_memory
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.output import SLACK_BYTES, building, check_output, check_space, free_bytes
 from regraft.merging.plan import Plan
@@ -220,5 +220,4 @@ def _call(made: Plan, command: str | None) -> str:
 
 def _used(started: float, made: Plan) -> tuple[float, int, int]:
     """Return seconds, peak resident bytes and threads."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return time.perf_counter() - started, peak, made.threads
+    return time.perf_counter() - started, peak_memory(), made.threads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from faithful.cases import lora, one
+from faithful.cases import ULP_FLIPS, lora, one
 from faithful.harness import Case
 
 TOKENS = [4, 17, 33, 50]

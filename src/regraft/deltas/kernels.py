@@ -31,13 +31,23 @@ BLOCK = 512
 
 ONE, TWO, THREE = np.uintp(1), np.uintp(2), np.uintp(3)
 
-_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+_entry: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+# Helpers are compiled into their callers, so they need no way in from Python and no cache of
+# their own: that is a third of the time the first run takes to compile.
+_inner: dict[str, Any] = {
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+
+_ANY_ORDER = {"reassoc", "nsz", "contract"}
+"""Lets LLVM add the report's sums in any order; no value of the result goes through such an add."""
 
 # Indices below are unsigned (np.uintp): numba then leaves out the check for a negative index, which
 # would keep LLVM from vectorizing. Slices would do too, but each costs two atomic reference counts.
 
 
-@njit(**_options)
+@njit(**_inner)
 def _decode(x16: Any, x32: Any, kind: int, at: Any, out: Any, n: Any) -> None:
     """Set ``out[:n]`` to ``n`` weights, as float32."""
     if kind == BF16:
@@ -61,7 +71,7 @@ def _bfloat16_bits(value: Any) -> Any:
     return np.uint16(nan if is_nan else rounded)
 
 
-@njit(**_options)
+@njit(**_inner)
 def _encode(values: Any, kind: int, x16: Any, x32: Any, at: Any, n: Any) -> None:
     """Round ``n`` float32 values into a buffer."""
     if kind == BF16:
@@ -75,7 +85,7 @@ def _encode(values: Any, kind: int, x16: Any, x32: Any, at: Any, n: Any) -> None
             x32[at + j] = values[j]
 
 
-@njit(**_options)
+@njit(**_inner)
 def _round_through(values: Any, kind: int, n: Any) -> None:
     """Round float32 values to a dtype and back, in place."""
     if kind == BF16:
@@ -86,7 +96,7 @@ def _round_through(values: Any, kind: int, n: Any) -> None:
             values[j] = half_to_float(float_to_half(values[j]))
 
 
-@njit(**_options)
+@njit(**_inner)
 def _product(
     left: Any, at0: Any, at1: Any, right: Any, right_at: Any, ld: Any, rank: Any,
     acc0: Any, acc1: Any, n: Any,
@@ -118,7 +128,7 @@ def _product(
             acc1[j] = fma(b, right[r + j], acc1[j])
 
 
-@njit(**_options)
+@njit(**_inner)
 def _apply(
     weights: Any, acc: Any, scale: Any, flags: int, factors: Any, row_at: Any, column_at: Any,
     source_kind: int, n: Any,
@@ -137,7 +147,7 @@ def _apply(
         _round_through(weights, source_kind, n)
 
 
-@njit(fastmath={"reassoc", "nsz", "contract"}, **_options)
+@njit(fastmath=_ANY_ORDER, **_inner)
 def _measure(source: Any, merged: Any, sums: Any, n: Any) -> None:
     """Add ``|source|^2`` and ``|merged - source|^2`` of one block to ``sums[0:2]``.
 
@@ -154,7 +164,7 @@ def _measure(source: Any, merged: Any, sums: Any, n: Any) -> None:
     sums[1] += delta
 
 
-@njit(**_options)
+@njit(**_inner)
 def _differing16(x: Any, y: Any, at: Any, n: Any) -> int:
     count = np.uint16(0)  # n <= BLOCK; a narrow counter lets LLVM compare 32 values at once
     for j in range(n):
@@ -162,7 +172,7 @@ def _differing16(x: Any, y: Any, at: Any, n: Any) -> int:
     return np.int64(count)
 
 
-@njit(**_options)
+@njit(**_inner)
 def _differing32(x: Any, y: Any, at: Any, n: Any) -> int:
     count = np.uint32(0)
     for j in range(n):
@@ -170,7 +180,7 @@ def _differing32(x: Any, y: Any, at: Any, n: Any) -> int:
     return np.int64(count)
 
 
-@njit(**_options)
+@njit(**_inner)
 def _largest16(x: Any, at: Any, n: Any) -> int:
     largest = np.uint16(0)
     for j in range(n):
@@ -178,7 +188,7 @@ def _largest16(x: Any, at: Any, n: Any) -> int:
     return np.int64(largest)
 
 
-@njit(**_options)
+@njit(**_inner)
 def _largest32(x: Any, at: Any, n: Any) -> int:
     largest = np.uint32(0)
     for j in range(n):
@@ -186,7 +196,7 @@ def _largest32(x: Any, at: Any, n: Any) -> int:
     return np.int64(largest)
 
 
-@njit(**_options)
+@njit(**_inner)
 def _all_finite(x16: Any, x32: Any, kind: int, at: Any, n: Any) -> Any:
     if kind == BF16:
         return _largest16(x16, at, n) < 0x7F80
@@ -195,7 +205,7 @@ def _all_finite(x16: Any, x32: Any, kind: int, at: Any, n: Any) -> Any:
     return _largest32(x32, at, n) < 0x7F800000
 
 
-@njit(**_options)
+@njit(**_inner)
 def _newly_infinite(source: Any, result: Any, n: Any) -> int:
     """Count the values that are NaN or infinite in ``result`` and were neither in ``source``."""
     infinity = np.uint32(0x7F800000)
@@ -207,7 +217,7 @@ def _newly_infinite(source: Any, result: Any, n: Any) -> int:
     return count
 
 
-@njit(**_options)
+@njit(**_inner)
 def _count(
     x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int, at: Any,
     source: Any, scratch: Any, sums: Any, n: Any,
@@ -225,18 +235,47 @@ def _count(
         sums[3] += _newly_infinite(source, scratch, n)
 
 
-@njit(**_options)
+@njit(fastmath=_ANY_ORDER, **_inner)
+def _store_bfloat16(source: Any, merged: Any, x16: Any, y16: Any, at: Any, sums: Any, n: Any) -> Any:
+    """Do the work of :func:`_store` for the usual case, bfloat16 to bfloat16, in one pass.
+
+    Returns:
+        Whether all results are finite.
+    """
+    weight, delta = np.float64(0), np.float64(0)
+    changed, largest = np.uint32(0), np.uint16(0)
+    for j in range(n):
+        bits = _bfloat16_bits(merged[j])
+        y16[at + j] = bits
+        changed = np.uint32(changed + np.uint32(bits != x16[at + j]))
+        largest = max(largest, np.uint16(bits & np.uint16(0x7FFF)))
+        w = np.float64(source[j])
+        d = np.float64(merged[j] - source[j])
+        weight += w * w
+        delta += d * d
+    sums[0] += weight
+    sums[1] += delta
+    sums[2] += np.int64(changed)
+    return largest < np.uint16(0x7F80)
+
+
+@njit(**_inner)
 def _store(
     source: Any, merged: Any, x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int,
     at: Any, scratch: Any, sums: Any, n: Any,
 ) -> None:  # fmt: skip
     """Round one row of a block into the output and account for it."""
+    if kind == BF16 and out_kind == BF16:
+        if not _store_bfloat16(source, merged, x16, y16, at, sums, n):
+            _decode(y16, y32, out_kind, at, scratch, n)
+            sums[3] += _newly_infinite(source, scratch, n)
+        return
     _encode(merged, out_kind, y16, y32, at, n)
     _measure(source, merged, sums, n)
     _count(x16, x32, kind, y16, y32, out_kind, at, source, scratch, sums, n)
 
 
-@njit(**_options)
+@njit(**_entry)
 def merge_rows(
     x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int, row_count: int,
     column_count: int, left: Any, right: Any, right_ld: int, first_row: int, first_column: int,
@@ -290,7 +329,7 @@ def merge_rows(
                 _store(s, w, x16, x32, kind, y16, y32, out_kind, at, scratch, sums, n)
 
 
-@njit(**_options)
+@njit(**_inner)
 def _add_squares(values: Any, out: Any, at: Any, by_column: bool, n: Any) -> None:
     if by_column:
         for j in range(n):
@@ -302,7 +341,7 @@ def _add_squares(values: Any, out: Any, at: Any, by_column: bool, n: Any) -> Non
         out[at] = total
 
 
-@njit(**_options)
+@njit(**_entry)
 def square_sums(
     x16: Any, x32: Any, kind: int, row_count: int, column_count: int, left: Any, left_offset: int,
     right: Any, right_offset: int, rank_: int, scale: Any, first_row: int, by_column: bool,
@@ -341,7 +380,7 @@ def square_sums(
                 _add_squares(w1, out, start if by_column else i1, by_column, n)
 
 
-@njit(**_options)
+@njit(**_entry)
 def convert(
     x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int, total: int, sums: Any
 ) -> None:

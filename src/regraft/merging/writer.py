@@ -1,9 +1,10 @@
 """Writing weight files: in any order, past the page cache where the system allows it.
 
 A merge writes each byte once and does not read it back, so the page cache would only cost memory
-bandwidth. Whole disk blocks go out by direct I/O; the edges of a tensor, which may share a block
-with its neighbour, go through the cache. Where direct I/O is refused (tmpfs, some network file
-systems) everything goes through the cache.
+bandwidth. Whole disk blocks go out by direct I/O. The edges of a piece, which share a block with
+its neighbours, are gathered in memory and go through the cache many at a time, because every
+cached write makes the kernel stop direct writes to the same file for a moment. Where direct I/O is
+refused (tmpfs, some network file systems) everything goes through the cache.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from pathlib import Path
 
 from regraft.errors import AccessError, DiskSpaceError, RegraftError
 
 BLOCK = 4096
 """Alignment of direct I/O: offset in the file, address in memory and length."""
+
+EDGES_HELD = 512
+"""Edges gathered before they are written."""
 
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -44,6 +49,8 @@ class OutputFile:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._reserve(len(header) + data_bytes)
             self._opened = [self._fd]
+            self._edges: list[tuple[int, bytes]] = []
+            self._lock = threading.Lock()
             self._direct = self._open_direct()
             if self._direct is not None:
                 self._opened.append(self._direct)
@@ -84,9 +91,28 @@ class OutputFile:
     def _write_blocks(self, offset: int, data: memoryview) -> None:
         head = min(-offset % BLOCK, len(data))
         body = (len(data) - head) // BLOCK * BLOCK
-        self._write_all(self._fd, data[:head], offset)
         self._write_direct(data[head : head + body], offset + head)
-        self._write_all(self._fd, data[head + body :], offset + head + body)
+        edges = [(offset, bytes(data[:head]))]
+        edges.append((offset + head + body, bytes(data[head + body :])))
+        with self._lock:
+            self._edges += [edge for edge in edges if edge[1]]
+            ready = self._take_edges() if len(self._edges) >= EDGES_HELD else []
+        self._write_edges(ready)
+
+    def _take_edges(self) -> list[tuple[int, bytes]]:
+        edges, self._edges = sorted(self._edges), []
+        return edges
+
+    def _write_edges(self, edges: list[tuple[int, bytes]]) -> None:
+        """Write edges in file order, neighbours in one go."""
+        at, run = 0, bytearray()
+        for offset, data in edges:
+            if run and offset != at + len(run):
+                self._write_all(self._fd, memoryview(bytes(run)), at)
+                run = bytearray()
+            at = at if run else offset
+            run += data
+        self._write_all(self._fd, memoryview(bytes(run)), at)
 
     def _write_direct(self, data: memoryview, offset: int) -> None:
         direct = self._direct
@@ -110,6 +136,7 @@ class OutputFile:
         """Flush to the disk (with ``sync``) and close."""
         try:
             if sync:
+                self._write_edges(self._take_edges())
                 os.fsync(self._fd)
         except OSError as error:
             raise write_error(self.path, error) from error

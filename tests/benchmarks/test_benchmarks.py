@@ -1,0 +1,53 @@
+"""The benchmarks' own parts: synthetic models are real ones, and the page keeps its text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import regraft
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def make(out: Path, *options: str) -> Path:
+    script = str(BENCHMARKS / "synthetic.py")
+    subprocess.run([sys.executable, script, "--out", str(out), *options], check=True)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_synthetic_model_merges(tmp_path: Path) -> None:
+    made = make(tmp_path / "tiny", "--shape", "tiny", "--rank", "4")
+    receipt = regraft.merge(made / "base", made / "adapter", tmp_path / "out")
+    assert receipt.totals.merged == 2 * 7
+    assert receipt.totals.changed_share > 0.5
+
+
+def test_the_same_call_writes_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (make(tmp_path / name, "--shape", "tiny") for name in ("a", "b"))
+    assert contents(first) == contents(second)
+
+
+def test_headers_of_a_large_model_take_up_no_room(tmp_path: Path) -> None:
+    made = make(tmp_path / "large", "--shape", "llama-70b", "--headers", "30")
+    files = list((made / "base").glob("*.safetensors"))
+    assert sum(f.stat().st_size for f in files) > 140e9
+    assert sum(f.stat().st_blocks * 512 for f in files) < 2**20
+    assert regraft.check(made / "base", made / "adapter").ok
+
+
+def test_a_new_table_replaces_the_old_one_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import report
+
+    page = report.replaced("# Title\n\ntext", "old")
+    assert page.startswith("# Title\n\ntext\n\n")
+    again = report.replaced(page + "after", "new")
+    assert again == page.replace("old", "new") + "after"
