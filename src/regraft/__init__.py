@@ -1,4 +1,4 @@
-"""regraft: save, load, swap, merge and un-merge LoRA/QLoRA adapters of language models.
+"""regraft: merge LoRA adapters into the checkpoints of language models, and look into both.
 
 The public names are loaded on first use, so that importing the package costs nothing.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
-from regraft.errors import AccessError, Problem, RegraftError, UsageError
+from regraft.errors import Problem, RegraftError, UsageError
 from regraft.formats.checkpoint import open_adapter, open_checkpoint
 from regraft.formats.hub import locate
 from regraft.memory import peak_memory
@@ -50,7 +50,7 @@ def merge(
         dtype: dtype of all floating-point tensors; by default each keeps the base's.
         shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
         max_memory: cap on resident memory, whatever the size of the model.
-        threads: worker threads; by default one more than there are cores at hand.
+        threads: worker threads; by default three more than there are cores at hand.
         overwrite: replace ``out``, once the new one is complete, if it holds a model already.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
@@ -63,14 +63,12 @@ def merge(
         RegraftError: one of :mod:`regraft.errors`; ``out`` is then as it was before the call.
     """
     started = time.perf_counter()
+    place = Path(out)
+    check_output(place, [], overwrite=overwrite)  # before anything is fetched from the Hub
     made = plan(
         base, adapters, out, dtype=dtype, shard_size=shard_size, max_memory=max_memory,
-        threads=threads, token=token, progress=progress,
+        threads=threads, overwrite=overwrite, token=token, progress=progress,
     )  # fmt: skip
-    place = Path(out)
-    check_output(
-        place, [made.base.root, *(Path(a.root) for a in made.adapters)], overwrite=overwrite
-    )
     check_space(place, made.nbytes)
 
     from regraft.merging.execute import execute
@@ -91,13 +89,16 @@ def plan(
     shard_size: str | int | None = None,
     max_memory: str | int = "512MiB",
     threads: int | None = None,
+    overwrite: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Return what :func:`merge` would do, from headers alone; nothing is written.
 
+    A base on the Hub is fetched first. Disk space is reported, not asked for.
+
     Raises:
-        RegraftError: whatever :func:`merge` would raise before it begins to write.
+        RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
     """
     choices = _choices(dtype, shard_size, max_memory, threads)
     wanted = parse_adapters(adapters)
@@ -108,6 +109,8 @@ def plan(
     made = make_plan(checkpoint, read, choices, Path(out) if out is not None else None)
     if out is None:
         return made
+    roots = [made.base.root, *(Path(adapter.root) for adapter in made.adapters)]
+    check_output(Path(out), roots, overwrite=overwrite)
     disk = {"needed": made.nbytes + SLACK_BYTES, "free": free_bytes(Path(out))}
     return replace(made, disk=disk)
 
@@ -124,21 +127,21 @@ def check(
 
     Reads headers only. NaN in an adapter, which headers do not show, is found by the merge itself.
 
+    A base on the Hub is fetched first.
+
     Raises:
         UsageError: the call contradicts itself.
+        InputError: the base or an adapter cannot be opened at all.
         EnvironmentShortfall: an input cannot be read, or needs an optional package.
-        InputError: the base cannot be opened at all.
     """
     choices = _choices(dtype, None, max_memory, None)
     checkpoint = open_checkpoint(locate(base, kind="base", token=token))
+    wanted = parse_adapters(adapters)
+    opened = [open_adapter(locate(source, kind="adapter", token=token)) for source, _ in wanted]
     read, problems = [], list[Problem]()
-    for source, weight in parse_adapters(adapters):
+    for files, (_, weight) in zip(opened, wanted, strict=True):
         try:
-            read.append(
-                read_adapter(open_adapter(locate(source, kind="adapter", token=token)), weight)
-            )
-        except (UsageError, AccessError):
-            raise
+            read.append(read_adapter(files, weight))
         except RegraftError as error:
             problems += error.problems
     try:
@@ -215,7 +218,8 @@ def _call(made: Plan, command: str | None) -> str:
     if command is not None:
         return command
     adapters = ", ".join(repr((a.source, a.weight)) for a in made.adapters)
-    return f"regraft.merge({made.base.source!r}, [{adapters}], {made.out!r})"
+    chosen = "".join(f", {name}={value!r}" for name, value in made.options.items() if value)
+    return f"regraft.merge({made.base.source!r}, [{adapters}], {made.out!r}{chosen})"
 
 
 def _used(started: float, made: Plan) -> tuple[float, int, int]:

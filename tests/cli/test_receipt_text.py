@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from regraft.cli.receipt_text import quiet_warning, render
+from regraft.cli.receipt_text import render
 from regraft.merging.receipt import InputRecord, Receipt, TensorRecord, Totals
 
 
@@ -114,8 +114,8 @@ def test_a_quiet_merge_is_said_loudly_with_its_likely_causes() -> None:
     totals = replace(TOTALS, changed_share=0.0, relative_delta=1e-7)
     quiet = replace(receipt(), totals=totals)
     assert quiet.quiet
-    text = quiet_warning(quiet)
+    text = quiet.quiet_warning
     assert "(NEARLY) THE BASE" in text
-    assert "0% of the adapted elements" in text
+    assert "0.000% of the adapted elements" in text
     assert "lora_B is still zero" in text
-    assert "--dtype float32" in text
+    assert "dtype float32" in text

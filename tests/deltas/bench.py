@@ -21,9 +21,9 @@ def merge(
 ) -> dict[str, np.ndarray]:
     """Merge adapters into a base that is nothing but tensors; return the tensors written.
 
-    The adapters' own options are ``weights``, a factor on each; the rest is for ``regraft.merge``.
+    ``by`` is a factor on each adapter; the other options are those of ``regraft.merge``.
     """
-    factors = options.pop("weights", [1.0] * len(adapters))
+    factors = options.pop("by", [1.0] * len(adapters))
     with TemporaryDirectory() as name:
         folder = Path(name)
         toys.write_base(folder / "base", weights, None)

@@ -44,7 +44,7 @@ def every_shape(seed: int = 1) -> Adapter:
     return tensors, {"rank_pattern": ranks, "lora_alpha": 5}
 
 
-@pytest.mark.parametrize(("source", "target"), itertools.product(NAMES, NAMES))
+@pytest.mark.parametrize(("source", "target"), [*itertools.product(NAMES, NAMES)])
 def test_every_shape_and_rank_has_the_contracts_bytes(source: str, target: str) -> None:
     weights = {
         f"m{number}.weight": draw(rows, columns, dtype=STORED[source])
@@ -84,7 +84,7 @@ def test_several_adapters_add_up_in_float32_in_the_order_given(dtype: str) -> No
         chosen = [adapters[i] for i in order]
         factors_of = [sizes[i][1] for i in order]
         target = DTYPES[dtype].config_name
-        return merge({"m.weight": weight}, *chosen, weights=factors_of, dtype=target)["m.weight"]
+        return merge({"m.weight": weight}, *chosen, by=factors_of, dtype=target)["m.weight"]
 
     forward, backward = in_order(0, 1, 2), in_order(2, 1, 0)
     assert_same_bits(forward, reference.merged(weight, deltas, dtype))
@@ -108,7 +108,7 @@ SCALES: list[tuple[dict[str, Any], float, float]] = [
 def test_the_scale_is_float64_rounded_once(config: dict[str, Any], by: float, scale: float) -> None:
     weight = draw(5, 33)
     left, right = factors(5, 33, 3)
-    found = merge({"m.weight": weight}, (pair("m", left, right), config), weights=[by])
+    found = merge({"m.weight": weight}, (pair("m", left, right), config), by=[by])
     expected = reference.merged(weight, [(np.float32(scale), left, right)], "F32")
     assert_same_bits(found["m.weight"], expected)
 

@@ -19,8 +19,8 @@ def nearest_float32(value: Fraction) -> np.float32:
     """Return the float32 nearest to a fraction, ties to even, found by comparing neighbours."""
     with np.errstate(over="ignore"):
         guess = np.float32(float(value)) if abs(value) < 2**1000 else np.float32(math.inf)
-    candidates = [guess, np.nextafter(guess, np.float32(-math.inf)),
-                  np.nextafter(guess, np.float32(math.inf))]  # fmt: skip
+        below, above = (np.nextafter(guess, np.float32(end)) for end in (-math.inf, math.inf))
+    candidates = [guess, below, above]
     finite = [c for c in candidates if np.isfinite(c)]
     if abs(value) >= Fraction(2) ** 128 - Fraction(2) ** 103:  # halfway to what would be next
         return np.float32(math.copysign(math.inf, value))

@@ -46,9 +46,12 @@ class LoraSettings:
         """Return alpha for a module (or parameter) name."""
         return _first_match(self.alpha_pattern, key, self.lora_alpha)
 
-    def scale_of(self, key: str) -> float:
-        """Return alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023), in float64."""
-        rank, alpha = self.rank_of(key), self.alpha_of(key)
+    def scale_of(self, key: str, weight: float = 1.0) -> float:
+        """Return weight * alpha / r, or over sqrt(r) for rsLoRA (Kalajdzievski 2023), in float64.
+
+        The order is part of the arithmetic contract: the product first, then the quotient.
+        """
+        rank, alpha = self.rank_of(key), weight * self.alpha_of(key)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def saves(self, parameter: str) -> bool:
@@ -254,10 +257,11 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
     return settings
 
 
-_RESAVE = (
+RESAVE = (
     "Save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
     "which turns it into a plain LoRA, then merge that"
 )
+"""What to do with an adapter whose base was changed at its start."""
 
 _CHANGED_BASES = {
     "corda": "CorDA changed the base at its start by statistics of data that are not in the file",
@@ -315,15 +319,15 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     init = config.get("init_lora_weights")
     if isinstance(init, str):
         found += [
-            (f"init_lora_weights={init!r}: {why}", _RESAVE)
+            (f"init_lora_weights={init!r}: {why}", RESAVE)
             for prefix, why in _CHANGED_BASES.items()
             if init.lower().startswith(prefix)
         ]
         if config.get("use_dora") and init.lower().startswith(("pissa", "olora")):
-            found.append((f"init_lora_weights={init!r} together with DoRA", _RESAVE))
+            found.append((f"init_lora_weights={init!r} together with DoRA", RESAVE))
         known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
         if not init.lower().startswith(known):
-            found.append((f"init_lora_weights={init!r} is not known to regraft", _RESAVE))
+            found.append((f"init_lora_weights={init!r} is not known to regraft", RESAVE))
     return found
 
 

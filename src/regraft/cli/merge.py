@@ -33,7 +33,11 @@ from regraft.cli.output import Output
     metavar="N",
     help="Worker threads; the bytes do not depend on it.  [default: by the number of cores]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace OUT, if it holds a model or is empty, once the new one is complete.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("-v", "--verbose", is_flag=True, help="With --dry-run: every tensor on its own line.")
 @options.token
@@ -45,10 +49,10 @@ def command(
 ) -> None:
     """Merge LoRA adapters into a base checkpoint.
 
-    BASE is a folder, a .safetensors file, or a Hub id such as org/name@revision; an ADAPTER is the
-    same, in PEFT's format, and =WEIGHT multiplies its scale. Several adapters add up in float32
-    before the one rounding. OUT loads with transformers and without PEFT, and carries a receipt of
-    what was done to each tensor.
+    BASE is a folder, a .safetensors (or .bin) file, or a Hub id such as org/name@revision; an
+    ADAPTER is the same, in PEFT's format, and =WEIGHT multiplies its scale. Several adapters add
+    up in float32 before the one rounding. OUT loads with transformers and without PEFT, and
+    carries a receipt of what was done to each tensor.
 
     \b
     Examples:
@@ -69,8 +73,7 @@ def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
     from regraft import api
     from regraft.cli import plan_text
 
-    settings = {name: value for name, value in chosen.items() if name != "overwrite"}
-    plan = api.plan(**_arguments(settings)).to_json()
+    plan = api.plan(**_arguments(chosen)).to_json()
     output.warn(plan["warnings"])
     output.data(plan, plan_text.render(plan, verbose=verbose))
 
@@ -83,8 +86,6 @@ def _merge(output: Output, command_line: str, chosen: dict[str, Any]) -> None:
     with output.progress() as progress:
         receipt = api.merge(**_arguments(chosen), progress=progress, command=command_line)
     output.warn(receipt.warnings)
-    if receipt.quiet:
-        output.warn([receipt_text.quiet_warning(receipt)])
     payload = receipt.to_json() | {"quiet": receipt.quiet}
     output.data(payload, receipt_text.render(receipt, cap=chosen["max_memory"]))
 

@@ -26,18 +26,6 @@ def render(receipt: Receipt, *, cap: str | int) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def quiet_warning(receipt: Receipt) -> str:
-    """Return what to say of a merge that changed (nearly) nothing, with the likely causes."""
-    totals = receipt.totals
-    return (
-        "THE MERGED MODEL IS (NEARLY) THE BASE: "
-        f"{percent(totals.changed_share)} of the adapted elements changed, "
-        f"|delta|/|W| is {percent(totals.relative_delta)}. Likely causes: the adapter was saved "
-        "before training (lora_B is still zero); alpha or the =WEIGHT is tiny; or the delta is "
-        "smaller than the dtype's step, which --dtype float32 would keep."
-    )
-
-
 def _overview(receipt: Receipt, cap: int) -> str:
     totals = receipt.totals
     rows = [

@@ -99,11 +99,21 @@ Made by [regraft](https://github.com/regraft/regraft) {receipt.regraft}, arithme
 {receipt.arithmetic}:
 
 ```
-{receipt.command}
+{_command(receipt)}
 ```
 
 `regraft/receipt.json` holds the digest of every tensor read and written.
 """
+
+
+def _command(receipt: Receipt) -> str:
+    """Return the command with folders by their names alone."""
+    command = receipt.command
+    sources = [receipt.base.source, *(a.source for a in receipt.adapters), receipt.output]
+    for source in sorted(sources, key=len, reverse=True):
+        shown = Path(source).name if source == receipt.output else _shown(source)
+        command = command.replace(source, shown)
+    return command
 
 
 def _shown(source: str) -> str:

@@ -52,16 +52,21 @@ class FactorStore:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
+            self._make_room(4 * spec.numel)
             values = self._read(spec, key)
             self._kept[key] = values
-            while len(self._kept) > 1 and sum(v.nbytes for v in self._kept.values()) > self._limit:
-                self._kept.popitem(last=False)
             return values
 
+    def _make_room(self, size: int) -> None:
+        """Let go of the tensors that were not asked for the longest, before another is read."""
+        while self._kept and sum(v.nbytes for v in self._kept.values()) + size > self._limit:
+            self._kept.popitem(last=False)
+
     def _read(self, spec: TensorSpec, key: Key) -> Floats:
-        raw = self._files.read_bytes(spec)
-        self.digests[key] = blake3(raw).hexdigest()
-        values = Weights.of_bytes(np.frombuffer(raw, np.uint8), spec.dtype).floats()
+        raw = np.empty(spec.nbytes, np.uint8)
+        self._files.read_into(spec, 0, raw.data)
+        self.digests[key] = blake3(raw.data).hexdigest()
+        values = Weights.of_bytes(raw, spec.dtype).floats()
         if not np.isfinite(values).all():
             bad = int(values.size - np.isfinite(values).sum())
             raise AdapterError(

@@ -90,7 +90,8 @@ def _receipt(plan: Plan, outcome: Outcome, command: str, used: Used) -> Receipt:
         totals=_totals(plan, outcome.records, used),
         warnings=plan.warnings,
     )
-    return replace(receipt, warnings=(*plan.warnings, *_quiet_warning(receipt)))
+    quiet = (receipt.quiet_warning,) if receipt.quiet else ()
+    return replace(receipt, warnings=(*plan.warnings, *quiet))
 
 
 def _with_usage(receipt: Receipt, used: Used) -> Receipt:
@@ -124,7 +125,7 @@ def _totals(plan: Plan, records: tuple[TensorRecord, ...], used: Used) -> Totals
     seconds, peak, threads = used()
     return Totals(
         **counts,
-        relative_delta=float(f"{(deltas / weights) ** 0.5:.9g}") if weights else 0.0,
+        relative_delta=float(f"{(deltas / weights) ** 0.5:.7g}") if weights else 0.0,
         changed_share=sum(r.changed for r in touched) / elements if elements else 0.0,
         seconds=seconds,
         peak_memory=peak,
@@ -137,11 +138,3 @@ def _numel(record: TensorRecord) -> int:
     for size in record.shape:
         count *= size
     return count
-
-
-def _quiet_warning(receipt: Receipt) -> list[str]:
-    if not receipt.quiet:
-        return []
-    share = f"{receipt.totals.changed_share:.4%} of the merged elements differ from the base"
-    question = "are they trained, and is the weight right?"
-    return [f"the adapters changed (nearly) nothing: {share}; {question}"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
+from regraft.adapters.settings import RESAVE
 from regraft.deltas.views import Delta, RowPatch, matrix_view
 from regraft.errors import Problem
 from regraft.merging.lookup import BaseIndex, Found, Held, nearest_hint
@@ -198,7 +199,7 @@ class Matcher:
         if work.replaced is not None:
             raise Misfit(_conflict(place.where(), work.name))
         for delta in deltas:
-            residual = residual_delta(place, delta)
+            residual = residual_delta(place, delta, work.source)
             work.deltas += [residual, delta] if residual else [delta]
         if self.ties(place.adapter, place.target.module):
             work.shared.add(place.adapter)
@@ -393,4 +394,21 @@ def match(index: BaseIndex, adapters: Iterable[Adapter]) -> Matching:
     matcher = Matcher(index)
     for number, adapter in enumerate(adapters):
         matcher.add(number, adapter)
+    matcher.result.problems += [
+        _shared_residual(work) for work in matcher.result.works.values() if _shares_residual(work)
+    ]
     return matcher.result
+
+
+def _shares_residual(work: Work) -> bool:
+    """Whether PiSSA or OLoRA meets another adapter: each would have begun from another base."""
+    several = len({delta.adapter for delta in work.deltas}) > 1
+    return several and any(delta.is_residual for delta in work.deltas)
+
+
+def _shared_residual(work: Work) -> Problem:
+    return Problem(
+        "a PiSSA or OLoRA adapter cannot share a tensor with another adapter in one merge",
+        work.name,
+        hint=RESAVE,
+    )

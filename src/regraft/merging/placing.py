@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from regraft.adapters.model import Adapter, LoraTarget
+from regraft.adapters.settings import RESAVE
 from regraft.deltas.views import ONE, Delta, Feature, View, matrix_view
 from regraft.errors import Problem
 from regraft.merging.lookup import BaseIndex, Found, Held
@@ -66,7 +67,7 @@ class Placement:
     @property
     def scale(self) -> float:
         """Scale of the delta: computed in float64, rounded to float32 once."""
-        return float(np.float32(self.owner.weight * self.owner.settings.scale_of(self.key)))
+        return float(np.float32(self.owner.settings.scale_of(self.key, self.owner.weight)))
 
     @property
     def feature(self) -> Feature:
@@ -149,11 +150,15 @@ def linear_deltas(place: Placement, found: Found, held: Held, index: BaseIndex) 
     stacked = found.piece.expert is None and (stored.expert is not None or len(spec.shape) == 3)
     factors = read_factors(place, stacked=stacked)
     if found.piece.expert is None and stored.expert is not None:
+        if place.target.magnitude is not None:
+            raise Misfit(_dora_on_stack(place))
         return [_of_one_expert(place, factors, held, index)]
     if factors.kernel or len(spec.shape) != 3:
         return [_of_matrix(place, factors, found.piece, held, index)]
     if found.piece.expert is not None:
         return [_on_one_expert(place, factors, found.piece, spec)]
+    if place.target.magnitude is not None:
+        raise Misfit(_dora_on_stack(place))
     return _on_all_experts(place, factors, spec, index)
 
 
@@ -333,22 +338,46 @@ def bias_delta(place: Placement, spec: TensorSpec) -> Delta:
     return Delta(place.adapter, "lora-bias", (0, spec.numel), 1, place.scale, left, ONE)
 
 
-def residual_delta(place: Placement, delta: Delta) -> Delta | None:
+def residual_delta(place: Placement, delta: Delta, spec: TensorSpec) -> Delta | None:
     """Return the delta that PiSSA or OLoRA took out of the base, to go before the adapter's own.
 
     Both begin by factoring W (PEFT's pissa_init and olora_init) and train on W - s B0 A0, rounded
     to the base's dtype. The factors are found again from W when the step is done.
+
+    Raises:
+        Misfit: the target is not the whole of one stored tensor, so its W cannot be factored.
     """
     init = str(place.owner.settings.init_lora_weights).lower()
     if place.target.kind == "embedding":
         return None  # PEFT starts these from zero, whatever the initialization
     for method in ("pissa", "olora"):
         if init.startswith(method):
+            if not _is_all_of(delta, spec):
+                raise Misfit(
+                    Problem(f"{method} on a part of a stored tensor cannot be recomputed",
+                            f"{place.where()} -> {spec.name}", hint=RESAVE)
+                )  # fmt: skip
             scale = float(np.float32(-place.owner.settings.scale_of(place.key)))
             feature: Feature = "pissa" if method == "pissa" else "olora"
             return Delta(delta.adapter, feature, delta.rows, delta.rank, scale, None, None, None,
                          delta.by_column)  # fmt: skip
     return None
+
+
+def _is_all_of(delta: Delta, spec: TensorSpec) -> bool:
+    """Whether a delta has all rows of its target, and they are all of the stored tensor."""
+    left, right = delta.left, delta.right
+    if left is None or right is None or len(left.shape) != 2:
+        return False
+    uncut = left.matrix == left.shape and right.matrix == right.shape
+    return uncut and left.result[0] * right.result[1] == spec.numel
+
+
+def _dora_on_stack(place: Placement) -> Problem:
+    return Problem(
+        "DoRA on a stack of experts cannot be merged", place.where(),
+        hint="PEFT does not train it either; was the config edited?",
+    )  # fmt: skip
 
 
 def _wrong_shape(place: Placement, spec: TensorSpec, needed: tuple[int, ...]) -> Problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from regraft.adapters.model import Adapter
@@ -97,12 +98,28 @@ class Step:
         """Upper bound of the memory its factors take while it is worked on."""
         raw = {v.spec.name: v.spec.numel * 4 for v in self._views() if v.spec is not None}
         widest = max((_packed_bytes(segment) for segment in self.segments), default=0)
-        whole = 16 * self.source.numel if self.has_residual else 0
-        return sum(raw.values()) + widest + whole
+        return sum(raw.values()) + widest + _factorization_bytes(self)
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        """The files it reads."""
+        return frozenset([self.source.path, *(v.spec.path for v in self._views() if v.spec)])
 
     def _views(self) -> list[View]:
         views = [v for d in self.deltas for v in (d.left, d.right, d.magnitude) if v is not None]
         return views + [patch.values for patch in self.patches]
+
+
+_FACTORIZATIONS = {"pissa": (46, 28), "olora": (40, 0)}
+"""Bytes that LAPACK takes per element of a weight, itself included, and per element of the square
+of its shorter side; measured."""
+
+
+def _factorization_bytes(step: Step) -> int:
+    rows, columns = step.matrix
+    square = min(rows, columns) ** 2
+    sizes = [_FACTORIZATIONS[delta.feature] for delta in step.deltas if delta.is_residual]
+    return max((each * rows * columns + more * square for each, more in sizes), default=0)
 
 
 def _packed_bytes(segment: Segment) -> int:

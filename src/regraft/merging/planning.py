@@ -13,6 +13,7 @@ from typing import Any
 from regraft.adapters.model import Adapter
 from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.layout import TORCH_SUFFIXES
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, match
 from regraft.merging.plan import OutputShard, Plan, Segment, Step
@@ -24,7 +25,13 @@ from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES
 BASELINE_BYTES = 170 * 2**20
 """Resident memory of the interpreter with numpy, numba and the compiled kernels, measured."""
 
-LARGEST_TILE = 4 * 2**20
+BYTES_PER_TENSOR = 4 * 2**10
+"""Memory that the specs, steps and records of one tensor take, measured."""
+
+LARGEST_TILE = 2 * 2**20
+TORCH_BYTES = 200 * 2**20
+"""What importing torch adds, which reading a ``.bin`` file needs."""
+
 SMALLEST_TILE = 64 * 2**10
 FACTOR_BYTES = 48 * 2**20
 """Room for the factors of the steps in flight, when none alone needs more."""
@@ -360,12 +367,13 @@ def _fit_memory(steps: Sequence[Step], choices: Choices) -> tuple[int, int, int]
     factors = max([FACTOR_BYTES] + [step.factor_bytes for step in steps])
     largest = max(steps, key=lambda step: step.factor_bytes)
     wanted = choices.threads or default_threads()
+    torch = TORCH_BYTES if any(path.suffix in TORCH_SUFFIXES for path in _paths(steps)) else 0
+    fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * len(steps) + factors
     for threads in range(wanted, 0, -1):
-        room = choices.max_memory - BASELINE_BYTES - factors
-        tile = min(LARGEST_TILE, room // (4 * threads))
+        tile = min(LARGEST_TILE, (choices.max_memory - fixed) // (4 * threads))
         if tile >= SMALLEST_TILE:
-            return threads, tile, BASELINE_BYTES + factors + 4 * threads * tile
-    needed = BASELINE_BYTES + factors + 4 * SMALLEST_TILE
+            return threads, tile, fixed + 4 * threads * tile
+    needed = fixed + 4 * SMALLEST_TILE
     raise MemoryCapError(
         "one step needs more memory than allowed",
         where=largest.name,
@@ -375,9 +383,14 @@ def _fit_memory(steps: Sequence[Step], choices: Choices) -> tuple[int, int, int]
     )
 
 
+def _paths(steps: Sequence[Step]) -> set[Path]:
+    """Return the files that steps read."""
+    return {path for step in steps for path in step.paths}
+
+
 def default_threads() -> int:
-    """Return one worker per core at hand, and one more to keep the disk busy."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Return one worker per core at hand, and three more that wait for the disk meanwhile."""
+    return len(os.sched_getaffinity(0)) + 3
 
 
 def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:

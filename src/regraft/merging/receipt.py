@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 RECEIPT_FORMAT = 1
@@ -151,6 +151,18 @@ class Receipt:
         """Whether the adapters changed (nearly) nothing."""
         return self.totals.added == 0 and self.totals.changed_share < QUIET_SHARE
 
+    @property
+    def quiet_warning(self) -> str:
+        """What to say, loudly, of a merge that changed (nearly) nothing."""
+        totals = self.totals
+        return (
+            f"THE MERGED MODEL IS (NEARLY) THE BASE: {totals.changed_share:.3%} of the adapted "
+            f"elements changed, |delta|/|W| is {totals.relative_delta:.3%}. Likely causes: the "
+            "adapter was saved before training (lora_B is still zero); alpha or the weight is "
+            "tiny; or the delta is smaller than the dtype's step, which dtype float32 would keep"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the receipt as JSON-ready objects."""
-        return asdict(self)
+        few = asdict(replace(self, tensors=()))
+        return few | {"tensors": [dict(vars(record)) for record in self.tensors]}

@@ -144,8 +144,8 @@ class StepRun:
 
 
 def _norm(squares: float) -> float:
-    """Nine digits: more would depend on how the tensor was cut into tiles."""
-    return float(f"{np.sqrt(squares):.9g}")
+    """Seven digits: more would depend on the processor and on how the tensor was cut."""
+    return float(f"{np.sqrt(squares):.7g}")
 
 
 def _changed(step: Step, counted: int) -> int:

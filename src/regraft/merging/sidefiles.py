@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,5 +107,9 @@ def updated_config(config: Mapping[str, Any], updates: Mapping[str, Any]) -> dic
 
 def json_bytes(value: Any, *, sort_keys: bool = False) -> bytes:
     """Return JSON as transformers writes it: two spaces, a final newline."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys)
-    return (text + "\n").encode()
+    encoder = json.JSONEncoder(indent=2, ensure_ascii=False, sort_keys=sort_keys)
+    text = io.BytesIO()  # and no list of its pieces, which takes six times the memory
+    for piece in encoder.iterencode(value):
+        text.write(piece.encode())
+    text.write(b"\n")
+    return text.getvalue()

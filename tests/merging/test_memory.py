@@ -1,0 +1,144 @@
+"""The cap on memory holds for tensors far larger than it, and a step that cannot fit says so."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import regraft
+from merging import toys
+from merging.processes import python
+from regraft.errors import MemoryCapError
+from regraft.tensors import TensorSpec, nbytes_of
+
+MIB = 2**20
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import regraft
+base, adapter, out, cap = sys.argv[1:]
+receipt = regraft.merge(base, adapter, out, max_memory=cap)
+lines = Path("/proc/self/status").read_text().splitlines()
+(peak,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+print(json.dumps({"peak": peak, "reported": receipt.totals.peak_memory}))
+"""
+
+
+def write_sparse(folder: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Path:
+    """Write a base whose tensors are all zeros and take no room on the disk."""
+    folder.mkdir(parents=True)
+    header, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + nbytes_of(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return folder
+
+
+def peak_of(base: Path, adapter: Path, out: Path, cap: int) -> int:
+    """Merge in a fresh process; return the most memory it ever had resident, in bytes."""
+    done = python(MEASURE, base, adapter, out, str(cap))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["reported"] <= found["peak"]
+    return int(found["peak"])
+
+
+@pytest.fixture(scope="module")
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Have the kernels compiled and kept on the disk, so that no compiler is in the figures."""
+    folder = tmp_path_factory.mktemp("compiled")
+    regraft.merge(toys.write_base(folder / "b"), toys.write_adapter(folder / "a"), folder / "o")
+
+
+@pytest.mark.usefixtures("_compiled")
+def test_tensors_larger_than_the_cap_are_merged_within_it(tmp_path: Path) -> None:
+    rows, columns, cap = 10240, 8192, 256 * MIB
+    base = write_sparse(
+        tmp_path / "base",
+        {
+            "big.weight": ("F32", (rows, columns)),
+            "copied": ("BF16", (36000, 4096)),
+            "table.weight": ("BF16", (72000, 2048)),
+        },
+    )
+    for spec in regraft.plan(base, toys.write_adapter(tmp_path / "a", _big(rows, columns),
+                                                      **BIG_CONFIG)).steps:  # fmt: skip
+        assert spec.source.nbytes > cap
+    peak = peak_of(base, tmp_path / "a", tmp_path / "out", cap)
+    assert peak <= cap
+    merged = np.memmap(tmp_path / "out" / "model.safetensors", np.uint8, "r")
+    spec = _spec(tmp_path / "out" / "model.safetensors", "big.weight")
+    found = merged[spec.start :][: spec.nbytes].view(np.float32).reshape(rows, columns)
+    factors = _big(rows, columns)
+    b, a = (factors[f"{toys.PREFIX}big.lora_{side}.weight"] for side in "BA")
+    np.testing.assert_allclose(found[[0, -1]], 2 * b[[0, -1]] @ a, rtol=1e-4, atol=1e-6)
+
+
+BIG_CONFIG: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["big", "table"]}
+
+
+def _big(rows: int, columns: int) -> dict[str, np.ndarray]:
+    """Return an adapter for the big tensors; DoRA on the table, whose norms need all its rows."""
+    return {
+        **toys.lora("big", rows, columns, 16),
+        **toys.embedding("table", 72000, 2048, 16),
+        f"{toys.PREFIX}table.lora_magnitude_vector": toys.draw(2048),
+    }
+
+
+def _spec(path: Path, name: str) -> TensorSpec:
+    from regraft.formats.safetensors import read_header
+
+    return read_header(path).tensors[name]
+
+
+@pytest.mark.usefixtures("_compiled")
+def test_a_cap_too_small_names_the_one_that_works(tmp_path: Path) -> None:
+    base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "adapter")
+    with pytest.raises(MemoryCapError, match="--max-memory") as caught:
+        regraft.merge(base, adapter, tmp_path / "out", max_memory="64MiB")
+    (problem,) = caught.value.problems
+    assert caught.value.exit_code == 4
+    assert problem.expected == "at most 64 MiB (--max-memory)"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    (needed,) = re.findall(r"--max-memory (\d+MiB)", problem.hint)
+    assert problem.found == needed.replace("MiB", " MiB")
+    just_below = int(needed.removesuffix("MiB")) - 1
+    with pytest.raises(MemoryCapError):
+        regraft.plan(base, adapter, max_memory=f"{just_below}MiB")
+    assert peak_of(base, adapter, tmp_path / "out", int(needed[:-3]) * MIB) <= (just_below + 1) * MIB
+
+
+def test_the_step_that_needs_most_is_named(tmp_path: Path) -> None:
+    tensors = {"small.weight": toys.draw(64, 64), "large.weight": toys.draw(2048, 2048)}
+    base = toys.write_base(tmp_path / "base", tensors, None)
+    factors = {**toys.lora("small", 64, 64), **toys.lora("large", 2048, 2048)}
+    adapter = toys.write_adapter(
+        tmp_path / "a", factors, init_lora_weights="pissa", target_modules=["small", "large"]
+    )
+    with pytest.raises(MemoryCapError, match=r"^large\.weight: ") as caught:
+        regraft.plan(base, adapter, max_memory="220MiB")
+    needed = re.findall(r"--max-memory (\S+)$", caught.value.problems[0].hint)[0]
+    plan = regraft.plan(base, adapter, max_memory=needed)
+    assert plan.threads == 1
+    assert plan.memory <= int(needed[:-3]) * MIB
+
+
+def test_threads_are_given_up_before_the_cap_is_broken(tmp_path: Path) -> None:
+    base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "adapter")
+    tight = regraft.plan(base, adapter, max_memory="220MiB", threads=64)
+    ample = regraft.plan(base, adapter, max_memory="8GiB", threads=64)
+    assert (tight.threads < 64, ample.threads) == (True, 64)
+    assert tight.memory <= 220 * MIB < ample.memory
