@@ -94,7 +94,8 @@ def test_merge_when_quiet_prints_warnings_only(run: Run, fake_api: FakeApi) -> N
 def test_a_merge_that_changed_nothing_is_said_out_loud(
     run: Run, fake_api: FakeApi, flags: list[str]
 ) -> None:
-    fake_api(merge=Called(replace(receipt(), totals=replace(TOTALS, changed_share=0.0))))
+    quiet = replace(receipt(), totals=replace(TOTALS, changed_share=0.0))
+    fake_api(merge=Called(replace(quiet, warnings=(quiet.quiet_warning,))))
     result = run("merge", "base", "a", "-o", "out", *flags)
     assert result.exit_code == 0
     assert "THE MERGED MODEL IS (NEARLY) THE BASE" in result.stderr
@@ -114,6 +115,7 @@ def test_a_dry_run_prints_the_plan_and_needs_no_output(run: Run, fake_api: FakeA
         "shard_size": None,
         "max_memory": "512MiB",
         "threads": None,
+        "overwrite": False,
         "token": None,
     }
     assert "l.{0..3}.w" in result.stdout

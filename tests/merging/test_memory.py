@@ -22,8 +22,8 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import regraft
-base, adapter, out, cap = sys.argv[1:]
-receipt = regraft.merge(base, adapter, out, max_memory=cap)
+base, adapter, out, cap, threads = sys.argv[1:]
+receipt = regraft.merge(base, adapter, out, max_memory=cap, threads=int(threads))
 lines = Path("/proc/self/status").read_text().splitlines()
 (peak,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 print(json.dumps({"peak": peak, "reported": receipt.totals.peak_memory}))
@@ -46,9 +46,9 @@ def write_sparse(folder: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) 
     return folder
 
 
-def peak_of(base: Path, adapter: Path, out: Path, cap: int) -> int:
+def peak_of(base: Path, adapter: Path, out: Path, cap: int, threads: str = "3") -> int:
     """Merge in a fresh process; return the most memory it ever had resident, in bytes."""
-    done = python(MEASURE, base, adapter, out, str(cap))
+    done = python(MEASURE, base, adapter, out, str(cap), threads)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["reported"] <= found["peak"]
@@ -64,13 +64,13 @@ def _compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.mark.usefixtures("_compiled")
 def test_tensors_larger_than_the_cap_are_merged_within_it(tmp_path: Path) -> None:
-    rows, columns, cap = 10240, 8192, 256 * MIB
+    rows, columns, cap = 8192, 7680, 224 * MIB
     base = write_sparse(
         tmp_path / "base",
         {
             "big.weight": ("F32", (rows, columns)),
-            "copied": ("BF16", (36000, 4096)),
-            "table.weight": ("BF16", (72000, 2048)),
+            "copied": ("BF16", (30000, 4096)),
+            "table.weight": ("BF16", (60000, 2048)),
         },
     )
     for spec in regraft.plan(base, toys.write_adapter(tmp_path / "a", _big(rows, columns),
@@ -93,7 +93,7 @@ def _big(rows: int, columns: int) -> dict[str, np.ndarray]:
     """Return an adapter for the big tensors; DoRA on the table, whose norms need all its rows."""
     return {
         **toys.lora("big", rows, columns, 16),
-        **toys.embedding("table", 72000, 2048, 16),
+        **toys.embedding("table", 60000, 2048, 16),
         f"{toys.PREFIX}table.lora_magnitude_vector": toys.draw(2048),
     }
 
@@ -118,22 +118,60 @@ def test_a_cap_too_small_names_the_one_that_works(tmp_path: Path) -> None:
     just_below = int(needed.removesuffix("MiB")) - 1
     with pytest.raises(MemoryCapError):
         regraft.plan(base, adapter, max_memory=f"{just_below}MiB")
-    assert peak_of(base, adapter, tmp_path / "out", int(needed[:-3]) * MIB) <= (just_below + 1) * MIB
+    assert (
+        peak_of(base, adapter, tmp_path / "out", int(needed[:-3]) * MIB) <= (just_below + 1) * MIB
+    )
 
 
-def test_the_step_that_needs_most_is_named(tmp_path: Path) -> None:
-    tensors = {"small.weight": toys.draw(64, 64), "large.weight": toys.draw(2048, 2048)}
+@pytest.mark.usefixtures("_compiled")
+def test_the_step_that_needs_most_is_named_and_fits_the_cap_it_asks_for(tmp_path: Path) -> None:
+    tensors = {"small.weight": toys.draw(64, 64), "large.weight": toys.draw(1024, 1024)}
     base = toys.write_base(tmp_path / "base", tensors, None)
-    factors = {**toys.lora("small", 64, 64), **toys.lora("large", 2048, 2048)}
+    factors = {**toys.lora("small", 64, 64), **toys.lora("large", 1024, 1024)}
     adapter = toys.write_adapter(
         tmp_path / "a", factors, init_lora_weights="pissa", target_modules=["small", "large"]
     )
-    with pytest.raises(MemoryCapError, match=r"^large\.weight: ") as caught:
-        regraft.plan(base, adapter, max_memory="220MiB")
-    needed = re.findall(r"--max-memory (\S+)$", caught.value.problems[0].hint)[0]
-    plan = regraft.plan(base, adapter, max_memory=needed)
-    assert plan.threads == 1
-    assert plan.memory <= int(needed[:-3]) * MIB
+    cap = cap_asked_for(base, adapter, r"^large\.weight: ")
+    assert peak_of(base, adapter, tmp_path / "out", cap) <= cap
+
+
+def cap_asked_for(base: Path, adapter: Path, where: str | None = None) -> int:
+    """Return the bytes that the error for a cap of 200 MiB says are needed."""
+    with pytest.raises(MemoryCapError, match=where) as caught:
+        regraft.plan(base, adapter, max_memory="200MiB")
+    (needed,) = re.findall(r"--max-memory (\d+)MiB$", caught.value.problems[0].hint)
+    return int(needed) * MIB
+
+
+@pytest.mark.usefixtures("_compiled")
+@pytest.mark.parametrize(
+    "threads",
+    ["1", pytest.param("3", marks=pytest.mark.xfail(
+        reason="every thread packs the factors of a step for itself"))],
+)  # fmt: skip
+def test_large_factors_fit_the_cap_they_ask_for(tmp_path: Path, threads: str) -> None:
+    rows, rank = 120_000, 64
+    tables = {f"table{number}": (rows, 16) for number in range(2)}
+    base = write_sparse(
+        tmp_path / "base", {f"{name}.weight": ("BF16", shape) for name, shape in tables.items()}
+    )
+    factors = {
+        key: value for name in tables for key, value in toys.embedding(name, rows, 16, rank).items()
+    }
+    adapter = toys.write_adapter(tmp_path / "a", factors, r=rank, target_modules=list(tables))
+    cap = cap_asked_for(base, adapter)
+    assert peak_of(base, adapter, tmp_path / "out", cap, threads) <= cap
+
+
+@pytest.mark.usefixtures("_compiled")
+def test_a_model_of_very_many_tensors_is_counted(tmp_path: Path) -> None:
+    few = {"l.weight": ("F32", (4, 4))}
+    many = {f"model.layers.{number}.x.weight": ("BF16", (2, 2)) for number in range(8_000)}
+    adapter = toys.write_adapter(tmp_path / "a", toys.lora("l", 4, 4), target_modules=["l"])
+    small, large = (write_sparse(tmp_path / n, t) for n, t in (("few", few), ("many", few | many)))
+    cap = cap_asked_for(large, adapter)
+    assert cap > cap_asked_for(small, adapter) + 16 * MIB
+    assert peak_of(large, adapter, tmp_path / "out", cap) <= cap
 
 
 def test_threads_are_given_up_before_the_cap_is_broken(tmp_path: Path) -> None:

@@ -89,11 +89,6 @@ class Step:
         return tuple(dict.fromkeys((delta.adapter, delta.scale) for delta in self.deltas))
 
     @property
-    def has_residual(self) -> bool:
-        """Whether a factorization of the whole weight is needed first."""
-        return any(delta.is_residual for delta in self.deltas)
-
-    @property
     def factor_bytes(self) -> int:
         """Upper bound of the memory its factors take while it is worked on."""
         raw = {v.spec.name: v.spec.numel * 4 for v in self._views() if v.spec is not None}
