@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError, UsageError
-from regraft.formats.checkpoint import open_adapter, open_checkpoint
+from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from regraft.formats.hub import locate
+from regraft.formats.remote import open_headers
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.output import SLACK_BYTES, building, check_output, check_space, free_bytes
@@ -65,10 +66,11 @@ def merge(
     started = time.perf_counter()
     place = Path(out)
     check_output(place, [], overwrite=overwrite)  # before anything is fetched from the Hub
-    made = plan(
-        base, adapters, out, dtype=dtype, shard_size=shard_size, max_memory=max_memory,
-        threads=threads, overwrite=overwrite, token=token, progress=progress,
-    )  # fmt: skip
+    choices = _choices(dtype, shard_size, max_memory, threads)
+    wanted = parse_adapters(adapters)
+    _tell(progress, "read", 0)
+    checkpoint = open_checkpoint(locate(base, kind="base", token=token))
+    made = _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
     check_space(place, made.nbytes)
 
     from regraft.merging.execute import execute
@@ -95,7 +97,7 @@ def plan(
 ) -> Plan:
     """Return what :func:`merge` would do, from headers alone; nothing is written.
 
-    A base on the Hub is fetched first. Disk space is reported, not asked for.
+    Of a base on the Hub too, only headers are read. Disk space is reported, not asked for.
 
     Raises:
         RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
@@ -103,15 +105,27 @@ def plan(
     choices = _choices(dtype, shard_size, max_memory, threads)
     wanted = parse_adapters(adapters)
     _tell(progress, "read", 0)
-    checkpoint = open_checkpoint(locate(base, kind="base", token=token))
-    opened = [open_adapter(locate(source, kind="adapter", token=token)) for source, _ in wanted]
-    read = [read_adapter(f, weight) for f, (_, weight) in zip(opened, wanted, strict=True)]
-    made = make_plan(checkpoint, read, choices, Path(out) if out is not None else None)
+    checkpoint = open_headers(base, token=token)
+    place = Path(out) if out is not None else None
+    return _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
+
+
+def _plan(
+    base: Checkpoint,
+    adapters: Sequence[tuple[str, float]],
+    choices: Choices,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    token: str | None,
+) -> Plan:
+    opened = [open_adapter(locate(source, kind="adapter", token=token)) for source, _ in adapters]
+    read = [read_adapter(f, weight) for f, (_, weight) in zip(opened, adapters, strict=True)]
+    made = make_plan(base, read, choices, out)
     if out is None:
         return made
-    roots = [made.base.root, *(Path(adapter.root) for adapter in made.adapters)]
-    check_output(Path(out), roots, overwrite=overwrite)
-    disk = {"needed": made.nbytes + SLACK_BYTES, "free": free_bytes(Path(out))}
+    check_output(out, [base.root, *(Path(a.root) for a in read)], overwrite=overwrite)
+    disk = {"needed": made.nbytes + SLACK_BYTES, "free": free_bytes(out)}
     return replace(made, disk=disk)
 
 
@@ -127,7 +141,7 @@ def check(
 
     Reads headers only. NaN in an adapter, which headers do not show, is found by the merge itself.
 
-    A base on the Hub is fetched first.
+    Of a base on the Hub too, only headers are read.
 
     Raises:
         UsageError: the call contradicts itself.
@@ -135,7 +149,7 @@ def check(
         EnvironmentShortfall: an input cannot be read, or needs an optional package.
     """
     choices = _choices(dtype, None, max_memory, None)
-    checkpoint = open_checkpoint(locate(base, kind="base", token=token))
+    checkpoint = open_headers(base, token=token)
     wanted = parse_adapters(adapters)
     opened = [open_adapter(locate(source, kind="adapter", token=token)) for source, _ in wanted]
     read, problems = [], list[Problem]()

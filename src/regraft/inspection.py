@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from regraft.adapters.settings import refusals
-from regraft.errors import AdapterError, EnvironmentShortfall, FormatError, InputError, Problem
+from regraft.errors import AdapterError, FormatError, Problem
 from regraft.formats.checkpoint import AdapterFiles, Checkpoint, open_adapter, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import ADAPTER_CONFIG, RECEIPT, looks_like
 from regraft.formats.reading import access_error
+from regraft.formats.remote import checkpoint_of, fetch_headers, is_whole
 from regraft.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from huggingface_hub.utils._safetensors import SafetensorsRepoMetadata
+    pass
 
 Kind = Literal["base", "merged", "adapter"]
 Value = TypeVar("Value")
@@ -217,8 +218,8 @@ def _inspect(located: Located, token: str | None) -> Inspection:
     looks = looks_like(located.path)
     if looks in ("adapter", "mlx-adapter"):
         return _of_adapter(open_adapter(located))
-    if located.repo_id is not None and not _is_whole(located.path):
-        return _of_hub_model(located, _hub_headers(located, token))
+    if located.repo_id is not None and not is_whole(located.path):
+        return _of_hub_model(located, token)
     return _of_checkpoint(open_checkpoint(located), merged=looks == "merged")
 
 
@@ -336,60 +337,19 @@ def _named(record: Mapping[str, Any]) -> str:
 # ---- models on the Hub
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a Hub model's weights are all in the cache, so that no header need be fetched."""
-    if (folder / "model.safetensors.index.json").exists():
-        index = read_json_object(folder / "model.safetensors.index.json")
-        weight_map = index.get("weight_map")
-        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-        return all((folder / name).is_file() for name in names)
-    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-
-
-def _hub_headers(located: Located, token: str | None) -> SafetensorsRepoMetadata:
-    """Fetch the headers of a model's safetensors files, without their tensors."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import NotASafetensorsRepoError
-
-    where = f"Hub id {located.source!r}"
-    try:
-        return HfApi(token=token).get_safetensors_metadata(
-            located.repo_id or "", revision=located.revision
-        )
-    except NotASafetensorsRepoError:
-        raise InputError(
-            "is neither an adapter nor a model in safetensors",
-            where=where,
-            expected="model.safetensors, its index, or adapter_config.json",
-            hint="Download its files and inspect the folder",
-        ) from None
-    except Exception as error:  # the library's errors come from several trees
-        raise EnvironmentShortfall(
-            "the headers could not be fetched",
-            where=where,
-            found=f"{type(error).__name__}: {error}".partition("\n")[0],
-            hint="Check the connection and the token, or download the model and give its folder",
-        ) from None
-
-
-def _of_hub_model(located: Located, headers: SafetensorsRepoMetadata) -> Inspection:
-    config = located.path / "config.json"
+def _of_hub_model(located: Located, token: str | None) -> Inspection:
+    checkpoint = checkpoint_of(located, fetch_headers(located, token))
     files = [
-        (name, [_spec(name, key, info) for key, info in file.tensors.items()])
-        for name, file in sorted(headers.files_metadata.items())
+        (shard.name, [checkpoint.tensors[name] for name in shard.tensors])
+        for shard in checkpoint.shards
     ]
     return Inspection(
         kind="base",
         source=located.source,
         revision=located.revision,
-        model=_model_facts(read_json_object(config) if config.exists() else None),
+        model=_model_facts(checkpoint.config),
         **_sizes(files),
     )
-
-
-def _spec(file: str, name: str, info: Any) -> TensorSpec:
-    begin, end = info.data_offsets
-    return TensorSpec(name, info.dtype, tuple(info.shape), Path(file), begin, end - begin)
 
 
 # ---- adapters

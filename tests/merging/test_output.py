@@ -65,7 +65,9 @@ def test_a_single_file_needs_no_index(base: Path, adapter: Path, tmp_path: Path)
     assert names == {"config.json", "model.safetensors", "README.md", "regraft"}
 
 
-@pytest.mark.parametrize(("size", "least", "most"), [("4KB", 3, 12), ("1KB", 10, 21), (900, 10, 21)])
+@pytest.mark.parametrize(
+    ("size", "least", "most"), [("4KB", 3, 12), ("1KB", 10, 21), (900, 10, 21)]
+)
 def test_the_shard_size_bounds_every_file(
     base: Path, adapter: Path, tmp_path: Path, size: str | int, least: int, most: int
 ) -> None:
@@ -115,7 +117,11 @@ def test_the_dtype_changes_every_floating_tensor_and_the_config(
 
 
 def test_a_config_is_otherwise_as_it_was(base: Path, adapter: Path, tmp_path: Path) -> None:
-    odd = {**toys.CONFIG, "ünïcode": "✓ 模型", "rope": {"factor": 1e-06, "big": 12345678901234567890}}
+    odd = {
+        **toys.CONFIG,
+        "ünïcode": "✓ 模型",
+        "rope": {"factor": 1e-06, "big": 12345678901234567890},
+    }
     write_json(base / "config.json", odd)
     regraft.merge(base, adapter, tmp_path / "out")
     text = (tmp_path / "out" / "config.json").read_text("utf-8")
@@ -199,9 +205,11 @@ def test_the_adapters_tokenizer_and_template_win_as_a_whole(
                  "additional_chat_templates/rag.jinja"):  # fmt: skip
         assert found[name] == (adapter / name).read_bytes()
     assert found["generation_config.json"] == (base / "generation_config.json").read_bytes()
-    assert not {"added_tokens.json", "merges.txt", "additional_chat_templates/tool_use.jinja"} & set(
-        found
-    )
+    assert not {
+        "added_tokens.json",
+        "merges.txt",
+        "additional_chat_templates/tool_use.jinja",
+    } & set(found)
 
 
 def test_a_template_alone_leaves_the_bases_tokenizer(
@@ -275,7 +283,9 @@ def test_the_card_names_the_base_the_licence_and_the_command(base: Path, tmp_pat
     assert str(tmp_path) not in text  # a card is published, and paths are nobody else's business
 
 
-@pytest.mark.parametrize("readme", ["no front matter", "---\n: [broken\n---\n", "---\n- list\n---\n"])
+@pytest.mark.parametrize(
+    "readme", ["no front matter", "---\n: [broken\n---\n", "---\n- list\n---\n"]
+)
 def test_a_card_that_cannot_be_read_hands_nothing_on(
     base: Path, adapter: Path, tmp_path: Path, readme: str
 ) -> None:
@@ -290,7 +300,9 @@ def test_a_card_that_cannot_be_read_hands_nothing_on(
 # Modes of the files
 
 
-@pytest.mark.parametrize(("umask", "file", "folder"), [(0o027, 0o640, 0o750), (0o022, 0o644, 0o755)])
+@pytest.mark.parametrize(
+    ("umask", "file", "folder"), [(0o027, 0o640, 0o750), (0o022, 0o644, 0o755)]
+)
 def test_modes_follow_the_umask(
     base: Path, adapter: Path, tmp_path: Path, umask: int, file: int, folder: int
 ) -> None:

@@ -1,0 +1,391 @@
+"""OUT appears whole or not at all, and nothing that was there is harmed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import regraft
+from merging import toys
+from merging.processes import COMMAND, environment, errors, regraft_command
+from merging.test_memory import MIB, write_sparse
+from merging.toys import tree, write_adapter, write_base, write_json
+from regraft.errors import (
+    AccessError,
+    DiskSpaceError,
+    InputError,
+    OutputExistsError,
+    RegraftError,
+    UsageError,
+)
+from regraft.merging import output
+
+Fail = Callable[..., Any]
+
+
+def refusing(code: int, real: Fail, after: int = 0, only: str = "") -> Fail:
+    """Return a stand-in for a system call that fails after so many calls that would have worked.
+
+    With ``only``, calls whose first argument does not end so are passed on and not counted.
+    """
+    calls = iter(range(after))
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        counted = str(arguments[0] if arguments else "").endswith(only)
+        if counted and next(calls, None) is None:
+            raise OSError(code, os.strerror(code), "the file")
+        return real(*arguments, **named)
+
+    return call
+
+
+def sharded(tmp_path: Path) -> tuple[Path, Path]:
+    """Return a base in three files, with a tokenizer, and an adapter."""
+    base = toys.write_sharded_base(tmp_path / "base")
+    write_json(base / "tokenizer.json", {})
+    return base, write_adapter(tmp_path / "adapter")
+
+
+# Failures on the way
+
+
+def test_too_little_room_is_found_before_anything_is_written(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tree(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(Path, "mkdir", refusing(errno.EIO, Path.mkdir))  # nobody tries
+    with pytest.raises(DiskSpaceError, match=r"expected 0\.07 GB free; found 0\.00 GB") as caught:
+        regraft.merge(base, adapter, tmp_path / "out")
+    assert caught.value.exit_code == 4
+    assert str(tmp_path) in caught.value.problems[0].where
+    assert tree(tmp_path) == before
+    assert regraft.plan(base, adapter, tmp_path / "out").disk["free"] == 10**6
+
+
+POINTS: dict[str, tuple[Any, str, int, int, str]] = {
+    "the folder": (Path, "mkdir", errno.EACCES, 0, ""),
+    "the first weights file": (os, "posix_fallocate", errno.ENOSPC, 0, ""),
+    "the last weights file": (os, "posix_fallocate", errno.ENOSPC, 2, ""),
+    "a write": (os, "pwrite", errno.ENOSPC, 5, ""),
+    "a late write": (os, "pwrite", errno.EDQUOT, 25, ""),
+    "a flush of weights": (os, "fsync", errno.EIO, 1, ""),
+    "a read of the base": (os, "preadv", errno.EIO, 7, ""),
+    "a side file": (Path, "read_bytes", errno.EIO, 0, "tokenizer.json"),
+    "a flush of a side file": (os, "fsync", errno.ENOSPC, 4, ""),
+    "the last flush": (os, "fsync", errno.EIO, 8, ""),
+    "the rename": (Path, "rename", errno.EACCES, 0, ""),
+}
+"""What is patched: where, its name, the error, how many calls succeed first, and which count."""
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_whatever_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    base, adapter = sharded(tmp_path)
+    before = tree(tmp_path)
+    where, name, code, after, only = POINTS[point]
+    monkeypatch.setattr(where, name, refusing(code, getattr(where, name), after, only))
+    kind = DiskSpaceError if code in (errno.ENOSPC, errno.EDQUOT) else AccessError
+    with pytest.raises(kind, match=os.strerror(code)) as caught:
+        regraft.merge(base, adapter, tmp_path / "deep" / "down" / "out")
+    assert caught.value.exit_code == 4
+    assert all(problem.where for problem in caught.value.problems)
+    monkeypatch.undo()
+    assert tree(tmp_path) == before
+    regraft.merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("stage", ["read", "merge", "finish"])
+def test_an_exception_of_the_callers_own_passes_and_leaves_nothing_behind(
+    tmp_path: Path, error: BaseException, stage: str
+) -> None:
+    base, adapter = sharded(tmp_path)
+    before = tree(tmp_path)
+
+    def progress(event: regraft.ProgressEvent) -> None:
+        if event.stage == stage and event.done >= event.total // 2:
+            raise error
+
+    with pytest.raises(type(error)):
+        regraft.merge(base, adapter, tmp_path / "out", progress=progress)
+    assert tree(tmp_path) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of a few kilobytes, where the system lets us."""
+    mounted: list[Path] = []
+
+    def mount(kib: int) -> Path:
+        place = tmp_path / f"disk{kib}"
+        place.mkdir()
+        options = ["-t", "tmpfs", "-o", f"size={kib}k,mode=755", "tmpfs", str(place)]
+        done = subprocess.run(["mount", *options], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("mounting a file system is not permitted here")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_at_any_point_is_left_empty(
+    tmp_path: Path, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = sharded(tmp_path)
+    plenty = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: plenty)
+    outcomes = []
+    for kib in (4, 8, 12, 16, 20, 24, 28, 40, 56, 128):
+        disk = small_disk(kib)
+        try:
+            regraft.merge(base, adapter, disk / "out")
+        except DiskSpaceError as error:
+            outcomes.append(False)
+            assert "the disk is full" in str(error)
+            assert tree(disk) == {}
+        else:
+            outcomes.append(True)
+            assert [path.name for path in disk.iterdir()] == ["out"]
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(False) >= 5
+    assert outcomes[-1]
+
+
+def test_no_room_is_exit_code_4(tmp_path: Path, small_disk: Callable[[int], Path]) -> None:
+    base, adapter = sharded(tmp_path)
+    disk = small_disk(64)
+    done = regraft_command("merge", base, adapter, "-o", disk / "out", "--json")
+    assert errors(done)["type"] == "DiskSpaceError"
+    assert done.returncode == 4
+    assert tree(disk) == {}
+
+
+# Interrupted
+
+
+def start_merge(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
+    """Start a merge that takes a while; return once it has begun to write."""
+    base = write_sparse(
+        tmp_path / "base", {"m.weight": ("F32", (8, 8)), "big": ("BF16", (512, MIB))}
+    )
+    adapter = write_adapter(tmp_path / "adapter", toys.lora("m", 8, 8), target_modules=["m"])
+    command = [*COMMAND, "merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "-q"]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*/*.safetensors")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return process, base
+
+
+def test_a_killed_merge_leaves_no_out_and_is_not_in_the_way(tmp_path: Path) -> None:
+    process, base = start_merge(tmp_path)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = [path.name for path in tmp_path.iterdir()]
+    assert sorted(name for name in left if not name.startswith(".out.")) == ["adapter", "base"]
+    assert len(left) == 3  # the hidden folder it was building
+    shutil.rmtree(base)
+    regraft.merge(write_base(base), write_adapter(tmp_path / "two"), tmp_path / "out")
+    assert (tmp_path / "out" / "regraft" / "receipt.json").exists()
+
+
+def test_ctrl_c_is_exit_code_130_and_leaves_nothing(tmp_path: Path) -> None:
+    process, _ = start_merge(tmp_path)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+# What is there already
+
+
+def occupy(place: Path, kind: str) -> None:
+    """Put something where the output should go."""
+    if kind == "a file":
+        place.write_text("mine")
+    elif kind == "a link to nothing":
+        place.symlink_to("nowhere")
+    else:
+        place.mkdir()
+        if kind != "an empty folder":
+            (place / "diary.txt").write_text("mine")
+
+
+def listing(folder: Path) -> dict[str, Any]:
+    """Return everything below a folder, links as where they lead."""
+    links = {str(path): os.readlink(path) for path in folder.iterdir() if path.is_symlink()}
+    return {**tree(folder), **links}
+
+
+KINDS = ["a file", "a link to nothing", "an empty folder", "a folder of other things"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_out_that_exists_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, kind: str
+) -> None:
+    occupy(tmp_path / "out", kind)
+    before = listing(tmp_path)
+    with pytest.raises(OutputExistsError, match="--overwrite") as caught:
+        regraft.merge(base, adapter, tmp_path / "out")
+    assert caught.value.exit_code == 3
+    assert caught.value.problems[0].where == str(tmp_path / "out")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:2], KINDS[3], "an adapter", "a link to a model"])
+def test_overwrite_replaces_nothing_but_models(
+    base: Path, adapter: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "an adapter":
+        write_adapter(tmp_path / "out")
+    elif kind == "a link to a model":
+        write_base(tmp_path / "model")
+        (tmp_path / "out").symlink_to("model")
+    else:
+        occupy(tmp_path / "out", kind)
+    before = listing(tmp_path)
+    with pytest.raises(OutputExistsError, match="replaces only folders that hold a model"):
+        regraft.merge(base, adapter, tmp_path / "out", overwrite=True)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["empty", "merged", "checkpoint", "tokenizer"])
+def test_overwrite_replaces_a_model_once_the_new_one_is_complete(
+    base: Path, adapter: Path, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    makers = {
+        "empty": out.mkdir,
+        "merged": lambda: regraft.merge(base, write_adapter(tmp_path / "old"), out),
+        "checkpoint": lambda: write_base(out),
+        "tokenizer": lambda: write_json(out / "tokenizer.json", {}),
+    }
+    makers[kind]()
+    if kind != "empty":
+        (out / "notes.txt").write_text("of the old one")
+    before, seen = tree(out), []
+
+    def progress(event: regraft.ProgressEvent) -> None:
+        seen.append(tree(out) == before)
+
+    regraft.merge(base, f"{adapter}=2", out, overwrite=True, progress=progress)
+    assert seen
+    assert all(seen)
+    assert not (out / "notes.txt").exists()
+    assert toys.read_json(out / "regraft" / "receipt.json")["adapters"][0]["weight"] == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_failed_overwrite_keeps_the_old_model(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(output, "_exchange", lambda folder, out: False)
+    out = tmp_path / "out"
+    regraft.merge(base, adapter, out)
+    regraft.merge(base, f"{adapter}=3", out, overwrite=True)
+    before = tree(tmp_path)
+    monkeypatch.setattr(os, "fsync", refusing(errno.EIO, os.fsync, 3))
+    with pytest.raises(AccessError):
+        regraft.merge(base, f"{adapter}=2", out, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_out_meanwhile_is_not_touched(
+    base: Path, adapter: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    out = tmp_path / "out"
+
+    def progress(event: regraft.ProgressEvent) -> None:
+        if event.stage == "finish":
+            out.mkdir(exist_ok=True)
+            (out / "diary.txt").write_text("mine")
+
+    with pytest.raises(OutputExistsError):
+        regraft.merge(base, adapter, out, overwrite=overwrite, progress=progress)
+    assert tree(out) == {"diary.txt": b"mine"}
+    assert not list(tmp_path.glob(".*"))
+
+
+# Inputs are never written to
+
+
+@pytest.mark.parametrize(
+    "place", ["base", "base/out", "base/deep/out", "adapter", "adapter/out", ".", "link", "link/out",
+              "base/../base", "adapter/../base/out"],
+)  # fmt: skip
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_out_over_or_in_an_input_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, place: str, overwrite: bool
+) -> None:
+    (tmp_path / "link").symlink_to("base")
+    before = tree(tmp_path)
+    with pytest.raises((UsageError, OutputExistsError)) as caught:
+        regraft.merge(base, adapter, tmp_path / place, overwrite=overwrite)
+    if not (tmp_path / place).exists():
+        assert isinstance(caught.value, UsageError)
+        assert "the output would lie in (or over) an input" in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+def test_a_lone_file_may_have_out_beside_it_but_not_over_it(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    regraft.merge(base / "model.safetensors", adapter, base / "out")
+    assert (base / "out" / "model.safetensors").exists()
+    with pytest.raises(UsageError):
+        regraft.merge(base / "model.safetensors", adapter, base, overwrite=True)
+    with pytest.raises(RegraftError):
+        regraft.merge(
+            base / "model.safetensors", adapter, base / "model.safetensors", overwrite=True
+        )
+
+
+def test_a_parent_that_is_a_file_is_an_error_of_ours(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises((AccessError, InputError)):
+        regraft.merge(base, adapter, tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_merge_reads_its_inputs_without_changing_them(tmp_path: Path) -> None:
+    base, adapter = sharded(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    content = tree(tmp_path)
+    regraft.merge(base, adapter, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert tree(tmp_path) == content
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+if sys.platform != "linux":  # mounts, O_DIRECT and /proc
+    pytestmark = pytest.mark.skip(reason="written for Linux")
