@@ -76,7 +76,7 @@ def merge(
     from regraft.merging.execute import execute
     from regraft.merging.finalize import write_rest
 
-    with building(place) as folder:
+    with building(place, overwrite=overwrite) as folder:
         outcome = execute(made, folder, progress)
         _tell(progress, "finish", made.nbytes)
         return write_rest(made, outcome, folder, _call(made, command), lambda: _used(started, made))
@@ -124,7 +124,8 @@ def _plan(
     made = make_plan(base, read, choices, out)
     if out is None:
         return made
-    check_output(out, [base.root, *(Path(a.root) for a in read)], overwrite=overwrite)
+    files = [shard.path for shard in base.shards] if base.single_file else [base.root]
+    check_output(out, [*files, *(Path(a.root) for a in read)], overwrite=overwrite)
     disk = {"needed": made.nbytes + SLACK_BYTES, "free": free_bytes(out)}
     return replace(made, disk=disk)
 

@@ -30,23 +30,31 @@ from regraft.errors import (
 )
 from regraft.merging import output
 
-Fail = Callable[..., Any]
 
+class Stand:
+    """Stands in for a system call: passes calls on, counts them, and fails one of them.
 
-def refusing(code: int, real: Fail, after: int = 0, only: str = "") -> Fail:
-    """Return a stand-in for a system call that fails after so many calls that would have worked.
-
-    With ``only``, calls whose first argument does not end so are passed on and not counted.
+    Attributes:
+        fail_at: the number of the call that fails, 0-based; None for none.
+        only: calls whose first argument does not end so are neither counted nor failed.
+        calls: how many were counted.
     """
-    calls = iter(range(after))
 
-    def call(*arguments: Any, **named: Any) -> Any:
-        counted = str(arguments[0] if arguments else "").endswith(only)
-        if counted and next(calls, None) is None:
-            raise OSError(code, os.strerror(code), "the file")
-        return real(*arguments, **named)
+    def __init__(self, real: Callable[..., Any], code: int, fail_at: int | None, only: str = ""):
+        self.real, self.code, self.fail_at, self.only = real, code, fail_at, only
+        self.calls = 0
 
-    return call
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """Be a method where a method is stood in for."""
+        return self if instance is None else lambda *a, **n: self(instance, *a, **n)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Fail, or do what was asked."""
+        if str(arguments[0] if arguments else "").endswith(self.only):
+            self.calls += 1
+            if self.calls - 1 == self.fail_at:
+                raise OSError(self.code, os.strerror(self.code), "the file")
+        return self.real(*arguments, **named)
 
 
 def sharded(tmp_path: Path) -> tuple[Path, Path]:
@@ -65,7 +73,7 @@ def test_too_little_room_is_found_before_anything_is_written(
     before = tree(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(Path, "mkdir", refusing(errno.EIO, Path.mkdir))  # nobody tries
+    monkeypatch.setattr(Path, "mkdir", Stand(Path.mkdir, errno.EIO, 0))  # nobody tries
     with pytest.raises(DiskSpaceError, match=r"expected 0\.07 GB free; found 0\.00 GB") as caught:
         regraft.merge(base, adapter, tmp_path / "out")
     assert caught.value.exit_code == 4
@@ -74,20 +82,35 @@ def test_too_little_room_is_found_before_anything_is_written(
     assert regraft.plan(base, adapter, tmp_path / "out").disk["free"] == 10**6
 
 
-POINTS: dict[str, tuple[Any, str, int, int, str]] = {
+POINTS: dict[str, tuple[Any, str, int, float, str]] = {
     "the folder": (Path, "mkdir", errno.EACCES, 0, ""),
     "the first weights file": (os, "posix_fallocate", errno.ENOSPC, 0, ""),
-    "the last weights file": (os, "posix_fallocate", errno.ENOSPC, 2, ""),
-    "a write": (os, "pwrite", errno.ENOSPC, 5, ""),
-    "a late write": (os, "pwrite", errno.EDQUOT, 25, ""),
-    "a flush of weights": (os, "fsync", errno.EIO, 1, ""),
-    "a read of the base": (os, "preadv", errno.EIO, 7, ""),
+    "the last weights file": (os, "posix_fallocate", errno.ENOSPC, 1, ""),
+    "the first write": (os, "pwrite", errno.ENOSPC, 0, ""),
+    "a write": (os, "pwrite", errno.EIO, 0.5, ""),
+    "the last write": (os, "pwrite", errno.EDQUOT, 1, ""),
+    "the first flush": (os, "fsync", errno.EIO, 0, ""),
+    "a flush": (os, "fsync", errno.ENOSPC, 0.5, ""),
+    "a read": (os, "preadv", errno.EIO, 0.5, ""),
     "a side file": (Path, "read_bytes", errno.EIO, 0, "tokenizer.json"),
-    "a flush of a side file": (os, "fsync", errno.ENOSPC, 4, ""),
-    "the last flush": (os, "fsync", errno.EIO, 8, ""),
     "the rename": (Path, "rename", errno.EACCES, 0, ""),
 }
-"""What is patched: where, its name, the error, how many calls succeed first, and which count."""
+"""What is patched: where, its name, the error, at which of its calls (0 the first, 1 the last), and
+which calls count."""
+
+
+def fail(point: str, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Have a merge fail at a point: count the calls in one that succeeds, then fail one of them."""
+    where, name, code, position, only = POINTS[point]
+    real = getattr(where, name)
+    with monkeypatch.context() as patch:
+        counter = Stand(real, code, None, only)
+        patch.setattr(where, name, counter)
+        regraft.merge(base, adapter, base.parent / "deep" / "down" / "out", threads=1)
+    shutil.rmtree(base.parent / "deep")
+    assert counter.calls
+    monkeypatch.setattr(where, name, Stand(real, code, int(position * (counter.calls - 1)), only))
+    return code
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -96,16 +119,31 @@ def test_whatever_fails_leaves_nothing_behind(
 ) -> None:
     base, adapter = sharded(tmp_path)
     before = tree(tmp_path)
-    where, name, code, after, only = POINTS[point]
-    monkeypatch.setattr(where, name, refusing(code, getattr(where, name), after, only))
+    code = fail(point, base, adapter, monkeypatch)
     kind = DiskSpaceError if code in (errno.ENOSPC, errno.EDQUOT) else AccessError
     with pytest.raises(kind, match=os.strerror(code)) as caught:
-        regraft.merge(base, adapter, tmp_path / "deep" / "down" / "out")
+        regraft.merge(base, adapter, tmp_path / "deep" / "down" / "out", threads=1)
     assert caught.value.exit_code == 4
     assert all(problem.where for problem in caught.value.problems)
     monkeypatch.undo()
     assert tree(tmp_path) == before
     regraft.merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(p, marks=pytest.mark.xfail(reason="the file that could not be made stays open"))
+     if "weights file" in p or p == "the first write" else p for p in POINTS],
+)  # fmt: skip
+def test_whatever_fails_leaves_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    base, adapter = sharded(tmp_path)
+    fail(point, base, adapter, monkeypatch)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(RegraftError):
+        regraft.merge(base, adapter, tmp_path / "deep" / "down" / "out", threads=1)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), MemoryError()])
@@ -142,7 +180,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
     yield mount
     for place in mounted:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_a_disk_that_fills_up_at_any_point_is_left_empty(
@@ -183,7 +221,7 @@ def test_no_room_is_exit_code_4(tmp_path: Path, small_disk: Callable[[int], Path
 def start_merge(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
     """Start a merge that takes a while; return once it has begun to write."""
     base = write_sparse(
-        tmp_path / "base", {"m.weight": ("F32", (8, 8)), "big": ("BF16", (512, MIB))}
+        tmp_path / "base", {"m.weight": ("F32", (8, 8)), "big": ("BF16", (384, MIB // 2))}
     )
     adapter = write_adapter(tmp_path / "adapter", toys.lora("m", 8, 8), target_modules=["m"])
     command = [*COMMAND, "merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "-q"]
@@ -195,6 +233,7 @@ def start_merge(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)
+    time.sleep(0.05)
     return process, base
 
 
@@ -311,7 +350,7 @@ def test_a_failed_overwrite_keeps_the_old_model(
     regraft.merge(base, adapter, out)
     regraft.merge(base, f"{adapter}=3", out, overwrite=True)
     before = tree(tmp_path)
-    monkeypatch.setattr(os, "fsync", refusing(errno.EIO, os.fsync, 3))
+    monkeypatch.setattr(os, "fsync", Stand(os.fsync, errno.EIO, 1))
     with pytest.raises(AccessError):
         regraft.merge(base, f"{adapter}=2", out, overwrite=True)
     assert tree(tmp_path) == before

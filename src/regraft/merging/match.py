@@ -173,6 +173,7 @@ class Matcher:
         self._check_targeted(adapter, target.module)
         packed = f"{target.module}.in_proj_weight"
         if packed in self.index.base.tensors:  # nn.MultiheadAttention
+            self._note_attention(adapter)
             return packed, target.module, False
         return f"{target.module}.weight", target.module, False
 
@@ -324,6 +325,14 @@ class Matcher:
             "the base has no such tensor", where, parameter, "nothing",
             nearest_hint(self.index, [parameter]),
         )  # fmt: skip
+
+    def _note_attention(self, adapter: Adapter) -> None:
+        note = (
+            f"{adapter.label}: adapts nn.MultiheadAttention, where PEFT (0.21) adds the delta of "
+            "out_proj twice as it runs; it is merged once, as its factors say"
+        )
+        if note not in self.result.warnings:
+            self.result.warnings.append(note)
 
     def _note_untouched(self, adapter: Adapter) -> None:
         """Say which modules the config targets although the adapter has no factors for them."""

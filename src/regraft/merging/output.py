@@ -74,26 +74,31 @@ def check_space(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def building(out: Path) -> Iterator[Path]:
+def building(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a fresh folder beside ``out``; on success it becomes ``out``, else it is removed.
 
+    Folders above ``out`` are made too, and removed again when nothing comes of it.
+
     Raises:
+        OutputExistsError: something came to be at ``out`` meanwhile that may not be replaced.
         AccessError, DiskSpaceError: the system refused.
     """
     parent = out.absolute().parent
     folder = parent / f".{out.name}.regraft-{secrets.token_hex(6)}"
+    missing = [path for path in (parent, *parent.parents) if not os.path.lexists(path)]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
-    except OSError as error:
-        raise write_error(parent, error) from error
-    try:
         yield folder
+        check_output(out, [], overwrite=overwrite)
         _publish(folder, out.absolute())
     except OSError as error:
         raise write_error(Path(error.filename or folder), error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or not empty: it holds the output
+            for path in missing:
+                path.rmdir()
 
 
 def _publish(folder: Path, out: Path) -> None:

@@ -1,0 +1,78 @@
+"""One real model: SmolLM2-135M-Instruct, tied embeddings, 272 tensors, a tokenizer that travels."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import regraft
+from regraft.testing.adapters import live_logits, make_adapter
+from regraft.testing.zoo import logits
+
+PROMPT = "Dmitri is a truck driver who lives in Athens. What does Dmitri do?"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from regraft.demo.model import get_base
+    from regraft.demo.state import DemoFolder
+
+    folder = DemoFolder(tmp_path_factory.mktemp("smollm2") / "demo")
+    folder.open()
+    return get_base(folder, None, fresh=False).path
+
+
+@pytest.fixture(scope="module")
+def inputs(base: Path) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    return dict(AutoTokenizer.from_pretrained(base)(PROMPT, return_tensors="pt"))
+
+
+def test_a_real_model_answers_as_with_the_live_adapter(
+    base: Path, inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=8, lora_alpha=4, target_modules="all-linear", use_rslora=True)
+    adapter = make_adapter(base, tmp_path / "adapter", config, seed=3)
+    receipt = regraft.merge(base, adapter, tmp_path / "merged", dtype="float32")
+    assert (receipt.totals.merged, receipt.totals.tensors) == (210, 272)
+    expected = live_logits(base, adapter, inputs)
+    load = AutoModelForCausalLM.from_pretrained
+    merged, loading = load(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    answer = logits(merged.eval(), inputs)
+    assert np.abs(answer - expected).max() <= 1e-4 * np.ptp(expected)
+    plain = logits(load(base, dtype=torch.float32).eval(), inputs)
+    assert np.abs(plain - expected).max() >= 1e-2 * np.ptp(expected)
+
+
+def test_the_command_line_merges_it_under_its_cap(base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    adapter = make_adapter(base, tmp_path / "adapter", config, seed=4)
+    command = [sys.executable, "-m", "regraft", "merge", str(base), str(adapter)]
+    cap = ["--max-memory", "256MiB", "--json"]
+    subprocess.run([*command, "-o", str(tmp_path / "out"), *cap], check=True, capture_output=True)
+    found = regraft.inspect(tmp_path / "out")
+    assert found.kind == "merged"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    peak = regraft_peak(tmp_path / "out")
+    assert 0 < peak <= 256 * 2**20
+
+
+def regraft_peak(out: Path) -> int:
+    """Return the peak memory in the receipt, which the merging process wrote of itself."""
+    import json
+
+    return int(json.loads((out / "regraft" / "receipt.json").read_text())["totals"]["peak_memory"])
