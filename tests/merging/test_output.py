@@ -194,15 +194,13 @@ def test_code_travels_only_where_the_config_names_it(
 def test_the_adapters_tokenizer_and_template_win_as_a_whole(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    template = "chat_template.jinja"
-    put(base, "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "merges.txt", template,
-        "generation_config.json", "additional_chat_templates/tool_use.jinja", mark="base ")  # fmt: skip
-    put(adapter, "tokenizer.json", "tokenizer_config.json", template, "generation_config.json",
-        "additional_chat_templates/rag.jinja", mark="adapter ")  # fmt: skip
+    template, extra = "chat_template.jinja", "additional_chat_templates/"
+    both = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", template)
+    put(base, *both, "added_tokens.json", "merges.txt", f"{extra}tool_use.jinja", mark="base ")
+    put(adapter, *both, f"{extra}rag.jinja", mark="adapter ")
     regraft.merge(base, adapter, tmp_path / "out")
     found = tree(tmp_path / "out")
-    for name in ("tokenizer.json", "tokenizer_config.json", template,
-                 "additional_chat_templates/rag.jinja"):  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json", template, f"{extra}rag.jinja"):
         assert found[name] == (adapter / name).read_bytes()
     assert found["generation_config.json"] == (base / "generation_config.json").read_bytes()
     assert not {

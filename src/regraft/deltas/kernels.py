@@ -188,21 +188,27 @@ def _account(source: Any, merged: Any, of: Any, stored: Any, sums: Any, n: Any) 
 
 
 @njit(fastmath=_ANY_ORDER, **_inner)
-def _store_bfloat16(
-    source: Any, merged: Any, of: Any, x16: Any, y16: Any, at: Any, sums: Any, n: Any
+def _finish_bfloat16(
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, sums: Any, n: Any
 ) -> None:
-    """Do what :func:`_store` does for the usual case, bfloat16 to bfloat16, in one pass."""
+    """Add one plain delta to a row of bfloat16, store it and account for it, all in one pass.
+
+    The usual case. It gives the bits that :func:`_apply` and :func:`_store` give.
+    """
     infinity = np.uint16(0x7F80)
     weight, delta = np.float32(0), np.float32(0)
     changed, broken = np.uint32(0), np.uint32(0)
     for j in range(n):
-        was, now = x16[at + j], _bfloat16_bits(merged[of + j])
+        was = x16[at + j]
+        source = float_of(np.uint32(was) << np.uint32(16))
+        merged = fma(scale, acc[of + j], source)
+        now = _bfloat16_bits(merged)
         y16[at + j] = now
         changed = np.uint32(changed + np.uint32(was != now))
         finite = (was & infinity) != infinity
         broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
-        d = merged[of + j] - source[of + j]
-        weight += source[of + j] * source[of + j]
+        d = merged - source
+        weight += source * source
         delta += d * d
     sums[0] += np.float64(weight)
     sums[1] += np.float64(delta)
@@ -212,16 +218,13 @@ def _store_bfloat16(
 
 @njit(**_inner)
 def _store(
-    source: Any, merged: Any, of: Any, x16: Any, kind: int, y16: Any, y32: Any, out_kind: int,
-    at: Any, scratch: Any, sums: Any, n: Any,
+    source: Any, merged: Any, of: Any, y16: Any, y32: Any, out_kind: int, at: Any, scratch: Any,
+    sums: Any, n: Any,
 ) -> None:  # fmt: skip
     """Round one row of a block into the output and account for it."""
-    if kind == BF16 and out_kind == BF16:
-        _store_bfloat16(source, merged, of, x16, y16, at, sums, n)
-    else:
-        _encode(merged, of, out_kind, y16, y32, at, n)
-        _decode(y16, y32, out_kind, at, scratch, ZERO, n)
-        _account(source, merged, of, scratch, sums, n)
+    _encode(merged, of, out_kind, y16, y32, at, n)
+    _decode(y16, y32, out_kind, at, scratch, ZERO, n)
+    _account(source, merged, of, scratch, sums, n)
 
 
 @njit(**_entry)
@@ -250,16 +253,18 @@ def merge_rows(
     rows, columns, ld = np.uintp(row_count), np.uintp(column_count), np.uintp(right_ld)
     row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
     last = rows - ONE
+    usual = kind == BF16 and out_kind == BF16 and table.shape[0] == 1 and table[0, FLAGS] == 0
     for b in range((columns + block - ONE) // block):
         start = b * block
         n = min(block, columns - start)
         for group in range((rows + THREE) // np.uintp(ROWS)):
             i = group * np.uintp(ROWS)
             here = min(np.uintp(ROWS), rows - i)
-            for q in range(here):
-                _decode(x16, x32, kind, (i + q) * columns + start, source, q * block, n)
-            for j in range(np.uintp(ROWS * BLOCK)):
-                merged[j] = source[j]
+            if not usual:
+                for q in range(here):
+                    _decode(x16, x32, kind, (i + q) * columns + start, source, q * block, n)
+                for j in range(np.uintp(ROWS * BLOCK)):
+                    merged[j] = source[j]
             for d in range(table.shape[0]):
                 rank, flags = np.uintp(table[d, RANK]), table[d, FLAGS]
                 # Past the last row its factors serve again; what they give is not stored.
@@ -272,11 +277,17 @@ def merge_rows(
                 f_at = np.uintp(table[d, FACTOR])
                 f_row, f_column = f_at + row0 + i, f_at + column0 + start
                 for q in range(here):
-                    of = q * block
-                    _apply(merged, of, acc, scales[d], flags, factors, f_row + q, f_column, kind, n)
-            for q in range(here):
-                at, of = (i + q) * columns + start, q * block
-                _store(source, merged, of, x16, kind, y16, y32, out_kind, at, scratch, sums, n)
+                    at, of = (i + q) * columns + start, q * block
+                    if usual:
+                        _finish_bfloat16(acc, of, scales[d], x16, y16, at, sums, n)
+                    else:
+                        _apply(
+                            merged, of, acc, scales[d], flags, factors, f_row + q, f_column, kind, n
+                        )
+            if not usual:
+                for q in range(here):
+                    at, of = (i + q) * columns + start, q * block
+                    _store(source, merged, of, y16, y32, out_kind, at, scratch, sums, n)
 
 
 @njit(**_inner)
