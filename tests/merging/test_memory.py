@@ -144,11 +144,7 @@ def cap_asked_for(base: Path, adapter: Path, where: str | None = None) -> int:
 
 
 @pytest.mark.usefixtures("_compiled")
-@pytest.mark.parametrize(
-    "threads",
-    ["1", pytest.param("3", marks=pytest.mark.xfail(
-        reason="every thread packs the factors of a step for itself"))],
-)  # fmt: skip
+@pytest.mark.parametrize("threads", ["1", "3"])
 def test_large_factors_fit_the_cap_they_ask_for(tmp_path: Path, threads: str) -> None:
     rows, rank = 120_000, 64
     tables = {f"table{number}": (rows, 16) for number in range(2)}

@@ -113,7 +113,7 @@ def test_how_far_a_tensor_moved_is_what_numpy_says(tmp_path: Path, dtype: str) -
         assert record.delta_norm == pytest.approx(np.linalg.norm(delta), rel=1e-6)
         moved = after[name].astype(np.float64) != weight
         assert record.changed == np.count_nonzero(moved)
-        assert 0 < record.changed
+        assert record.changed > 0
         squares += [np.sum(weight**2), np.sum(delta**2)]
     totals = receipt.totals
     assert totals.relative_delta == pytest.approx(math.sqrt(squares[1] / squares[0]), rel=1e-6)
@@ -132,7 +132,6 @@ def test_rows_and_whole_tensors_move_too(base: Path, tmp_path: Path) -> None:
     assert found["score.weight"].changed == 4 * HIDDEN
 
 
-@pytest.mark.xfail(reason="the kernels square in float32")
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 @pytest.mark.parametrize("dtype", [toys.BF16, np.float32])
 def test_the_figures_hold_for_numbers_whose_squares_float32_has_not(
@@ -151,7 +150,6 @@ def test_the_figures_hold_for_numbers_whose_squares_float32_has_not(
     assert (record.weight_norm, record.delta_norm) == pytest.approx(norms, rel=1e-6, abs=0)
 
 
-@pytest.mark.xfail(reason="the norms of such a tensor are written as Infinity and NaN")
 @pytest.mark.parametrize("odd", [np.inf, np.nan])
 def test_a_base_that_holds_infinity_or_nan_has_a_receipt_in_json(
     tmp_path: Path, odd: float

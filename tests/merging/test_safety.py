@@ -130,14 +130,7 @@ def test_whatever_fails_leaves_nothing_behind(
     regraft.merge(base, adapter, tmp_path / "out")
 
 
-LEAKS = pytest.mark.xfail(reason="a weights file that fails as it is made stays open")
-
-
-@pytest.mark.parametrize(
-    "point",
-    [pytest.param(p, marks=LEAKS) if p.endswith((" weights file", " first write", "a write")) else p
-     for p in POINTS],
-)  # fmt: skip
+@pytest.mark.parametrize("point", POINTS)
 def test_whatever_fails_leaves_no_file_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:

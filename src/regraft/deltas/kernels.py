@@ -171,18 +171,18 @@ def _account(source: Any, merged: Any, of: Any, stored: Any, sums: Any, n: Any) 
         stored: what was stored, as float32.
     """
     infinity = np.uint32(0x7F800000)
-    weight, delta = np.float32(0), np.float32(0)
+    weight, delta = np.float64(0), np.float64(0)
     changed, broken = np.uint32(0), np.uint32(0)
     for j in range(n):
         was, now = bits_of(source[of + j]), bits_of(stored[j])
         changed = np.uint32(changed + np.uint32(was != now))
         finite = (was & infinity) != infinity
         broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
-        d = merged[of + j] - source[of + j]
-        weight += source[of + j] * source[of + j]
+        w, d = np.float64(source[of + j]), np.float64(merged[of + j] - source[of + j])
+        weight += w * w
         delta += d * d
-    sums[0] += np.float64(weight)
-    sums[1] += np.float64(delta)
+    sums[0] += weight
+    sums[1] += delta
     sums[2] += np.int64(changed)
     sums[3] += np.int64(broken)
 
@@ -196,7 +196,7 @@ def _finish_bfloat16(
     The usual case. It gives the bits that :func:`_apply` and :func:`_store` give.
     """
     infinity = np.uint16(0x7F80)
-    weight, delta = np.float32(0), np.float32(0)
+    weight, delta = np.float64(0), np.float64(0)
     changed, broken = np.uint32(0), np.uint32(0)
     for j in range(n):
         was = x16[at + j]
@@ -207,11 +207,11 @@ def _finish_bfloat16(
         changed = np.uint32(changed + np.uint32(was != now))
         finite = (was & infinity) != infinity
         broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
-        d = merged - source
-        weight += source * source
+        w, d = np.float64(source), np.float64(merged - source)
+        weight += w * w
         delta += d * d
-    sums[0] += np.float64(weight)
-    sums[1] += np.float64(delta)
+    sums[0] += weight
+    sums[1] += delta
     sums[2] += np.int64(changed)
     sums[3] += np.int64(broken)
 

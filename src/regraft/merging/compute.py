@@ -12,7 +12,7 @@ from regraft.deltas import kernels
 from regraft.deltas.residual import FACTORIZATIONS
 from regraft.deltas.views import Delta, View
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
-from regraft.merging.factors import FactorStore, Packed, Pair, pack
+from regraft.merging.factors import FactorStore, Packed, Pair, joined, pack
 from regraft.merging.plan import Segment, Step
 from regraft.merging.tiles import Tile
 
@@ -81,11 +81,12 @@ class StepMath:
             if done < low:
                 cut(result, done, low).take(cut(source, done, low), sums)
             weights = cut(source, low, high)
-            packed = self._pack(segment, (low, high), weights, prepared)
+            packed = self._pack(segment, prepared)
+            factors = self._dora_factors(segment, packed, (low, high), weights, prepared)
             kernels.merge_rows(
                 *weights.arguments, *cut(result, low, high).arguments, high - low, width,
                 packed.left, packed.right, packed.right_ld, low - segment.rows[0], tile.columns[0],
-                packed.table, packed.scales, packed.factors, sums,
+                packed.table, packed.scales, factors, sums,
             )  # fmt: skip
             done = high
         if done < last:
@@ -113,57 +114,53 @@ class StepMath:
 
     # -- factors ---------------------------------------------------------------------------------
 
-    def _pack(
-        self, segment: Segment, rows: tuple[int, int], weights: Weights, prepared: Prepared
-    ) -> Packed:
-        """Return a segment's deltas; kept for the next tile unless they depend on this one."""
-        by_row = any(d.magnitude is not None and not d.by_column for d in segment.deltas)
+    def _pack(self, segment: Segment, prepared: Prepared) -> Packed:
+        """Return a segment's deltas, packed once for all threads and kept for the next tile."""
         with self._lock:
-            if not by_row and self._packed is not None and self._packed[0] is segment:
-                return self._packed[1]
-        pairs = [self._pair(delta, segment, prepared) for delta in segment.deltas]
-        dora = [
-            self._dora_factors(delta, pair, segment, rows, weights, prepared)
-            for delta, pair in zip(segment.deltas, pairs, strict=True)
-        ]
-        packed = pack(segment, pairs, dora)
-        with self._lock:
-            self._packed = (segment, packed)
-        return packed
+            if self._packed is None or self._packed[0] is not segment:
+                self._packed = None  # let go of the last segment's before making the next
+                pairs = [self._pair(delta, segment, prepared) for delta in segment.deltas]
+                self._packed = (segment, pack(segment, pairs))
+            return self._packed[1]
 
     def _pair(self, delta: Delta, segment: Segment, prepared: Prepared) -> Pair:
         if delta.left is None or delta.right is None:
             pair = prepared.residuals[id(delta)]
         else:
-            pair = Pair(self._store.matrix(delta.left), self._store.matrix(delta.right))
+            pair = Pair(*self._factors_of(delta))
         low, high = segment.rows[0] - delta.rows[0], segment.rows[1] - delta.rows[0]
         return Pair(np.ascontiguousarray(pair.left[low:high]), pair.right)
 
     def _dora_factors(
-        self, delta: Delta, pair: Pair, segment: Segment, rows: tuple[int, int],
-        weights: Weights, prepared: Prepared,
-    ) -> Floats | None:  # fmt: skip
-        """Return DoRA's factors m / |W + s B A|: per column, or per row of the segment.
+        self, segment: Segment, packed: Packed, rows: tuple[int, int], weights: Weights,
+        prepared: Prepared,
+    ) -> Floats:  # fmt: skip
+        """Return DoRA's factors m / |W + s B A| of all deltas, in the order of the table.
 
-        DoRA (Liu et al. 2024, arXiv:2402.09353), equation 5; only the tile's rows are filled in.
+        DoRA (Liu et al. 2024, arXiv:2402.09353), equation 5. Norms along rows are those of the
+        tile's rows; the others are left zero.
         """
-        if delta.magnitude is None:
-            return None
-        if delta.by_column:
-            return prepared.column_factors[id(delta)]
-        low, high = rows
-        squares = np.zeros(high - low, np.float64)
-        kernels.square_sums(
-            *weights.arguments, high - low, pair.right.shape[1], pair.left.ravel(), 0,
-            pair.right.ravel(), 0, delta.rank, np.float32(delta.scale), low - segment.rows[0],
-            False, squares,
-        )  # fmt: skip
-        magnitude = self._store.matrix(delta.magnitude).ravel()
-        factors = np.zeros(segment.rows[1] - segment.rows[0], np.float32)
-        factors[low - segment.rows[0] : high - segment.rows[0]] = _ratio(
-            magnitude[low - delta.rows[0] : high - delta.rows[0]], squares
-        )
-        return factors
+        factors = []
+        for line, delta in zip(packed.table, segment.deltas, strict=True):
+            if delta.magnitude is None:
+                continue
+            if delta.by_column:
+                factors.append(prepared.column_factors[id(delta)])
+                continue
+            low, high = rows
+            squares = np.zeros(high - low, np.float64)
+            kernels.square_sums(
+                *weights.arguments, high - low, packed.right_ld, packed.left, line[kernels.LEFT],
+                packed.right, line[kernels.RIGHT], delta.rank, np.float32(delta.scale),
+                low - segment.rows[0], False, squares,
+            )  # fmt: skip
+            magnitude = self._store.matrix(delta.magnitude).ravel()
+            own = np.zeros(segment.rows[1] - segment.rows[0], np.float32)
+            own[low - segment.rows[0] : high - segment.rows[0]] = _ratio(
+                magnitude[low - delta.rows[0] : high - delta.rows[0]], squares
+            )
+            factors.append(own)
+        return joined(factors)
 
     # -- the whole tensor ------------------------------------------------------------------------
 

@@ -85,14 +85,21 @@ def _all(select: int | None) -> int | slice:
 
 @dataclass(frozen=True)
 class Packed:
-    """The deltas of a segment in the form :func:`regraft.deltas.kernels.merge_rows` takes."""
+    """The deltas of a segment in the form :func:`regraft.deltas.kernels.merge_rows` takes.
+
+    Attributes:
+        left: left factors one after the other.
+        right: right factors likewise.
+        right_ld: columns of a right factor.
+        table: one line per delta: offsets, rank, flags.
+        scales: one per delta.
+    """
 
     left: Floats
     right: Floats
     right_ld: int
     table: npt.NDArray[np.int64]
     scales: Floats
-    factors: Floats
 
 
 @dataclass(frozen=True)
@@ -103,30 +110,34 @@ class Pair:
     right: Floats
 
 
-def pack(segment: Segment, pairs: Sequence[Pair], dora: Sequence[Floats | None]) -> Packed:
+def pack(segment: Segment, pairs: Sequence[Pair]) -> Packed:
     """Lay a segment's factors out one after the other.
 
     Args:
         segment: the rows and their deltas.
         pairs: the factors of each delta, cut to the segment's rows.
-        dora: DoRA's factor per row or per column of each delta, or None.
     """
     table = np.zeros((len(pairs), 5), np.int64)
     left_at = right_at = factor_at = 0
-    for line, delta, pair, factor in zip(table, segment.deltas, pairs, dora, strict=True):
-        flags = _flags(delta)
-        line[:] = (left_at, right_at, pair.right.shape[0], flags, factor_at)
+    for line, delta, pair in zip(table, segment.deltas, pairs, strict=True):
+        line[:] = (left_at, right_at, pair.right.shape[0], _flags(delta), factor_at)
         left_at += pair.left.size
         right_at += pair.right.size
-        factor_at += factor.size if factor is not None else 0
+        factor_at += factor_count(delta, segment, pair.right.shape[1])
     return Packed(
-        _joined([pair.left for pair in pairs]),
-        _joined([pair.right for pair in pairs]),
+        joined([pair.left for pair in pairs]),
+        joined([pair.right for pair in pairs]),
         pairs[0].right.shape[1],
         table,
         np.array([delta.scale for delta in segment.deltas], np.float32),
-        _joined([factor for factor in dora if factor is not None]),
     )
+
+
+def factor_count(delta: Delta, segment: Segment, columns: int) -> int:
+    """Return how many DoRA factors a delta has in a segment: one per row, or per column."""
+    if delta.magnitude is None:
+        return 0
+    return columns if delta.by_column else segment.rows[1] - segment.rows[0]
 
 
 def _flags(delta: Delta) -> int:
@@ -137,7 +148,8 @@ def _flags(delta: Delta) -> int:
     return kernels.COLUMN_FACTOR if delta.by_column else kernels.ROW_FACTOR
 
 
-def _joined(arrays: Sequence[Floats]) -> Floats:
+def joined(arrays: Sequence[Floats]) -> Floats:
+    """Return arrays one after the other, flat; a single one is not copied."""
     if not arrays:
         return np.empty(0, np.float32)
     return arrays[0].ravel() if len(arrays) == 1 else np.concatenate([a.ravel() for a in arrays])

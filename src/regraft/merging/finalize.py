@@ -125,7 +125,7 @@ def _totals(plan: Plan, records: tuple[TensorRecord, ...], used: Used) -> Totals
     seconds, peak, threads = used()
     return Totals(
         **counts,
-        relative_delta=float(f"{(deltas / weights) ** 0.5:.7g}") if weights else 0.0,
+        relative_delta=float(f"{(deltas / weights) ** 0.5:.9g}") if weights else 0.0,
         changed_share=sum(r.changed for r in touched) / elements if elements else 0.0,
         seconds=seconds,
         peak_memory=peak,

@@ -57,8 +57,8 @@ class TensorRecord:
         features: what was applied, such as ``("lora",)`` or ``("dora", "token-rows")``.
         scales: the float32 scale of each delta, in the order applied.
         adapters: the adapter (0-based) each scale belongs to.
-        weight_norm: Frobenius norm of the source.
-        delta_norm: Frobenius norm of (merged before rounding - source).
+        weight_norm: Frobenius norm of the source; None if it holds NaN or infinity.
+        delta_norm: Frobenius norm of (merged before rounding - source); None likewise.
         changed: elements whose stored value differs from the source's.
     """
 

@@ -143,9 +143,9 @@ class StepRun:
         )
 
 
-def _norm(squares: float) -> float:
-    """Seven digits: more would depend on the processor and on how the tensor was cut."""
-    return float(f"{np.sqrt(squares):.7g}")
+def _norm(squares: float) -> float | None:
+    """Return a norm to nine digits, as more would depend on how the tensor was cut; None of NaN."""
+    return float(f"{np.sqrt(squares):.9g}") if np.isfinite(squares) else None
 
 
 def _changed(step: Step, counted: int) -> int:

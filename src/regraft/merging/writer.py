@@ -45,18 +45,24 @@ class OutputFile:
     def __init__(self, path: Path, header: bytes, data_bytes: int) -> None:
         self.path = path
         self.data_start = len(header)
+        self._opened: list[int] = []
+        self._edges: list[tuple[int, bytes]] = []
+        self._lock = threading.Lock()
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._opened.append(self._fd)
             self._reserve(len(header) + data_bytes)
-            self._opened = [self._fd]
-            self._edges: list[tuple[int, bytes]] = []
-            self._lock = threading.Lock()
             self._direct = self._open_direct()
             if self._direct is not None:
                 self._opened.append(self._direct)
             self._write_all(self._fd, memoryview(header), 0)
         except OSError as error:
+            self._close_all()
             raise write_error(path, error) from error
+
+    def _close_all(self) -> None:
+        while self._opened:
+            os.close(self._opened.pop())
 
     def _reserve(self, size: int) -> None:
         try:
@@ -141,5 +147,4 @@ class OutputFile:
         except OSError as error:
             raise write_error(self.path, error) from error
         finally:
-            for fd in self._opened:
-                os.close(fd)
+            self._close_all()

@@ -72,24 +72,23 @@ def _gather(
     rest: dict[str, TensorSpec] = {}
     for key, spec in files.tensors.items():
         name = key.removeprefix(PREFIX).replace(_COMPILED, "")
-        if spec.dtype not in WORKING_DTYPES:
-            problems.append(
-                Problem(f"tensor {key!r} has a dtype that adapters do not have", where,
-                        " or ".join(WORKING_DTYPES), spec.dtype)
-            )  # fmt: skip
-            continue
-        if 0 in spec.shape:
-            problems.append(
-                Problem(f"tensor {key!r} is empty", where, found=str(spec.shape), hint=(
-                    "Sharded training (ZeRO-3, FSDP) has to gather the weights before saving"))
-            )  # fmt: skip
-            continue
+        problems += _unusable(key, spec, where)
         if match := _FACTOR.match(name):
             slot = match["what"] + (".bias" if match["rest"].endswith(".bias") else "")
             parts[match["module"]].found[slot] = spec
         else:
             rest[name] = spec
     return parts, rest
+
+
+def _unusable(key: str, spec: TensorSpec, where: str) -> list[Problem]:
+    if spec.dtype not in WORKING_DTYPES:
+        what, expected = "has a dtype that adapters do not have", " or ".join(WORKING_DTYPES)
+        return [Problem(f"tensor {key!r} {what}", where, expected, spec.dtype)]
+    if 0 in spec.shape:
+        hint = "Sharded training (ZeRO-3, FSDP) has to gather the weights before saving"
+        return [Problem(f"tensor {key!r} is empty", where, found=str(spec.shape), hint=hint)]
+    return []
 
 
 def _targets(
