@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,7 +88,7 @@ class LoraSettings:
 
     def _keeps_whole(self, module: str) -> bool:
         """Whether ``modules_to_save`` keeps LoRA off a module, by PEFT's rule for that."""
-        return any(_compiled(rf"(^|.*\.){m}($|\..*)").match(module) for m in self.modules_to_save)
+        return any(_compiled(_BELOW.format(m)).match(module) for m in self.modules_to_save)
 
     def _excludes(self, module: str) -> bool:
         excluded = self.exclude_modules
@@ -100,11 +101,18 @@ class LoraSettings:
     def _in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
+        patterns = [_LAYER.format(p) for p in self.layers_pattern]
         for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
             if match := _compiled(pattern).match(module):
                 return int(match.group(1)) in self.layers_to_transform
         return False
+
+
+# The expressions PEFT makes of what a config holds.
+_WHOLE = "{}"
+_SUFFIX = r"(.*\.)?({})$"
+_BELOW = r"(^|.*\.){}($|\..*)"
+_LAYER = r"(?:^|.*?\.){}\.(\d+)\."
 
 
 @lru_cache(maxsize=4096)
@@ -122,7 +130,7 @@ _Number = TypeVar("_Number", int, float)
 
 def _first_match(patterns: tuple[tuple[str, _Number], ...], key: str, default: _Number) -> _Number:
     for pattern, value in patterns:
-        if _compiled(rf"(.*\.)?({pattern})$").match(key):
+        if _compiled(_SUFFIX.format(pattern)).match(key):
             return value
     return default
 
@@ -149,12 +157,16 @@ class _Fields:
             )
         )
 
-    def names(self, name: str) -> tuple[str, ...]:
+    def names(self, name: str, within: str | None = None) -> tuple[str, ...]:
+        """Return a list of names; ``within`` is the expression that each becomes a part of."""
         value = self.get(name, (list, str), [])
         value = [value] if isinstance(value, str) else value
         if not all(isinstance(item, str) for item in value):
             self.bad(name, "a list of names", repr(value)[:80])
             return ()
+        if within:
+            for item in value:
+                self.pattern(name, item, within)
         return tuple(value)
 
     def regex_or_names(self, name: str) -> str | tuple[str, ...] | None:
@@ -166,31 +178,32 @@ class _Fields:
             return value
         return self.names(name)
 
-    def pattern(self, name: str, pattern: str) -> None:
+    def pattern(self, name: str, pattern: str, within: str = _WHOLE) -> None:
         try:
-            _compiled(pattern)
-        except re.error as error:
-            self.bad(name, "a regular expression", f"{pattern!r} ({error})")
+            _compiled(within.format(pattern))
+        except (re.error, OverflowError, RecursionError) as error:
+            self.bad(name, "a regular expression", f"{pattern[:80]!r} ({error})")
 
-    def patterns(self, name: str) -> tuple[tuple[str, Any], ...]:
+    def patterns(self, name: str, kinds: tuple[type, ...]) -> tuple[tuple[str, Any], ...]:
         value = self.get(name, (dict,), {})
         for pattern, number in value.items():
-            self.pattern(name, pattern)
-            if not _is_positive(number):
-                self.bad(f"{name}[{pattern!r}]", "a positive number", repr(number)[:80])
-        return tuple((pattern, number) for pattern, number in value.items() if _is_positive(number))
+            self.pattern(name, pattern, _SUFFIX)
+            if not _is_positive(number, kinds):
+                expected = f"a positive {' or '.join(kind.__name__ for kind in kinds)}"
+                self.bad(f"{name}[{pattern!r}]", expected, repr(number)[:80])
+        return tuple(value.items())
 
     def positive(self, name: str, kinds: tuple[type, ...], default: Any) -> Any:
         value = self.get(name, kinds, default)
-        if not _is_positive(value):
+        if not _is_positive(value, kinds):
             self.bad(name, "a positive number", repr(value)[:80])
             return default
         return value
 
 
-def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
+def _is_positive(value: Any, kinds: tuple[type, ...]) -> bool:
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    return is_number and 0 < value <= sys.float_info.max
 
 
 def _token_indices(fields: _Fields) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -238,14 +251,14 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
         bias=fields.get("bias", (str,), "none"),
         lora_bias=fields.get("lora_bias", (bool,), False),
         init_lora_weights=fields.get("init_lora_weights", (bool, str), True),
-        rank_pattern=fields.patterns("rank_pattern"),
-        alpha_pattern=fields.patterns("alpha_pattern"),
+        rank_pattern=fields.patterns("rank_pattern", (int,)),
+        alpha_pattern=fields.patterns("alpha_pattern", (int, float)),
         target_modules=fields.regex_or_names("target_modules"),
         exclude_modules=fields.regex_or_names("exclude_modules"),
         target_parameters=fields.names("target_parameters"),
-        modules_to_save=fields.names("modules_to_save"),
+        modules_to_save=fields.names("modules_to_save", _BELOW),
         layers_to_transform=_layers(fields),
-        layers_pattern=fields.names("layers_pattern"),
+        layers_pattern=fields.names("layers_pattern", _LAYER),
         trainable_token_indices=_token_indices(fields),
         ensure_weight_tying=fields.get("ensure_weight_tying", (bool,), False),
         base_model_name_or_path=fields.get("base_model_name_or_path", (str,), None),

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from regraft.deltas.intrinsics import bits_of, float_of, float_to_half, fma, half_to_float
+from regraft.deltas.intrinsics import (
+    add_square,
+    bits_of,
+    float_of,
+    float_to_half,
+    fma,
+    half_to_float,
+)
 
 F32, BF16, F16 = 0, 1, 2
 KINDS = {"F32": F32, "BF16": BF16, "F16": F16}
@@ -42,10 +49,6 @@ _inner: dict[str, Any] = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
 }
-
-_ANY_ORDER = {"reassoc", "nsz", "contract"}
-"""Lets LLVM add the report's sums in any order. No value of the result goes through such an add,
-and a block's sums show the order in their last digits only, which are not reported."""
 
 # Indices below are unsigned (np.uintp): numba then leaves out the check for a negative index, which
 # would keep LLVM from vectorizing. Slices would do too, but each costs two atomic reference counts.
@@ -162,7 +165,7 @@ def _apply(
         _round_through(weights, of, source_kind, n)
 
 
-@njit(fastmath=_ANY_ORDER, **_inner)
+@njit(**_inner)
 def _account(source: Any, merged: Any, of: Any, stored: Any, sums: Any, n: Any) -> None:
     """Add a row of a block to the sums: |W|^2, |delta|^2, changed, no longer finite.
 
@@ -179,15 +182,15 @@ def _account(source: Any, merged: Any, of: Any, stored: Any, sums: Any, n: Any) 
         finite = (was & infinity) != infinity
         broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
         w, d = np.float64(source[of + j]), np.float64(merged[of + j] - source[of + j])
-        weight += w * w
-        delta += d * d
+        weight = add_square(weight, w)
+        delta = add_square(delta, d)
     sums[0] += weight
     sums[1] += delta
     sums[2] += np.int64(changed)
     sums[3] += np.int64(broken)
 
 
-@njit(fastmath=_ANY_ORDER, **_inner)
+@njit(**_inner)
 def _finish_bfloat16(
     acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, sums: Any, n: Any
 ) -> None:
@@ -208,8 +211,8 @@ def _finish_bfloat16(
         finite = (was & infinity) != infinity
         broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
         w, d = np.float64(source), np.float64(merged - source)
-        weight += w * w
-        delta += d * d
+        weight = add_square(weight, w)
+        delta = add_square(delta, d)
     sums[0] += weight
     sums[1] += delta
     sums[2] += np.int64(changed)

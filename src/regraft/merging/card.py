@@ -135,7 +135,8 @@ AUTO_CLASSES = (
 
 def auto_class_of(config: Mapping[str, Any]) -> str:
     """Return the transformers auto class that loads a config's architecture."""
-    architecture = str((config.get("architectures") or [""])[0])
+    names = config.get("architectures")
+    architecture = str(names[0]) if isinstance(names, list) and names else ""
     for ending, auto in AUTO_CLASSES:
         if architecture.endswith(ending):
             images = auto == "AutoModelForSeq2SeqLM" and "vision_config" in config

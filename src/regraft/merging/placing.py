@@ -208,7 +208,7 @@ def _is_transposed(
     normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
     if normal == flipped == shape:
         module = wanted.parameter.removesuffix(".weight")
-        known = is_conv1d((index.base.config or {}).get("model_type"), module)
+        known = is_conv1d(str((index.base.config or {}).get("model_type")), module)
         conv1d = place.owner.settings.fan_in_fan_out if known is None else known
         return conv1d != held.piece.transposed
     return shape == flipped and shape != normal

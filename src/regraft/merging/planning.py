@@ -122,7 +122,7 @@ def refuse_quantized(base: Checkpoint) -> None:
         "the base is quantized, and its packed bytes are not weights",
         where=base.source,
         expected="a 16- or 32-bit base",
-        found=f"quantization {method or packed[0]}",
+        found=f"quantization {method or (packed or ['by an unnamed method'])[0]}",
         hint="Name the 16-bit base the quantized one was made from",
     )
 
