@@ -215,8 +215,10 @@ def test_an_embedding_with_dora_takes_its_norms_down_the_columns() -> None:
     assert_same_bits(found["m.weight"], factor[None, :] * total)
 
 
-def test_a_weight_stored_transposed_gets_the_transposed_delta() -> None:
-    stored, (left, right) = draw(30, 50, dtype=STORED["BF16"]), factors(50, 30, 5)
+@pytest.mark.parametrize("size", [(30, 50), (40, 40)])
+def test_a_weight_stored_transposed_gets_the_transposed_delta(size: tuple[int, int]) -> None:
+    inputs, out = size
+    stored, (left, right) = draw(*size, dtype=STORED["BF16"]), factors(out, inputs, 5)
     config = {"r": 5, "lora_alpha": 3, "fan_in_fan_out": True}
     found = merge({"m.weight": stored}, (pair("m", left, right), config))
     expected = reference.merged(stored, [(scale_of(3, 5), right.T, left.T)], "BF16")

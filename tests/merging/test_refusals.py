@@ -1,4 +1,4 @@
-"""What cannot be merged is refused by its name, with what to do instead, before anything is read."""
+"""What cannot be merged is refused by its name, with what to do instead, before it is read."""
 
 from __future__ import annotations
 

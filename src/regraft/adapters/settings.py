@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from regraft.errors import AdapterError, Problem, RegraftError, UnsupportedError
+from regraft.formats.problems import quoted
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,9 @@ def _token_indices(fields: _Fields) -> tuple[tuple[str, tuple[int, ...]], ...]:
     by_module = value if isinstance(value, dict) else {"": value}
     for indices in by_module.values():
         good = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
-        if not good:
-            fields.bad("trainable_token_indices", "lists of row numbers", repr(indices)[:80])
+        if not good or len(set(indices)) < len(indices):
+            expected = "lists of row numbers, each once"
+            fields.bad("trainable_token_indices", expected, repr(indices)[:80])
             return ()
     return tuple((module, tuple(indices)) for module, indices in by_module.items() if indices)
 
@@ -344,7 +346,8 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _refused_type(kind: str) -> tuple[str, str]:
+def _refused_type(peft_type: str) -> tuple[str, str]:
+    kind = peft_type if peft_type.isidentifier() else quoted(peft_type)
     if kind in _PROMPT_TYPES:
         return (
             f"peft_type {kind} adds prompts or attention to the model and changes no weight",

@@ -10,6 +10,7 @@ from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.adapters.settings import RESAVE
 from regraft.deltas.views import Delta, RowPatch, matrix_view
 from regraft.errors import Problem
+from regraft.formats.problems import quoted
 from regraft.merging.lookup import BaseIndex, Found, Held, nearest_hint
 from regraft.merging.placing import (
     Misfit,
@@ -268,13 +269,20 @@ class Matcher:
         if new.shape == old.shape:
             return
         grown = len(old.shape) == len(new.shape) and new.shape[1:] == old.shape[1:]
-        if grown and (saved or vocabulary_side(self.index, old.name) is not None):
+        in_head = saved and not self._is_of_body(old.name)  # with another number of labels
+        if grown and (in_head or vocabulary_side(self.index, old.name) is not None):
             return
         raise Misfit(
             Problem("the adapter's tensor has another shape than the base's", where,
                     f"{old.shape} (base)", f"{new.shape} (adapter)",
                     "Is this the base the adapter was trained on?")
         )  # fmt: skip
+
+    def _is_of_body(self, tensor: str) -> bool:
+        """Whether a tensor belongs to the base model below the heads, as far as is known."""
+        prefix = f"{self.index.names.base_model_prefix}."
+        pieces = self.index.names.pieces(tensor)
+        return self.index.names.known and any(p.parameter.startswith(prefix) for p in pieces)
 
     def _add_tensor(self, number: int, whole: WholeTensor, where: str) -> None:
         if whole.origin != "saved":
@@ -304,6 +312,11 @@ class Matcher:
         work.patches.append(RowPatch(number, rows.indices, matrix_view(rows.spec, n, width)))
 
     def _check_rows(self, rows: TokenRows, work: Work, where: str) -> None:
+        if len(work.source.shape) != 2:
+            raise Misfit(
+                Problem("token rows need a table", f"{where} -> {work.name}", "two axes",
+                        str(work.source.shape), "Is this the base the adapter was trained on?")
+            )  # fmt: skip
         height, width = work.source.shape
         taken = {i for patch in work.patches for i in patch.indices}
         if taken & set(rows.indices):
@@ -364,8 +377,9 @@ _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bi
 
 
 def _short(value: object) -> str:
-    text = ", ".join(value) if isinstance(value, tuple) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    if not isinstance(value, tuple):
+        return quoted(value) if isinstance(value, str) else repr(value)
+    return ", ".join(map(quoted, value[:8])) + (", ..." if len(value) > 8 else "")
 
 
 def _not_one_tensor(where: str, finds: tuple[Found, ...]) -> Problem:

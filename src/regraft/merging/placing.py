@@ -66,8 +66,18 @@ class Placement:
 
     @property
     def scale(self) -> float:
-        """Scale of the delta: computed in float64, rounded to float32 once."""
-        return float(np.float32(self.owner.settings.scale_of(self.key, self.owner.weight)))
+        """Scale of the delta: computed in float64, rounded to float32 once.
+
+        Raises:
+            Misfit: float32 cannot hold it.
+        """
+        exact = self.owner.settings.scale_of(self.key, self.owner.weight)
+        if abs(exact) > float(np.finfo(np.float32).max):
+            raise Misfit(
+                Problem("the adapter's scale is too large", self.where(), "a float32",
+                        f"{exact:g}", "Mend lora_alpha in adapter_config.json, or the weight")
+            )  # fmt: skip
+        return float(np.float32(exact))
 
     @property
     def feature(self) -> Feature:
@@ -208,7 +218,8 @@ def _is_transposed(
     normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
     if normal == flipped == shape:
         module = wanted.parameter.removesuffix(".weight")
-        known = is_conv1d(str((index.base.config or {}).get("model_type")), module)
+        kind = (index.base.config or {}).get("model_type")
+        known = is_conv1d(kind if isinstance(kind, str) else None, module)
         conv1d = place.owner.settings.fan_in_fan_out if known is None else known
         return conv1d != held.piece.transposed
     return shape == flipped and shape != normal

@@ -14,6 +14,7 @@ from regraft.adapters.model import Adapter
 from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import TORCH_SUFFIXES
+from regraft.formats.problems import quoted
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, match
 from regraft.merging.plan import OutputShard, Plan, Segment, Step
@@ -91,9 +92,11 @@ def make_plan(
     ties = settle_ties(index, matching, base.config)
     works = {**matching.works, **{work.name: work for work in ties.parted}}
     updates = _config_updates(index, adapters, works, ties, choices, matching)
+    left_out = _left_out(base, index)
+    matching.problems += _missing_head(index, adapters, works, left_out)
     if matching.problems:
         raise MismatchError(matching.problems)
-    shards = _shards(base, works, choices, _left_out(base, index))
+    shards = _shards(base, works, choices, left_out)
     steps = [step for shard in shards for step in shard.steps]
     threads, tile, memory = _fit_memory(steps, choices)
     options = {
@@ -102,7 +105,8 @@ def make_plan(
     }
     return Plan(
         base, tuple(adapters), tuple(shards), updates, options, memory, threads, tile,
-        tuple(matching.warnings + _notes(adapters, ties)), out=str(out) if out else None,
+        tuple(matching.warnings + _notes(adapters, ties) + _note_left_out(index, left_out)),
+        out=str(out) if out else None,
     )  # fmt: skip
 
 
@@ -122,7 +126,7 @@ def refuse_quantized(base: Checkpoint) -> None:
         "the base is quantized, and its packed bytes are not weights",
         where=base.source,
         expected="a 16- or 32-bit base",
-        found=f"quantization {method or (packed or ['by an unnamed method'])[0]}",
+        found=f"quantization {quoted(method or (packed or ['by an unnamed method'])[0])}",
         hint="Name the 16-bit base the quantized one was made from",
     )
 
@@ -145,6 +149,33 @@ def _left_out(base: Checkpoint, index: BaseIndex) -> frozenset[str]:
     if index.names.architecture == before.architecture or not head or index.names.output_embedding:
         return frozenset()
     return frozenset(name for name in base.tensors if name.startswith(f"{head}."))
+
+
+def _missing_head(
+    index: BaseIndex,
+    adapters: Sequence[Adapter],
+    works: Mapping[str, Work],
+    left_out: frozenset[str],
+) -> list[Problem]:
+    """Return the problem of a task whose head neither the base nor an adapter holds."""
+    if not left_out or any(work.base is None for work in works.values()):
+        return []
+    labels = [a.label for a in adapters if a.settings.task_type in _HEAD_TASKS]
+    return [
+        Problem(
+            "the adapter was trained with a head that neither it nor the base holds", label,
+            f"the head of {index.names.architecture}", ", ".join(sorted(left_out)),
+            "Save the adapter with its head in modules_to_save",
+        )
+        for label in labels
+    ]  # fmt: skip
+
+
+def _note_left_out(index: BaseIndex, left_out: frozenset[str]) -> list[str]:
+    if not left_out:
+        return []
+    names = ", ".join(sorted(left_out))
+    return [f"{names} of the base is left out: {index.names.architecture} has no such output"]
 
 
 # -- config ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.adapters.settings import LoraSettings, read_settings
 from regraft.errors import AdapterError, Problem
 from regraft.formats.checkpoint import AdapterFiles
+from regraft.formats.problems import quoted
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 PREFIX = "base_model.model."
@@ -220,7 +221,7 @@ def _whole_tensor(parameter: str, spec: TensorSpec, settings: LoraSettings) -> W
 
 
 def _belongs_to_nothing(name: str, settings: LoraSettings, where: str) -> Problem:
-    saved = ", ".join(settings.modules_to_save) or "none"
+    saved = ", ".join(map(quoted, settings.modules_to_save[:20])) or "none"
     return Problem(
         f"tensor {name!r} belongs to nothing that the config describes",
         where,
