@@ -17,7 +17,7 @@ def describe(work: Path) -> dict[str, str]:
         "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores at hand",
         "memory": f"{_field('/proc/meminfo', 'MemTotal', 1024) / 2**30:.0f} GiB",
         "disk": f"{_filesystem(work)} on {_disk_model(work)}",
-        "system": f"Linux {platform.release()}, Python {platform.python_version()}",
+        "system": f"Linux {platform.release().partition('-')[0]}, Python {platform.python_version()}",
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }

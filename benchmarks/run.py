@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def finish(bench: Bench, options: argparse.Namespace) -> None:
     """Write the page and print the table, or everything as JSON."""
     machine = describe(bench.work)
-    machine["load before it began"] = f"{bench.load:.1f} (above 0.2, others were at work)"
+    machine["load before it began"] = f"{bench.load:.1f} (above 0.2, the machine was not idle)"
     if options.page:
         command = shlex.join(["python", "benchmarks/run.py", *_shown_arguments(options)])
         report.write_page(options.page, report.section(bench.figures, machine, command))

@@ -67,16 +67,21 @@ class FactorStore:
         self._files.read_into(spec, 0, raw.data)
         self.digests[key] = blake3(raw.data).hexdigest()
         values = Weights.of_bytes(raw, spec.dtype).floats()
-        if not np.isfinite(values).all():
-            bad = int(values.size - np.isfinite(values).sum())
-            raise AdapterError(
-                "the adapter holds NaN or infinity",
-                where=f"{spec.path}: {spec.name}",
-                expected="finite numbers",
-                found=f"{bad} of {values.size} are not",
-                hint="Its training diverged; use an earlier checkpoint",
-            )
+        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+        if bad:
+            raise not_finite(spec, bad)
         return values
+
+
+def not_finite(spec: TensorSpec, bad: int) -> AdapterError:
+    """Return the error for an adapter's tensor of which ``bad`` values are NaN or infinite."""
+    return AdapterError(
+        "the adapter holds NaN or infinity",
+        where=f"{spec.path}: {spec.name}",
+        expected="finite numbers",
+        found=f"{bad} of {spec.numel} values are not",
+        hint="Its training diverged; use an earlier checkpoint",
+    )
 
 
 def _all(select: int | None) -> int | slice:

@@ -402,6 +402,7 @@ def _fit_memory(steps: Sequence[Step], choices: Choices) -> tuple[int, int, int]
     fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * len(steps) + factors
     for threads in range(wanted, 0, -1):
         tile = min(LARGEST_TILE, (choices.max_memory - fixed) // (4 * threads))
+        tile -= tile % 4096  # whole values, and whole blocks of the disk
         if tile >= SMALLEST_TILE:
             return threads, tile, fixed + 4 * threads * tile
     needed = fixed + 4 * SMALLEST_TILE

@@ -12,7 +12,7 @@ from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import NumericError
 from regraft.formats.reading import FilePool
 from regraft.merging.compute import StepMath
-from regraft.merging.factors import FactorStore
+from regraft.merging.factors import FactorStore, not_finite
 from regraft.merging.plan import Step
 from regraft.merging.receipt import TensorRecord
 from regraft.merging.tiles import Tile
@@ -74,14 +74,25 @@ class StepRun:
         result, address = buffers.result(tile.write, at)
         if tile.kind == "bytes":
             self._read(tile.read_at, result)
+            self._check_finite(result)
             self._take_turn(tile, result, None, sums)
         else:
             source = buffers.source[: tile.read]
             self._read(tile.read_at, source)
+            self._check_finite(source)
             weights = Weights.of_bytes(source, self.step.source.dtype)
             self._math.run(tile, weights, Weights.of_bytes(result, self.step.dtype), sums)
             self._take_turn(tile, source, result, sums)
         self._file.write(at, result.data, address)
+
+    def _check_finite(self, raw: Bytes) -> None:
+        """Refuse NaN and infinity in an adapter's whole tensor; what a base holds is its own."""
+        if self.step.source_adapter is None:
+            return
+        values = Weights.of_bytes(raw, self.step.source.dtype).floats()
+        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+        if bad:
+            raise not_finite(self.step.source, bad)
 
     def _take_turn(self, tile: Tile, source: Bytes, result: Bytes | None, sums: Sums) -> None:
         """Wait for this tile's turn at the digests and sums; without ``result`` both are one."""

@@ -72,7 +72,7 @@ def _gather(
     parts: dict[str, _Parts] = defaultdict(_Parts)
     rest: dict[str, TensorSpec] = {}
     for key, spec in files.tensors.items():
-        name = key.removeprefix(PREFIX).replace(_COMPILED, "")
+        name = key.replace(_COMPILED, "").removeprefix(PREFIX)
         problems += _unusable(key, spec, where)
         if match := _FACTOR.match(name):
             slot = match["what"] + (".bias" if match["rest"].endswith(".bias") else "")
