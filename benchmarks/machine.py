@@ -17,7 +17,7 @@ def describe(work: Path) -> dict[str, str]:
         "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores at hand",
         "memory": f"{_field('/proc/meminfo', 'MemTotal', 1024) / 2**30:.0f} GiB",
         "disk": f"{_filesystem(work)} on {_disk_model(work)}",
-        "system": f"Linux {platform.release().partition('-')[0]}, Python {platform.python_version()}",
+        "system": f"Linux {_kernel()}, Python {platform.python_version()}",
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
@@ -73,3 +73,8 @@ def _disk_model(path: Path) -> str:
             kind = "a virtual disk" if folder.name.startswith("vd") else f"disk {folder.name}"
             return f"{kind}, {'rotating' if spins else 'not rotating'}"
     return "an unknown disk"
+
+
+def _kernel() -> str:
+    """Return the kernel's version without what a distributor adds to it."""
+    return platform.release().partition("-")[0]
