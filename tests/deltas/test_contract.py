@@ -135,7 +135,7 @@ def problems(draw_: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, floa
     return weight, left, right, alpha, draw_(st.sampled_from(NAMES))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(problems())
 def test_any_values_give_the_contracts_bytes_or_a_numeric_error(
     problem: tuple[np.ndarray, np.ndarray, np.ndarray, float, str],
@@ -155,7 +155,7 @@ def test_any_values_give_the_contracts_bytes_or_a_numeric_error(
         merge({"m.weight": weight}, adapter, dtype=target)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_ordinary_values_give_the_contracts_bytes(data: st.DataObject) -> None:
     source, dtype = (data.draw(st.sampled_from(NAMES)) for _ in range(2))

@@ -32,7 +32,7 @@ def tensors() -> dict[str, np.ndarray]:
         "b.wide.weight": draw(3, WIDE, dtype=BF16),
         "c.dora.weight": draw(29, 700),
         "d.table.weight": draw(301, 24, dtype=BF16),
-        "e.dora_table.weight": draw(400, 17, dtype=np.float16),
+        "e.dora_table.weight": draw(60, 700, dtype=np.float16),
         "f.experts": draw(5, 14, 33, dtype=BF16),
         "g.tokens.weight": draw(50, 31, dtype=BF16),
         "h.conv.weight": draw(9, 4, 3, 5, dtype=BF16),
@@ -65,8 +65,8 @@ def dora_tensors() -> dict[str, np.ndarray]:
     magnitude = f"{PREFIX}e.dora_table.lora_magnitude_vector"
     return {
         **toys.dora("c.dora", 29, 700, 4),
-        **toys.embedding("e.dora_table", 400, 17, 4),
-        magnitude: 20 + draw(17),
+        **toys.embedding("e.dora_table", 60, 700, 4),
+        magnitude: 20 + draw(700),
         f"{PREFIX}g.tokens.token_adapter.trainable_tokens_delta": draw(3, 31),
         f"{PREFIX}j.saved.weight": draw(8, 11, seed=9),
     }

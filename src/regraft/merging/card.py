@@ -9,7 +9,7 @@ from typing import Any
 
 from regraft.merging.receipt import Receipt
 
-_REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
+_REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _KEPT = (
     "license",
     "license_name",

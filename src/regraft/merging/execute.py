@@ -189,8 +189,10 @@ def _run_threads(queue: _Queue, plan: Plan) -> None:
                 raise
 
     with ThreadPoolExecutor(plan.threads, thread_name_prefix="regraft") as pool:
-        futures: list[Future[None]] = [pool.submit(work) for _ in range(plan.threads)]
+        futures: list[Future[None]] = []
         try:
+            for _ in range(plan.threads):
+                futures.append(pool.submit(work))  # one by one: an interrupt may fall between
             wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:  # Ctrl-C
             queue.stop()

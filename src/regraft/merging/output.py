@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -90,8 +91,7 @@ def building(out: Path, *, overwrite: bool) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
         yield folder
-        check_output(out, [], overwrite=overwrite)
-        _publish(folder, out.absolute())
+        _publish(folder, out.absolute(), overwrite=overwrite)
     except OSError as error:
         raise write_error(Path(error.filename or folder), error) from error
     finally:
@@ -101,29 +101,53 @@ def building(out: Path, *, overwrite: bool) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _publish(folder: Path, out: Path) -> None:
+def _publish(folder: Path, out: Path, *, overwrite: bool) -> None:
     """Flush the folder, put it in place, and leave whatever it replaced in the folder's name."""
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         sync_directory(directory)
-    if os.path.lexists(out):
-        if not _exchange(folder, out):
-            aside = out.with_name(f"{folder.name}.old")
-            out.rename(aside)
-            folder.rename(out)
-            shutil.rmtree(aside, ignore_errors=True)
-    else:
-        folder.rename(out)
+    if not _move(folder, out):
+        check_output(out, [], overwrite=overwrite)
+        _exchange(folder, out)
     sync_directory(out.parent)
 
 
-def _exchange(folder: Path, out: Path) -> bool:
-    """Swap two folders in one step, where the kernel can (renameat2)."""
+_ONLY_IF_ABSENT, _BOTH_WAYS = 1, 2  # renameat2's RENAME_NOREPLACE and RENAME_EXCHANGE
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL)
+
+
+def _move(folder: Path, out: Path) -> bool:
+    """Rename a folder to where nothing is; return False, with nothing done, if something is."""
+    failure = _renameat2(folder, out, _ONLY_IF_ABSENT)
+    if failure in _UNSUPPORTED and not os.path.lexists(out):
+        folder.rename(out)
+        return True
+    if failure not in (0, errno.EEXIST, *_UNSUPPORTED):
+        raise OSError(failure, os.strerror(failure), str(out))
+    return failure == 0
+
+
+def _exchange(folder: Path, out: Path) -> None:
+    """Swap two folders: in one step, where the kernel can."""
+    failure = _renameat2(folder, out, _BOTH_WAYS)
+    if failure in _UNSUPPORTED:
+        aside = out.with_name(f"{folder.name}.old")
+        out.rename(aside)
+        folder.rename(out)
+        shutil.rmtree(aside, ignore_errors=True)
+    elif failure:
+        raise OSError(failure, os.strerror(failure), str(out))
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> int:
+    """Call Linux's renameat2; return 0 or an error's number, ENOSYS where there is no such call."""
     libc = ctypes.CDLL(None, use_errno=True)
-    renameat2 = getattr(libc, "renameat2", None)
-    if renameat2 is None:
-        return False
-    at_cwd, exchange = -100, 2
-    return bool(renameat2(at_cwd, bytes(folder), at_cwd, bytes(out), exchange) == 0)
+    call = getattr(libc, "renameat2", None)
+    if call is None:
+        return errno.ENOSYS
+    at_cwd = -100
+    return (
+        0 if call(at_cwd, bytes(source), at_cwd, bytes(target), flags) == 0 else ctypes.get_errno()
+    )
 
 
 def sync_directory(path: Path) -> None:
