@@ -299,7 +299,8 @@ def test_a_card_that_cannot_be_read_hands_nothing_on(
 
 
 @pytest.mark.parametrize(
-    ("umask", "file", "folder"), [(0o027, 0o640, 0o750), (0o022, 0o644, 0o755)]
+    ("umask", "file", "folder"),
+    [(0o027, 0o640, 0o750), (0o022, 0o644, 0o755), (0o002, 0o664, 0o775)],
 )
 def test_modes_follow_the_umask(
     base: Path, adapter: Path, tmp_path: Path, umask: int, file: int, folder: int
