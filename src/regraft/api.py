@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError, UsageError
-from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from regraft.formats.checkpoint import (
+    AdapterFiles,
+    Checkpoint,
+    open_adapter,
+    open_checkpoint,
+)
 from regraft.formats.hub import locate
 from regraft.formats.remote import open_headers
 from regraft.memory import peak_memory
@@ -119,8 +124,7 @@ def _plan(
     overwrite: bool,
     token: str | None,
 ) -> Plan:
-    opened = [open_adapter(locate(source, kind="adapter", token=token)) for source, _ in adapters]
-    read = [read_adapter(f, weight) for f, (_, weight) in zip(opened, adapters, strict=True)]
+    read = [read_adapter(files, weight) for files, weight in _open(adapters, token)]
     made = make_plan(base, read, choices, out)
     if out is None:
         return made
@@ -128,6 +132,16 @@ def _plan(
     check_output(out, [*files, *(Path(a.root) for a in read)], overwrite=overwrite)
     disk = {"needed": made.nbytes + SLACK_BYTES, "free": free_bytes(out)}
     return replace(made, disk=disk)
+
+
+def _open(
+    adapters: Sequence[tuple[str, float]], token: str | None
+) -> list[tuple[AdapterFiles, float]]:
+    """Open adapters, all of them before any is read."""
+    return [
+        (open_adapter(locate(source, kind="adapter", token=token)), weight)
+        for source, weight in adapters
+    ]
 
 
 def check(
@@ -151,10 +165,8 @@ def check(
     """
     choices = _choices(dtype, None, max_memory, None)
     checkpoint = open_headers(base, token=token)
-    wanted = parse_adapters(adapters)
-    opened = [open_adapter(locate(source, kind="adapter", token=token)) for source, _ in wanted]
     read, problems = [], list[Problem]()
-    for files, (_, weight) in zip(opened, wanted, strict=True):
+    for files, weight in _open(parse_adapters(adapters), token):
         try:
             read.append(read_adapter(files, weight))
         except RegraftError as error:

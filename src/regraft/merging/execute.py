@@ -176,8 +176,10 @@ def execute(plan: Plan, folder: Path, progress: Progress | None) -> Outcome:
 
 
 def _run_threads(queue: _Queue, plan: Plan) -> None:
+    buffer_bytes = _buffer_bytes(plan)
+
     def work() -> None:
-        buffers = Buffers(_buffer_bytes(plan))
+        buffers = Buffers(buffer_bytes)
         while (item := queue.next()) is not None:
             run, tile, shard = item
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -121,7 +122,7 @@ def _totals(plan: Plan, records: tuple[TensorRecord, ...], used: Used) -> Totals
     weights = sum((r.weight_norm or 0.0) ** 2 for r in records if r.weight_norm is not None)
     deltas = sum((r.delta_norm or 0.0) ** 2 for r in records if r.weight_norm is not None)
     touched = [r for r in records if r.action in ("merge", "replace")]
-    elements = sum(_numel(r) for r in touched)
+    elements = sum(math.prod(r.shape) for r in touched)
     seconds, peak, threads = used()
     return Totals(
         **counts,
@@ -131,10 +132,3 @@ def _totals(plan: Plan, records: tuple[TensorRecord, ...], used: Used) -> Totals
         peak_memory=peak,
         threads=threads,
     )
-
-
-def _numel(record: TensorRecord) -> int:
-    count = 1
-    for size in record.shape:
-        count *= size
-    return count

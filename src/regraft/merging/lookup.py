@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from regraft.formats.checkpoint import Checkpoint
@@ -36,6 +35,11 @@ class Found:
     piece: Piece
     held: tuple[Held, ...]
     alias: str | None = None
+
+    @property
+    def common(self) -> Found:
+        """The same find, meaning what both sides of a tie share rather than one side of it."""
+        return replace(self, alias=None)
 
 
 class BaseIndex:
@@ -135,9 +139,9 @@ def overlap(wanted: Piece, held: Piece) -> bool:
     return experts and parts
 
 
-def nearest_hint(index: BaseIndex, names: Sequence[str]) -> str:
-    """Return a hint that lists the nearest names of the base."""
-    near = index.nearest(names[0])
+def nearest_hint(index: BaseIndex, name: str) -> str:
+    """Return a hint that lists the base's names most like ``name``."""
+    near = index.nearest(name)
     if not near:
         return "Is this the base the adapter was trained on?"
     return "The base's nearest names: " + ", ".join(near)

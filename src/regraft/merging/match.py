@@ -192,12 +192,12 @@ class Matcher:
         )  # fmt: skip
 
     def _add_deltas(self, place: Placement, found: Found, held: Held) -> None:
+        work = self._work(found, held)
+        seen = self._seen(work, held)
         if place.target.kind == "embedding":
-            work = self._work(found, held)
-            deltas = [embedding_delta(place, self._seen(work, held).spec)]
+            deltas = [embedding_delta(place, seen.spec)]
         else:
-            work = self._work(found, held)
-            deltas = linear_deltas(place, found, self._seen(work, held), self.index)
+            deltas = linear_deltas(place, found, seen, self.index)
         if work.replaced is not None:
             raise Misfit(_conflict(place.where(), work.name))
         for delta in deltas:
@@ -241,7 +241,7 @@ class Matcher:
                 if part is None:
                     raise Misfit(_not_one_tensor(where, finds))
                 if whole.origin == "embedding":
-                    self._carry(number, part, Found(found.piece, found.held), held, where)
+                    self._carry(number, part, found.common, held, where)
                 else:
                     self._replace(number, part, found, held, where)
 
@@ -303,7 +303,7 @@ class Matcher:
         if len(finds) != 1 or len(finds[0].held) != 1:
             raise Misfit(self._not_found(where, f"{rows.module}.weight"))
         held = finds[0].held[0]
-        common = self._work(Found(finds[0].piece, finds[0].held), held)
+        common = self._work(finds[0].common, held)
         if any(p.adapter == number and p.indices == rows.indices for p in common.patches):
             return  # the other side of a tie, with the same rows: PEFT trains them as one
         work = self._work(finds[0], held)
@@ -336,7 +336,7 @@ class Matcher:
     def _not_found(self, where: str, parameter: str) -> Problem:
         return Problem(
             "the base has no such tensor", where, parameter, "nothing",
-            nearest_hint(self.index, [parameter]),
+            nearest_hint(self.index, parameter),
         )  # fmt: skip
 
     def _note_attention(self, adapter: Adapter) -> None:
@@ -417,10 +417,10 @@ def match(index: BaseIndex, adapters: Iterable[Adapter]) -> Matching:
     matcher = Matcher(index)
     for number, adapter in enumerate(adapters):
         matcher.add(number, adapter)
-    matcher.result.problems += [
-        _shared_residual(work) for work in matcher.result.works.values() if _shares_residual(work)
-    ]
-    return matcher.result
+    result = matcher.result
+    works = (*result.works.values(), *result.tied.values())
+    result.problems += [_shared_residual(work) for work in works if _shares_residual(work)]
+    return result
 
 
 def _shares_residual(work: Work) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -195,7 +196,7 @@ class Plan:
             "converted": actions["convert"],
             "replaced": actions["replace"],
             "added": actions["add"],
-            "parameters": sum(nbytes_of("U8", step.shape) for step in self.steps),
+            "parameters": sum(math.prod(step.shape) for step in self.steps),
             "bytes_read": sum(s.source.nbytes for s in self.steps) + sum(adapter_bytes.values()),
             "bytes_written": self.nbytes,
         }

@@ -19,7 +19,7 @@ from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, match
 from regraft.merging.plan import OutputShard, Plan, Segment, Step
 from regraft.merging.receipt import Action
-from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_rows
+from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
 from regraft.names import NameMap, class_for_task
 from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES
 
@@ -29,10 +29,10 @@ BASELINE_BYTES = 170 * 2**20
 BYTES_PER_TENSOR = 4 * 2**10
 """Memory that the specs, steps and records of one tensor take, measured."""
 
-LARGEST_TILE = 2 * 2**20
 TORCH_BYTES = 200 * 2**20
 """What importing torch adds, which reading a ``.bin`` file needs."""
 
+LARGEST_TILE = 2 * 2**20
 SMALLEST_TILE = 64 * 2**10
 FACTOR_BYTES = 48 * 2**20
 """Room for the factors of the steps in flight, when none alone needs more."""
@@ -205,8 +205,7 @@ def _config_updates(
 def _vocabulary_updates(
     index: BaseIndex, works: Mapping[str, Work], matching: Matching, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    changed = vocabulary_rows(index, list(works.values()))
-    if not changed:
+    if not vocabulary_changed(index, works.values()):
         return {}
     sizes = _vocabulary_sizes(index, works)
     if len(set(sizes.values())) > 1:

@@ -6,6 +6,7 @@ weights, so a faithful merge writes both and says ``tie_word_embeddings: false``
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,17 +158,13 @@ def _differs_though_both_stored(index: BaseIndex, matching: Matching) -> bool:
     return False
 
 
-def vocabulary_rows(index: BaseIndex, works: list[Work]) -> dict[str, dict[str, int]]:
-    """Return, for each side of the vocabulary that changed size, tensor name to new rows."""
-    rows: dict[str, dict[str, int]] = {}
-    for work in works:
-        side = vocabulary_side(index, work.name)
-        if side is None:
-            continue
-        height = output_rows(work)
-        if work.base is None or height != work.base.shape[0]:
-            rows.setdefault(side, {})[work.name] = height
-    return rows
+def vocabulary_changed(index: BaseIndex, works: Iterable[Work]) -> bool:
+    """Whether a side of the vocabulary changes its size, or comes to be stored."""
+    return any(
+        work.base is None or output_rows(work) != work.base.shape[0]
+        for work in works
+        if vocabulary_side(index, work.name) is not None
+    )
 
 
 def output_rows(work: Work) -> int:
