@@ -19,8 +19,8 @@ from regraft.formats.checkpoint import (
 from regraft.formats.hub import locate
 from regraft.formats.remote import open_headers
 from regraft.memory import peak_memory
-from regraft.merging.events import Progress, ProgressEvent
-from regraft.merging.output import SLACK_BYTES, building, check_output, check_space, free_bytes
+from regraft.merging.events import Progress, tell
+from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan, parse_dtype
 from regraft.merging.report import CheckReport
@@ -43,6 +43,8 @@ def merge(
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     overwrite: bool = False,
+    undo: bool = True,
+    keep_adapter: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -58,6 +60,8 @@ def merge(
         max_memory: cap on resident memory, whatever the size of the model.
         threads: worker threads; by default three more than there are cores at hand.
         overwrite: replace ``out``, once the new one is complete, if it holds a model already.
+        undo: keep in ``out/regraft/undo`` what :func:`unmerge` and :func:`swap` need.
+        keep_adapter: keep a copy of the adapters there too; else they have to be given then.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
         command: how the receipt and the card say it was made.
@@ -66,25 +70,35 @@ def merge(
         The receipt, as it is in ``out/regraft/receipt.json``.
 
     Raises:
-        RegraftError: one of :mod:`regraft.errors`; ``out`` is then as it was before the call.
+        RegraftError: one of :mod:`regraft.errors`; ``out`` is then as it was before the call. If
+            the machine fell short, what is done so far is kept: the same call goes on from there.
     """
     started = time.perf_counter()
     place = Path(out)
     check_output(place, [], overwrite=overwrite)  # before anything is fetched from the Hub
-    choices = _choices(dtype, shard_size, max_memory, threads)
+    choices = _choices(dtype, shard_size, max_memory, threads, undo, keep_adapter)
     wanted = parse_adapters(adapters)
-    _tell(progress, "read", 0)
+    tell(progress, "read", 0)
     checkpoint = open_checkpoint(locate(base, kind="base", token=token))
     made = _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
     check_space(place, made.nbytes)
 
-    from regraft.merging.execute import execute
-    from regraft.merging.finalize import write_rest
+    from regraft.merging.building import build
+    from regraft.merging.workplace import workplace
 
-    with building(place, overwrite=overwrite) as folder:
-        outcome = execute(made, folder, progress)
-        _tell(progress, "finish", made.nbytes)
-        return write_rest(made, outcome, folder, _call(made, command), lambda: _used(started, made))
+    with workplace(place, overwrite=overwrite) as work:
+        return build(
+            made, work, _inputs(made), _call(made, command), lambda: _used(started, made),
+            undo=undo, keep_adapters=keep_adapter, progress=progress,
+        )  # fmt: skip
+
+
+def _inputs(made: Plan) -> list[Path]:
+    """Return the files that decide what a merge writes."""
+    weights = [shard.path for shard in made.base.shards]
+    sides = [] if made.base.single_file else [p for p in made.base.root.iterdir() if p.is_file()]
+    adapters = [path for adapter in made.adapters for path in Path(adapter.root).iterdir()]
+    return [*weights, *sides, *(path for path in adapters if path.is_file())]
 
 
 def plan(
@@ -97,6 +111,7 @@ def plan(
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     overwrite: bool = False,
+    undo: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -107,9 +122,9 @@ def plan(
     Raises:
         RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
     """
-    choices = _choices(dtype, shard_size, max_memory, threads)
+    choices = _choices(dtype, shard_size, max_memory, threads, undo)
     wanted = parse_adapters(adapters)
-    _tell(progress, "read", 0)
+    tell(progress, "read", 0)
     checkpoint = open_headers(base, token=token)
     place = Path(out) if out is not None else None
     return _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
@@ -163,7 +178,7 @@ def check(
         InputError: the base or an adapter cannot be opened at all.
         EnvironmentShortfall: an input cannot be read, or needs an optional package.
     """
-    choices = _choices(dtype, None, max_memory, None)
+    choices = _choices(dtype, None, max_memory, None, undo=True)
     checkpoint = open_headers(base, token=token)
     read, problems = [], list[Problem]()
     for files, weight in _open(parse_adapters(adapters), token):
@@ -223,7 +238,12 @@ def _weight(value: float | str, where: str) -> float:
 
 
 def _choices(
-    dtype: str | None, shard_size: str | int | None, max_memory: str | int, threads: int | None
+    dtype: str | None,
+    shard_size: str | int | None,
+    max_memory: str | int,
+    threads: int | None,
+    undo: bool = False,
+    keep_adapter: bool = False,
 ) -> Choices:
     sizes = []
     for name, value in (("shard_size", shard_size), ("max_memory", max_memory)):
@@ -233,19 +253,17 @@ def _choices(
             raise UsageError(str(error), where=f"--{name.replace('_', '-')}") from None
     if threads is not None and threads < 1:
         raise UsageError("threads has to be at least 1", where="--threads", found=str(threads))
-    return Choices(parse_dtype(dtype), sizes[0], sizes[1] or 0, threads)
-
-
-def _tell(progress: Progress | None, stage: str, total: int) -> None:
-    if progress is not None:
-        progress(ProgressEvent(stage, total if stage == "finish" else 0, total))
+    return Choices(
+        parse_dtype(dtype), sizes[0], sizes[1] or 0, threads, undo, undo and keep_adapter
+    )
 
 
 def _call(made: Plan, command: str | None) -> str:
     if command is not None:
         return command
     adapters = ", ".join(repr((a.source, a.weight)) for a in made.adapters)
-    chosen = "".join(f", {name}={value!r}" for name, value in made.options.items() if value)
+    usual = {"dtype": None, "shard_size": None, "undo": True}
+    chosen = "".join(f", {n}={v!r}" for n, v in made.options.items() if v != usual[n])
     return f"regraft.merge({made.base.source!r}, [{adapters}], {made.out!r}{chosen})"
 
 

@@ -13,6 +13,7 @@
         ├── MissingExtraError            an optional package is needed
         ├── DiskSpaceError               not enough room, found before anything is written
         ├── MemoryCapError               one step cannot fit under --max-memory
+        ├── BusyError                    another process is writing the same output
         └── AccessError                  the system refused to read or write
 
 An error carries one or more :class:`Problem`: what is wrong, where, what was expected, what was
@@ -128,6 +129,10 @@ class DiskSpaceError(EnvironmentShortfall):
 
 class MemoryCapError(EnvironmentShortfall):
     """A step needs more memory than ``--max-memory`` allows."""
+
+
+class BusyError(EnvironmentShortfall):
+    """Another process is writing the same output."""
 
 
 class AccessError(EnvironmentShortfall):

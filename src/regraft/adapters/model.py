@@ -7,6 +7,7 @@ and without wrapper segments such as ``base_layer``; matching them with a base c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from regraft.adapters.settings import LoraSettings
@@ -77,6 +78,7 @@ class Adapter:
         source: as the user named it.
         revision: the Hub commit, when it came from the Hub.
         root: the folder it lies in.
+        weights_file: the name of the file that holds its tensors.
         weight: the user's factor on its scale.
         settings: its config.
         targets: adapted modules.
@@ -87,11 +89,17 @@ class Adapter:
     source: str
     revision: str | None
     root: str
+    weights_file: str
     weight: float
     settings: LoraSettings
     targets: tuple[LoraTarget, ...]
     whole: tuple[WholeTensor, ...]
     token_rows: tuple[TokenRows, ...]
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """Its config and its weights."""
+        return Path(self.root) / "adapter_config.json", Path(self.root) / self.weights_file
 
     @property
     def label(self) -> str:

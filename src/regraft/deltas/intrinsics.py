@@ -79,3 +79,33 @@ def add_square(typingctx: Any, total: Any, value: Any) -> Any:  # noqa: ARG001
         return builder.fadd(args[0], square, flags=_ANY_ORDER)
 
     return types.float64(types.float64, types.float64), codegen
+
+
+@intrinsic
+def double_bits(typingctx: Any, value: Any) -> Any:  # noqa: ARG001
+    """Return the 64 bits of a float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(args[0], ir.IntType(64))
+
+    return types.uint64(types.float64), codegen
+
+
+@intrinsic
+def double_of(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
+    """Return the float64 that 64 bits stand for."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.uint64), codegen
+
+
+@intrinsic
+def trailing_zeros(typingctx: Any, word: Any) -> Any:  # noqa: ARG001
+    """Return how many bits of a uint64 are zero below its lowest one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.uint64(types.uint64), codegen

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from regraft.deltas import kernels
 from regraft.deltas.residual import FACTORIZATIONS
+from regraft.deltas.units import Encoder, Rows, merge
 from regraft.deltas.views import Delta, View
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
-from regraft.merging.factors import FactorStore, Packed, Pair, joined, pack
+from regraft.merging.factors import (
+    FactorStore,
+    Packed,
+    Pair,
+    SegmentFactors,
+    factors_of,
+    joined,
+    pack,
+)
 from regraft.merging.plan import Segment, Step
 from regraft.merging.tiles import Tile
 
@@ -22,9 +31,13 @@ ReadSource = Callable[[int, Bytes], None]
 
 @dataclass
 class Prepared:
-    """What needs the whole tensor: factorizations, column factors, rows to replace."""
+    """What needs the whole tensor: factorizations, DoRA's factors, rows to replace.
+
+    By the ``id`` of the delta; rows by their number. Factors of rows are filled in tile by tile.
+    """
 
     residuals: dict[int, Pair] = field(default_factory=dict)
+    row_factors: dict[int, Floats] = field(default_factory=dict)
     column_factors: dict[int, Floats] = field(default_factory=dict)
     patches: dict[int, Floats] = field(default_factory=dict)
 
@@ -39,9 +52,16 @@ class StepMath:
         self._scratch_bytes = scratch_bytes
         self._lock = threading.Lock()
         self._prepared: Prepared | None = None
-        self._packed: tuple[Segment, Packed] | None = None
+        self._segments: SegmentFactors | None = None
 
-    def run(self, tile: Tile, source: Weights, result: Weights, sums: Sums) -> None:
+    def run(
+        self,
+        tile: Tile,
+        source: Weights,
+        result: Weights,
+        sums: Sums,
+        keeping: Encoder | None = None,
+    ) -> None:
         """Fill a tile's result.
 
         Args:
@@ -49,48 +69,63 @@ class StepMath:
             source: its weights.
             result: where the result goes.
             sums: as in :func:`regraft.deltas.kernels.merge_rows`; added to.
+            keeping: begun for the tile (of kind ``rows``), where an undo is wanted.
         """
         if tile.kind == "values":
             result.take(source, sums)
             return
         prepared = self._prepare()
         if tile.kind == "rows":
-            self._merge(tile, source, result, prepared, sums)
+            self._merge(tile, source, result, prepared, sums, keeping)
         self._replace_rows(tile, source, result, prepared, sums)
+        if tile.kind == "rows" and keeping is not None:
+            for row in prepared.patches:
+                if tile.rows[0] <= row < tile.rows[1]:
+                    keeping.keep_plain(row, tile.rows[0])
+
+    def undo_factors(self) -> list[Floats]:
+        """Return what an undo cannot recompute, once all tiles are done: flat, in order of deltas.
+
+        Of a residual both factors, of DoRA the factors of rows or columns.
+        """
+        prepared, kept = self._prepare(), []
+        for delta in self._step.deltas:
+            if delta.is_residual:
+                pair = prepared.residuals[id(delta)]
+                kept += [pair.left.ravel(), pair.right.ravel()]
+            elif delta.magnitude is not None:
+                found = prepared.column_factors if delta.by_column else prepared.row_factors
+                kept.append(found[id(delta)])
+        return kept
 
     def release(self) -> None:
         """Let go of everything kept for the step's tiles."""
-        self._prepared, self._packed = None, None
+        self._prepared, self._segments = None, None
 
     # -- a tile ----------------------------------------------------------------------------------
 
     def _merge(
-        self, tile: Tile, source: Weights, result: Weights, prepared: Prepared, sums: Sums
-    ) -> None:
+        self, tile: Tile, source: Weights, result: Weights, prepared: Prepared, sums: Sums,
+        keeping: Encoder | None,
+    ) -> None:  # fmt: skip
         first, last = tile.rows
         width = tile.columns[1] - tile.columns[0]
+        keep_gaps = keeping if source.kind != result.kind else None
 
         def cut(weights: Weights, low: int, high: int) -> Weights:
             return weights.cut((low - first) * width, (high - low) * width)
 
-        done = first
-        for segment in self._step.segments:
-            low, high = max(segment.rows[0], first), min(segment.rows[1], last)
-            if low >= high:
+        for segment, low, high in covered(self._step.segments, first, last):
+            weights, merged = cut(source, low, high), cut(result, low, high)
+            if not segment.deltas:
+                merged.take(weights, sums)
+                if keep_gaps is not None:
+                    keep_gaps.encode(run_of(segment, low, tile, weights, merged, pack(segment, [])))
                 continue
-            if done < low:
-                cut(result, done, low).take(cut(source, done, low), sums)
-            weights = cut(source, low, high)
-            packed = self._pack(segment, prepared)
+            packed = self._factors(prepared).of(segment)
             factors = self._dora_factors(segment, packed, (low, high), weights, prepared)
-            kernels.merge_rows(
-                *weights.arguments, *cut(result, low, high).arguments, high - low, width,
-                packed.left, packed.right, packed.right_ld, low - segment.rows[0], tile.columns[0],
-                packed.table, packed.scales, factors, sums,
-            )  # fmt: skip
-            done = high
-        if done < last:
-            cut(result, done, last).take(cut(source, done, last), sums)
+            run = run_of(segment, low, tile, weights, merged, packed, factors)
+            merge(run, sums, keeping)
 
     def _replace_rows(
         self, tile: Tile, source: Weights, result: Weights, prepared: Prepared, sums: Sums
@@ -114,22 +149,11 @@ class StepMath:
 
     # -- factors ---------------------------------------------------------------------------------
 
-    def _pack(self, segment: Segment, prepared: Prepared) -> Packed:
-        """Return a segment's deltas, packed once for all threads and kept for the next tile."""
+    def _factors(self, prepared: Prepared) -> SegmentFactors:
         with self._lock:
-            if self._packed is None or self._packed[0] is not segment:
-                self._packed = None  # let go of the last segment's before making the next
-                pairs = [self._pair(delta, segment, prepared) for delta in segment.deltas]
-                self._packed = (segment, pack(segment, pairs))
-            return self._packed[1]
-
-    def _pair(self, delta: Delta, segment: Segment, prepared: Prepared) -> Pair:
-        if delta.left is None or delta.right is None:
-            pair = prepared.residuals[id(delta)]
-        else:
-            pair = Pair(*self._factors_of(delta))
-        low, high = segment.rows[0] - delta.rows[0], segment.rows[1] - delta.rows[0]
-        return Pair(np.ascontiguousarray(pair.left[low:high]), pair.right)
+            if self._segments is None:
+                self._segments = SegmentFactors(self._store, prepared.residuals)
+            return self._segments
 
     def _dora_factors(
         self, segment: Segment, packed: Packed, rows: tuple[int, int], weights: Weights,
@@ -155,11 +179,10 @@ class StepMath:
                 low - segment.rows[0], False, squares,
             )  # fmt: skip
             magnitude = self._store.matrix(delta.magnitude).ravel()
-            own = np.zeros(segment.rows[1] - segment.rows[0], np.float32)
-            own[low - segment.rows[0] : high - segment.rows[0]] = _ratio(
-                magnitude[low - delta.rows[0] : high - delta.rows[0]], squares
-            )
-            factors.append(own)
+            here = slice(low - delta.rows[0], high - delta.rows[0])
+            own = prepared.row_factors[id(delta)]
+            own[here] = _ratio(magnitude[here], squares)
+            factors.append(own[segment.rows[0] - delta.rows[0] : segment.rows[1] - delta.rows[0]])
         return joined(factors)
 
     # -- the whole tensor ------------------------------------------------------------------------
@@ -177,6 +200,9 @@ class StepMath:
                 prepared.residuals[id(delta)] = self._factorize(delta)
             elif delta.magnitude is not None and delta.by_column:
                 prepared.column_factors[id(delta)] = self._column_factors(delta, delta.magnitude)
+            elif delta.magnitude is not None:
+                height = delta.rows[1] - delta.rows[0]
+                prepared.row_factors[id(delta)] = np.zeros(height, np.float32)
         for patch in self._step.patches:
             values = self._store.matrix(patch.values)
             prepared.patches.update(zip(patch.indices, values, strict=True))
@@ -195,7 +221,8 @@ class StepMath:
 
     def _column_factors(self, delta: Delta, magnitude: View) -> Floats:
         """Return DoRA's factors where norms run over all rows: one pass over the weight."""
-        left, right = self._factors_of(delta)
+        pair = factors_of(delta, self._store)
+        left, right = pair.left.ravel(), pair.right.ravel()
         height, width = self._step.matrix
         row_bytes = width * self._step.source.itemsize
         each = max(1, self._scratch_bytes // row_bytes)
@@ -207,15 +234,43 @@ class StepMath:
             self._read(first * row_bytes, part)
             weights = Weights.of_bytes(part, self._step.source.dtype)
             kernels.square_sums(
-                *weights.arguments, rows, width, left.ravel(), 0, right.ravel(), 0, delta.rank,
+                *weights.arguments, rows, width, left, 0, right, 0, delta.rank,
                 np.float32(delta.scale), first, True, squares,
             )  # fmt: skip
         return _ratio(self._store.matrix(magnitude).ravel(), squares)
 
-    def _factors_of(self, delta: Delta) -> tuple[Floats, Floats]:
-        if delta.left is None or delta.right is None:
-            raise ValueError(f"a {delta.feature} residual has no stored factors")
-        return self._store.matrix(delta.left), self._store.matrix(delta.right)
+
+def covered(
+    segments: Sequence[Segment], first: int, last: int
+) -> Iterator[tuple[Segment, int, int]]:
+    """Yield rows ``first`` to ``last`` piece by piece; what no segment covers has no deltas."""
+    done = first
+    for segment in segments:
+        low, high = max(segment.rows[0], first), min(segment.rows[1], last)
+        if low >= high:
+            continue
+        if done < low:
+            yield Segment((done, low), ()), done, low
+        yield segment, low, high
+        done = high
+    if done < last:
+        yield Segment((done, last), ()), done, last
+
+
+_NONE: Floats = np.empty(0, np.float32)
+
+
+def run_of(
+    segment: Segment, low: int, tile: Tile, source: Weights, merged: Weights, packed: Packed,
+    factors: Floats = _NONE,
+) -> Rows:  # fmt: skip
+    """Return the rows from ``low`` of a tile that lie in a segment, as the kernels take them."""
+    width = tile.columns[1] - tile.columns[0]
+    rows = (source.x16.size or source.x32.size) // width
+    return Rows(
+        source, merged, rows, width, low - segment.rows[0], tile.columns[0], packed.left,
+        packed.right, packed.right_ld, packed.table, packed.scales, factors, low - tile.rows[0],
+    )  # fmt: skip
 
 
 def _ratio(magnitude: Floats, squares: Sums) -> Floats:

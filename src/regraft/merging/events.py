@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """How far a merge has come.
+    """How far long work has come.
 
     Attributes:
-        stage: ``"read"`` (headers), ``"merge"`` (tensors), or ``"finish"`` (flush and rename).
-        done: bytes of output made so far.
-        total: bytes of output in all; 0 while unknown.
+        stage: ``"read"`` (headers), ``"resume"`` (what an earlier try did is looked at),
+            ``"merge"``, ``"unmerge"``, ``"verify"`` or ``"compare"`` (tensors), or ``"finish"``
+            (flush and rename).
+        done: bytes of tensors done so far.
+        total: bytes of tensors in all; 0 while unknown.
         tensor: the tensor that was finished last, or ``""``.
     """
 
@@ -25,3 +27,9 @@ class ProgressEvent:
 
 Progress = Callable[[ProgressEvent], None]
 """What the ``progress`` argument takes; called from worker threads, one call at a time."""
+
+
+def tell(progress: Progress | None, stage: str, total: int) -> None:
+    """Report the beginning of a stage."""
+    if progress is not None:
+        progress(ProgressEvent(stage, total if stage == "finish" else 0, total))

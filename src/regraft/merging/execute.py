@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from regraft.deltas.weights import Bytes
+from regraft.errors import MismatchError, Problem, RegraftError
+from regraft.formats.problems import capped
 from regraft.formats.reading import FilePool
-from regraft.formats.safetensors import build_header
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.factors import FactorStore
-from regraft.merging.plan import OutputShard, Plan, Step
+from regraft.merging.jobs import Done, Job, Target, jobs_of
+from regraft.merging.keep import Keep, KeepRun, keep_tiles
+from regraft.merging.ledger import Closing, Ledger
+from regraft.merging.patch import PatchWriter
+from regraft.merging.plan import Plan
 from regraft.merging.receipt import TensorRecord
 from regraft.merging.run import Buffers, StepRun
+from regraft.merging.source import FileSource, Source
 from regraft.merging.tiles import Tile, tiles_of
+from regraft.merging.workplace import Workplace
 from regraft.merging.writer import OutputFile
 
 FACTOR_CACHE = 32 * 2**20
 """Bytes of decoded adapter tensors kept for the next step that asks for them."""
 
+OpenSource = Callable[[FilePool, FactorStore], Source]
+"""Gives what the base is read from, for the time of an execution."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be executed.
+
+    Attributes:
+        plan: tile size and threads.
+        targets: the files to be made.
+        keeps: the base's tensors to be kept by their difference.
+        open_source: gives what the base is read from; its files, by default.
+        stage: what progress calls it.
+    """
+
+    plan: Plan
+    targets: Sequence[Target]
+    keeps: Sequence[Keep] = ()
+    open_source: OpenSource | None = None
+    stage: str = "merge"
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an execution leaves: the records in file order, and what was read of the adapters."""
+    """What an execution leaves.
+
+    Attributes:
+        records: of the tensors written, in file order.
+        adapter_digests: of what was read of the adapters, by file and name.
+        kept_digests: of the base's tensors that were kept by their difference, by name.
+    """
 
     records: tuple[TensorRecord, ...]
     adapter_digests: dict[tuple[Path, str], str]
+    kept_digests: dict[str, str]
 
 
 class _Gate:
-    """Lets steps in as long as their factors fit; one alone always may."""
+    """Lets jobs in as long as their factors fit; one alone always may."""
 
     def __init__(self, room: int) -> None:
         self._room, self._taken, self._inside = room, 0, 0
@@ -56,90 +94,146 @@ class _Gate:
             self._changed.notify_all()
 
 
+class _Active:
+    """A job while it is worked on."""
+
+    def __init__(self, number: int, job: Job, run: StepRun | KeepRun, tiles: list[Tile]) -> None:
+        self.number, self.job, self.run, self.tiles = number, job, run, tiles
+        self.left = len(tiles)
+
+    def finish(self) -> tuple[TensorRecord | None, str, list[tuple[str, bytes]]]:
+        """Return the receipt's record, the digest of the tensor, and sections of the patch."""
+        if isinstance(self.run, KeepRun):
+            return None, *self.run.finish()
+        target = self.job.target
+        record = self.run.finish(target.name if target is not None else "")
+        return record, record.blake3, self.run.sections()
+
+
 class _Queue:
-    """Hands out tiles, shard by shard and tensor by tensor, and notices when a step is done."""
+    """Hands out tiles, job by job, and notices when a job is done."""
 
     def __init__(
-        self, plan: Plan, folder: Path, files: FilePool, progress: Progress | None
-    ) -> None:
-        self._plan, self._folder, self._files = plan, folder, files
+        self, task: Task, place: Workplace, patch: PatchWriter | None, files: FilePool,
+        jobs: Sequence[Job], done: Sequence[Done], progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self._task, self._place, self._files, self._jobs = task, place, files, jobs
+        self._keeping = patch is not None
         self._store = FactorStore(files, FACTOR_CACHE)
-        room = max([step.factor_bytes for step in plan.steps] + [2 * FACTOR_CACHE])
-        self._gate = _Gate(room)
+        opener = task.open_source
+        self._source = opener(files, self._store) if opener else FileSource(files)
+        self._ledger = Ledger(len(done), place, patch, self._flush)
+        self._gate = _Gate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
         self._lock = threading.Lock()
-        self._tiles = self._walk()
-        self._left: dict[int, int] = {}
-        self._open_steps: dict[str, int] = {}
-        self._done, self._progress = 0, progress
-        self.records: dict[str, TensorRecord] = {}
-        self.outputs: dict[str, OutputFile] = {}
-        self._active: dict[int, StepRun] = {}
+        self._outputs: dict[str, OutputFile] = {}
+        self._unfinished = {target.name: len(target.steps) for target in task.targets}
+        self._active: dict[int, _Active] = {}
         self._stopped = False
+        self._progress = progress
+        self._done = 0
+        self.finished: dict[str, Done] = {}
+        for each, job in zip(done, jobs, strict=False):
+            self._take_over(each, job)
+        self._total = sum(step.nbytes for target in task.targets for step in target.steps)
+        self._tiles = self._walk(len(done))
 
-    @property
-    def digests(self) -> dict[tuple[Path, str], str]:
-        return self._store.digests
+    def _take_over(self, done: Done, job: Job) -> None:
+        """Count a job that an earlier try has done."""
+        self.finished[done.name] = done
+        if job.step is not None and job.target is not None:
+            self._done += job.step.nbytes
+            self._unfinished[job.target.name] -= 1
 
-    def _walk(self) -> Iterator[tuple[StepRun, Tile, str]]:
-        for shard in self._plan.shards:
-            output = self._create(shard)
-            offset = output.data_start
-            for step in shard.steps:
-                yield from self._step_tiles(step, shard, output, offset)
-                offset += step.nbytes
+    def open_finished(self) -> None:
+        """Make the files that need no job, or none any more, and flush them to the disk."""
+        for target in self._task.targets:
+            if not self._unfinished[target.name]:
+                self._create(target).close(sync=True)
 
-    def _create(self, shard: OutputShard) -> OutputFile:
-        header = build_header(
-            [(step.name, step.dtype, step.shape) for step in shard.steps], {"format": "pt"}
+    def _create(self, target: Target) -> OutputFile:
+        return OutputFile(self._place.out / target.name, target.size, target.pieces)
+
+    def _walk(self, first: int) -> Iterator[tuple[_Active, Tile]]:
+        for number in range(first, len(self._jobs)):
+            active = self._start(number, self._jobs[number])
+            self._active[number] = active
+            for tile in active.tiles:
+                yield active, tile
+
+    def _start(self, number: int, job: Job) -> _Active:
+        tile_bytes = self._task.plan.tile_bytes
+        if job.keep is not None:
+            run = KeepRun(job.keep, self._source, self._files)
+            return _Active(number, job, run, list(keep_tiles(job.keep, tile_bytes)))
+        step, target = job.step, job.target
+        if step is None or target is None:
+            raise ValueError("a job writes a tensor or keeps one")
+        if target.name not in self._outputs:
+            self._outputs[target.name] = self._create(target)
+        output = self._outputs[target.name]
+        written = StepRun(
+            step, output, job.offset, self._source, self._store, tile_bytes, self._keeping
         )
-        output = OutputFile(self._folder / shard.name, header, shard.nbytes)
-        self.outputs[shard.name] = output
-        self._open_steps[shard.name] = len(shard.steps)
-        return output
+        return _Active(number, job, written, list(tiles_of(step, tile_bytes)))
 
-    def _step_tiles(
-        self, step: Step, shard: OutputShard, output: OutputFile, offset: int
-    ) -> Iterator[tuple[StepRun, Tile, str]]:
-        tile_bytes = self._plan.tile_bytes
-        run = StepRun(step, output, offset, self._files, self._store, tile_bytes)
-        tiles = list(tiles_of(step, tile_bytes))
-        self._left[id(run)] = len(tiles)
-        self._active[id(run)] = run
-        for tile in tiles:
-            yield run, tile, shard.name
-
-    def next(self) -> tuple[StepRun, Tile, str] | None:
+    def next(self) -> tuple[_Active, Tile] | None:
         """Return the next tile, or None when there is none or the work was stopped."""
         with self._lock:
             if self._stopped:
                 return None
             item = next(self._tiles, None)
         if item is not None and item[1].number == 0:
-            self._gate.enter(item[0].step.factor_bytes)
+            self._gate.enter(item[0].run.cost)
         return item
 
-    def finish(self, run: StepRun, tile: Tile, shard: str) -> None:
-        """Account for a tile; with the last one of a step, keep its record."""
+    def finish(self, active: _Active, tile: Tile, payload: Bytes) -> None:
+        """Account for a tile; with the last one of a job, keep what is known of it."""
+        self._ledger.deposit(active.number, tile.number, payload)
         with self._lock:
-            self._left[id(run)] -= 1
-            last = self._left[id(run)] == 0
+            active.left -= 1
+            last = active.left == 0
             self._done += tile.write
             if self._progress is not None:
-                name = run.step.name if last else ""
-                self._progress(ProgressEvent("merge", self._done, self._plan.nbytes, name))
+                name = active.job.name.partition(" ")[2] if last else ""
+                self._progress(ProgressEvent(self._task.stage, self._done, self._total, name))
         if last:
-            self.records[run.step.name] = run.finish(shard)
-            self._gate.leave(run.step.factor_bytes)
-            self._close_step(run, shard)
+            self._end(active)
+            self._gate.leave(active.run.cost)
 
-    def _close_step(self, run: StepRun, shard: str) -> None:
+    def _end(self, active: _Active) -> None:
+        record, digest, sections = active.finish()
+        job = active.job
+        adapter = tuple(
+            (str(path), name, self._store.digests[path, name])
+            for path, name in (job.step.adapter_tensors if job.step is not None else ())
+            if (path, name) in self._store.digests
+        )
+        done = Done(job.name, digest, record, adapter, ())
         with self._lock:
-            self._left.pop(id(run))
-            self._active.pop(id(run))
-            self._open_steps[shard] -= 1
-            complete = self._open_steps[shard] == 0
-        if complete:
-            self.outputs.pop(shard).close(sync=True)
+            self.finished[job.name] = done
+        entry = {k: v for k, v in asdict(done).items() if k != "sections"}
+        self._ledger.close_job(active.number, Closing(len(active.tiles), entry, sections))
+        if isinstance(active.run, StepRun):
+            active.run.release()
+        self._close_output(active)
+
+    def _close_output(self, active: _Active) -> None:
+        with self._lock:
+            self._active.pop(active.number)
+            target, output = active.job.target, None
+            if target is not None:
+                self._unfinished[target.name] -= 1
+                if not self._unfinished[target.name]:
+                    output = self._outputs.pop(target.name)
+        if output is not None:
+            output.close(sync=True)
+
+    def _flush(self) -> None:
+        """Hand all that is gathered for open files to the system."""
+        with self._lock:
+            outputs = list(self._outputs.values())
+        for output in outputs:
+            output.flush()
 
     def stop(self) -> None:
         """Hand out nothing more and wake everyone who waits."""
@@ -147,32 +241,98 @@ class _Queue:
             self._stopped = True
             active = list(self._active.values())
         self._gate.open()
-        for run in active:
-            run.fail()
+        self._ledger.stop()
+        for each in active:
+            each.run.fail()
 
     def close(self) -> None:
-        """Close whatever a failure left open."""
-        for output in self.outputs.values():
+        """Note what is done, and close whatever a failure left open."""
+        for output in self._outputs.values():
             output.close(sync=False)
-        self.outputs.clear()
+        self._outputs.clear()
+
+    def note(self) -> None:
+        """Write all that is done into the journal."""
+        self._ledger.note()
+
+    def outcome(self) -> Outcome:
+        """Return what was done, by this try and by earlier ones.
+
+        Raises:
+            MismatchError: a tensor was not what it should have been.
+        """
+        digests = {
+            (Path(path), name): digest
+            for done in self.finished.values()
+            for path, name, digest in done.adapter
+        }
+        records = [done.record for done in self.finished.values() if done.record is not None]
+        of_name = {record.name: record for record in records}
+        kept = {
+            job.keep.original.name: self.finished[job.name].digest
+            for job in self._jobs
+            if job.keep is not None
+        }
+        self._check(records, kept)
+        ordered = [of_name[s.name] for target in self._task.targets for s in target.steps]
+        return Outcome(tuple(ordered), digests, kept)
+
+    def _check(self, records: Sequence[TensorRecord], kept: dict[str, str]) -> None:
+        theirs = {s.name for s in self._task.plan.steps if s.source_adapter is not None}
+        read = {r.source: r.source_blake3 for r in records if r.name not in theirs} | kept
+        problems = []
+        for name, digest in read.items():
+            expected = self._source.expected(name)
+            if expected is not None and expected != digest:
+                problems.append(_edited(name))
+        if problems:
+            raise MismatchError(capped(problems, self._place.folder))
 
 
-def execute(plan: Plan, folder: Path, progress: Progress | None) -> Outcome:
-    """Write a plan's weight files into ``folder`` and flush them to the disk.
+def _edited(name: str) -> Problem:
+    return Problem(
+        "the undo patch does not give back what the base held", f"tensor {name!r}",
+        "the merged weights, and the adapter, as they were at the merge",
+        "others: one of the two has been changed since",
+        "`regraft verify` says which; take the merged model from where it was unchanged",
+    )  # fmt: skip
+
+
+def execute(
+    task: Task, place: Workplace, patch: PatchWriter | None, done: Sequence[Done],
+    progress: Progress | None,
+) -> Outcome:  # fmt: skip
+    """Write a task's weight files and flush them to the disk.
+
+    Args:
+        task: what is to be done.
+        place: where; it has been begun.
+        patch: takes what an undo needs; None for none.
+        done: the jobs that an earlier try has done, from the first one on.
+        progress: called as work proceeds.
 
     Raises:
         RegraftError: the first error of any thread; the files are then incomplete.
     """
+    jobs = jobs_of(task.targets, task.keeps)
     with FilePool() as files:
-        queue = _Queue(plan, folder, files, progress)
+        queue = _Queue(task, place, patch, files, jobs, done, progress)
         try:
-            _run_threads(queue, plan)
-            for shard in plan.shards:  # shards without tensors
-                if shard.name in queue.outputs:
-                    queue.outputs.pop(shard.name).close(sync=True)
+            queue.open_finished()
+            _run_threads(queue, task.plan)
+        except BaseException:
+            _note_quietly(queue)
+            raise
         finally:
             queue.close()
-    return Outcome(tuple(queue.records[step.name] for step in plan.steps), queue.digests)
+        queue.note()
+        return queue.outcome()
+
+
+def _note_quietly(queue: _Queue) -> None:
+    """Note what is done although something failed; if that fails too, less is kept."""
+    with contextlib.suppress(RegraftError, OSError):
+        queue.note()
 
 
 def _run_threads(queue: _Queue, plan: Plan) -> None:
@@ -181,11 +341,11 @@ def _run_threads(queue: _Queue, plan: Plan) -> None:
     def work() -> None:
         buffers = Buffers(buffer_bytes)
         while (item := queue.next()) is not None:
-            run, tile, shard = item
+            active, tile = item
             try:
-                run.work(tile, buffers)
-                if not run.failed:
-                    queue.finish(run, tile, shard)
+                payload = active.run.work(tile, buffers)
+                if not active.run.failed:
+                    queue.finish(active, tile, payload)
             except BaseException:
                 queue.stop()
                 raise

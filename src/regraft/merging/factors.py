@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,14 @@ def _all(select: int | None) -> int | slice:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A delta's factors in memory: left (rows, r), right (r, columns)."""
+
+    left: Floats
+    right: Floats
+
+
+@dataclass(frozen=True)
 class Packed:
     """The deltas of a segment in the form :func:`regraft.deltas.kernels.merge_rows` takes.
 
@@ -107,12 +115,35 @@ class Packed:
     scales: Floats
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A delta's factors in memory: left (rows, r), right (r, columns)."""
+class SegmentFactors:
+    """The packed deltas of a step's segments: made once for all threads, the last one kept."""
 
-    left: Floats
-    right: Floats
+    def __init__(self, store: FactorStore, residuals: Mapping[int, Pair]) -> None:
+        """Take the factors of residuals, by the ``id`` of their delta."""
+        self._store, self._residuals = store, residuals
+        self._lock = threading.Lock()
+        self._kept: tuple[Segment, Packed] | None = None
+
+    def of(self, segment: Segment) -> Packed:
+        """Return a segment's deltas, packed."""
+        with self._lock:
+            if self._kept is None or self._kept[0] is not segment:
+                self._kept = None  # let go of the last segment's before making the next
+                pairs = [self._pair(delta, segment) for delta in segment.deltas]
+                self._kept = (segment, pack(segment, pairs))
+            return self._kept[1]
+
+    def _pair(self, delta: Delta, segment: Segment) -> Pair:
+        pair = self._residuals.get(id(delta)) or factors_of(delta, self._store)
+        low, high = segment.rows[0] - delta.rows[0], segment.rows[1] - delta.rows[0]
+        return Pair(np.ascontiguousarray(pair.left[low:high]), pair.right)
+
+
+def factors_of(delta: Delta, store: FactorStore) -> Pair:
+    """Return the factors that an adapter holds for a delta."""
+    if delta.left is None or delta.right is None:
+        raise ValueError(f"a {delta.feature} residual has no stored factors")
+    return Pair(store.matrix(delta.left), store.matrix(delta.right))
 
 
 def pack(segment: Segment, pairs: Sequence[Pair]) -> Packed:
@@ -132,7 +163,7 @@ def pack(segment: Segment, pairs: Sequence[Pair]) -> Packed:
     return Packed(
         joined([pair.left for pair in pairs]),
         joined([pair.right for pair in pairs]),
-        pairs[0].right.shape[1],
+        pairs[0].right.shape[1] if pairs else 0,
         table,
         np.array([delta.scale for delta in segment.deltas], np.float32),
     )

@@ -10,44 +10,97 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from regraft._version import __version__
 from regraft.formats.reading import access_error
+from regraft.formats.safetensors import build_header
 from regraft.merging.card import auto_class_of, base_metadata, model_card
 from regraft.merging.execute import Outcome
 from regraft.merging.output import write_file
+from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan
-from regraft.merging.receipt import InputRecord, Receipt, TensorRecord, Totals
+from regraft.merging.receipt import (
+    InputRecord,
+    Receipt,
+    TensorRecord,
+    Totals,
+    file_key,
+    receipt_bytes,
+)
 from regraft.merging.sidefiles import json_bytes, plan_side_files, updated_config
+from regraft.merging.undo import keep_base
 
 Used = Callable[[], tuple[float, int, int]]
 """Asks for seconds, peak memory in bytes, and threads."""
 
 
-def write_rest(plan: Plan, outcome: Outcome, folder: Path, command: str, used: Used) -> Receipt:
+def write_rest(
+    plan: Plan, outcome: Outcome, folder: Path, command: str, used: Used,
+    patch: PatchWriter | None = None, *, keep_adapters: bool = False,
+) -> Receipt:  # fmt: skip
     """Write everything but the weights into ``folder``; the receipt is last.
+
+    Args:
+        plan: the merge.
+        outcome: what it left.
+        folder: the output.
+        command: how it was called.
+        used: asks for time, memory and threads.
+        patch: the undo patch with all tensors' sections; it is completed and closed.
+        keep_adapters: whether the undo keeps the adapters.
 
     Raises:
         RegraftError: a side file cannot be read, or something cannot be written.
     """
     config = updated_config(plan.base.config or {}, plan.config_updates)
-    _copy_side_files(plan, folder, code=bool(config.get("auto_map")))
+    rest = _Rest(folder)
+    _copy_side_files(plan, rest, code=bool(config.get("auto_map")))
     if plan.base.config is not None:
-        write_file(folder / "config.json", json_bytes(config))
+        rest.write("config.json", json_bytes(config))
     if len(plan.shards) > 1:
-        write_file(folder / _index_name(plan), json_bytes(_index(plan), sort_keys=True))
+        rest.write(_index_name(plan), json_bytes(_index(plan), sort_keys=True))
     receipt = _receipt(plan, outcome, command, used)
     claimed = next((a.settings.base_model_name_or_path for a in plan.adapters), None)
     card = model_card(
         receipt, claimed_base=claimed, inherited=base_metadata(plan.base.root),
         auto_class=auto_class_of(config),
     )  # fmt: skip
-    write_file(folder / "README.md", card.encode())
+    rest.write("README.md", card.encode())
+    if patch is not None:
+        kept = keep_base(plan, patch, folder, rest.digests, keep_adapters=keep_adapters)
+        totals = replace(receipt.totals, undo_bytes=patch.path.stat().st_size)
+        receipt = replace(receipt, totals=totals)
+        rest.digests |= kept
+    receipt = replace(receipt, files=rest.digests, headers=_header_digests(plan))
     receipt = _with_usage(receipt, used)
-    write_file(folder / "regraft" / "receipt.json", json_bytes(receipt.to_json()))
+    write_file(folder / "regraft" / "receipt.json", receipt_bytes(receipt))
     return receipt
 
 
-def _copy_side_files(plan: Plan, folder: Path, *, code: bool) -> None:
+class _Rest:
+    """Writes the files beside the weights, and keeps their digests for the receipt."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.digests: dict[str, str] = {}
+
+    def write(self, name: str, content: bytes) -> None:
+        write_file(self._folder / name, content)
+        self.digests[file_key(name)] = blake3(content).hexdigest()
+
+
+def _header_digests(plan: Plan) -> dict[str, str]:
+    """Return the digests of the weight files' headers, made again as they were for writing."""
+    return {
+        shard.name: blake3(
+            build_header([(s.name, s.dtype, s.shape) for s in shard.steps], {"format": "pt"})
+        ).hexdigest()
+        for shard in plan.shards
+    }
+
+
+def _copy_side_files(plan: Plan, rest: _Rest, *, code: bool) -> None:
     if plan.base.single_file:
         return
     adapters = [Path(adapter.root) for adapter in plan.adapters]
@@ -56,7 +109,7 @@ def _copy_side_files(plan: Plan, folder: Path, *, code: bool) -> None:
             content = path.read_bytes()
         except OSError as error:
             raise access_error(path, error) from error
-        write_file(folder / name, content)
+        rest.write(name, content)
 
 
 def _index_name(plan: Plan) -> str:
@@ -77,7 +130,7 @@ def _receipt(plan: Plan, outcome: Outcome, command: str, used: Used) -> Receipt:
         record.source: record.source_blake3
         for step, record in zip(plan.steps, outcome.records, strict=True)
         if step.source_adapter is None
-    }
+    } | outcome.kept_digests
     base = InputRecord(plan.base.source, plan.base.revision, None, base_digests)
     receipt = Receipt(
         regraft=__version__,

@@ -12,6 +12,9 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.names import NameMap, Piece
 from regraft.tensors import TensorSpec
 
+# Looking for similar names is slow; a hostile file could have every name differ from the others.
+_MAX_SHAPES, _MAX_SEARCHES, _LONGEST_SEARCHED = 500, 20, 200
+
 
 @dataclass(frozen=True)
 class Held:
@@ -53,6 +56,7 @@ class BaseIndex:
             for piece in self.names.pieces(name):
                 self.by_parameter[piece.parameter].append(Held(spec, piece))
         self.aliases = self._absent_ties()
+        self._near: dict[str, list[str]] = {}
 
     def _absent_ties(self) -> dict[str, str]:
         """Return the tied parameters that the base leaves out, with the parameter they share."""
@@ -100,7 +104,7 @@ class BaseIndex:
     def part_offset(self, parameter: str, piece: Piece) -> int:
         """Return the row at which a part of a concatenated parameter begins."""
         before = [
-            h.spec.shape[0]
+            _height(h.spec)
             for h in self.by_parameter[parameter]
             if h.piece.expert == piece.expert and h.piece.part < piece.part
         ]
@@ -109,23 +113,32 @@ class BaseIndex:
     def part_total(self, parameter: str, piece: Piece) -> int:
         """Return the rows that all parts of a concatenated parameter have together."""
         rows = [
-            h.spec.shape[0] for h in self.by_parameter[parameter] if h.piece.expert == piece.expert
+            _height(h.spec) for h in self.by_parameter[parameter] if h.piece.expert == piece.expert
         ]
         return sum(rows)
 
     def nearest(self, name: str, count: int = 3) -> list[str]:
         """Return the base's names most like ``name``, for messages."""
         shape = _numberless(name)
-        close = difflib.get_close_matches(shape, list(self._shapes), n=count, cutoff=0.4)
-        return [self._shapes[c] for c in close]
+        if shape not in self._near:
+            if len(self._near) >= _MAX_SEARCHES:
+                return []
+            close = difflib.get_close_matches(shape, list(self._shapes), n=count, cutoff=0.4)
+            self._near[shape] = [self._shapes[c] for c in close]
+        return self._near[shape]
 
     @cached_property
     def _shapes(self) -> dict[str, str]:
         """One name for each shape of name (numbers aside), so that a search stays short."""
         shapes: dict[str, str] = {}
         for name in self.base.tensors:
-            shapes.setdefault(_numberless(name), name)
+            if len(name) <= _LONGEST_SEARCHED and len(shapes) < _MAX_SHAPES:
+                shapes.setdefault(_numberless(name), name)
         return shapes
+
+
+def _height(spec: TensorSpec) -> int:
+    return spec.shape[0] if spec.shape else 1
 
 
 def _numberless(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.adapters.settings import RESAVE
 from regraft.deltas.views import Delta, RowPatch, matrix_view
-from regraft.errors import Problem
+from regraft.errors import MismatchError, Problem
 from regraft.formats.problems import quoted
 from regraft.merging.lookup import BaseIndex, Found, Held, nearest_hint
 from regraft.merging.placing import (
@@ -413,7 +413,14 @@ def vocabulary_side(index: BaseIndex, tensor: str) -> str | None:
 
 
 def match(index: BaseIndex, adapters: Iterable[Adapter]) -> Matching:
-    """Match adapters with a base; misfits are collected, not raised."""
+    """Match adapters with a base; misfits are collected, not raised.
+
+    Raises:
+        AdapterError: an adapter's regular expressions take too long.
+        MismatchError: the base holds a single number as an embedding.
+    """
+    if unfit := _unfit_embeddings(index):
+        raise MismatchError(unfit)
     matcher = Matcher(index)
     for number, adapter in enumerate(adapters):
         matcher.add(number, adapter)
@@ -421,6 +428,16 @@ def match(index: BaseIndex, adapters: Iterable[Adapter]) -> Matching:
     works = (*result.works.values(), *result.tied.values())
     result.problems += [_shared_residual(work) for work in works if _shares_residual(work)]
     return result
+
+
+def _unfit_embeddings(index: BaseIndex) -> list[Problem]:
+    """Return a problem for each embedding or head without rows, which all that follows counts."""
+    return [
+        Problem("the base's embedding has no rows", f"{index.base.source}: {name}", "a table",
+                "a single number", "Download the base again")
+        for name, spec in index.base.tensors.items()
+        if not spec.shape and vocabulary_side(index, name) is not None
+    ]  # fmt: skip
 
 
 def _shares_residual(work: Work) -> bool:

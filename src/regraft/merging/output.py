@@ -6,10 +6,8 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
@@ -74,35 +72,13 @@ def check_space(out: Path, needed: int) -> None:
         )  # fmt: skip
 
 
-@contextmanager
-def building(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a fresh folder beside ``out``; on success it becomes ``out``, else it is removed.
-
-    Folders above ``out`` are made too, and removed again when nothing comes of it.
+def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
+    """Flush a folder and put it in place; what it replaces is left in the folder's name.
 
     Raises:
         OutputExistsError: something came to be at ``out`` meanwhile that may not be replaced.
-        AccessError, DiskSpaceError: the system refused.
+        OSError: the system refused.
     """
-    parent = out.absolute().parent
-    folder = parent / f".{out.name}.regraft-{secrets.token_hex(6)}"
-    missing = [path for path in (parent, *parent.parents) if not os.path.lexists(path)]
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        _publish(folder, out.absolute(), overwrite=overwrite)
-    except OSError as error:
-        raise write_error(Path(error.filename or folder), error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not there, or not empty: it holds the output
-            for path in missing:
-                path.rmdir()
-
-
-def _publish(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Flush the folder, put it in place, and leave whatever it replaced in the folder's name."""
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         sync_directory(directory)
     if not _move(folder, out):

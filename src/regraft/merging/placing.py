@@ -16,6 +16,9 @@ from regraft.names import Piece
 from regraft.names.conv1d import is_conv1d
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
+MAX_EXPERTS = 2**16
+"""Far above any model; each takes a delta of its own in the plan."""
+
 Rows = tuple[int, int]
 
 
@@ -155,6 +158,8 @@ def linear_deltas(place: Placement, found: Found, held: Held, index: BaseIndex) 
     """
     spec, stored = held.spec, held.piece
     check_storage(place, spec)
+    if len(spec.shape) < 2:
+        raise Misfit(_wrong_shape(place, spec, place.target.a.shape))
     if stored.unsupported or found.piece.unsupported:
         raise Misfit(_no_inverse(place, spec, stored.unsupported or found.piece.unsupported))
     stacked = found.piece.expert is None and (stored.expert is not None or len(spec.shape) == 3)
@@ -261,6 +266,11 @@ def _on_all_experts(
 ) -> list[Delta]:
     """A stacked target meets a stacked tensor (experts, d1, d2)."""
     experts, height, _ = spec.shape
+    if experts > MAX_EXPERTS:
+        raise Misfit(
+            Problem("the base claims too many experts", f"{place.where()} -> {spec.name}",
+                    f"at most {MAX_EXPERTS}", str(experts), "Do not trust this file")
+        )  # fmt: skip
     transposed = _stack_is_transposed(place, factors, spec, index)
     if factors.experts != experts or transposed is None:
         raise Misfit(_wrong_shape(place, spec, (factors.experts, factors.out, factors.inputs)))
@@ -430,6 +440,8 @@ def whole_part(spec: TensorSpec, found: Found, held: Held, index: BaseIndex) -> 
     if same and wanted.chunks == 1:
         return spec
     if wanted.expert is not None or wanted.parts > 1 or wanted.chunks > 1 or stored.axis != 0:
+        return None
+    if 0 in (held.spec.shape or (0,)):
         return None
     rows = held.spec.shape[0]
     start = index.part_offset(wanted.parameter, stored) if stored.parts > 1 else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapters.model import Adapter
+from regraft.deltas.cutting import Units
 from regraft.deltas.views import Delta, RowPatch, View
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.receipt import Action
@@ -66,6 +67,19 @@ class Step:
         return (self.source.numel // width, width)
 
     @property
+    def is_invertible(self) -> bool:
+        """Whether the base's tensor is computed back from the result, with what is kept of it."""
+        own = self.source_adapter is None and self.source.name == self.name
+        return own and bool(self.segments or self.patches)
+
+    @property
+    def units(self) -> Units:
+        """How what an undo keeps of the source is cut; tiles are cut between units."""
+        height, width = self.matrix
+        edges = [edge for segment in self.segments for edge in segment.rows if edge != height]
+        return Units.of(height, width, edges)
+
+    @property
     def deltas(self) -> tuple[Delta, ...]:
         """Every delta of every segment."""
         return tuple(delta for segment in self.segments for delta in segment.deltas)
@@ -95,6 +109,11 @@ class Step:
         raw = {v.spec.name: v.spec.numel * 4 for v in self._views() if v.spec is not None}
         widest = max((_packed_bytes(segment) for segment in self.segments), default=0)
         return sum(raw.values()) + widest + _factorization_bytes(self)
+
+    @property
+    def adapter_tensors(self) -> tuple[tuple[Path, str], ...]:
+        """The adapters' tensors that it takes as factors, by file and name."""
+        return tuple({(v.spec.path, v.spec.name): None for v in self._views() if v.spec})
 
     @property
     def paths(self) -> frozenset[Path]:

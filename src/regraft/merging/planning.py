@@ -49,12 +49,16 @@ class Choices:
         shard_size: largest output file in bytes; None keeps the base's files.
         max_memory: cap on resident memory in bytes.
         threads: worker threads; None chooses.
+        undo: whether the output keeps what an undo needs.
+        keep_adapters: whether a copy of each adapter is kept for it.
     """
 
     dtype: str | None
     shard_size: int | None
     max_memory: int
     threads: int | None
+    undo: bool = False
+    keep_adapters: bool = False
 
 
 def parse_dtype(name: str | None) -> str | None:
@@ -76,9 +80,20 @@ def parse_dtype(name: str | None) -> str | None:
 
 
 def make_plan(
-    base: Checkpoint, adapters: Sequence[Adapter], choices: Choices, out: Path | None
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    choices: Choices,
+    out: Path | None,
+    undone: Mapping[str, Step] | None = None,
 ) -> Plan:
     """Return the plan of a merge, from headers alone.
+
+    Args:
+        base: the base.
+        adapters: the adapters, in the order they are added.
+        choices: the options.
+        out: the output folder, if it is known.
+        undone: the steps of an earlier merge that are run backwards while the base is read.
 
     Raises:
         UnsupportedError: the base is quantized.
@@ -98,10 +113,11 @@ def make_plan(
         raise MismatchError(matching.problems)
     shards = _shards(base, works, choices, left_out)
     steps = [step for shard in shards for step in shard.steps]
-    threads, tile, memory = _fit_memory(steps, choices)
+    threads, tile, memory = fit_memory(steps, choices, undone)
     options = {
         "dtype": choices.dtype and DTYPES[choices.dtype].config_name,
         "shard_size": choices.shard_size,
+        "undo": choices.undo,
     }
     return Plan(
         base, tuple(adapters), tuple(shards), updates, options, memory, threads, tile,
@@ -388,23 +404,41 @@ def _segments(work: Work) -> tuple[Segment, ...]:
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def _fit_memory(steps: Sequence[Step], choices: Choices) -> tuple[int, int, int]:
+PER_THREAD, TO_KEEP, TO_RESTORE = 4, 2, 3
+"""Buffers of a thread, in tiles: to merge, what keeping for an undo adds, and what restoring."""
+
+
+def fit_memory(
+    steps: Sequence[Step], choices: Choices, undone: Mapping[str, Step] | None = None
+) -> tuple[int, int, int]:
     """Choose threads and tile size under the cap: ``(threads, tile bytes, memory bytes)``.
+
+    Args:
+        steps: what is to be done.
+        choices: the cap, the threads, and whether an undo is kept for.
+        undone: the steps of an earlier merge that are run backwards meanwhile.
 
     Raises:
         MemoryCapError: not even one thread with the smallest tile fits.
     """
-    factors = max([FACTOR_BYTES] + [step.factor_bytes for step in steps])
-    largest = max(steps, key=lambda step: step.factor_bytes)
+    back = undone or {}
+
+    def cost(step: Step) -> int:
+        other = back.get(step.source.name)
+        return step.factor_bytes + (other.factor_bytes + 32 * other.units.count if other else 0)
+
+    largest = max(steps, key=cost)
+    factors = max(FACTOR_BYTES, cost(largest))
     wanted = choices.threads or default_threads()
     torch = TORCH_BYTES if any(path.suffix in TORCH_SUFFIXES for path in _paths(steps)) else 0
-    fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * len(steps) + factors
+    fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
+    tiles = PER_THREAD + TO_KEEP * choices.undo + TO_RESTORE * (undone is not None)
     for threads in range(wanted, 0, -1):
-        tile = min(LARGEST_TILE, (choices.max_memory - fixed) // (4 * threads))
+        tile = min(LARGEST_TILE, (choices.max_memory - fixed) // (tiles * threads))
         tile -= tile % 4096  # whole values, and whole blocks of the disk
         if tile >= SMALLEST_TILE:
-            return threads, tile, fixed + 4 * threads * tile
-    needed = fixed + 4 * SMALLEST_TILE
+            return threads, tile, fixed + tiles * threads * tile
+    needed = fixed + tiles * SMALLEST_TILE
     raise MemoryCapError(
         "one step needs more memory than allowed",
         where=largest.name,

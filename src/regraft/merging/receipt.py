@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import types
+import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
+
+from blake3 import blake3
+
+from regraft.errors import FormatError
+from regraft.formats.json_file import read_json_object
+from regraft.formats.problems import quoted
+from regraft.formats.reading import typed_os_errors
+from regraft.merging.sidefiles import json_bytes
 
 RECEIPT_FORMAT = 1
 """Version of the JSON layout of ``regraft/receipt.json``."""
 
 ARITHMETIC_VERSION = 1
 """Version of the arithmetic contract (docs/arithmetic.md) the bytes were made by."""
+
+MAX_RECEIPT_BYTES = 256 * 2**20
+"""The largest receipt that is read; one tensor takes about 700 bytes."""
 
 QUIET_SHARE = 1e-3
 """Below this share of changed elements a merge counts as having changed (nearly) nothing."""
@@ -98,6 +114,7 @@ class Totals:
         seconds: wall time, from the call to the renamed folder.
         peak_memory: peak resident memory of the process in bytes, as the system reports it.
         threads: worker threads used.
+        undo_bytes: bytes of the undo patch; 0 without one.
     """
 
     tensors: int
@@ -114,6 +131,7 @@ class Totals:
     seconds: float
     peak_memory: int
     threads: int
+    undo_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +149,9 @@ class Receipt:
         tensors: one record per tensor, in file order.
         totals: the sums.
         warnings: what the user should know, one sentence each.
+        files: blake3 (hex) of every other file of the output, by its path in the folder with
+            ``/`` between its parts; neither weight files nor the receipt itself.
+        headers: blake3 (hex), by weight file, of all its bytes that are no tensor's.
     """
 
     regraft: str
@@ -145,6 +166,8 @@ class Receipt:
     warnings: tuple[str, ...] = ()
     receipt: int = RECEIPT_FORMAT
     arithmetic: int = ARITHMETIC_VERSION
+    files: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quiet(self) -> bool:
@@ -166,3 +189,102 @@ class Receipt:
         """Return the receipt as JSON-ready objects."""
         few = asdict(replace(self, tensors=()))
         return few | {"tensors": [dict(vars(record)) for record in self.tensors]}
+
+
+# -- on disk ---------------------------------------------------------------------------------------
+
+
+def file_key(name: str) -> str:
+    """Return a file's name as the receipt has it: bytes that are not UTF-8 are spelled out."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def receipt_bytes(receipt: Receipt) -> bytes:
+    """Return a receipt as it is written: JSON whose last key is a digest of all the rest."""
+    return _sealed(json_bytes(receipt.to_json()))
+
+
+def _sealed(document: bytes) -> bytes:
+    """Return a JSON object's bytes with one more key, ``digest``, the blake3 of those bytes."""
+    end = b"\n}\n"
+    digest = blake3(document).hexdigest().encode()
+    return document.removesuffix(end) + b',\n  "digest": "' + digest + b'"' + end
+
+
+def read_receipt(path: Path) -> Receipt:
+    """Return the receipt in a file, which has to be byte for byte as regraft wrote it.
+
+    A receipt of regraft 0.1, without digest, ``files`` and ``headers``, is read too.
+
+    Raises:
+        FormatError: it is no receipt, or a byte of it has changed.
+        InputError: there is no such file.
+        AccessError: the system refused to read it.
+    """
+    value = read_json_object(path, max_bytes=MAX_RECEIPT_BYTES)
+    digest = value.pop("digest", None)
+    try:
+        receipt: Receipt = _decode(value, Receipt, "receipt")
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from None
+    if receipt.receipt != RECEIPT_FORMAT:
+        raise _unreadable(path, f"version {receipt.receipt} of its layout")
+    if digest is None and (receipt.files or receipt.headers):
+        raise _unreadable(path, "no digest")
+    document = json_bytes(value)
+    with typed_os_errors(path):
+        content = path.read_bytes()
+    if content != (document if digest is None else _sealed(document)):
+        raise FormatError(
+            "the receipt is not as it was written: its digest or its layout does not fit",
+            where=str(path),
+            hint="A byte of it has changed since; what it says cannot be trusted",
+        )
+    return receipt
+
+
+def _unreadable(path: Path, found: str) -> FormatError:
+    expected = f"a receipt of layout {RECEIPT_FORMAT}, as regraft writes it"
+    return FormatError(
+        "the receipt cannot be read", where=str(path), expected=expected, found=found
+    )
+
+
+_LATER = frozenset(("files", "headers", "undo_bytes"))
+"""Fields that a receipt of regraft 0.1 does not have."""
+
+
+def _decode(value: Any, kind: Any, where: str) -> Any:
+    """Return JSON as the type that a field of the receipt has.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _decode_fields(value, kind, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _decode(item, inner[1], f"{where}.{key}") for key, item in value.items()}
+    if origin is types.UnionType:  # "X | None", and no other
+        return None if value is None else _decode(value, inner[0], where)
+    if kind is Any or (origin is Literal and value in inner):
+        return value
+    numbers = {int: (int,), float: (int, float), str: (str,)}
+    if origin is None and type(value) in numbers.get(kind, ()):
+        return value
+    raise ValueError(f"{quoted(value)} at {quoted(where)}")
+
+
+_types_of = functools.cache(typing.get_type_hints)
+
+
+def _decode_fields(value: dict[str, Any], kind: Any, where: str) -> Any:
+    types_of = _types_of(kind)
+    names = [each.name for each in fields(kind)]
+    missing = [name for name in names if name not in value and name not in _LATER]
+    unknown = [name for name in value if name not in types_of]
+    if missing or unknown:
+        raise ValueError(f"{quoted((missing or unknown)[0])} {'missing' if missing else 'unknown'}")
+    return kind(**{n: _decode(v, types_of[n], f"{where}.{n}") for n, v in value.items()})

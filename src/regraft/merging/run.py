@@ -8,13 +8,15 @@ import threading
 import numpy as np
 from blake3 import blake3
 
+from regraft.deltas.units import Counts, Encoder, Lengths
 from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import NumericError
-from regraft.formats.reading import FilePool
 from regraft.merging.compute import StepMath
 from regraft.merging.factors import FactorStore, not_finite
+from regraft.merging.patch import FACTORS, STREAMS, UNITS, packed, section
 from regraft.merging.plan import Step
 from regraft.merging.receipt import TensorRecord
+from regraft.merging.source import Source
 from regraft.merging.tiles import Tile
 from regraft.merging.writer import BLOCK, OutputFile
 
@@ -25,6 +27,7 @@ class Buffers:
     def __init__(self, tile_bytes: int) -> None:
         self.source: Bytes = np.frombuffer(mmap.mmap(-1, tile_bytes + BLOCK), np.uint8)
         self._result: Bytes = np.frombuffer(mmap.mmap(-1, 2 * tile_bytes + 2 * BLOCK), np.uint8)
+        self.encoder = Encoder()
 
     def result(self, length: int, offset: int) -> tuple[Bytes, int]:
         """Return room for ``length`` bytes bound for ``offset`` of a file, and its address.
@@ -49,22 +52,40 @@ class StepRun:
         step: Step,
         file: OutputFile,
         offset: int,
-        files: FilePool,
+        source: Source,
         store: FactorStore,
         tile_bytes: int,
+        keeping: bool,
     ) -> None:
-        self.step, self._file, self._offset, self._files = step, file, offset, files
+        """Take a step and where its result goes.
+
+        Args:
+            step: the step.
+            file, offset: where the result begins.
+            source: what its source is read from.
+            store: the adapters' tensors.
+            tile_bytes: the size that its tiles were cut by.
+            keeping: whether what an undo needs is kept.
+        """
+        self.step, self._file, self._offset, self._source = step, file, offset, source
         self._math = StepMath(step, store, self._read, tile_bytes)
         self._source_hash, self._result_hash = blake3(), blake3()
         self._sums: Sums = np.zeros(4, np.float64)
         self._turn, self._next = threading.Condition(), 0
+        self._units = step.units if keeping and step.is_invertible else None
+        self._kept: dict[int, tuple[Lengths, Counts]] = {}
         self.failed = False
 
-    def _read(self, offset: int, buffer: Bytes) -> None:
-        self._files.read_into(self.step.source, offset, buffer.data)
+    @property
+    def cost(self) -> int:
+        """Memory that its factors take."""
+        return self.step.factor_bytes + self._source.cost(self.step.source)
 
-    def work(self, tile: Tile, buffers: Buffers) -> None:
-        """Read, compute, hash and write one tile.
+    def _read(self, offset: int, buffer: Bytes) -> None:
+        self._source.read(self.step.source, offset, buffer)
+
+    def work(self, tile: Tile, buffers: Buffers) -> Bytes:
+        """Read, compute, hash and write one tile; return what is to be kept of it.
 
         Raises:
             RegraftError: something could not be read or written, or a factor holds NaN.
@@ -72,6 +93,7 @@ class StepRun:
         sums: Sums = np.zeros(4, np.float64)
         at = self._offset + tile.write_at
         result, address = buffers.result(tile.write, at)
+        payload = _NOTHING
         if tile.kind == "bytes":
             self._read(tile.read_at, result)
             self._check_finite(result)
@@ -81,9 +103,23 @@ class StepRun:
             self._read(tile.read_at, source)
             self._check_finite(source)
             weights = Weights.of_bytes(source, self.step.source.dtype)
-            self._math.run(tile, weights, Weights.of_bytes(result, self.step.dtype), sums)
+            merged = Weights.of_bytes(result, self.step.dtype)
+            keeping = self._begin_keeping(tile, buffers)
+            self._math.run(tile, weights, merged, sums, keeping)
+            if keeping is not None:
+                kept = keeping.finish(source)
+                self._kept[tile.number] = (kept.lengths, kept.counts)
+                payload = kept.payload
             self._take_turn(tile, source, result, sums)
         self._file.write(at, result.data, address)
+        return payload
+
+    def _begin_keeping(self, tile: Tile, buffers: Buffers) -> Encoder | None:
+        if self._units is None or tile.kind != "rows":
+            return None
+        first, last = self._units.of_tile(tile.rows, tile.columns)
+        buffers.encoder.begin(self._units, first, last, self.step.source.itemsize)
+        return buffers.encoder
 
     def _check_finite(self, raw: Bytes) -> None:
         """Refuse NaN and infinity in an adapter's whole tensor; what a base holds is its own."""
@@ -114,13 +150,32 @@ class StepRun:
             self.failed = True
             self._turn.notify_all()
 
+    def sections(self) -> list[tuple[str, bytes]]:
+        """Return the sections of the patch that follow from all tiles; first that of the tiles."""
+        if self._units is None:
+            return []
+        tables = [self._kept[number] for number in sorted(self._kept)]
+        lengths = np.concatenate([lengths for lengths, _ in tables])
+        counts = np.concatenate([counts for _, counts in tables])
+        name = self.step.source.name
+        factors = self._math.undo_factors()
+        return [
+            (section(name, STREAMS), b""),
+            (section(name, UNITS), packed(lengths.tobytes() + counts.tobytes())),
+            *((section(name, f"{FACTORS}.{i}"), f.tobytes()) for i, f in enumerate(factors)),
+        ]
+
+    def release(self) -> None:
+        """Let go of everything that the step's tiles needed."""
+        self._math.release()
+        self._source.release(self.step.source)
+
     def finish(self, file_name: str) -> TensorRecord:
         """Return the step's record, once all its tiles are done.
 
         Raises:
             NumericError: the merge made NaN or infinity out of numbers.
         """
-        self._math.release()
         if self._sums[3]:
             raise self._not_finite(file_name)
         step, sums = self.step, self._sums
@@ -152,6 +207,9 @@ class StepRun:
             found=f"{int(self._sums[3])} of {self.step.source.numel} that it cannot",
             hint="Write a wider dtype (--dtype bfloat16 or float32), or lower the weight",
         )
+
+
+_NOTHING: Bytes = np.empty(0, np.uint8)
 
 
 def _norm(squares: float) -> float | None:

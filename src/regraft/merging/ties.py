@@ -169,6 +169,6 @@ def vocabulary_changed(index: BaseIndex, works: Iterable[Work]) -> bool:
 
 def output_rows(work: Work) -> int:
     """Return the rows a work's tensor has in the output, appended token rows included."""
-    height = work.source.shape[0]
+    height = work.source.shape[0] if work.source.shape else 1
     beyond = {i for patch in work.patches for i in patch.indices if i >= height}
     return height + len(beyond)

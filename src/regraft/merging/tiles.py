@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from regraft.deltas.cutting import UNIT_COLUMNS
 from regraft.merging.plan import Step
 from regraft.tensors import DTYPES
 
@@ -35,7 +36,7 @@ class Tile:
 
 
 def tiles_of(step: Step, tile_bytes: int) -> Iterator[Tile]:
-    """Yield a step's tiles in order; each reads at most about ``tile_bytes``."""
+    """Yield a step's tiles in order; each reads at most about ``tile_bytes``, whole units."""
     if step.segments or step.patches:
         yield from _row_tiles(step, tile_bytes)
     elif step.source.dtype == step.dtype:
@@ -66,15 +67,16 @@ def _value_tiles(step: Step, tile_bytes: int) -> Iterator[Tile]:
 def _row_tiles(step: Step, tile_bytes: int) -> Iterator[Tile]:
     height, width = step.matrix
     size, out_size = _sizes(step)
-    each = tile_bytes // (width * size)
+    each, units = tile_bytes // (width * size), step.units
     number = 0
     if each >= 1 or needs_whole_rows(step):
-        for first in range(0, height, max(each, 1)):
-            last = min(first + max(each, 1), height)
+        each = max(each - each % units.rows, units.rows)
+        for first in range(0, height, each):
+            last = min(first + each, height)
             yield _block(number, (first, last), (0, width), width, size, out_size)
             number += 1
     else:
-        step_columns = max(1, tile_bytes // size)
+        step_columns = max(tile_bytes // size // UNIT_COLUMNS, 1) * UNIT_COLUMNS
         for row in range(height):
             for left in range(0, width, step_columns):
                 right = min(left + step_columns, width)

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from regraft.errors import AccessError, DiskSpaceError, RegraftError
@@ -40,22 +41,33 @@ def write_error(path: Path, error: OSError) -> RegraftError:
 
 
 class OutputFile:
-    """A weight file being made: its header first, its tensors in any order, then ``close``."""
+    """A weight file being made: what is no tensor first, tensors in any order, then ``close``."""
 
-    def __init__(self, path: Path, header: bytes, data_bytes: int) -> None:
+    def __init__(self, path: Path, size: int, pieces: Iterable[tuple[int, bytes]]) -> None:
+        """Make a file, or go on with one of an earlier try.
+
+        Args:
+            path: the file.
+            size: its full size in bytes.
+            pieces: what it holds besides tensors: offset and bytes.
+
+        Raises:
+            DiskSpaceError, AccessError: the system refused.
+        """
         self.path = path
-        self.data_start = len(header)
         self._opened: list[int] = []
         self._edges: list[tuple[int, bytes]] = []
-        self._lock = threading.Lock()
+        self._lock, self._ending = threading.Lock(), threading.Lock()
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(path, flags, 0o666)
             self._opened.append(self._fd)
-            self._reserve(len(header) + data_bytes)
+            self._reserve(size)
             self._direct = self._open_direct()
             if self._direct is not None:
                 self._opened.append(self._direct)
-            self._write_all(self._fd, memoryview(header), 0)
+            for offset, content in pieces:
+                self._write_all(self._fd, memoryview(content), offset)
         except OSError as error:
             self._close_all()
             raise write_error(path, error) from error
@@ -138,13 +150,28 @@ class OutputFile:
             done = os.pwrite(fd, data, offset)
             data, offset = data[done:], offset + done
 
-    def close(self, *, sync: bool) -> None:
-        """Flush to the disk (with ``sync``) and close."""
+    def flush(self) -> None:
+        """Hand what is still gathered to the system; after ``close`` nothing is."""
+        with self._ending:
+            if self._opened:
+                self._flush()
+
+    def _flush(self) -> None:
         try:
-            if sync:
-                self._write_edges(self._take_edges())
-                os.fsync(self._fd)
+            with self._lock:
+                edges = self._take_edges()
+            self._write_edges(edges)
         except OSError as error:
             raise write_error(self.path, error) from error
-        finally:
-            self._close_all()
+
+    def close(self, *, sync: bool) -> None:
+        """Flush to the disk (with ``sync``) and close."""
+        with self._ending:
+            try:
+                if sync:
+                    self._flush()
+                    os.fsync(self._fd)
+            except OSError as error:
+                raise write_error(self.path, error) from error
+            finally:
+                self._close_all()

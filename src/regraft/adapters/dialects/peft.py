@@ -61,8 +61,9 @@ def read_adapter(files: AdapterFiles, weight: float = 1.0) -> Adapter:
     if problems:
         raise AdapterError(problems)
     return Adapter(
-        files.source, files.revision, str(files.root), weight, settings, targets, whole, tokens
-    )
+        files.source, files.revision, str(files.root), files.weights_file, weight, settings,
+        targets, whole, tokens,
+    )  # fmt: skip
 
 
 def _gather(
@@ -222,9 +223,10 @@ def _whole_tensor(parameter: str, spec: TensorSpec, settings: LoraSettings) -> W
 
 def _belongs_to_nothing(name: str, settings: LoraSettings, where: str) -> Problem:
     saved = ", ".join(map(quoted, settings.modules_to_save[:20])) or "none"
+    bias = quoted(settings.bias)
     return Problem(
         f"tensor {name!r} belongs to nothing that the config describes",
         where,
-        expected=f"LoRA factors, modules_to_save ({saved}), or biases (bias={settings.bias!r})",
+        expected=f"LoRA factors, modules_to_save ({saved}), or biases (bias={bias})",
         hint="PEFT would ignore it in silence; name its module in modules_to_save, or remove it",
     )

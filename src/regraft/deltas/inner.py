@@ -1,0 +1,157 @@
+"""What the kernels are made of: conversions, products, one delta. Compiled into their callers.
+
+Arrays are 1-D and contiguous on purpose: with 2-D arrays LLVM has to assume that they overlap and
+stops vectorizing. Weights travel as raw bits in two views of one buffer, ``x16`` (uint16) and
+``x32`` (float32); a *kind* says which one is meant, so that one compiled function serves every
+pair of dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from regraft.deltas.intrinsics import bits_of, float_of, float_to_half, fma, half_to_float
+
+F32, BF16, F16 = 0, 1, 2
+KINDS = {"F32": F32, "BF16": BF16, "F16": F16}
+"""Number of each working dtype, by its safetensors name."""
+
+ROW_FACTOR, COLUMN_FACTOR, ROUND_TO_SOURCE = 1, 2, 4
+"""Flags of one delta: a factor per row (DoRA), per column (DoRA, transposed), or a rounding."""
+
+LEFT, RIGHT, RANK, FLAGS, FACTOR = range(5)
+"""Columns of the ``table`` that describes packed deltas: offsets, rank, flags, factor offset."""
+
+BLOCK = 512
+"""Columns done at a time, so that a block of the right factor stays in the first-level cache."""
+
+ROWS = 4
+"""Rows done at a time, so that what is loaded of the right factor serves four of them."""
+
+ZERO, ONE, TWO, THREE = np.uintp(0), np.uintp(1), np.uintp(2), np.uintp(3)
+
+ENTRY: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+# Helpers are compiled into their callers, so they need no way in from Python and no cache of
+# their own: that is a third of the time the first run takes to compile.
+INNER: dict[str, Any] = {
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+
+# Indices below are unsigned (np.uintp): numba then leaves out the check for a negative index, which
+# would keep LLVM from vectorizing. Slices would do too, but each costs two atomic reference counts.
+
+
+@njit(**INNER)
+def decode(x16: Any, x32: Any, kind: int, at: Any, out: Any, to: Any, n: Any) -> None:
+    """Set ``out[to:to + n]`` to ``n`` weights, as float32."""
+    if kind == BF16:
+        for j in range(n):
+            out[to + j] = float_of(np.uint32(x16[at + j]) << np.uint32(16))
+    elif kind == F16:
+        for j in range(n):
+            out[to + j] = half_to_float(x16[at + j])
+    else:
+        for j in range(n):
+            out[to + j] = x32[at + j]
+
+
+@njit(inline="always")
+def bfloat16_bits(value: Any) -> Any:
+    """Round to bfloat16, to nearest even; a NaN keeps its sign and stays a NaN."""
+    u = bits_of(value)
+    rounded = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    nan = (u >> np.uint32(16)) | np.uint32(0x40)
+    is_nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16(nan if is_nan else rounded)
+
+
+@njit(**INNER)
+def encode(values: Any, of: Any, kind: int, x16: Any, x32: Any, at: Any, n: Any) -> None:
+    """Round ``n`` float32 values into a buffer."""
+    if kind == BF16:
+        for j in range(n):
+            x16[at + j] = bfloat16_bits(values[of + j])
+    elif kind == F16:
+        for j in range(n):
+            x16[at + j] = float_to_half(values[of + j])
+    else:
+        for j in range(n):
+            x32[at + j] = values[of + j]
+
+
+@njit(**INNER)
+def round_through(values: Any, of: Any, kind: int, n: Any) -> None:
+    """Round float32 values to a dtype and back, in place."""
+    if kind == BF16:
+        for j in range(n):
+            values[of + j] = float_of(np.uint32(bfloat16_bits(values[of + j])) << np.uint32(16))
+    elif kind == F16:
+        for j in range(n):
+            values[of + j] = half_to_float(float_to_half(values[of + j]))
+
+
+@njit(**INNER)
+def product(
+    left: Any, at0: Any, at1: Any, at2: Any, at3: Any, right: Any, right_at: Any, ld: Any,
+    rank: Any, acc: Any, n: Any,
+) -> None:  # fmt: skip
+    """Set the four rows of ``acc`` to four rows of ``left @ right``: k ascending, fused, float32.
+
+    Four values of k go through one pass over j: each still adds in ascending order, and the
+    accumulators are loaded and stored a quarter as often.
+
+    Args:
+        at0, at1, at2, at3: where the four rows of ``left`` begin.
+        acc: ``ROWS`` rows of ``BLOCK`` values.
+    """
+    b1, b2, b3 = np.uintp(BLOCK), np.uintp(2 * BLOCK), np.uintp(3 * BLOCK)
+    for j in range(np.uintp(ROWS * BLOCK)):
+        acc[j] = np.float32(0)
+    fours = rank // np.uintp(4)
+    for k4 in range(fours):
+        k = np.uintp(4) * k4
+        i0, i1, i2, i3 = at0 + k, at1 + k, at2 + k, at3 + k
+        p0, p1, p2, p3 = left[i0], left[i0 + ONE], left[i0 + TWO], left[i0 + THREE]
+        q0, q1, q2, q3 = left[i1], left[i1 + ONE], left[i1 + TWO], left[i1 + THREE]
+        u0, u1, u2, u3 = left[i2], left[i2 + ONE], left[i2 + TWO], left[i2 + THREE]
+        v0, v1, v2, v3 = left[i3], left[i3 + ONE], left[i3 + TWO], left[i3 + THREE]
+        r0 = right_at + k * ld
+        r1, r2, r3 = r0 + ld, r0 + TWO * ld, r0 + THREE * ld
+        for j in range(n):
+            x0, x1, x2, x3 = right[r0 + j], right[r1 + j], right[r2 + j], right[r3 + j]
+            acc[j] = fma(p3, x3, fma(p2, x2, fma(p1, x1, fma(p0, x0, acc[j]))))
+            acc[b1 + j] = fma(q3, x3, fma(q2, x2, fma(q1, x1, fma(q0, x0, acc[b1 + j]))))
+            acc[b2 + j] = fma(u3, x3, fma(u2, x2, fma(u1, x1, fma(u0, x0, acc[b2 + j]))))
+            acc[b3 + j] = fma(v3, x3, fma(v2, x2, fma(v1, x1, fma(v0, x0, acc[b3 + j]))))
+    for k in range(fours * np.uintp(4), rank):
+        r = right_at + k * ld
+        p, q, u, v = left[at0 + k], left[at1 + k], left[at2 + k], left[at3 + k]
+        for j in range(n):
+            acc[j] = fma(p, right[r + j], acc[j])
+            acc[b1 + j] = fma(q, right[r + j], acc[b1 + j])
+            acc[b2 + j] = fma(u, right[r + j], acc[b2 + j])
+            acc[b3 + j] = fma(v, right[r + j], acc[b3 + j])
+
+
+@njit(**INNER)
+def apply(
+    weights: Any, of: Any, acc: Any, scale: Any, flags: int, factors: Any, row_at: Any,
+    column_at: Any, source_kind: int, n: Any,
+) -> None:  # fmt: skip
+    """Add one delta to a row of float32 weights, with its factor and rounding, in place."""
+    for j in range(n):
+        weights[of + j] = fma(scale, acc[of + j], weights[of + j])
+    if flags & ROW_FACTOR:
+        factor = factors[row_at]
+        for j in range(n):
+            weights[of + j] = factor * weights[of + j]
+    if flags & COLUMN_FACTOR:
+        for j in range(n):
+            weights[of + j] = factors[column_at + j] * weights[of + j]
+    if flags & ROUND_TO_SOURCE:
+        round_through(weights, of, source_kind, n)

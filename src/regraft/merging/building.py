@@ -1,0 +1,83 @@
+"""Carrying a plan out in a work folder: a merge, a swap, or an un-merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from regraft.merging.events import Progress, tell
+from regraft.merging.execute import OpenSource, Task, execute
+from regraft.merging.finalize import Used, write_rest
+from regraft.merging.jobs import Done, Target, count_done, fingerprint, jobs_of, merge_targets
+from regraft.merging.keep import keeps
+from regraft.merging.patch import PatchWriter
+from regraft.merging.plan import Plan
+from regraft.merging.receipt import Receipt
+from regraft.merging.undo import PATCH, UNDO, section_names
+from regraft.merging.workplace import Workplace
+
+
+def build(
+    plan: Plan, place: Workplace, inputs: Iterable[Path], command: str, used: Used, *,
+    undo: bool, keep_adapters: bool, open_source: OpenSource | None = None,
+    progress: Progress | None = None,
+) -> Receipt:  # fmt: skip
+    """Write a merged model into a work folder, going on from an earlier try if there was one.
+
+    Args:
+        plan: the merge.
+        place: the work folder.
+        inputs: every file that decides the bytes; a change to one starts afresh.
+        command: how it was called, for the receipt.
+        used: asks for time, memory and threads.
+        undo: whether to keep what an undo needs.
+        keep_adapters: whether to keep the adapters for it.
+        open_source: gives what the base is read from, if not its files.
+        progress: called as work proceeds.
+
+    Raises:
+        RegraftError: something cannot be read, computed or written.
+    """
+    kept = keeps(plan) if undo else []
+    task = Task(plan, merge_targets(plan), kept, open_source)
+    place.begin(fingerprint(plan, inputs, undo=undo, keep_adapters=keep_adapters))
+    path = place.out / UNDO / PATCH if undo else None
+    done = resume(place, task, path, progress)
+    patch = None
+    if path is not None:
+        sections = [section for each in done for section in each.sections]
+        patch = PatchWriter(path, section_names(plan, kept), sections)
+    try:
+        outcome = execute(task, place, patch, done, progress)
+        tell(progress, "finish", plan.nbytes)
+        return write_rest(
+            plan, outcome, place.out, command, used, patch, keep_adapters=keep_adapters
+        )
+    except BaseException:
+        if patch is not None:
+            patch.abandon()
+        raise
+
+
+def rebuild(
+    plan: Plan, targets: list[Target], place: Workplace, inputs: Iterable[Path],
+    open_source: OpenSource, progress: Progress | None,
+) -> None:  # fmt: skip
+    """Write the weight files of a base into a work folder."""
+    task = Task(plan, targets, open_source=open_source, stage="unmerge")
+    place.begin(fingerprint(plan, inputs, unmerge=True))
+    execute(task, place, None, resume(place, task, None, progress), progress)
+    tell(progress, "finish", plan.nbytes)
+
+
+def resume(
+    place: Workplace, task: Task, patch: Path | None, progress: Progress | None
+) -> list[Done]:
+    """Return what an earlier try has done, and forget of it what is no longer there."""
+    if not place.entries:
+        return []
+    tell(progress, "resume", 0)
+    jobs = jobs_of(task.targets, task.keeps)
+    done = count_done(jobs, place.entries, place.out, patch)
+    place.cut(len(done))
+    return done

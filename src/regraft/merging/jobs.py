@@ -1,0 +1,209 @@
+"""The work of an execution as a list: one job per tensor written, then one per tensor kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.formats.reading import FilePool
+from regraft.formats.safetensors import build_header
+from regraft.merging.keep import Keep
+from regraft.merging.patch import PatchWriter, Written, digest_of
+from regraft.merging.plan import Plan, Step
+from regraft.merging.receipt import TensorRecord
+from regraft.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weights file to be made.
+
+    Attributes:
+        name: its name in the folder.
+        size: its bytes.
+        pieces: what it holds besides tensors: offset and bytes.
+        steps: its tensors.
+        offsets: where each begins in the file.
+    """
+
+    name: str
+    size: int
+    pieces: tuple[tuple[int, bytes], ...]
+    steps: tuple[Step, ...]
+    offsets: tuple[int, ...]
+
+
+def merge_targets(plan: Plan) -> list[Target]:
+    """Return the files of a plan: safetensors, the tensors one after the other."""
+    targets = []
+    for shard in plan.shards:
+        entries = [(step.name, step.dtype, step.shape) for step in shard.steps]
+        header = build_header(entries, {"format": "pt"})
+        offsets, at = [], len(header)
+        for step in shard.steps:
+            offsets.append(at)
+            at += step.nbytes
+        targets.append(Target(shard.name, at, ((0, header),), shard.steps, tuple(offsets)))
+    return targets
+
+
+@dataclass(frozen=True)
+class Job:
+    """A tensor to be written, or to be kept for an undo.
+
+    Attributes:
+        step, target, offset: what is written, and where.
+        keep: what is kept.
+    """
+
+    step: Step | None = None
+    target: Target | None = None
+    offset: int = 0
+    keep: Keep | None = None
+
+    @property
+    def name(self) -> str:
+        """A name of its own."""
+        if self.step is not None:
+            return f"write {self.step.name}"
+        return f"keep {self.keep.original.name}" if self.keep is not None else ""
+
+
+def jobs_of(targets: Sequence[Target], keeps: Iterable[Keep]) -> list[Job]:
+    """Return all jobs, in the order in which they are handed out."""
+    written = [
+        Job(step, target, offset)
+        for target in targets
+        for step, offset in zip(target.steps, target.offsets, strict=True)
+    ]
+    return written + [Job(keep=keep) for keep in keeps]
+
+
+# -- what an earlier try has done ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job that is done.
+
+    Attributes:
+        name: the job's.
+        digest: blake3 (hex) of the tensor that was kept, or written.
+        record: what the receipt says of a tensor that was written.
+        adapter: file, name and blake3 (hex) of the adapters' tensors that it took.
+        sections: what it left in the patch.
+    """
+
+    name: str
+    digest: str
+    record: TensorRecord | None
+    adapter: tuple[tuple[str, str, str], ...]
+    sections: tuple[Written, ...]
+
+    @classmethod
+    def read(cls, entry: dict[str, Any]) -> Done | None:
+        """Return a journal's entry; None if it is none."""
+        try:
+            record = entry["record"]
+            if record is not None:
+                lists = ("shape", "features", "scales", "adapters")
+                record = TensorRecord(**{**record, **{n: tuple(record[n]) for n in lists}})
+            adapter = tuple((str(p), str(n), str(d)) for p, n, d in entry["adapter"])
+            sections = tuple(Written(*section) for section in entry["sections"])
+            return cls(str(entry["name"]), str(entry["digest"]), record, adapter, sections)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+def count_done(
+    jobs: Sequence[Job], entries: Sequence[dict[str, Any]], folder: Path, patch: Path | None
+) -> list[Done]:
+    """Return the jobs that an earlier try has done and whose results are still there.
+
+    Every byte is read and held against its digest: neither the journal nor the disk is trusted.
+
+    Args:
+        jobs: all jobs.
+        entries: the journal's entries.
+        folder: the output as far as it is.
+        patch: the undo patch as far as it is, if there is to be one.
+    """
+    found = []
+    for job, entry in zip(jobs, entries, strict=False):
+        done = Done.read(entry)
+        if done is None or done.name != job.name:
+            break
+        found.append(done)
+    with FilePool() as files, ThreadPoolExecutor(4) as pool:
+
+        def holds(pair: tuple[Job, Done]) -> bool:
+            return _holds(files, *pair, folder, patch)
+
+        for count, good in enumerate(pool.map(holds, zip(jobs, found, strict=False))):
+            if not good:
+                return found[:count]
+    return found
+
+
+def _holds(files: FilePool, job: Job, done: Done, folder: Path, patch: Path | None) -> bool:
+    if job.step is not None and job.target is not None:
+        step, path = job.step, folder / job.target.name
+        spec = TensorSpec(step.name, step.dtype, step.shape, path, job.offset, step.nbytes)
+        if not path.is_file() or digest_of(files, spec) != done.digest:
+            return False
+    if done.sections and (patch is None or not patch.is_file()):
+        return False
+    return patch is None or all(PatchWriter.holds(patch, files, each) for each in done.sections)
+
+
+def fingerprint(plan: Plan, inputs: Iterable[Path], **choices: Any) -> str:
+    """Return a digest of everything that decides the bytes of a piece of work.
+
+    Files are told by size, inode and the times of their last changes.
+    """
+    seen = [_identity(path) for path in sorted(set(inputs))]
+    what = [plan_digest(plan), seen, plan.options, dict(plan.config_updates), choices]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _identity(path: Path) -> list[Any]:
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def plan_digest(plan: Plan) -> str:
+    """Return a digest of what a plan does to tensors, whatever files they lie in."""
+    steps = sorted(plan.steps, key=lambda step: step.name)
+    digest = hashlib.sha256()
+    for step in steps:
+        digest.update(json.dumps(_step(step), default=str).encode())
+    return digest.hexdigest()
+
+
+def _step(step: Step) -> list[Any]:
+    return [
+        step.name, step.action, step.dtype, step.shape, step.source.name, step.source.dtype,
+        step.source.shape, step.source_adapter,
+        [[segment.rows, [_delta(d) for d in segment.deltas]] for segment in step.segments],
+        [[patch.adapter, patch.indices, _view(patch.values)] for patch in step.patches],
+    ]  # fmt: skip
+
+
+def _delta(delta: Any) -> list[Any]:
+    views = [_view(view) for view in (delta.left, delta.right, delta.magnitude)]
+    return [
+        delta.adapter, delta.feature, delta.rows, delta.rank, float(delta.scale).hex(), views,
+        delta.by_column,
+    ]  # fmt: skip
+
+
+def _view(view: Any) -> list[Any] | None:
+    if view is None:
+        return None
+    name = view.spec and [view.spec.name, view.spec.dtype, view.spec.shape]
+    return [name, view.shape, view.select, view.matrix, view.transpose]

@@ -1,0 +1,164 @@
+"""Tensors of the base that an undo cannot compute: what tells them from something it will have.
+
+A replaced tensor is told from what took its place, a converted one from itself converted there and
+back, and one that the output does not have from nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+
+from regraft.deltas import planes
+from regraft.deltas.weights import Bytes, Weights
+from regraft.formats.reading import FilePool
+from regraft.merging.patch import CHUNKS, PLANES, packed, section
+from regraft.merging.plan import Plan
+from regraft.merging.source import Source
+from regraft.merging.tiles import Tile
+from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A tensor of the base that is kept by its difference.
+
+    Attributes:
+        original: the base's tensor.
+        adapter: the adapter's tensor that it is told from, if it is that.
+        through: the dtype that the output has it in, if it is told from itself converted.
+    """
+
+    original: TensorSpec
+    adapter: TensorSpec | None = None
+    through: str | None = None
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element, as the difference is taken; 1 for dtypes of part of a byte."""
+        bits = DTYPES[self.original.dtype].bits
+        return bits // 8 if bits % 8 == 0 and self.original.numel else 1
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return -(-self.original.nbytes // (planes.CHUNK * self.item))
+
+
+def keeps(plan: Plan) -> list[Keep]:
+    """Return the tensors of the base that have to be told from something, in their order."""
+    steps = {step.name: step for step in plan.steps}
+    found = []
+    for name, original in plan.base.tensors.items():
+        step = steps.get(name)
+        if step is None:
+            found.append(Keep(original))
+        elif step.source_adapter is not None or step.source.name != name:
+            usable = step.source_adapter is not None and _is_comparable(step.source, original)
+            found.append(Keep(original, adapter=step.source if usable else None))
+        elif not step.is_invertible and step.dtype != original.dtype:
+            found.append(Keep(original, through=step.dtype))
+    return found
+
+
+def _is_comparable(source: TensorSpec, original: TensorSpec) -> bool:
+    working = source.dtype in WORKING_DTYPES and original.dtype in WORKING_DTYPES
+    return working or source.dtype == original.dtype
+
+
+def converted(raw: Bytes, dtype: str, to: str) -> Bytes:
+    """Return values of one working dtype as another; unchanged bytes if it is the same."""
+    if dtype == to:
+        return raw
+    source = Weights.of_bytes(raw, dtype)
+    result = np.empty(raw.size * DTYPES[to].bits // DTYPES[dtype].bits, np.uint8)
+    Weights.of_bytes(result, to).take(source, np.zeros(4, np.float64))
+    return result
+
+
+def adapter_prediction(
+    keep: Keep, other: TensorSpec, begin: int, size: int, files: FilePool
+) -> Bytes:
+    """Return what bytes ``begin`` to ``begin + size`` are told from: ``other`` as their dtype.
+
+    Where ``other`` is shorter, zeros.
+    """
+    bits, other_bits = DTYPES[keep.original.dtype].bits, DTYPES[other.dtype].bits
+    first = begin * other_bits // bits
+    last = min((begin + size) * other_bits // bits, other.nbytes)
+    result = np.zeros(size, np.uint8)
+    if last > first:
+        raw = np.empty(last - first, np.uint8)
+        files.read_into(other, first, raw.data)
+        there = converted(raw, other.dtype, keep.original.dtype)
+        result[: there.size] = there
+    return result
+
+
+def keep_tiles(keep: Keep, tile_bytes: int) -> Iterator[Tile]:
+    """Cut a tensor into tiles of whole chunks."""
+    chunk, total = planes.CHUNK * keep.item, keep.original.nbytes
+    each = max(tile_bytes // chunk, 1) * chunk
+    for number, start in enumerate(range(0, max(total, 1), each)):
+        length = min(each, total - start)
+        yield Tile(number, "bytes", (0, 0), (0, 0), start, length, 0, 0)
+
+
+class KeepRun:
+    """A kept tensor while it is worked on; as :class:`regraft.merging.run.StepRun`."""
+
+    cost = 0
+
+    def __init__(self, keep: Keep, source: Source, files: FilePool) -> None:
+        self._keep, self._source, self._files = keep, source, files
+        self._hash = blake3()
+        self._lengths: dict[int, list[int]] = {}
+        self._turn, self._next = threading.Condition(), 0
+        self.failed = False
+
+    def work(self, tile: Tile, buffers: object) -> Bytes:
+        """Compress one tile's difference; return what is to be kept."""
+        del buffers
+        keep, chunk = self._keep, planes.CHUNK * self._keep.item
+        raw = np.empty(tile.read, np.uint8)
+        self._source.read(keep.original, tile.read_at, raw)
+        parts = [
+            planes.compress(piece, self._prediction(tile.read_at + at, piece), keep.item)
+            for at in range(0, tile.read, chunk)
+            for piece in (raw[at : at + chunk],)
+        ]
+        with self._turn:
+            self._turn.wait_for(lambda: self._next == tile.number or self.failed)
+            self._hash.update(raw.data)
+            self._lengths[tile.number] = [len(part) for part in parts]
+            self._next += 1
+            self._turn.notify_all()
+        return np.frombuffer(b"".join(parts), np.uint8)
+
+    def _prediction(self, begin: int, piece: Bytes) -> Bytes:
+        keep = self._keep
+        if keep.adapter is not None:
+            return adapter_prediction(keep, keep.adapter, begin, piece.size, self._files)
+        if keep.through is not None:
+            there = converted(piece, keep.original.dtype, keep.through)
+            return converted(there, keep.through, keep.original.dtype)
+        return np.zeros(piece.size, np.uint8)
+
+    def fail(self) -> None:
+        """Wake whoever waits for a tile that will never come."""
+        with self._turn:
+            self.failed = True
+            self._turn.notify_all()
+
+    def finish(self) -> tuple[str, list[tuple[str, bytes]]]:
+        """Return the digest of the tensor, and its sections after the chunks themselves."""
+        name = self._keep.original.name
+        self._source.release(self._keep.original)
+        lengths = np.array([n for _, ns in sorted(self._lengths.items()) for n in ns], np.uint32)
+        table = packed(lengths.tobytes())
+        sections = [(section(name, PLANES), b""), (section(name, CHUNKS), table)]
+        return self._hash.hexdigest(), sections

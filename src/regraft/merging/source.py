@@ -1,0 +1,49 @@
+"""Where the bytes of a merge's tensors come from: their files, or an undo that is under way."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from regraft.deltas.weights import Bytes
+from regraft.formats.reading import FilePool
+from regraft.tensors import TensorSpec
+
+
+class Source(Protocol):
+    """Reads tensors of a base; safe to use from several threads."""
+
+    def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
+        """Fill a buffer with the bytes of a tensor that begin ``offset`` bytes into it."""
+
+    def cost(self, spec: TensorSpec) -> int:
+        """Return the memory that reading a tensor takes besides the buffer."""
+
+    def release(self, spec: TensorSpec) -> None:
+        """Let go of what was kept for a tensor that will not be read again."""
+
+    def expected(self, name: str) -> str | None:
+        """Return the blake3 (hex) a tensor has to have, if that is known."""
+
+
+class FileSource:
+    """The files themselves."""
+
+    def __init__(self, files: FilePool) -> None:
+        self._files = files
+
+    def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
+        """Read from the tensor's file."""
+        self._files.read_into(spec, offset, buffer.data)
+
+    def cost(self, spec: TensorSpec) -> int:
+        """Return 0."""
+        del spec
+        return 0
+
+    def release(self, spec: TensorSpec) -> None:
+        """Do nothing."""
+
+    def expected(self, name: str) -> str | None:
+        """Return None: a file holds what it holds."""
+        del name
+        return None
