@@ -1,4 +1,4 @@
-"""regraft: merge LoRA adapters into the checkpoints of language models, and look into both.
+"""regraft: merge LoRA adapters into checkpoints of language models, verify it, take it back.
 
 The public names are loaded on first use, so that importing the package costs nothing.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from regraft.errors import (
         AccessError,
         AdapterError,
+        BusyError,
         DiskSpaceError,
         EnvironmentShortfall,
         FormatError,
@@ -31,9 +32,14 @@ if TYPE_CHECKING:
     )
     from regraft.inspection import Inspection, inspect
     from regraft.merging.events import ProgressEvent
+    from regraft.merging.leftovers import Leftover
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
-    from regraft.merging.report import CheckReport
+    from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.undoing import clean, swap, unmerge
+    from regraft.verifying.diff import DiffReport, diff
+    from regraft.verifying.report import VerifyReport
+    from regraft.verifying.verify import verify
 
 _HOME = {
     "merge": "regraft.api",
@@ -45,10 +51,20 @@ _HOME = {
     "Plan": "regraft.merging.plan",
     "Receipt": "regraft.merging.receipt",
     "CheckReport": "regraft.merging.report",
+    "UnmergeReport": "regraft.merging.report",
+    "Leftover": "regraft.merging.leftovers",
+    "unmerge": "regraft.undoing",
+    "swap": "regraft.undoing",
+    "clean": "regraft.undoing",
+    "verify": "regraft.verifying.verify",
+    "diff": "regraft.verifying.diff",
+    "DiffReport": "regraft.verifying.diff",
+    "VerifyReport": "regraft.verifying.report",
     **dict.fromkeys(
         (
             "AccessError",
             "AdapterError",
+            "BusyError",
             "DiskSpaceError",
             "EnvironmentShortfall",
             "FormatError",
@@ -69,16 +85,26 @@ _HOME = {
 
 __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "merge",
+    "unmerge",
+    "swap",
     "plan",
     "check",
+    "verify",
     "inspect",
+    "diff",
+    "clean",
     "CheckReport",
+    "DiffReport",
     "Inspection",
+    "Leftover",
     "Plan",
     "ProgressEvent",
     "Receipt",
+    "UnmergeReport",
+    "VerifyReport",
     "AccessError",
     "AdapterError",
+    "BusyError",
     "DiskSpaceError",
     "EnvironmentShortfall",
     "FormatError",

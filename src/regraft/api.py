@@ -76,7 +76,7 @@ def merge(
     started = time.perf_counter()
     place = Path(out)
     check_output(place, [], overwrite=overwrite)  # before anything is fetched from the Hub
-    choices = _choices(dtype, shard_size, max_memory, threads, undo, keep_adapter)
+    choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     checkpoint = open_checkpoint(locate(base, kind="base", token=token))
@@ -87,8 +87,9 @@ def merge(
     from regraft.merging.workplace import workplace
 
     with workplace(place, overwrite=overwrite) as work:
+        called = command or call_of("merge", made.base.source, made)
         return build(
-            made, work, _inputs(made), _call(made, command), lambda: _used(started, made),
+            made, work, _inputs(made), called, lambda: _used(started, made),
             undo=undo, keep_adapters=keep_adapter, progress=progress,
         )  # fmt: skip
 
@@ -122,7 +123,7 @@ def plan(
     Raises:
         RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
     """
-    choices = _choices(dtype, shard_size, max_memory, threads, undo)
+    choices = choices_of(dtype, shard_size, max_memory, threads, undo)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     checkpoint = open_headers(base, token=token)
@@ -139,7 +140,7 @@ def _plan(
     overwrite: bool,
     token: str | None,
 ) -> Plan:
-    read = [read_adapter(files, weight) for files, weight in _open(adapters, token)]
+    read = [read_adapter(files, weight) for files, weight in open_adapters(adapters, token)]
     made = make_plan(base, read, choices, out)
     if out is None:
         return made
@@ -149,7 +150,7 @@ def _plan(
     return replace(made, disk=disk)
 
 
-def _open(
+def open_adapters(
     adapters: Sequence[tuple[str, float]], token: str | None
 ) -> list[tuple[AdapterFiles, float]]:
     """Open adapters, all of them before any is read."""
@@ -178,10 +179,10 @@ def check(
         InputError: the base or an adapter cannot be opened at all.
         EnvironmentShortfall: an input cannot be read, or needs an optional package.
     """
-    choices = _choices(dtype, None, max_memory, None, undo=True)
+    choices = choices_of(dtype, None, max_memory, None, undo=True)
     checkpoint = open_headers(base, token=token)
     read, problems = [], list[Problem]()
-    for files, weight in _open(parse_adapters(adapters), token):
+    for files, weight in open_adapters(parse_adapters(adapters), token):
         try:
             read.append(read_adapter(files, weight))
         except RegraftError as error:
@@ -237,7 +238,7 @@ def _weight(value: float | str, where: str) -> float:
     return weight
 
 
-def _choices(
+def choices_of(
     dtype: str | None,
     shard_size: str | int | None,
     max_memory: str | int,
@@ -245,6 +246,11 @@ def _choices(
     undo: bool = False,
     keep_adapter: bool = False,
 ) -> Choices:
+    """Return the options of a merge, checked.
+
+    Raises:
+        UsageError: one is none.
+    """
     sizes = []
     for name, value in (("shard_size", shard_size), ("max_memory", max_memory)):
         try:
@@ -258,13 +264,12 @@ def _choices(
     )
 
 
-def _call(made: Plan, command: str | None) -> str:
-    if command is not None:
-        return command
+def call_of(verb: str, base: str, made: Plan) -> str:
+    """Return the Python call that carries a plan out, for its receipt."""
     adapters = ", ".join(repr((a.source, a.weight)) for a in made.adapters)
     usual = {"dtype": None, "shard_size": None, "undo": True}
     chosen = "".join(f", {n}={v!r}" for n, v in made.options.items() if v != usual[n])
-    return f"regraft.merge({made.base.source!r}, [{adapters}], {made.out!r}{chosen})"
+    return f"regraft.{verb}({base!r}, [{adapters}], {made.out!r}{chosen})"
 
 
 def _used(started: float, made: Plan) -> tuple[float, int, int]:

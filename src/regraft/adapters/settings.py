@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+from regraft.adapters.patterns import (
+    BELOW,
+    LAYER,
+    SUFFIX,
+    WHOLE,
+    BadExpressionError,
+    Expressions,
+    FirstMatch,
+    is_segment,
+    suffixes_of,
+)
 from regraft.errors import AdapterError, Problem, RegraftError, UnsupportedError
-from regraft.formats.problems import quoted
+from regraft.formats.problems import capped, quoted
+
+_FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The fields of PEFT's ``LoraConfig`` that decide what a merge is; names are PEFT's."""
+    """The fields of PEFT's ``LoraConfig`` that decide what a merge is; names are PEFT's.
+
+    ``expressions`` is not PEFT's: it matches the regular expressions among them within limits, and
+    every method that asks it raises ``AdapterError`` where they take too long.
+    """
 
     r: int
     lora_alpha: float
@@ -39,14 +59,15 @@ class LoraSettings:
     base_model_name_or_path: str | None
     task_type: str | None
     base_model_class: str | None
+    expressions: Expressions = field(compare=False, repr=False)
 
     def rank_of(self, key: str) -> int:
         """Return r for a module (or parameter) name: the first rank pattern that matches it."""
-        return _first_match(self.rank_pattern, key, self.r)
+        return self._ranks.find(key, self.r)
 
     def alpha_of(self, key: str) -> float:
         """Return alpha for a module (or parameter) name."""
-        return _first_match(self.alpha_pattern, key, self.lora_alpha)
+        return self._alphas.find(key, self.lora_alpha)
 
     def scale_of(self, key: str, weight: float = 1.0) -> float:
         """Return weight * alpha / r, or over sqrt(r) for rsLoRA (Kalajdzievski 2023), in float64.
@@ -61,9 +82,11 @@ class LoraSettings:
 
         PEFT copies every module whose name ends with an entry, dot or no dot before it.
         """
+        if not self.modules_to_save:
+            return False
         segments = parameter.split(".")[:-1]
         modules = [".".join(segments[:n]) for n in range(1, len(segments) + 1)]
-        return any(module.endswith(self.modules_to_save) for module in modules)
+        return any(map(self._ends_with_saved, modules))
 
     def targets(self, module: str) -> bool:
         """Whether ``target_modules`` and its limits select a module, by PEFT's rules."""
@@ -73,67 +96,108 @@ class LoraSettings:
         if wanted is None:
             return not self.target_parameters
         if isinstance(wanted, str):
-            return wanted.lower() == "all-linear" or bool(_compiled(wanted).fullmatch(module))
-        if module in wanted:
+            return wanted.lower() == "all-linear" or self.expressions.fullmatch(wanted, module)
+        if module in self._wanted:
             return True
-        return module.endswith(_suffixes(wanted)) and self._in_layers(module)
+        return _has_suffix(module, self._wanted) and self._in_layers(module)
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
         """Return the names of the parameters of ``module`` that ``target_parameters`` selects."""
-        found = []
-        for target in self.target_parameters:
+        if not self.target_parameters:
+            return ()
+        found = [entry for owner in suffixes_of(module) for entry in self._leaves.get(owner, ())]
+        found += self._leaves.get("", ()) if module and not module.endswith(".") else ()
+        return tuple(dict.fromkeys(leaf for _, leaf in sorted(found)))
+
+    @cached_property
+    def _ranks(self) -> FirstMatch[int]:
+        return FirstMatch(self.rank_pattern, self.expressions)
+
+    @cached_property
+    def _alphas(self) -> FirstMatch[float]:
+        return FirstMatch(self.alpha_pattern, self.expressions)
+
+    @cached_property
+    def _wanted(self) -> frozenset[str]:
+        return frozenset(self.target_modules or ())
+
+    @cached_property
+    def _excluded(self) -> frozenset[str]:
+        return frozenset(self.exclude_modules or ())
+
+    @cached_property
+    def _saved(self) -> frozenset[str]:
+        return frozenset(self.modules_to_save)
+
+    @cached_property
+    def _saved_lengths(self) -> list[int]:
+        return sorted({len(entry) for entry in self.modules_to_save})
+
+    @cached_property
+    def _saved_segments(self) -> frozenset[str]:
+        """The entries of ``modules_to_save`` that are one segment of a name and nothing else."""
+        return frozenset(filter(is_segment, self.modules_to_save))
+
+    @cached_property
+    def _saved_expressions(self) -> tuple[str, ...]:
+        return tuple(self._saved - self._saved_segments)
+
+    @cached_property
+    def _leaves(self) -> dict[str, list[tuple[int, str]]]:
+        """The parameters that ``target_parameters`` names, numbered, by their module."""
+        leaves: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for number, target in enumerate(self.target_parameters):
             owner, _, leaf = target.rpartition(".")
-            if not owner or module == owner or module.endswith(f".{owner}"):
-                found.append(leaf)
-        return tuple(dict.fromkeys(found))
+            leaves[owner].append((number, leaf))
+        return leaves
+
+    def _ends_with_saved(self, module: str) -> bool:
+        lengths = (n for n in self._saved_lengths if n <= len(module))
+        return any(module[len(module) - n :] in self._saved for n in lengths)
 
     def _keeps_whole(self, module: str) -> bool:
         """Whether ``modules_to_save`` keeps LoRA off a module, by PEFT's rule for that."""
-        return any(_compiled(_BELOW.format(m)).match(module) for m in self.modules_to_save)
+        if not self._saved_segments.isdisjoint(module.split(".")):
+            return True
+        return any(self.expressions.match(m, module, BELOW) for m in self._saved_expressions)
 
     def _excludes(self, module: str) -> bool:
         excluded = self.exclude_modules
         if not excluded:
             return False
         if isinstance(excluded, str):
-            return bool(_compiled(excluded).fullmatch(module))
-        return module in excluded or module.endswith(_suffixes(excluded))
+            return self.expressions.fullmatch(excluded, module)
+        return _has_suffix(module, self._excluded)
 
     def _in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        patterns = [_LAYER.format(p) for p in self.layers_pattern]
-        for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
-            if match := _compiled(pattern).match(module):
-                return int(match.group(1)) in self.layers_to_transform
-        return False
+        for pattern in self.layers_pattern:
+            if match := self.expressions.match(pattern, module, LAYER):
+                return int(match["idx"]) in self._layers
+        if self.layers_pattern:
+            return False
+        first = _FIRST_NUMBER.match(module)
+        return first is not None and int(first["idx"]) in self._layers
+
+    @cached_property
+    def _layers(self) -> frozenset[int]:
+        return frozenset(self.layers_to_transform)
 
 
-# The expressions PEFT makes of what a config holds.
-_WHOLE = "{}"
-_SUFFIX = r"(.*\.)?({})$"
-_BELOW = r"(^|.*\.){}($|\..*)"
-_LAYER = r"(?:^|.*?\.){}\.(\d+)\."
+def _has_suffix(module: str, names: frozenset[str]) -> bool:
+    """Return whether a module, or what follows one of its dots, is among the names."""
+    return any(suffix in names for suffix in suffixes_of(module))
 
 
-@lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
+def _shown(value: object) -> str:
+    """Return a short literal of a value from the config."""
+    return _SHORT.repr(value)[:_SHOWN_CHARACTERS]
 
 
-@lru_cache(maxsize=256)
-def _suffixes(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f".{name}" for name in names)
-
-
-_Number = TypeVar("_Number", int, float)
-
-
-def _first_match(patterns: tuple[tuple[str, _Number], ...], key: str, default: _Number) -> _Number:
-    for pattern, value in patterns:
-        if _compiled(_SUFFIX.format(pattern)).match(key):
-            return value
-    return default
+_SHOWN_CHARACTERS = 80
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = _SHOWN_CHARACTERS
 
 
 class _Fields:
@@ -141,13 +205,14 @@ class _Fields:
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.config, self.where, self.problems = config, where, list[Problem]()
+        self.expressions = Expressions(where)
 
     def get(self, name: str, kinds: tuple[type, ...], default: Any) -> Any:
         value = self.config.get(name)
         if value is None:
             return default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            self.bad(name, " or ".join(kind.__name__ for kind in kinds), repr(value)[:80])
+            self.bad(name, " or ".join(kind.__name__ for kind in kinds), _shown(value))
             return default
         return value
 
@@ -163,7 +228,7 @@ class _Fields:
         value = self.get(name, (list, str), [])
         value = [value] if isinstance(value, str) else value
         if not all(isinstance(item, str) for item in value):
-            self.bad(name, "a list of names", repr(value)[:80])
+            self.bad(name, "a list of names", _shown(value))
             return ()
         if within:
             for item in value:
@@ -179,25 +244,25 @@ class _Fields:
             return value
         return self.names(name)
 
-    def pattern(self, name: str, pattern: str, within: str = _WHOLE) -> None:
+    def pattern(self, name: str, pattern: str, within: str = WHOLE) -> None:
         try:
-            _compiled(within.format(pattern))
-        except (re.error, OverflowError, RecursionError) as error:
-            self.bad(name, "a regular expression", f"{pattern[:80]!r} ({error})")
+            self.expressions.add(pattern, within)
+        except BadExpressionError as error:
+            self.bad(name, "a regular expression", f"{_shown(pattern)} ({error})")
 
     def patterns(self, name: str, kinds: tuple[type, ...]) -> tuple[tuple[str, Any], ...]:
         value = self.get(name, (dict,), {})
         for pattern, number in value.items():
-            self.pattern(name, pattern, _SUFFIX)
+            self.pattern(name, pattern, SUFFIX)
             if not _is_positive(number, kinds):
                 expected = f"a positive {' or '.join(kind.__name__ for kind in kinds)}"
-                self.bad(f"{name}[{pattern!r}]", expected, repr(number)[:80])
+                self.bad(f"{name}[{_shown(pattern)}]", expected, _shown(number))
         return tuple(value.items())
 
     def positive(self, name: str, kinds: tuple[type, ...], default: Any) -> Any:
         value = self.get(name, kinds, default)
         if not _is_positive(value, kinds):
-            self.bad(name, "a positive number", repr(value)[:80])
+            self.bad(name, "a positive number", _shown(value))
             return default
         return value
 
@@ -211,19 +276,23 @@ def _token_indices(fields: _Fields) -> tuple[tuple[str, tuple[int, ...]], ...]:
     value = fields.get("trainable_token_indices", (list, dict), {})
     by_module = value if isinstance(value, dict) else {"": value}
     for indices in by_module.values():
-        good = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
+        good = isinstance(indices, list) and all(map(_is_row, indices))
         if not good or len(set(indices)) < len(indices):
             expected = "lists of row numbers, each once"
-            fields.bad("trainable_token_indices", expected, repr(indices)[:80])
+            fields.bad("trainable_token_indices", expected, _shown(indices))
             return ()
     return tuple((module, tuple(indices)) for module, indices in by_module.items() if indices)
+
+
+def _is_row(number: object) -> bool:
+    return type(number) is int and 0 <= number < 2**63
 
 
 def _layers(fields: _Fields) -> tuple[int, ...]:
     value = fields.get("layers_to_transform", (list, int), [])
     value = [value] if isinstance(value, int) else value
     if not all(type(item) is int for item in value):
-        fields.bad("layers_to_transform", "layer numbers", repr(value)[:80])
+        fields.bad("layers_to_transform", "layer numbers", _shown(value))
         return ()
     return tuple(value)
 
@@ -243,7 +312,8 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
     if refused:
         raise UnsupportedError(refused)
     fields = _Fields(config, where)
-    auto = fields.get("auto_mapping", (dict,), {})
+    auto = _Fields(fields.get("auto_mapping", (dict,), {}), where)
+    auto.problems = fields.problems
     settings = LoraSettings(
         r=fields.positive("r", (int,), 8),
         lora_alpha=fields.positive("lora_alpha", (int, float), 8),
@@ -258,17 +328,18 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
         target_modules=fields.regex_or_names("target_modules"),
         exclude_modules=fields.regex_or_names("exclude_modules"),
         target_parameters=fields.names("target_parameters"),
-        modules_to_save=fields.names("modules_to_save", _BELOW),
+        modules_to_save=fields.names("modules_to_save", BELOW),
         layers_to_transform=_layers(fields),
-        layers_pattern=fields.names("layers_pattern", _LAYER),
+        layers_pattern=fields.names("layers_pattern", LAYER),
         trainable_token_indices=_token_indices(fields),
         ensure_weight_tying=fields.get("ensure_weight_tying", (bool,), False),
         base_model_name_or_path=fields.get("base_model_name_or_path", (str,), None),
         task_type=fields.get("task_type", (str,), None),
-        base_model_class=auto.get("base_model_class") if isinstance(auto, dict) else None,
+        base_model_class=auto.get("base_model_class", (str,), None),
+        expressions=fields.expressions,
     )
     if fields.problems:
-        raise AdapterError(fields.problems)
+        raise AdapterError(capped(fields.problems, Path(where)))
     return settings
 
 
@@ -334,20 +405,21 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     init = config.get("init_lora_weights")
     if isinstance(init, str):
         found += [
-            (f"init_lora_weights={init!r}: {why}", RESAVE)
+            (f"init_lora_weights={_shown(init)}: {why}", RESAVE)
             for prefix, why in _CHANGED_BASES.items()
             if init.lower().startswith(prefix)
         ]
         if config.get("use_dora") and init.lower().startswith(("pissa", "olora")):
-            found.append((f"init_lora_weights={init!r} together with DoRA", RESAVE))
+            found.append((f"init_lora_weights={_shown(init)} together with DoRA", RESAVE))
         known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
         if not init.lower().startswith(known):
-            found.append((f"init_lora_weights={init!r} is not known to regraft", RESAVE))
+            found.append((f"init_lora_weights={_shown(init)} is not known to regraft", RESAVE))
     return found
 
 
 def _refused_type(peft_type: str) -> tuple[str, str]:
-    kind = peft_type if peft_type.isidentifier() else quoted(peft_type)
+    plain = peft_type.isidentifier() and len(peft_type) <= _SHOWN_CHARACTERS
+    kind = peft_type if plain else quoted(peft_type)
     if kind in _PROMPT_TYPES:
         return (
             f"peft_type {kind} adds prompts or attention to the model and changes no weight",

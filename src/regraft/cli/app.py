@@ -19,7 +19,9 @@ READER_GONE = 141
 
 COMMANDS = {
     "merge": "regraft.cli.merge",
+    "verify": "regraft.cli.verify",
     "check": "regraft.cli.check",
+    "diff": "regraft.cli.diff",
     "inspect": "regraft.cli.inspect",
     "demo": "regraft.cli.demo",
     "completion": "regraft.cli.completion",

@@ -91,7 +91,13 @@ class Output:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-_STAGES = {"read": "reading headers", "merge": "merging", "finish": "writing to disk"}
+_STAGES = {
+    "read": "reading headers",
+    "merge": "merging",
+    "compare": "comparing",
+    "verify": "verifying",
+    "finish": "writing to disk",
+}
 
 
 class _Bar:

@@ -10,6 +10,10 @@ weight: once when X was stored, and once per adapter for a tool that adds one af
 second is for a delta that was itself computed in X's dtype; ``spread`` is the root mean square of
 d, because the error of a sum of products goes with their size and not with that of their sum.
 
+That is a bound for single elements, and wide. All together have to be much nearer: with an error e
+of the delta, X and m fall on different sides of a rounding only at about e / unit of the elements,
+so that the square of X - m is unit * e on average, and unit^2 / 4 more for each rounding besides.
+
 How much of the delta X holds is the slope of X - W against d, over that of m - W. It is taken
 where \\|d\\| is at least two units of the weight: a smaller delta is mostly lost in the rounding, and
 what is left of it is no measure of its size.
@@ -37,19 +41,36 @@ _PIECE = 2**14
 _TOO_ALIKE = 1e6
 """Condition above which deltas cannot be told apart."""
 
-_SUMS = 9
-_DD, _DELTA, _PLAIN, _EE, _TT, _SLOPE_DELTA, _SLOPE_PLAIN, _SLOPE_T, _WW = range(_SUMS)
+_SUMS = 11
+_DD, _DELTA, _PLAIN, _EE, _UU, _NOISE, _SLOPE_DELTA, _SLOPE_PLAIN, _SLOPE_T, _WW, _N = range(_SUMS)
 _CLEAR = 2.0
 """Units of the weight from which on a delta is measured."""
 
-_COUNTS = 8
-_TOTAL, _UNEQUAL, _BEYOND, _COARSE, _VISIBLE, _KEPT, _WILD, _ODD = range(_COUNTS)
+_COUNTS = 9
+_TOTAL, _UNEQUAL, _BEYOND, _COARSE, _VISIBLE, _KEPT, _WILD, _ODD, _SHIFTED = range(_COUNTS)
+
+
+@dataclass(frozen=True)
+class Care:
+    """How carefully the tool that made X is taken to have worked.
+
+    Attributes:
+        adapters: how many it added, one after the other.
+        rank: the largest of theirs.
+        roundings: of the weight that come besides, such as a conversion of the base before.
+        spread: root mean square of the delta.
+    """
+
+    adapters: int = 1
+    rank: int = 1
+    roundings: int = 0
+    spread: float = 0.0
 
 
 @njit(**ENTRY)
 def _agree(
     w16: Any, w32: Any, w_kind: int, x16: Any, x32: Any, x_kind: int, merged: Any, total: int,
-    terms: Any, spread: Any, sums: Any, largest: Any, counts: Any,
+    terms: Any, blur: Any, roundings: Any, spread: Any, sums: Any, largest: Any, counts: Any,
 ) -> None:  # fmt: skip
     """Add ``total`` elements to the sums and counts of :class:`Agreement`.
 
@@ -57,7 +78,9 @@ def _agree(
         w16, w32, w_kind: W, as :mod:`regraft.deltas.inner` lays weights out.
         x16, x32, x_kind: X, likewise.
         merged: M, float32.
-        terms: how many roundings of the weight are forgiven.
+        terms: how many roundings of the weight are forgiven to one element.
+        blur: error of the delta over h and its size.
+        roundings: of the weight, that come besides.
         spread: root mean square of M - W.
         sums: float64 ``(2, _SUMS)`` flattened: of all elements, and of those that are not wild.
         largest: float64 ``(1,)``: the largest distance in units in the last place.
@@ -98,9 +121,12 @@ def _agree(
             unit = max(unit, least)
             reach = abs(d) + spread
             t = half * (terms * size + 16.0 * reach) + terms * least
+            error = half * blur * reach
+            noise = 2.0 * unit * error + 4.0 * error * error + roundings * unit * unit / 2.0
             apart = abs(off)
             counts[_UNEQUAL] += np.int64(apart > 0)
             counts[_BEYOND] += np.int64(apart > t)
+            counts[_SHIFTED] += np.int64(xs[j] != kept[j])
             counts[_COARSE] += np.int64(apart > t + reach / 64.0)
             if ms[j] != kept[j]:
                 counts[_VISIBLE] += 1
@@ -115,8 +141,10 @@ def _agree(
                 sums[at + _DELTA] += far * d
                 sums[at + _PLAIN] += d * d
                 sums[at + _EE] += off * off
-                sums[at + _TT] += t * t
+                sums[at + _UU] += unit * unit
+                sums[at + _NOISE] += noise
                 sums[at + _WW] += w * w
+                sums[at + _N] += 1.0
                 if abs(d) >= _CLEAR * unit:
                     sums[at + _SLOPE_DELTA] += far * d
                     sums[at + _SLOPE_PLAIN] += (m - w) * d
@@ -129,32 +157,32 @@ class Agreement:
 
     Attributes:
         sums: per row (all elements, and all that are not wild): |X-W|^2, (X-W).d, |d|^2, |X-m|^2,
-            t^2, where the delta can be measured (X-W).d, (m-W).d and (t d)^2, and |W|^2.
+            unit^2, the square of X-m that is to be expected; where the delta can be measured
+            (X-W).d, (m-W).d and (t d)^2; |W|^2; elements.
         largest: largest \\|X - m\\| in units in the last place of the larger of W and M.
         counts: elements; unequal; beyond rounding; beyond that of a delta of 16 bits; those that
             the merge changes visibly; those of them that X has as they were; wild ones, further
-            off than four times their delta; NaN or infinite on one side only.
+            off than four times their delta; NaN or infinite on one side only; not the base's.
     """
 
     sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2 * _SUMS, np.float64))
     largest: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(1, np.float64))
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_COUNTS, np.int64))
 
-    def take(
-        self, weight: Weights, stored: Weights, merged: Floats, *, terms: float, spread: float
-    ) -> None:
+    def take(self, weight: Weights, stored: Weights, merged: Floats, care: Care) -> None:
         """Take a piece of a tensor in.
 
         Args:
             weight: W.
             stored: X.
             merged: M.
-            terms: how many roundings of the weight are forgiven.
-            spread: root mean square of M - W over the whole tensor.
+            care: how carefully X is taken to be made.
         """
         _agree(
             *weight.arguments, *stored.arguments, merged, merged.size,
-            float(terms), float(spread), self.sums, self.largest, self.counts,
+            2.0 + 2.0 * care.adapters, 2.0 + math.sqrt(care.rank) / 2,
+            float(care.roundings + care.adapters - 1), float(care.spread),
+            self.sums, self.largest, self.counts,
         )  # fmt: skip
 
     @property
@@ -214,11 +242,30 @@ class Agreement:
         doubt = 3 * math.sqrt(float(row[_SLOPE_T])) / float(row[_SLOPE_PLAIN])
         return float(row[_SLOPE_DELTA] / row[_SLOPE_PLAIN]), 0.01 + doubt
 
+    @property
+    def shifted(self) -> float:
+        """Share of the elements that are not the base's."""
+        return int(self.counts[_SHIFTED]) / max(self.total, 1)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether X is further from the merge, all in all, than roundings take it."""
+        row = self._row
+        a_few = 10 * row[_UU] / max(row[_N], 1.0)
+        return bool(row[_EE] > 3 * row[_NOISE] + a_few)
+
+    @property
+    def likeness(self) -> float:
+        """Square of the correlation of X - W with the delta."""
+        row = self._row
+        sizes = row[_DD] * row[_PLAIN]
+        return float(row[_DELTA] ** 2 / sizes) if sizes > 0 else 0.0
+
     def unexplained(self, times: float) -> float:
         """Return the squared distance of X from W + times * d, over what rounding may cause."""
         row = self._row
         left = row[_DD] - 2 * times * row[_DELTA] + times**2 * row[_PLAIN]
-        may = max(1.0, times**2) * (row[_TT] + 1e-4 * row[_PLAIN])
+        may = row[_UU] + max(1.0, times**2) * (3 * row[_NOISE] + 1e-4 * row[_PLAIN])
         return float(max(left, 0.0) / may) if may > 0 else math.inf * float(left > 0)
 
 

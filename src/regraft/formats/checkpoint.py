@@ -147,7 +147,7 @@ def open_checkpoint(located: Located) -> Checkpoint:
 def _open_checkpoint(located: Located) -> Checkpoint:
     single_file = not located.path.is_dir()
     root = located.path.parent if single_file else located.path
-    config = _optional_json(root / "config.json")
+    config = _base_config(root / "config.json")
     weights = _lone_file(located.path) if single_file else _find_weights(root, config)
     index_metadata = None
     names: Sequence[str] = [weights]
@@ -173,8 +173,21 @@ def _open_checkpoint(located: Located) -> Checkpoint:
     )
 
 
-def _optional_json(path: Path) -> dict[str, Any] | None:
-    return read_json_object(path, max_bytes=_CONFIG_BYTES) if path.exists() else None
+def _base_config(path: Path) -> dict[str, Any] | None:
+    """Return ``config.json``, None where there is none."""
+    if not path.exists():
+        return None
+    config = read_json_object(path, max_bytes=_CONFIG_BYTES)
+    labels = config.get("id2label")
+    if labels is None or isinstance(labels, dict):
+        return config
+    raise FormatError(
+        "id2label is malformed",
+        where=str(path),
+        expected="an object from numbers to labels",
+        found=quoted(labels),
+        hint=DOWNLOAD_AGAIN,
+    )
 
 
 def _container(name: str) -> Container:

@@ -15,6 +15,9 @@ from regraft.formats.reading import open_regular, read_at
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
 
+_BYTES_PER_VALUE = 16
+"""A file of more values than this allows takes many times its size once it is parsed."""
+
 
 class DuplicateKeyError(ValueError):
     """A JSON object names the same key twice, so readers would disagree on its value."""
@@ -44,12 +47,14 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DE
         max_depth: how deep objects and lists may nest; ``{}`` has depth 1.
 
     Raises:
-        FormatError: not UTF-8, not JSON, too large, too deep, or a key occurs twice.
+        FormatError: not UTF-8, not JSON, too large, too many values, too deep, or a key occurs
+            twice.
         InputError: there is no such file.
         AccessError: the system refused to read it.
     """
     content = _content(path, max_bytes)
     try:
+        _check_values(content, 1000 + max_bytes // _BYTES_PER_VALUE)
         value = json.loads(content.decode(), object_pairs_hook=unique_object)
         _check_depth(value, max_depth)
         if b"\\u" in content:  # only an escape can smuggle in half of a surrogate pair
@@ -109,6 +114,12 @@ def _content(path: Path, max_bytes: int) -> bytes:
         return read_at(fd, path, 0, size)
     finally:
         os.close(fd)
+
+
+def _check_values(content: bytes, limit: int) -> None:
+    found = content.count(b",") + content.count(b"[") + content.count(b"{")
+    if found > limit:
+        raise ValueError(f"{found} brackets and commas, where at most {limit} are expected")
 
 
 def _check_depth(value: Any, max_depth: int) -> None:

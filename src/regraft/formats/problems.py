@@ -12,10 +12,14 @@ from regraft.errors import Problem
 
 DOWNLOAD_AGAIN = "Download or copy the file again"
 SHOWN_PROBLEMS = 50
-SAFE_NAME = "printable text without backslashes that is no path upwards"
+MAX_NAME_LENGTH = 1024
+SAFE_NAME = (
+    f"printable text of at most {MAX_NAME_LENGTH} characters, without backslashes, that is no path "
+    "upwards"
+)
 _SHOWN_CHARACTERS = 120
 _UNSAFE_NAME = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\\\\]"
+    "[\x00-\x1f\x7f\\\\]"
     r"|^$|^/|(?:^|/)\.\.(?:/|$)"
 )
 
@@ -29,9 +33,13 @@ def quoted(text: object) -> str:
 
 
 def _visible(character: str) -> str:
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+    if _is_invisible(character):
         return f"\\u{ord(character):04x}"
     return character
+
+
+def _is_invisible(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def capped(problems: Sequence[Problem], where: Path) -> list[Problem]:
@@ -44,5 +52,11 @@ def capped(problems: Sequence[Problem], where: Path) -> list[Problem]:
 
 
 def is_unsafe_name(name: str) -> bool:
-    """Return whether a tensor's name is empty, hides characters, or could act as a path upwards."""
-    return _UNSAFE_NAME.search(name) is not None
+    """Return whether a tensor's name is empty, hides characters, or could act as a path upwards.
+
+    So is one that is far longer than any model's: what is done with names can take time that grows
+    with the square of their length.
+    """
+    if len(name) > MAX_NAME_LENGTH or _UNSAFE_NAME.search(name):
+        return True
+    return not name.isascii() and any(map(_is_invisible, name))

@@ -30,8 +30,16 @@ from regraft.formats.problems import DOWNLOAD_AGAIN, SAFE_NAME, capped, is_unsaf
 from regraft.formats.reading import open_regular, read_at
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec
 
-_SAFE_TORCH = (2, 6)
-_MAX_PICKLE_BYTES = 64 * 2**20
+_SAFE_TORCH = (2, 10)
+"""The first version without CVE-2025-32434 (before 2.6) and CVE-2026-24747 (before 2.10): with
+``weights_only`` too, a file could run code there, or corrupt memory."""
+
+_MAX_PICKLE_BYTES = 16 * 2**20
+_MAX_DIRECTORY_BYTES = 32 * 2**20
+_ZIP_TAIL_BYTES = 2**16 + 2**10
+_DIRECTORY_END, _DIRECTORY_END_BYTES = b"PK\x05\x06", 22
+_ZIP64_DIRECTORY_END, _ZIP64_DIRECTORY_END_BYTES = b"PK\x06\x06", 56
+_ZIP64_LOCATOR, _ZIP64_LOCATOR_BYTES = b"PK\x06\x07", 20
 _LOCAL_HEADER_BYTES = 30
 _LOCAL_HEADER_MAGIC = b"PK\x03\x04"
 _ENCRYPTED = 0x1
@@ -52,8 +60,8 @@ def read_torch_file(path: Path) -> dict[str, TensorSpec]:
         InputError: there is no such file.
         AccessError: the system refused to read it.
     """
-    torch = _torch()
     records = _records(path)
+    torch = _torch()
     value = _load(torch, path)
     _check_flat(torch, path, value)
     placed = [_place(path, name, tensor, records) for name, tensor in value.items()]
@@ -78,14 +86,16 @@ def _torch() -> Any:
 
 
 def _check_version(torch: ModuleType) -> None:
-    numbers = re.match(r"(\d+)\.(\d+)", str(torch.__version__))
-    if numbers is None or tuple(map(int, numbers.groups())) >= _SAFE_TORCH:
-        return
+    release = re.match(r"(\d+)\.(\d+)(?:\.\d+)?(?P<early>a|b|rc|\.?dev)?", str(torch.__version__))
+    if release is not None:
+        version = (int(release[1]), int(release[2]))
+        if version > _SAFE_TORCH or (version == _SAFE_TORCH and not release["early"]):
+            return
     raise EnvironmentShortfall(
-        "this PyTorch can be made to run code by a .bin file (CVE-2025-32434)",
-        expected="PyTorch 2.6 or newer",
+        "this PyTorch can be made to run code by a .bin file (CVE-2025-32434, CVE-2026-24747)",
+        expected="PyTorch 2.10 or newer",
         found=str(torch.__version__),
-        hint="Run pip install -U 'regraft[torch]'",
+        hint="Run pip install -U 'torch>=2.10', or use the safetensors files of this model",
     )
 
 
@@ -94,6 +104,7 @@ def _records(path: Path) -> dict[int, int]:
     fd = open_regular(path)
     try:
         _check_magic(path, read_at(fd, path, 0, len(_LOCAL_HEADER_MAGIC)))
+        _check_directory(fd, path)
         with os.fdopen(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             _check_entries(path, entries)
@@ -130,6 +141,24 @@ def _check_magic(path: Path, magic: bytes) -> None:
         found=quoted(magic.decode("latin-1")),
         hint=f"{DOWNLOAD_AGAIN}; a Git LFS pointer must first be fetched (git lfs pull)",
     )
+
+
+def _check_directory(fd: int, path: Path) -> None:
+    """Refuse a zip whose directory would take gigabytes once :mod:`zipfile` has read it."""
+    size = os.fstat(fd).st_size
+    start = max(0, size - _ZIP_TAIL_BYTES)
+    tail = read_at(fd, path, start, size - start)
+    at = tail.rfind(_DIRECTORY_END)
+    if at < 0 or len(tail) < at + _DIRECTORY_END_BYTES:
+        raise zipfile.BadZipFile("it has no directory")
+    length = int(struct.unpack_from("<L", tail, at + 12)[0])
+    if tail[max(0, at - _ZIP64_LOCATOR_BYTES) : at].startswith(_ZIP64_LOCATOR):
+        at -= _ZIP64_LOCATOR_BYTES + _ZIP64_DIRECTORY_END_BYTES
+        if at < 0 or not tail.startswith(_ZIP64_DIRECTORY_END, at):
+            raise zipfile.BadZipFile("its directory has no size")
+        length = max(length, int(struct.unpack_from("<Q", tail, at + 40)[0]))
+    if length > _MAX_DIRECTORY_BYTES:
+        raise zipfile.BadZipFile(f"a directory of {length} bytes")
 
 
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:

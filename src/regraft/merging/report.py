@@ -1,8 +1,8 @@
-"""What ``check`` answers: would it merge, and if not, everything that stands in the way."""
+"""What verbs answer: ``check``, whether it would merge; ``unmerge``, what it gave back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from regraft.errors import Problem
@@ -32,3 +32,37 @@ class CheckReport:
             "warnings": list(self.warnings),
             "summary": self.summary,
         }
+
+
+@dataclass(frozen=True)
+class UnmergeReport:
+    """What an un-merge did.
+
+    Attributes:
+        merged: the merged model, as the user named it.
+        base: the base, as it was named at the merge.
+        output: the folder.
+        files: the base's files, now in the output.
+        left_out: files of the base's folder that a merge does not keep, such as weights in other
+            formats.
+        tensors: tensors restored, each with the digest that the base's had.
+        bytes_written: their bytes.
+        seconds: wall time, from the call to the renamed folder.
+        peak_memory: peak resident memory of the process in bytes, as the system reports it.
+        threads: worker threads used.
+    """
+
+    merged: str
+    base: str
+    output: str
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    tensors: int
+    bytes_written: int
+    seconds: float
+    peak_memory: int
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-ready objects."""
+        return asdict(self)

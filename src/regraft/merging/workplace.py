@@ -51,6 +51,13 @@ class Workplace:
         """A folder for what stands for the base while merged weights are worked on."""
         return self.folder / BASE
 
+    def fresh_base(self) -> Path:
+        """Return :attr:`base`, made anew."""
+        if self.base.exists():
+            shutil.rmtree(self.base)
+        self.base.mkdir()
+        return self.base
+
     def begin(self, fingerprint: str) -> None:
         """Begin a piece of work, or go on with it: other work that was kept here is removed.
 

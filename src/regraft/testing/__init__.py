@@ -4,6 +4,9 @@
 :mod:`regraft.testing.adapters` makes adapters on them with PEFT and computes what the live adapter
 model answers. Both need the ``demo`` extra (torch, transformers, peft); importing this package does
 not, because the names below are resolved on first use.
+
+:mod:`regraft.testing.fuzz` gives regraft hostile files, which :mod:`regraft.testing.mutation` makes;
+it needs no extra.
 """
 
 from __future__ import annotations

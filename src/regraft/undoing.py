@@ -1,0 +1,354 @@
+"""The verbs that take work back: unmerge, swap, and clean, for what interrupted work has left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.adapters.dialects.peft import read_adapter
+from regraft.adapters.model import Adapter
+from regraft.api import AdapterArg, call_of, choices_of, open_adapters, parse_adapters
+from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
+from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from regraft.formats.hub import Located, locate
+from regraft.formats.problems import capped
+from regraft.formats.reading import FilePool
+from regraft.memory import peak_memory
+from regraft.merging.events import Progress, tell
+from regraft.merging.jobs import plan_digest
+from regraft.merging.keep import keeps
+from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
+from regraft.merging.output import check_output, check_space
+from regraft.merging.patch import PatchReader
+from regraft.merging.plan import Plan, Step
+from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype
+from regraft.merging.receipt import Receipt, read_receipt
+from regraft.merging.report import UnmergeReport
+from regraft.merging.undo import (
+    PATCH,
+    UNDO,
+    Manifest,
+    base_shards,
+    base_targets,
+    read_manifest,
+    side_files,
+    stand_in,
+    with_source,
+)
+from regraft.merging.workplace import Workplace, workplace
+
+if TYPE_CHECKING:
+    from regraft.merging.execute import OpenSource
+    from regraft.merging.restore import Recipe
+
+RECEIPT = "regraft/receipt.json"
+
+
+def unmerge(
+    merged: str | Path,
+    out: str | Path,
+    *,
+    adapters: AdapterArg | Sequence[AdapterArg] | None = None,
+    max_memory: str | int = "512MiB",
+    threads: int | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> UnmergeReport:
+    """Give back the base of a merged model, byte for byte, without the base.
+
+    Every tensor is held against the digest that the receipt has of the base's.
+
+    Args:
+        merged: the folder that :func:`regraft.merge` or :func:`swap` wrote, or a Hub id.
+        out: the folder to make; it appears whole or not at all.
+        adapters: the adapters that were merged, in their order; needed where the merge was told
+            to keep no copy of them.
+        max_memory: cap on resident memory, whatever the size of the model.
+        threads: worker threads; by default three more than there are cores at hand.
+        overwrite: replace ``out``, once the new one is complete, if it holds a model already.
+        token: Hub token; by default the one the machine is logged in with.
+        progress: called as work proceeds.
+
+    Raises:
+        RegraftError: one of :mod:`regraft.errors`; ``out`` is then as it was before the call.
+        MismatchError: weights, adapter or patch have been changed since; lists every tensor.
+    """
+    started = time.perf_counter()
+    place = Path(out)
+    check_output(place, [], overwrite=overwrite)
+    choices = choices_of(None, None, max_memory, threads)
+    tell(progress, "read", 0)
+    found = _find(merged, adapters, token)
+    check_output(place, found.inputs, overwrite=overwrite)
+    check_space(place, sum(file.size for file in found.manifest.files))
+
+    from regraft.merging.building import rebuild
+
+    with workplace(place, overwrite=overwrite) as work, FilePool() as files:
+        patch = PatchReader(found.folder / UNDO / PATCH, files)
+        undone = _undone(found, work, patch, choices)
+        targets = base_targets(undone.base, found.manifest, patch)
+        shards = base_shards(targets)
+        steps = [step for target in targets for step in target.steps]
+        count, tile, memory = fit_memory(steps, choices, undone.steps)
+        made = Plan(undone.base, (), shards, {}, {}, memory, count, tile, (), out=str(place))
+        open_source = _opener(undone, found)
+        rebuild(made, targets, work, found.files, open_source, progress)
+        names = _write_side_files(found, work)
+    return UnmergeReport(
+        merged=found.located.source,
+        base=found.receipt.base.source,
+        output=str(place),
+        files=tuple(sorted([*(target.name for target in targets), *names])),
+        left_out=found.manifest.left_out,
+        tensors=len(undone.base.tensors),
+        bytes_written=made.nbytes,
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+        threads=count,
+    )
+
+
+def swap(
+    merged: str | Path,
+    adapters: AdapterArg | Sequence[AdapterArg],
+    out: str | Path,
+    *,
+    merged_adapters: AdapterArg | Sequence[AdapterArg] | None = None,
+    dtype: str | None = None,
+    shard_size: str | int | None = None,
+    max_memory: str | int = "512MiB",
+    threads: int | None = None,
+    overwrite: bool = False,
+    undo: bool = True,
+    keep_adapter: bool = True,
+    token: str | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Receipt:
+    """Take a merge back and merge other adapters, in one pass over the weights.
+
+    The result is what :func:`regraft.merge` makes of the base and the new adapters, byte for byte.
+
+    Args:
+        merged: the folder that :func:`regraft.merge` or :func:`swap` wrote, or a Hub id.
+        adapters: the new adapters, as in :func:`regraft.merge`.
+        out: the folder to make; it appears whole or not at all.
+        merged_adapters: the adapters that were merged, where no copy of them was kept.
+        dtype, shard_size, max_memory, threads, overwrite: as in :func:`regraft.merge`.
+        undo, keep_adapter, token, progress, command: as in :func:`regraft.merge`.
+
+    Returns:
+        The receipt, as it is in ``out/regraft/receipt.json``; its base is the original one.
+
+    Raises:
+        RegraftError: one of :mod:`regraft.errors`; ``out`` is then as it was before the call.
+        MismatchError: weights, adapter or patch have been changed since; lists every tensor.
+    """
+    started = time.perf_counter()
+    place = Path(out)
+    check_output(place, [], overwrite=overwrite)
+    choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter)
+    wanted = parse_adapters(adapters)
+    tell(progress, "read", 0)
+    found = _find(merged, merged_adapters, token)
+    read = [read_adapter(files, weight) for files, weight in open_adapters(wanted, token)]
+    check_output(place, [*found.inputs, *(Path(a.root) for a in read)], overwrite=overwrite)
+    check_space(place, sum(file.size for file in found.manifest.files))
+
+    from regraft.merging.building import build
+
+    with workplace(place, overwrite=overwrite) as work, FilePool() as files:
+        patch = PatchReader(found.folder / UNDO / PATCH, files)
+        undone = _undone(found, work, patch, choices)
+        made = make_plan(undone.base, read, choices, place, undone.steps)
+        check_space(place, made.nbytes)
+        new = [path for adapter in read for path in Path(adapter.root).iterdir() if path.is_file()]
+        called = command or call_of("swap", found.located.source, made)
+        return build(
+            made, work, [*found.files, *new], called,
+            lambda: (time.perf_counter() - started, peak_memory(), made.threads),
+            undo=undo, keep_adapters=keep_adapter, open_source=_opener(undone, found),
+            progress=progress,
+        )  # fmt: skip
+
+
+def clean(
+    folders: str | Path | Sequence[str | Path] = ".", *, dry_run: bool = False
+) -> list[Leftover]:
+    """Remove what interrupted work has left beside its outputs; return what there was.
+
+    Work that is going on is left alone.
+
+    Args:
+        folders: folders to look in (not in those below them), or outputs.
+        dry_run: only look.
+
+    Raises:
+        InputError: there is no such folder.
+        AccessError: one cannot be looked into, or something cannot be removed.
+    """
+    places = [folders] if isinstance(folders, str | Path) else list(folders)
+    found = find_leftovers([Path(place) for place in places])
+    if not dry_run:
+        for leftover in found:
+            if not leftover.busy:
+                remove_leftover(leftover)
+    return found
+
+
+# -- opening a merged model ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A merged model that keeps an undo."""
+
+    located: Located
+    folder: Path
+    receipt: Receipt
+    manifest: Manifest
+    merged: Checkpoint
+    adapters: tuple[Adapter, ...]
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The folders that are read."""
+        return [self.folder, *(Path(adapter.root) for adapter in self.adapters)]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that decide what comes out."""
+        undo = [p for p in (self.folder / UNDO).rglob("*") if p.is_file()]
+        weights = [shard.path for shard in self.merged.shards]
+        sides = [p for p in self.folder.iterdir() if p.is_file()]
+        adapters = [path for adapter in self.adapters for path in adapter.files]
+        return [*undo, *weights, *sides, *adapters, self.folder / RECEIPT]
+
+
+@dataclass(frozen=True)
+class _Undone:
+    """A merge that is being taken back: its base's stand-in, its plan, and how tensors follow."""
+
+    base: Checkpoint
+    steps: dict[str, Step]
+    recipe: Recipe
+
+
+def _find(
+    merged: str | Path, adapters: AdapterArg | Sequence[AdapterArg] | None, token: str | None
+) -> _Found:
+    """Open a merged model: receipt, manifest, weights by their headers, the adapters merged."""
+    located = locate(merged, kind="base", token=token)
+    folder = located.path
+    if not folder.is_dir():
+        raise InputError("is not a merged model", where=str(merged), expected="a folder")
+    manifest = read_manifest(folder)
+    receipt = read_receipt(folder / RECEIPT)
+    if len(manifest.adapters) != len(receipt.adapters):
+        raise InputError(
+            "manifest and receipt name different numbers of adapters", where=str(folder),
+            expected=str(len(receipt.adapters)), found=str(len(manifest.adapters)),
+            hint="Take the merged model from where it was unchanged",
+        )  # fmt: skip
+    opened = _merged_adapters(folder, receipt, manifest, adapters, token)
+    return _Found(located, folder, receipt, manifest, open_checkpoint(located), tuple(opened))
+
+
+def _merged_adapters(
+    folder: Path, receipt: Receipt, manifest: Manifest,
+    given: AdapterArg | Sequence[AdapterArg] | None, token: str | None,
+) -> list[Adapter]:  # fmt: skip
+    weights = [record.weight if record.weight is not None else 1.0 for record in receipt.adapters]
+    if given is not None:
+        pairs = parse_adapters(given)
+        merged = [(r.source, w) for r, w in zip(receipt.adapters, weights, strict=True)]
+        if [weight for _, weight in pairs] != weights:
+            raise UsageError(
+                "these are not the adapters that were merged",
+                where="--adapter",
+                expected=", ".join(f"{source}={weight:g}" for source, weight in merged),
+                found=", ".join(f"{source}={weight:g}" for source, weight in pairs),
+            )
+        return [read_adapter(files, weight) for files, weight in open_adapters(pairs, token)]
+    if None in manifest.adapters:
+        names = ", ".join(record.source for record in receipt.adapters)
+        raise InputError(
+            "the merge kept no copy of its adapters", where=str(folder / UNDO), expected=names,
+            hint="Give them with --adapter",
+        )  # fmt: skip
+    opened = []
+    for name, record, weight in zip(manifest.adapters, receipt.adapters, weights, strict=True):
+        place = folder / UNDO / str(name)
+        files = open_adapter(Located(place, record.source, None, record.revision))
+        opened.append(read_adapter(files, weight))
+    return opened
+
+
+def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices) -> _Undone:
+    """Make the base's stand-in and plan the old merge on it again.
+
+    Raises:
+        UnsupportedError: this version of regraft plans that merge in another way.
+    """
+    from regraft.merging.restore import Recipe
+
+    folder = work.fresh_base()
+    source = found.receipt.base
+    base = stand_in(found.folder, found.manifest, patch, folder)
+    base = with_source(base, source.source, source.revision)
+    dtype = found.receipt.options.get("dtype")
+    old = replace(choices, dtype=parse_dtype(dtype), shard_size=None, threads=1)
+    made = make_plan(base, found.adapters, old, None)
+    if plan_digest(made) != found.manifest.plan:
+        raise UnsupportedError(
+            "this merge cannot be taken back by this version of regraft, or with these adapters",
+            where=str(found.folder), expected=f"regraft {found.receipt.regraft}, which made it",
+            hint=f"Run it with that version: pip install regraft=={found.receipt.regraft}",
+        )  # fmt: skip
+    steps = {step.name: step for step in made.steps if step.is_invertible}
+    kept = {keep.original.name: keep for keep in keeps(made)}
+    _check_merged(found, base, made)
+    recipe = Recipe(steps, kept, found.merged.tensors, source.tensors)
+    return _Undone(base, steps, recipe)
+
+
+def _check_merged(found: _Found, base: Checkpoint, made: Plan) -> None:
+    """Refuse merged weights that lack a tensor, or have it in another shape or dtype.
+
+    Raises:
+        MismatchError: they do; lists every tensor.
+    """
+    problems = []
+    for step in made.steps:
+        there = found.merged.tensors.get(step.name)
+        expected = f"{step.dtype} {list(step.shape)}"
+        has = f"{there.dtype} {list(there.shape)}" if there is not None else "nothing"
+        if step.name in base.tensors and has != expected:
+            what = "the merged weights are not those that the patch was made for"
+            problems.append(Problem(what, f"tensor {step.name!r}", expected, has))
+    if problems:
+        raise MismatchError(capped(problems, found.folder))
+
+
+def _opener(undone: _Undone, found: _Found) -> OpenSource:
+    from regraft.merging.restore import RestoringSource
+
+    path = found.folder / UNDO / PATCH
+    return lambda files, store: RestoringSource(
+        undone.recipe, PatchReader(path, files), files, store
+    )
+
+
+def _write_side_files(found: _Found, work: Workplace) -> list[str]:
+    from regraft.merging.output import write_file
+
+    names = []
+    for name, content in side_files(found.folder, found.manifest):
+        write_file(work.out / name, content)
+        names.append(name)
+    return names

@@ -1,0 +1,283 @@
+"""Are the files those of the receipt? Every byte of the folder has its digest there.
+
+The receipt is one too: it is read only if it is byte for byte as regraft wrote it, its own digest
+included. Files are found by walking the folder; no name in a receipt is ever opened as a path.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from blake3 import blake3
+
+from regraft.errors import InputError
+from regraft.formats.layout import RECEIPT
+from regraft.formats.reading import FilePool, open_regular, read_at, typed_os_errors
+from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
+from regraft.merging.events import Progress
+from regraft.merging.receipt import Receipt, TensorRecord, file_key
+from regraft.tensors import TensorSpec
+from regraft.verifying.report import Difference
+from regraft.verifying.workers import Told, for_each
+
+CHUNK = 2**20
+"""Bytes read and hashed at a time by one thread."""
+
+_LENGTH_BYTES = 8
+
+
+@dataclass
+class ReceiptCheck:
+    """What came of checking a folder against its receipt.
+
+    Attributes:
+        differences: everything that is not as the receipt says, in order of file and tensor.
+        files: files beside the weights whose digest was taken.
+        headers: weight files whose header's digest was taken.
+        tensors: tensors whose digest was taken.
+        bytes: bytes of all these.
+        notes: what could not be checked, one sentence each.
+    """
+
+    differences: list[Difference] = field(default_factory=list)
+    files: int = 0
+    headers: int = 0
+    tensors: int = 0
+    bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def check_receipt(
+    root: Path, receipt: Receipt, *, threads: int = 1, progress: Progress | None = None
+) -> ReceiptCheck:
+    """Compare every file of a folder with its receipt.
+
+    Args:
+        root: the folder.
+        receipt: its receipt, as :func:`regraft.merging.receipt.read_receipt` returned it.
+        threads: how many read at a time.
+        progress: called as work proceeds.
+
+    Raises:
+        AccessError: the system refused to read something.
+    """
+    check = ReceiptCheck()
+    there = list_files(root)
+    records: dict[str, list[TensorRecord]] = defaultdict(list)
+    for record in receipt.tensors:
+        records[record.file].append(record)
+    weights = {**dict.fromkeys(receipt.headers), **dict.fromkeys(records)}
+    _compare_names(check, there, {*weights, *receipt.files, RECEIPT}, complete=_is_whole(receipt))
+    if not _is_whole(receipt):
+        check.notes.append(
+            f"the receipt of regraft {receipt.regraft} has no digests of headers and other files: "
+            "only tensors were checked"
+        )
+    with FilePool() as pool:
+        jobs = [
+            _Job(there[name], _size(there[name]), partial(_check_file, name=name, digest=digest))
+            for name, digest in receipt.files.items()
+            if name in there
+        ]
+        for name in weights:
+            if name in there:
+                digest = receipt.headers.get(name)
+                jobs += _weight_jobs(check, there[name], name, digest, records[name], pool)
+        _run(check, jobs, threads, progress)
+    check.differences.sort(key=lambda found: (found.file, found.tensor, found.what))
+    return check
+
+
+def _is_whole(receipt: Receipt) -> bool:
+    """Whether a receipt speaks of all files, which those of regraft 0.1 did not."""
+    return bool(receipt.headers or receipt.files)
+
+
+def list_files(root: Path) -> dict[str, Path]:
+    """Return everything below a folder that is no folder, by its name as a receipt has it.
+
+    Raises:
+        AccessError: a folder cannot be read.
+    """
+    found = {}
+    with typed_os_errors(root):
+        for folder, folders, names in os.walk(root, onerror=_raise):
+            links = [name for name in folders if (Path(folder) / name).is_symlink()]
+            for name in [*names, *links]:
+                path = Path(folder) / name
+                found[file_key(path.relative_to(root).as_posix())] = path
+    return found
+
+
+def _size(path: Path) -> int:
+    """Return a file's size, for progress; 0 where there is none to be had."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _compare_names(
+    check: ReceiptCheck, there: Mapping[str, Path], named: set[str], *, complete: bool
+) -> None:
+    """Note what is missing, and what nobody wrote; of a folder of such only the folder."""
+    for name in named - there.keys():
+        check.differences.append(Difference(name, "", "the file is missing"))
+    if not complete:
+        return
+    known = {name.partition("/")[0] for name in named}
+    strange: dict[str, int] = defaultdict(int)
+    for name in there.keys() - named:
+        top, _, rest = name.partition("/")
+        strange[f"{top}/" if rest and top not in known else name] += 1
+    for name, count in strange.items():
+        many = f"a folder of {count} file{'s' * (count > 1)} that the merge did not write"
+        what = many if name.endswith("/") else "a file that the merge did not write"
+        check.differences.append(Difference(name, "", what))
+
+
+# -- jobs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A piece of reading.
+
+    Attributes:
+        path: the file.
+        nbytes: bytes to read, where known beforehand.
+        work: takes the path and a buffer; returns bytes read, differences, and the tensor's name.
+        tensor: what is read, for progress.
+    """
+
+    path: Path
+    nbytes: int
+    work: Callable[[Path, memoryview], tuple[int, list[Difference]]]
+    tensor: str = ""
+
+
+def _run(
+    check: ReceiptCheck, jobs: Iterable[_Job], threads: int, progress: Progress | None
+) -> None:
+    jobs = list(jobs)
+    told = Told(progress, sum(job.nbytes for job in jobs))
+    own, lock = threading.local(), threading.Lock()
+
+    def work(job: _Job) -> None:
+        if not hasattr(own, "buffer"):
+            own.buffer = memoryview(bytearray(CHUNK))
+        nbytes, differences = job.work(job.path, own.buffer)
+        with lock:
+            check.bytes += nbytes
+            check.tensors += bool(job.tensor)
+            check.files += not job.tensor
+            check.differences += differences
+        told.add(job.nbytes, job.tensor)
+
+    for_each(jobs, work, min(threads, max(len(jobs), 1)))
+
+
+def _check_file(
+    path: Path, buffer: memoryview, *, name: str, digest: str
+) -> tuple[int, list[Difference]]:
+    """Hash a file beside the weights."""
+    try:
+        fd = open_regular(path)
+    except InputError as error:
+        return 0, [Difference(name, "", error.problems[0].what)]
+    hasher, done = blake3(), 0
+    try:
+        with typed_os_errors(path):
+            while count := os.preadv(fd, [buffer], done):
+                hasher.update(buffer[:count])
+                done += count
+    finally:
+        os.close(fd)
+    return done, _unless(hasher.hexdigest() == digest, name, "", "its bytes have changed")
+
+
+def _check_tensor(
+    _: Path, buffer: memoryview, *, spec: TensorSpec, record: TensorRecord, pool: FilePool
+) -> tuple[int, list[Difference]]:
+    """Hash a tensor."""
+    hasher = blake3()
+    for start in range(0, spec.nbytes, CHUNK):
+        piece = buffer[: min(CHUNK, spec.nbytes - start)]
+        pool.read_into(spec, start, piece)
+        hasher.update(piece)
+    same = hasher.hexdigest() == record.blake3
+    return spec.nbytes, _unless(same, record.file, record.name, "its bytes have changed")
+
+
+def _unless(same: bool, file: str, tensor: str, what: str) -> list[Difference]:
+    return [] if same else [Difference(file, tensor, what)]
+
+
+# -- weight files ----------------------------------------------------------------------------------
+
+
+def _weight_jobs(
+    check: ReceiptCheck, path: Path, name: str, digest: str | None,
+    records: list[TensorRecord], pool: FilePool,
+) -> list[_Job]:  # fmt: skip
+    """Check a weight file's header, and return the jobs for its tensors."""
+    try:
+        if digest is not None:
+            check.headers += 1
+            raw = _raw_header(path)
+            check.bytes += len(raw)
+            same = blake3(raw).hexdigest() == digest
+            check.differences += _unless(same, name, "", "its header has changed")
+        tensors = read_header(path).tensors
+    except InputError as error:
+        what = "; ".join(_without_path(problem.what, problem.found) for problem in error.problems)
+        check.differences.append(Difference(name, "", f"it cannot be read: {what}"))
+        return []
+    jobs = []
+    for record in records:
+        spec = tensors.get(record.name)
+        wrong = _misfit(record, spec)
+        if wrong or spec is None:
+            check.differences.append(Difference(name, record.name, wrong))
+            continue
+        work = partial(_check_tensor, spec=spec, record=record, pool=pool)
+        jobs.append(_Job(path, spec.nbytes, work, record.name))
+    known = {record.name for record in records}
+    for other in tensors.keys() - known:
+        check.differences.append(Difference(name, other, "a tensor that the merge did not write"))
+    return jobs
+
+
+def _without_path(what: str, found: str) -> str:
+    return f"{what} ({found})" if found else what
+
+
+def _misfit(record: TensorRecord, spec: TensorSpec | None) -> str:
+    """Return how a tensor's place in the file differs from its record, ``""`` if it does not."""
+    if spec is None:
+        return "the tensor is missing"
+    if (spec.dtype, spec.shape) == (record.dtype, record.shape):
+        return ""
+    was = f"{record.dtype} {list(record.shape)}"
+    return f"it is {spec.dtype} {list(spec.shape)} and was written as {was}"
+
+
+def _raw_header(path: Path) -> bytes:
+    """Return all bytes of a safetensors file before its tensors, fewer if its length is wrong."""
+    fd = open_regular(path)
+    try:
+        length = read_at(fd, path, 0, _LENGTH_BYTES)
+        room = min(int.from_bytes(length, "little"), MAX_HEADER_BYTES)
+        return length + read_at(fd, path, _LENGTH_BYTES, room)
+    finally:
+        os.close(fd)

@@ -1,0 +1,164 @@
+"""``verify``: are these the files of the receipt, and is this the merge?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.adapters.dialects.peft import read_adapter
+from regraft.errors import FormatError, InputError, UsageError
+from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from regraft.formats.hub import Located, locate
+from regraft.formats.layout import RECEIPT
+from regraft.merging.events import Progress
+from regraft.merging.planning import Choices
+from regraft.verifying.inputs import AdapterArg, parse_adapters, parse_choices
+from regraft.verifying.receipts import ReceiptCheck, check_receipt
+from regraft.verifying.report import Difference, TensorVerdict, VerifyReport, overall
+
+if TYPE_CHECKING:
+    from regraft.verifying.judge import Judgement
+
+
+def verify(
+    merged: str | Path,
+    *,
+    base: str | Path | None = None,
+    adapters: AdapterArg | Sequence[AdapterArg] | None = None,
+    max_memory: str | int = "512MiB",
+    threads: int | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Say whether a merged model is what it should be.
+
+    A model that regraft merged is held against its receipt: every bit of the folder. With ``base``
+    and ``adapters`` the merge is done again and compared, whatever tool wrote the model.
+
+    Args:
+        merged: the merged model: a folder, a weights file, or a Hub id.
+        base: the base it should be made from.
+        adapters: the adapters it should be made with, as for :func:`regraft.merge`.
+        max_memory: cap on resident memory, whatever the size of the model.
+        threads: worker threads; by default three more than there are cores at hand.
+        token: Hub token; by default the one the machine is logged in with.
+        progress: called as work proceeds.
+
+    Returns:
+        The report; differences are in it, not raised.
+
+    Raises:
+        UsageError: the call contradicts itself.
+        InputError: it cannot be judged: there is no receipt and no base, the receipt is not as it
+            was written, base and adapters do not fit, or something cannot be opened.
+        EnvironmentShortfall: something cannot be read, or does not fit under the memory cap.
+    """
+    wanted = parse_adapters(adapters)
+    choices = parse_choices(max_memory, threads)
+    if (base is None) != (not wanted):
+        raise UsageError(
+            "a base and its adapters have to be given together", where=str(merged),
+            expected="both --base and --adapter, or neither",
+            hint="Name the base and every adapter, to have the merge done again",
+        )  # fmt: skip
+    located = locate(merged, kind="base", token=token)
+    check = _against_receipt(located, choices, progress, needed=base is None)
+    if base is None:
+        return _report(located.source, check, None)
+    try:
+        opened = open_checkpoint(located)
+    except InputError as error:
+        if check is None or not check.differences:
+            raise
+        check.notes.append(f"the merge was not done again: {error.problems[0]}")
+        return _report(located.source, check, None)
+    judged = _again(opened, base, wanted, choices, token, progress)
+    return _report(located.source, check, judged)
+
+
+def _against_receipt(
+    located: Located, choices: Choices, progress: Progress | None, *, needed: bool
+) -> ReceiptCheck | None:
+    """Hold a folder against its receipt; return None where there is none and none is needed."""
+    from regraft.merging.receipt import read_receipt
+
+    path = located.path / RECEIPT
+    if not located.path.is_dir() or not os.path.lexists(path):
+        if needed:
+            raise _no_receipt(located)
+        return None
+    try:
+        receipt = read_receipt(path)
+    except FormatError as error:
+        if needed:
+            raise
+        return ReceiptCheck([Difference(RECEIPT, "", error.problems[0].what)])
+    return check_receipt(located.path, receipt, threads=choices.threads or 1, progress=progress)
+
+
+def _no_receipt(located: Located) -> InputError:
+    folder = located.path.is_dir()
+    return InputError(
+        "there is no receipt to verify it by",
+        where=located.source,
+        expected=RECEIPT if folder else "a folder with its receipt",
+        found="a model that regraft did not merge" if folder else "a file",
+        hint="Give the base and the adapters it should be made of: --base BASE --adapter ADAPTER",
+    )
+
+
+def _again(
+    merged: Checkpoint,
+    base: str | Path,
+    adapters: Sequence[tuple[str, float]],
+    choices: Choices,
+    token: str | None,
+    progress: Progress | None,
+) -> Judgement:
+    """Do the merge again and compare."""
+    from regraft.verifying.judge import judge
+
+    checkpoint = open_checkpoint(locate(base, kind="base", token=token))
+    files = [
+        (open_adapter(locate(source, kind="adapter", token=token)), weight)
+        for source, weight in adapters
+    ]
+    read = [read_adapter(each, weight) for each, weight in files]
+    return judge(merged, checkpoint, read, choices, progress)
+
+
+def _report(source: str, check: ReceiptCheck | None, judged: Judgement | None) -> VerifyReport:
+    differences = tuple(check.differences) if check else ()
+    checked: dict[str, int] = {}
+    warnings: tuple[str, ...] = ()
+    sentences: list[str] = []
+    if check is not None:
+        checked = {name: getattr(check, name) for name in _COUNTED}
+        warnings = tuple(check.notes)
+        sentences.append(_of_receipt(check))
+    tensors: tuple[TensorVerdict, ...] = ()
+    if judged is not None:
+        from regraft.verifying.conclusions import conclude
+
+        tensors, said = conclude(judged.tensors, judged.touched)
+        sentences += said
+        differences += tuple(Difference("config.json", "", what) for what in judged.config)
+        warnings += judged.warnings
+        checked["judged"] = sum(tensor.verdict != "unjudged" for tensor in tensors)
+    verdict = overall(differences, tensors)
+    return VerifyReport(
+        source, verdict in ("exact", "rounding"), verdict, tuple(sentences), differences, tensors,
+        checked, warnings,
+    )  # fmt: skip
+
+
+_COUNTED = ("files", "headers", "tensors", "bytes")
+
+
+def _of_receipt(check: ReceiptCheck) -> str:
+    count = len(check.differences)
+    if not count:
+        return "the files are those of the receipt"
+    return f"the files are not those of the receipt: {count} difference{'s' * (count > 1)}"
