@@ -15,8 +15,8 @@ of the delta, X and m fall on different sides of a rounding only at about e / un
 so that the square of X - m is unit * e on average, and unit^2 / 4 more for each rounding besides.
 
 How much of the delta X holds is the slope of X - W against d, over that of m - W. It is taken
-where \\|d\\| is at least two units of the weight: a smaller delta is mostly lost in the rounding, and
-what is left of it is no measure of its size.
+where \\|d\\| is at least two units of the weight: a smaller delta is mostly lost in the rounding,
+and what is left of it is no measure of its size.
 """
 # mypy: disallow-untyped-decorators=False
 

@@ -99,7 +99,8 @@ def invert_rows(
     values, index = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uintp)
     prediction, radius = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
     scratch16, scratch32 = np.empty(BLOCK, np.uint16), np.empty(BLOCK, np.float32)
-    need = np.empty(BLOCK, np.uint8)
+    need, number = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uint64)
+    width = np.empty(BLOCK, np.int64)
     need64 = need.view(np.uint64)
     rows, columns, ld = np.uintp(row_count), np.uintp(column_count), np.uintp(right_ld)
     row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
@@ -126,13 +127,13 @@ def invert_rows(
                 unit, place = unit_of(unit_row, i + q, start, columns, rows_per_unit, units_per_row)
                 if usual and encoding:
                     keep_bfloat16(
-                        acc, of, scales[0], x16, x32, y16, at, state, stream, unit, place,
-                        prediction, radius, need, need64, index, n,
+                        acc, of, scales[0], x16, x32, y16, at, state, stream, unit, place, number,
+                        width, need, need64, index, n,
                     )  # fmt: skip
                 elif usual:
                     restore_bfloat16(
-                        acc, of, scales[0], x16, x32, y16, at, state, stream, unit, prediction,
-                        radius, need, need64, index, n,
+                        acc, of, scales[0], x16, y16, at, state, stream, unit, number, width, need,
+                        need64, index, n,
                     )  # fmt: skip
                 else:
                     decode(y16, y32, out_kind, at, values, ZERO, n)
@@ -150,12 +151,12 @@ def invert_rows(
                     if encoding:
                         keep_row(
                             prediction, radius, x16, x32, kind, at, state, stream, unit, place,
-                            values, scratch16, scratch32, need, need64, index, n,
+                            values, scratch16, scratch32, number, width, need, need64, index, n,
                         )  # fmt: skip
                     else:
                         restore_row(
                             prediction, radius, x16, x32, kind, at, state, stream, unit, values,
-                            need, need64, index, n,
+                            number, width, need, need64, index, n,
                         )  # fmt: skip
                 if not encoding:
                     put_exceptions(state, unit, stream, place, x16, x32, kind, at, n)

@@ -164,7 +164,7 @@ def merge_rows(
     last = rows - ONE
     usual = is_usual(kind, out_kind, table)
     keeping = state.shape[0] > 0
-    prediction, radius = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    number, width = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.int64)
     need, index = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uintp)
     need64 = need.view(np.uint64)
     for b in range((columns + block - ONE) // block):
@@ -199,7 +199,7 @@ def merge_rows(
                             )
                             keep_bfloat16(
                                 acc, of, scales[d], x16, x32, y16, at, state, stream, unit, place,
-                                prediction, radius, need, need64, index, n,
+                                number, width, need, need64, index, n,
                             )  # fmt: skip
                     else:
                         apply(

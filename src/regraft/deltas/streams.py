@@ -21,7 +21,19 @@ import numpy as np
 from numba import njit
 
 from regraft.deltas.cutting import UNIT_COLUMNS
-from regraft.deltas.inner import BF16, ENTRY, F16, F32, INNER, ONE, ZERO, bfloat16_bits, encode
+from regraft.deltas.inner import (
+    BF16,
+    ENTRY,
+    F16,
+    F32,
+    INNER,
+    ONE,
+    THREE,
+    TWO,
+    ZERO,
+    bfloat16_bits,
+    encode,
+)
 from regraft.deltas.intrinsics import (
     bits_of,
     double_bits,
@@ -44,8 +56,8 @@ STATE = 6
 PLAIN = 0xFFFFFFFF
 """Stands for the length of a unit that is kept as the bytes of its weights."""
 
-NOT_FORESEEN = -1.0
-"""As a radius: the weight is an exception, whatever the prediction says."""
+PLAIN_WIDTH = 99
+"""Stands for the width of a weight that is kept itself, its candidates being too many."""
 
 _ALWAYS: dict[str, Any] = INNER | {"forceinline": True}
 
@@ -112,7 +124,8 @@ def _candidates(prediction: Any, radius: Any, spacing: Any) -> Any:
 # -- the weights that need more than a prediction --------------------------------------------------
 #
 # Functions that take arrays are called for a row of a block and not for a weight: numba counts the
-# references of each array at each call, which takes longer than the work.
+# references of each array at each call, which takes longer than the work. So there are three
+# passes over the listed weights: their numbers and widths, the bits, and, on the way back, values.
 
 
 @njit(**INNER)
@@ -131,55 +144,35 @@ def _select(need: Any, need64: Any, index: Any, n: Any) -> Any:
 
 
 @njit(**INNER)
-def _keep(
-    prediction: Any, radius: Any, index: Any, found: Any, x16: Any, x32: Any, kind: Any, start: Any,
+def _write(
+    number: Any, width: Any, index: Any, found: Any, x16: Any, x32: Any, kind: Any, start: Any,
     state: Any, unit: Any, stream: Any, place: Any,
 ) -> None:  # fmt: skip
-    """Write what is to be kept of the weights that are listed.
-
-    Args:
-        prediction, radius: float64; weight ``index[i]`` of the row is expected within ``radius[i]``
-            of ``prediction[i]``; :data:`NOT_FORESEEN` makes it an exception.
-        start: where the row begins in the weights.
-        place: where it begins in the unit.
-    """
+    """Write numbers in so many bits; a negative width w is an exception after ``-1 - w`` bits."""
     s = np.uintp(unit) * np.uintp(STATE)
-    size, mantissa = (4 if kind == F32 else 2), _mantissa(kind)
+    size = 4 if kind == F32 else 2
     hold, held = np.uint64(state[s + np.uintp(HOLD)]), state[s + np.uintp(HELD)]
     at, tail = state[s + np.uintp(AT)], state[s + np.uintp(TAIL)]
     for i in range(found):
-        j = index[i]
-        if kind == F32:
-            bits, value = np.uint64(bits_of(x32[start + j])), np.float64(x32[start + j])
-        else:
-            bits = np.uint64(x16[start + j])
-            value = np.float64(_value16(x16[start + j], kind))
-        spacing = _spacing(prediction[i], kind)
-        low, width = _candidates(prediction[i], radius[i], spacing)
-        fits = True
-        if radius[i] < 0.0:
-            payload, width, fits = np.uint64(0), 0, False
-        elif width > mantissa:
-            payload, width = np.uint64(1), 1
-            if bits != 0:
-                payload, width = bits << np.uint64(1), 8 * size + 1
-        else:
-            number = value * _power(-spacing) - low
-            fits = number >= 0.0 and number < _power(width) and number == np.floor(number)
-            fits = fits and (value != 0.0 or bits == 0)  # -0 would read back as +0
-            payload = np.uint64(number) if fits else np.uint64(0)
-        hold |= payload << np.uint64(held)
-        held += width
-        while held >= 8:
-            if at < tail:
-                stream[np.uintp(at)] = np.uint8(hold & np.uint64(0xFF))
-            hold >>= np.uint64(8)
-            held -= 8
-            at += 1
-        if not fits:
+        bits = width[i] if width[i] >= 0 else -1 - width[i]
+        hold |= number[i] << np.uint64(held)
+        held += bits
+        while held >= 32:
+            if at + 4 <= tail:
+                to = np.uintp(at)
+                stream[to] = np.uint8(hold & np.uint64(0xFF))
+                stream[to + ONE] = np.uint8((hold >> np.uint64(8)) & np.uint64(0xFF))
+                stream[to + TWO] = np.uint8((hold >> np.uint64(16)) & np.uint64(0xFF))
+                stream[to + THREE] = np.uint8((hold >> np.uint64(24)) & np.uint64(0xFF))
+            hold >>= np.uint64(32)
+            held -= 32
+            at += 4
+        if width[i] < 0:
+            j = index[i]
+            plain = np.uint64(bits_of(x32[start + j])) if kind == F32 else np.uint64(x16[start + j])
             tail -= 2 + size
             if tail >= at:
-                record = (np.uint64(place) + np.uint64(j)) | (bits << np.uint64(16))
+                record = (np.uint64(place) + np.uint64(j)) | (plain << np.uint64(16))
                 for b in range(2 + size):
                     stream[np.uintp(tail + b)] = np.uint8(record & np.uint64(0xFF))
                     record >>= np.uint64(8)
@@ -188,53 +181,37 @@ def _keep(
 
 
 @njit(**INNER)
-def _take_back(
-    prediction: Any, radius: Any, index: Any, found: Any, x16: Any, x32: Any, kind: Any, start: Any,
-    state: Any, unit: Any, stream: Any,
-) -> None:  # fmt: skip
-    """Set the weights that are listed from what :func:`_keep` wrote of them."""
+def _read(
+    number: Any, width: Any, found: Any, plain_bits: Any, state: Any, unit: Any, stream: Any
+) -> None:
+    """Read the numbers that :func:`_write` wrote; past the end of the stream they are zero.
+
+    A width of :data:`PLAIN_WIDTH` stands for one bit and, if that is 0, ``plain_bits`` more.
+    """
     s = np.uintp(unit) * np.uintp(STATE)
-    size, mantissa = (4 if kind == F32 else 2), _mantissa(kind)
     hold, held = np.uint64(state[s + np.uintp(HOLD)]), state[s + np.uintp(HELD)]
     at, tail = state[s + np.uintp(AT)], state[s + np.uintp(TAIL)]
     for i in range(found):
-        j = start + index[i]
-        spacing = _spacing(prediction[i], kind)
-        low, width = _candidates(prediction[i], radius[i], spacing)
-        plain = width > mantissa
-        if plain:  # one bit says whether the weight is zero; if not, it follows
-            width = 1
+        bits = width[i]
+        if bits == PLAIN_WIDTH:
+            bits = 1
         for _ in range(2):
-            while held < width:
+            while held < bits:
                 if at < tail:
                     hold |= np.uint64(stream[np.uintp(at)]) << np.uint64(held)
                 at += 1
                 held += 8
-            number = hold & ((np.uint64(1) << np.uint64(width)) - np.uint64(1))
-            hold >>= np.uint64(width)
-            held -= width
-            if width != 1 or not plain or number != 0:
+            number[i] = hold & ((np.uint64(1) << np.uint64(bits)) - np.uint64(1))
+            hold >>= np.uint64(bits)
+            held -= bits
+            if width[i] != PLAIN_WIDTH or bits != 1:
                 break
-            width = 8 * size
-        if plain:
-            number = np.uint64(0) if width == 1 else number
-            if kind == F32:
-                x32[j] = float_of(np.uint32(number))
-            else:
-                x16[j] = np.uint16(number)
-        else:
-            value = np.float32((low + np.float64(number)) * _power(spacing) + 0.0)
-            if kind == F32:
-                x32[j] = value
-            else:
-                x16[j] = bfloat16_bits(value) if kind == BF16 else float_to_half(value)
+            if number[i] != 0:  # it says: the weight is zero
+                number[i] = 0
+                break
+            bits = plain_bits
     state[s + np.uintp(HOLD)], state[s + np.uintp(HELD)] = np.int64(hold), held
     state[s + np.uintp(AT)] = at
-
-
-@njit(**_ALWAYS)
-def _value16(bits: Any, kind: Any) -> Any:
-    return float_of(np.uint32(bits) << np.uint32(16)) if kind == BF16 else half_to_float(bits)
 
 
 @njit(**INNER)
@@ -263,6 +240,10 @@ def put_exceptions(
 
 
 # -- a row of a block, the usual case --------------------------------------------------------------
+#
+# In integers. A bfloat16 is its significand, of 8 bits, times the spacing of its exponent; the
+# prediction, a float32, has 16 bits more. The merged value's exponent is ``width`` above that of
+# the prediction, so it stands for 2 ** width neighbours.
 
 
 @njit(inline="always")
@@ -282,24 +263,88 @@ def _is_coarser(predicted: Any, merged: Any) -> Any:
     return np.uint32(predicted & exponent) < np.uint32(merged & exponent)
 
 
+@njit(inline="always")
+def _exponent_field(bits: Any) -> Any:
+    """Return the exponent of a float32 given by its bits; 1 for subnormal ones, as their scale."""
+    return max(np.int32((bits >> np.uint32(23)) & np.uint32(0xFF)), np.int32(1))
+
+
+@njit(inline="always")
+def _lowest_bfloat16(predicted: Any, width: Any) -> Any:
+    """Return the lowest of 2 ** width candidates, in units of the prediction's spacing."""
+    mantissa = np.int32(predicted & np.uint32(0x7FFFFF))
+    if (predicted & np.uint32(0x7F800000)) != 0:
+        mantissa += np.int32(0x800000)
+    above = -(mantissa >> 16) if predicted >> np.uint32(31) else (mantissa + 65535) >> 16
+    return np.int32(above) - (np.int32(1) << np.int32(min(width, 8) - 1))
+
+
 @njit(**INNER)
-def _predict_listed(
-    acc: Any, of: Any, scale: Any, y16: Any, start: Any, index: Any, found: Any, prediction: Any,
-    radius: Any,
+def _number_bfloat16(
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, start: Any, index: Any, found: Any,
+    number: Any, width: Any,
 ) -> None:  # fmt: skip
     for i in range(found):
+        j = index[i]
+        merged = np.uint32(y16[start + j]) << np.uint32(16)
+        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
+        weight = np.uint32(x16[start + j])
+        exponent = _exponent_field(predicted)
+        bits = _exponent_field(merged) - exponent
+        finer = np.int32((weight >> np.uint32(7)) & np.uint32(0xFF)) < exponent
+        shift = _exponent_field(weight << np.uint32(16)) - exponent
+        significand = np.int32(weight & np.uint32(0x7F))
+        if (weight & np.uint32(0x7F80)) != 0:
+            significand += np.int32(0x80)
+        scaled = significand << min(max(shift, np.int32(0)), np.int32(16))
+        signed = -scaled if weight >> np.uint32(15) else scaled
+        which = signed - _lowest_bfloat16(predicted, bits)
+        fits = which >= 0 and which < (np.int32(1) << min(bits, np.int32(8)))
+        # Finer weights than the prediction's spacing are not numbered, but for zero.
+        fits = fits and (not finer or shift == 0 or weight == 0) and weight != np.uint32(0x8000)
+        if not _is_coarser(predicted, merged):
+            number[i], width[i] = 0, -1
+        elif bits > 7:
+            number[i] = np.uint64(1) if weight == 0 else np.uint64(weight) << np.uint64(1)
+            width[i] = 1 if weight == 0 else 17
+        elif fits:
+            number[i], width[i] = np.uint64(which), bits
+        else:
+            number[i], width[i] = 0, -1 - np.int64(bits)
+
+
+@njit(**INNER)
+def _width_bfloat16(
+    acc: Any, of: Any, scale: Any, y16: Any, start: Any, index: Any, found: Any, width: Any
+) -> None:
+    for i in range(found):
         merged = np.uint32(y16[start + index[i]]) << np.uint32(16)
-        predicted = fma(-scale, acc[of + index[i]], float_of(merged))
-        prediction[i] = np.float64(predicted)
-        radius[i] = NOT_FORESEEN
-        if _is_coarser(bits_of(predicted), merged):
-            radius[i] = half_spacing(np.float64(float_of(merged)), BF16)
+        predicted = bits_of(fma(-scale, acc[of + index[i]], float_of(merged)))
+        bits = np.int64(_exponent_field(merged) - _exponent_field(predicted))
+        width[i] = PLAIN_WIDTH if bits > 7 else bits
+
+
+@njit(**INNER)
+def _set_bfloat16(
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, start: Any, index: Any, found: Any,
+    number: Any, width: Any,
+) -> None:  # fmt: skip
+    for i in range(found):
+        j = index[i]
+        if width[i] == PLAIN_WIDTH:
+            x16[start + j] = np.uint16(number[i])
+        else:
+            merged = np.uint32(y16[start + j]) << np.uint32(16)
+            predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
+            which = _lowest_bfloat16(predicted, width[i]) + np.int32(number[i])
+            step = _power(np.int64(_exponent_field(predicted)) - 134)
+            x16[start + j] = np.uint16(bits_of(np.float32(which * step)) >> np.uint32(16))
 
 
 @njit(**INNER)
 def keep_bfloat16(
     acc: Any, of: Any, scale: Any, x16: Any, x32: Any, y16: Any, at: Any, state: Any, stream: Any,
-    unit: Any, place: Any, prediction: Any, radius: Any, need: Any, need64: Any, index: Any, n: Any,
+    unit: Any, place: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
 ) -> None:  # fmt: skip
     """Keep what is needed of a row of bfloat16 weights that got one plain delta.
 
@@ -312,14 +357,14 @@ def keep_bfloat16(
         need[j] = np.uint8(other) | np.uint8(_is_coarser(predicted, merged))
     found = _select(need, need64, index, n)
     if found:
-        _predict_listed(acc, of, scale, y16, at, index, found, prediction, radius)
-        _keep(prediction, radius, index, found, x16, x32, BF16, at, state, unit, stream, place)
+        _number_bfloat16(acc, of, scale, x16, y16, at, index, found, number, width)
+        _write(number, width, index, found, x16, x32, BF16, at, state, unit, stream, place)
 
 
 @njit(**INNER)
 def restore_bfloat16(
-    acc: Any, of: Any, scale: Any, x16: Any, x32: Any, y16: Any, at: Any, state: Any, stream: Any,
-    unit: Any, prediction: Any, radius: Any, need: Any, need64: Any, index: Any, n: Any,
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, state: Any, stream: Any, unit: Any,
+    number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
 ) -> None:  # fmt: skip
     """Restore a row of which :func:`keep_bfloat16` kept what is needed."""
     for j in range(n):
@@ -329,8 +374,9 @@ def restore_bfloat16(
         need[j] = np.uint8(_is_coarser(predicted, merged))
     found = _select(need, need64, index, n)
     if found:
-        _predict_listed(acc, of, scale, y16, at, index, found, prediction, radius)
-        _take_back(prediction, radius, index, found, x16, x32, BF16, at, state, unit, stream)
+        _width_bfloat16(acc, of, scale, y16, at, index, found, width)
+        _read(number, width, found, 16, state, unit, stream)
+        _set_bfloat16(acc, of, scale, x16, y16, at, index, found, number, width)
 
 
 # -- a row of a block, any case --------------------------------------------------------------------
@@ -347,17 +393,67 @@ def _expect(prediction: Any, radius: Any, kind: Any, values: Any, need: Any, n: 
 
 
 @njit(**INNER)
-def _pack_listed(prediction: Any, radius: Any, index: Any, found: Any) -> None:
-    """Move the predictions that are listed to the front."""
+def _number(
+    prediction: Any, radius: Any, x16: Any, x32: Any, kind: Any, start: Any, index: Any,
+    found: Any, number: Any, width: Any,
+) -> None:  # fmt: skip
+    size, mantissa = (32 if kind == F32 else 16), _mantissa(kind)
     for i in range(found):
-        prediction[i], radius[i] = prediction[index[i]], radius[index[i]]
+        j = index[i]
+        if kind == F32:
+            plain, value = np.uint64(bits_of(x32[start + j])), np.float64(x32[start + j])
+        else:
+            plain = np.uint64(x16[start + j])
+            value = np.float64(_value16(x16[start + j], kind))
+        spacing = _spacing(prediction[j], kind)
+        low, bits = _candidates(prediction[j], radius[j], spacing)
+        which = value * _power(-spacing) - low
+        fits = which >= 0.0 and which < _power(bits) and which == np.floor(which)
+        if bits > mantissa:
+            number[i] = np.uint64(1) if plain == 0 else plain << np.uint64(1)
+            width[i] = 1 if plain == 0 else 1 + size
+        elif fits and (value != 0.0 or plain == 0):  # -0 would read back as +0
+            number[i], width[i] = np.uint64(which), bits
+        else:
+            number[i], width[i] = 0, -1 - bits
+
+
+@njit(**INNER)
+def _width(prediction: Any, radius: Any, kind: Any, index: Any, found: Any, width: Any) -> None:
+    for i in range(found):
+        j = index[i]
+        _, bits = _candidates(prediction[j], radius[j], _spacing(prediction[j], kind))
+        width[i] = PLAIN_WIDTH if bits > _mantissa(kind) else bits
+
+
+@njit(**INNER)
+def _set(
+    prediction: Any, radius: Any, x16: Any, x32: Any, kind: Any, start: Any, index: Any,
+    found: Any, number: Any, width: Any,
+) -> None:  # fmt: skip
+    for i in range(found):
+        j = start + index[i]
+        spacing = _spacing(prediction[index[i]], kind)
+        low, _ = _candidates(prediction[index[i]], radius[index[i]], spacing)
+        value = np.float32((low + np.float64(number[i])) * _power(spacing) + 0.0)
+        if kind == F32:
+            x32[j] = float_of(np.uint32(number[i])) if width[i] == PLAIN_WIDTH else value
+        elif width[i] == PLAIN_WIDTH:
+            x16[j] = np.uint16(number[i])
+        else:
+            x16[j] = bfloat16_bits(value) if kind == BF16 else float_to_half(value)
+
+
+@njit(**_ALWAYS)
+def _value16(bits: Any, kind: Any) -> Any:
+    return float_of(np.uint32(bits) << np.uint32(16)) if kind == BF16 else half_to_float(bits)
 
 
 @njit(**INNER)
 def keep_row(
     prediction: Any, radius: Any, x16: Any, x32: Any, kind: Any, at: Any, state: Any, stream: Any,
-    unit: Any, place: Any, values: Any, y16: Any, y32: Any, need: Any, need64: Any, index: Any,
-    n: Any,
+    unit: Any, place: Any, values: Any, y16: Any, y32: Any, number: Any, width: Any, need: Any,
+    need64: Any, index: Any, n: Any,
 ) -> None:  # fmt: skip
     """Keep what is needed of a row of weights, given float64 predictions and their radius.
 
@@ -375,22 +471,23 @@ def keep_row(
             need[j] |= np.uint8(y16[j] != x16[at + j])
     found = _select(need, need64, index, n)
     if found:
-        _pack_listed(prediction, radius, index, found)
-        _keep(prediction, radius, index, found, x16, x32, kind, at, state, unit, stream, place)
+        _number(prediction, radius, x16, x32, kind, at, index, found, number, width)
+        _write(number, width, index, found, x16, x32, kind, at, state, unit, stream, place)
 
 
 @njit(**INNER)
 def restore_row(
     prediction: Any, radius: Any, x16: Any, x32: Any, kind: Any, at: Any, state: Any, stream: Any,
-    unit: Any, values: Any, need: Any, need64: Any, index: Any, n: Any,
+    unit: Any, values: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
 ) -> None:  # fmt: skip
     """Restore a row of which :func:`keep_row` kept what is needed."""
     _expect(prediction, radius, kind, values, need, n)
     encode(values, ZERO, kind, x16, x32, at, n)
     found = _select(need, need64, index, n)
     if found:
-        _pack_listed(prediction, radius, index, found)
-        _take_back(prediction, radius, index, found, x16, x32, kind, at, state, unit, stream)
+        _width(prediction, radius, kind, index, found, width)
+        _read(number, width, found, 32 if kind == F32 else 16, state, unit, stream)
+        _set(prediction, radius, x16, x32, kind, at, index, found, number, width)
 
 
 # -- a tile ----------------------------------------------------------------------------------------
@@ -436,9 +533,12 @@ def gather(
     for unit in range(lengths.shape[0]):
         s, room = unit * STATE, unit_bytes[unit]
         first, at, tail, end = state[s + NEXT], state[s + AT], state[s + TAIL], state[s + END]
-        if state[s + HELD] > 0:
+        hold, held = np.uint64(state[s + HOLD]), state[s + HELD]
+        while held > 0:
             if at < tail:
-                stream[at] = np.uint8(state[s + HOLD])
+                stream[at] = np.uint8(hold & np.uint64(0xFF))
+            hold >>= np.uint64(8)
+            held -= 8
             at += 1
         if at > tail:
             for j in range(room):

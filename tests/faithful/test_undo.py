@@ -1,0 +1,46 @@
+"""Every merge can be taken back to the base's exact bytes, whatever was merged into what.
+
+The whole matrix of cases, dtypes of the base and dtypes of the output is run by
+``scripts/torture_undo.py``; here each case gets one combination, so that all are met.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+import regraft
+from faithful.harness import Case, Workshop
+from faithful.test_architectures import CASES
+from merging.toys import tree
+
+DTYPES = ("bfloat16", "float16", "float32")
+COMBINATIONS = tuple(product(DTYPES, (None, *DTYPES)))
+
+
+def inputs_of(case: Case, workshop: Workshop, dtype: str) -> tuple[Path, list[Path]]:
+    """Return a base of another dtype, and the case's adapters."""
+    return workshop.base(case.architecture, dtype, case.sharded), workshop.adapters(case)
+
+
+def weighted(case: Case, adapters: list[Path]) -> list[tuple[Path, float]]:
+    """Return the adapters with the case's weights."""
+    return list(zip(adapters, case.weights or [1.0] * len(adapters), strict=True))
+
+
+def round_trip(case: Case, workshop: Workshop, dtype: str, out_dtype: str | None) -> Path:
+    """Merge and un-merge; return what is left of the merge. Fail if a byte of the base differs."""
+    base, adapters = inputs_of(case, workshop, dtype)
+    merged, back = workshop.fresh("merged"), workshop.fresh("back")
+    regraft.merge(base, weighted(case, adapters), merged, dtype=out_dtype)
+    regraft.unmerge(merged, back)
+    assert tree(back) == tree(base)
+    return merged
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_what_was_merged_is_unmerged_to_the_same_bytes(case: Case, workshop: Workshop) -> None:
+    dtype, out_dtype = COMBINATIONS[CASES.index(case) % len(COMBINATIONS)]
+    round_trip(case, workshop, dtype, out_dtype)
