@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -43,6 +44,25 @@ class Pairs:
 
     copies: list[Sample]
     merges: list[Sample]
+
+
+@dataclass(frozen=True)
+class Undos:
+    """Merges without and with an undo patch and un-merges of the same model, taken in turns.
+
+    Attributes:
+        plains, merges, unmerges: the samples.
+        patch_bytes: size of the patch.
+        model_bytes: size of the base's tensors.
+        relative_delta: |delta| over |W|.
+    """
+
+    plains: list[Sample]
+    merges: list[Sample]
+    unmerges: list[Sample]
+    patch_bytes: int
+    model_bytes: int
+    relative_delta: float
 
 
 def regraft(*arguments: str | Path) -> list[str]:
@@ -117,6 +137,28 @@ def measure_pairs(model: Model, work: Path, count: int) -> Pairs:
         for command, samples in jobs if number % 2 == 0 else reversed(jobs):
             samples.append(once(command, model, out))
     return pairs
+
+
+def measure_undos(model: Model, work: Path, count: int) -> Undos:
+    """Measure merges without and with an undo patch, and un-merges; the order rotates."""
+    out, merged = work / "out", work / "merged"
+    remove(merged)
+    measured(merge_command(model, merged))
+    totals = json.loads((merged / "regraft" / "receipt.json").read_text())["totals"]
+    sizes = (totals["undo_bytes"], totals["bytes_written"], totals["relative_delta"])
+    undos = Undos([], [], [], *sizes)
+    jobs = [
+        ([*merge_command(model, out), "--no-undo"], model, undos.plains),
+        (merge_command(model, out), model, undos.merges),
+        (regraft("unmerge", merged, "-o", out), Model(merged), undos.unmerges),
+    ]
+    try:
+        for number in range(count):
+            for command, source, samples in jobs[number % 3 :] + jobs[: number % 3]:
+                samples.append(once(command, source, out))
+    finally:
+        remove(merged)
+    return undos
 
 
 def measure_peft(model: Model, work: Path, count: int) -> list[Sample]:

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from measure import Pairs
+from measure import Pairs, Undos
 from process import Sample
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 COPY_LIMIT = 1.0
+PATCH_LIMIT = 0.02
 PEFT_LIMIT = 10.0
 PEAK_LIMIT = 400 * 2**20
 GROWTH_LIMIT = 0.10
@@ -56,6 +57,40 @@ def copy_figure(pairs: Pairs) -> Figure:
     )
     name = "merge against `cp -r` and a sync of the copy, median ratio"
     return Figure(name, value, f"{value:.2f} x", "at most 1.0 x", value <= COPY_LIMIT, detail)
+
+
+def undo_figures(undos: Undos) -> list[Figure]:
+    """Compare merges with an undo patch, and un-merges, with the plain merge of their round."""
+    plains = seconds_of(undos.plains)
+    share = undos.patch_bytes / undos.model_bytes
+    detail = (
+        f"{undos.patch_bytes / 1e6:.1f} MB for {undos.model_bytes / 1e9:.2f} GB, "
+        f"|delta|/|W| {undos.relative_delta:.2%}; the adapter's copy not counted"
+    )
+    name = "undo patch, of the model's bytes"
+    size = Figure(name, share, f"{share:.2%}", "at most 2%", share <= PATCH_LIMIT, detail)
+    return [
+        size,
+        _ratio_figure("merge with an undo patch against one without", undos.merges, plains, 1.15),
+        _ratio_figure("un-merge against a merge without a patch", undos.unmerges, plains, 1.2),
+    ]
+
+
+def _ratio_figure(
+    name: str, samples: Sequence[Sample], plains: Sequence[float], limit: float
+) -> Figure:
+    values = seconds_of(samples)
+    ratios = [value / plain for value, plain in zip(values, plains, strict=True)]
+    value = median(ratios)
+    detail = (
+        f"{_spread(values)} against {_spread(plains)}; ratios {min(ratios):.2f} to "
+        f"{max(ratios):.2f}; CPU time {_cpu(samples)}; peak {_mib(_peak(samples))} MiB; "
+        f"{_runs(len(values), 'round')}"
+    )
+    return Figure(
+        name + ", median ratio", value, f"{value:.2f} x", f"at most {limit:g} x", value <= limit,
+        detail,
+    )  # fmt: skip
 
 
 def peft_figure(peft: Sequence[Sample], merges: Sequence[Sample]) -> Figure:
@@ -191,6 +226,8 @@ and the flush to the disk. The base is a checkpoint of random weights in the sha
   the folder; the merge flushes the same before it ends. The base is in the page cache for both.
   Removing OUT, and a sync after that, is not timed. The figure is the median of the ratios within
   each pair.
+- **Undo.** A merge without a patch, one with it and an un-merge take turns; ratios are taken
+  within each round. Every other line of the table is with a patch, as that is the default.
 - **Against PEFT.** `from_pretrained` in bfloat16, `merge_and_unload`, `save_pretrained`; PEFT
   does not flush what it wrote, and is not asked to.
 - **Memory** is the largest resident set the kernel saw (`ru_maxrss`); for PEFT that includes the

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
-from regraft.errors import Problem, RegraftError, UsageError
+from regraft.errors import Problem, RegraftError
 from regraft.formats.checkpoint import (
-    AdapterFiles,
     Checkpoint,
-    open_adapter,
     open_checkpoint,
 )
 from regraft.formats.hub import locate
@@ -22,15 +20,12 @@ from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
 from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
 from regraft.merging.plan import Plan
-from regraft.merging.planning import Choices, make_plan, parse_dtype
+from regraft.merging.planning import Choices, make_plan
+from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
 from regraft.merging.report import CheckReport
-from regraft.tensors import parse_size
 
 if TYPE_CHECKING:
     from regraft.merging.receipt import Receipt
-
-AdapterArg = str | Path | tuple[str | Path, float]
-"""An adapter: a path or Hub id, ``"path=0.5"``, or ``(path, 0.5)``."""
 
 
 def merge(
@@ -84,13 +79,14 @@ def merge(
     check_space(place, made.nbytes)
 
     from regraft.merging.building import build
+    from regraft.merging.undo import Keeping
     from regraft.merging.workplace import workplace
 
     with workplace(place, overwrite=overwrite) as work:
         called = command or call_of("merge", made.base.source, made)
         return build(
             made, work, _inputs(made), called, lambda: _used(started, made),
-            undo=undo, keep_adapters=keep_adapter, progress=progress,
+            keeping=Keeping(keep_adapter) if undo else None, progress=progress,
         )  # fmt: skip
 
 
@@ -150,16 +146,6 @@ def _plan(
     return replace(made, disk=disk)
 
 
-def open_adapters(
-    adapters: Sequence[tuple[str, float]], token: str | None
-) -> list[tuple[AdapterFiles, float]]:
-    """Open adapters, all of them before any is read."""
-    return [
-        (open_adapter(locate(source, kind="adapter", token=token)), weight)
-        for source, weight in adapters
-    ]
-
-
 def check(
     base: str | Path,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -195,73 +181,6 @@ def check(
         return CheckReport(False, tuple(problems), made.warnings)
     summary = {**made.totals(), "memory": made.memory}
     return CheckReport(True, (), made.warnings, summary)
-
-
-def parse_adapters(adapters: AdapterArg | Sequence[AdapterArg]) -> list[tuple[str, float]]:
-    """Return ``(source, weight)`` for every adapter, however it was given.
-
-    Raises:
-        UsageError: there is none, or a weight is not a finite number.
-    """
-    if isinstance(adapters, str | Path) or _is_pair(adapters):
-        adapters = [adapters]  # type: ignore[list-item]
-    pairs = [_parse_adapter(adapter) for adapter in adapters]  # type: ignore[arg-type]
-    if not pairs:
-        raise UsageError("no adapter was given", hint="Name at least one adapter to merge")
-    return pairs
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
-
-
-def _parse_adapter(adapter: AdapterArg) -> tuple[str, float]:
-    if isinstance(adapter, tuple):
-        return str(adapter[0]), _weight(adapter[1], str(adapter[0]))
-    text = str(adapter)
-    if "=" not in text or Path(text).exists():
-        return text, 1.0
-    source, _, weight = text.rpartition("=")
-    return source, _weight(weight, text)
-
-
-def _weight(value: float | str, where: str) -> float:
-    try:
-        weight = float(value)
-    except ValueError:
-        weight = float("nan")
-    if weight != weight or weight in (float("inf"), float("-inf")):
-        raise UsageError(
-            "an adapter's weight has to be a number", where=where, expected="ADAPTER=WEIGHT",
-            found=f"weight {value!r}", hint="Write for example ./adapter=0.5",
-        )  # fmt: skip
-    return weight
-
-
-def choices_of(
-    dtype: str | None,
-    shard_size: str | int | None,
-    max_memory: str | int,
-    threads: int | None,
-    undo: bool = False,
-    keep_adapter: bool = False,
-) -> Choices:
-    """Return the options of a merge, checked.
-
-    Raises:
-        UsageError: one is none.
-    """
-    sizes = []
-    for name, value in (("shard_size", shard_size), ("max_memory", max_memory)):
-        try:
-            sizes.append(parse_size(value) if value is not None else None)
-        except ValueError as error:
-            raise UsageError(str(error), where=f"--{name.replace('_', '-')}") from None
-    if threads is not None and threads < 1:
-        raise UsageError("threads has to be at least 1", where="--threads", found=str(threads))
-    return Choices(
-        parse_dtype(dtype), sizes[0], sizes[1] or 0, threads, undo, undo and keep_adapter
-    )
 
 
 def call_of(verb: str, base: str, made: Plan) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
-from regraft.api import AdapterArg, call_of, choices_of, open_adapters, parse_adapters
+from regraft.api import call_of
 from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from regraft.formats.hub import Located, locate
@@ -26,10 +26,12 @@ from regraft.merging.patch import PatchReader
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype
 from regraft.merging.receipt import Receipt, read_receipt
+from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
 from regraft.merging.report import UnmergeReport
 from regraft.merging.undo import (
     PATCH,
     UNDO,
+    Keeping,
     Manifest,
     base_shards,
     base_targets,
@@ -172,8 +174,8 @@ def swap(
         return build(
             made, work, [*found.files, *new], called,
             lambda: (time.perf_counter() - started, peak_memory(), made.threads),
-            undo=undo, keep_adapters=keep_adapter, open_source=_opener(undone, found),
-            progress=progress,
+            keeping=Keeping(keep_adapter, found.manifest.left_out) if undo else None,
+            open_source=_opener(undone, found), progress=progress,
         )  # fmt: skip
 
 
@@ -243,7 +245,7 @@ def _find(
     merged: str | Path, adapters: AdapterArg | Sequence[AdapterArg] | None, token: str | None
 ) -> _Found:
     """Open a merged model: receipt, manifest, weights by their headers, the adapters merged."""
-    located = locate(merged, kind="base", token=token)
+    located = locate(merged, kind="merged", token=token)
     folder = located.path
     if not folder.is_dir():
         raise InputError("is not a merged model", where=str(merged), expected="a folder")

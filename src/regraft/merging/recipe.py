@@ -1,0 +1,92 @@
+"""The recipe of a merge, as it is given: adapters with weights, and choices, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from regraft.errors import UsageError
+from regraft.formats.checkpoint import AdapterFiles, open_adapter
+from regraft.formats.hub import locate
+from regraft.merging.planning import Choices, parse_dtype
+from regraft.tensors import parse_size
+
+AdapterArg = str | Path | tuple[str | Path, float]
+"""An adapter: a path or Hub id, ``"path=0.5"``, or ``(path, 0.5)``."""
+
+
+def parse_adapters(adapters: AdapterArg | Sequence[AdapterArg]) -> list[tuple[str, float]]:
+    """Return ``(source, weight)`` for every adapter, however it was given.
+
+    Raises:
+        UsageError: there is none, or a weight is not a finite number.
+    """
+    if isinstance(adapters, str | Path) or _is_pair(adapters):
+        adapters = [adapters]  # type: ignore[list-item]
+    pairs = [_parse_adapter(adapter) for adapter in adapters]  # type: ignore[arg-type]
+    if not pairs:
+        raise UsageError("no adapter was given", hint="Name at least one adapter to merge")
+    return pairs
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
+
+
+def _parse_adapter(adapter: AdapterArg) -> tuple[str, float]:
+    if isinstance(adapter, tuple):
+        return str(adapter[0]), _weight(adapter[1], str(adapter[0]))
+    text = str(adapter)
+    if "=" not in text or Path(text).exists():
+        return text, 1.0
+    source, _, weight = text.rpartition("=")
+    return source, _weight(weight, text)
+
+
+def _weight(value: float | str, where: str) -> float:
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = float("nan")
+    if weight != weight or weight in (float("inf"), float("-inf")):
+        raise UsageError(
+            "an adapter's weight has to be a number", where=where, expected="ADAPTER=WEIGHT",
+            found=f"weight {value!r}", hint="Write for example ./adapter=0.5",
+        )  # fmt: skip
+    return weight
+
+
+def choices_of(
+    dtype: str | None,
+    shard_size: str | int | None,
+    max_memory: str | int,
+    threads: int | None,
+    undo: bool = False,
+    keep_adapter: bool = False,
+) -> Choices:
+    """Return the options of a merge, checked.
+
+    Raises:
+        UsageError: one is none.
+    """
+    sizes = []
+    for name, value in (("shard_size", shard_size), ("max_memory", max_memory)):
+        try:
+            sizes.append(parse_size(value) if value is not None else None)
+        except ValueError as error:
+            raise UsageError(str(error), where=f"--{name.replace('_', '-')}") from None
+    if threads is not None and threads < 1:
+        raise UsageError("threads has to be at least 1", where="--threads", found=str(threads))
+    return Choices(
+        parse_dtype(dtype), sizes[0], sizes[1] or 0, threads, undo, undo and keep_adapter
+    )
+
+
+def open_adapters(
+    adapters: Sequence[tuple[str, float]], token: str | None
+) -> list[tuple[AdapterFiles, float]]:
+    """Open adapters, all of them before any is read."""
+    return [
+        (open_adapter(locate(source, kind="adapter", token=token)), weight)
+        for source, weight in adapters
+    ]
