@@ -21,8 +21,6 @@ FLAGS = (0, kernels.ROW_FACTOR, kernels.COLUMN_FACTOR, kernels.ROUND_TO_SOURCE)
 ODD = np.array(
     [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-38, -1e-42, 6e-5, -6e-8, 65000.0], np.float32
 )
-    [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-38, -1e-42, 6e-5, -6e-8, 65000.0], np.float32
-)
 
 
 @dataclass(frozen=True)

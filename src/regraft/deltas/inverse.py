@@ -31,13 +31,10 @@ from regraft.deltas.inner import (
     decode,
     product,
 )
-from regraft.deltas.kernels import is_usual
 from regraft.deltas.streams import (
     half_spacing,
-    keep_bfloat16,
     keep_row,
     put_exceptions,
-    restore_bfloat16,
     restore_row,
     unit_of,
 )
@@ -105,7 +102,6 @@ def invert_rows(
     rows, columns, ld = np.uintp(row_count), np.uintp(column_count), np.uintp(right_ld)
     row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
     deltas, last = table.shape[0], rows - ONE
-    usual = is_usual(kind, out_kind, table)
     for b in range((columns + block - ONE) // block):
         start = b * block
         n = min(block, columns - start)
@@ -125,38 +121,27 @@ def invert_rows(
             for q in range(here):
                 at, of = (i + q) * columns + start, q * block
                 unit, place = unit_of(unit_row, i + q, start, columns, rows_per_unit, units_per_row)
-                if usual and encoding:
-                    keep_bfloat16(
-                        acc, of, scales[0], x16, x32, y16, at, state, stream, unit, place, number,
-                        width, need, need64, index, n,
+                decode(y16, y32, out_kind, at, values, ZERO, n)
+                for j in range(n):
+                    prediction[j] = np.float64(values[j])
+                    radius[j] = half_spacing(prediction[j], out_kind)
+                for e in range(deltas):
+                    d = deltas - 1 - e
+                    f_at = np.uintp(table[d, FACTOR])
+                    _undo_delta(
+                        prediction, radius, accs, np.uintp(d) * np.uintp(ROWS * BLOCK) + of,
+                        scales[d], table[d, FLAGS], factors, f_at + row0 + i + q,
+                        f_at + column0 + start, kind, n, e == 0,
                     )  # fmt: skip
-                elif usual:
-                    restore_bfloat16(
-                        acc, of, scales[0], x16, y16, at, state, stream, unit, number, width, need,
-                        need64, index, n,
+                if encoding:
+                    keep_row(
+                        prediction, radius, x16, x32, kind, at, state, stream, unit, place,
+                        values, scratch16, scratch32, number, width, need, need64, index, n,
                     )  # fmt: skip
                 else:
-                    decode(y16, y32, out_kind, at, values, ZERO, n)
-                    for j in range(n):
-                        prediction[j] = np.float64(values[j])
-                        radius[j] = half_spacing(prediction[j], out_kind)
-                    for e in range(deltas):
-                        d = deltas - 1 - e
-                        f_at = np.uintp(table[d, FACTOR])
-                        _undo_delta(
-                            prediction, radius, accs, np.uintp(d) * np.uintp(ROWS * BLOCK) + of,
-                            scales[d], table[d, FLAGS], factors, f_at + row0 + i + q,
-                            f_at + column0 + start, kind, n, e == 0,
-                        )  # fmt: skip
-                    if encoding:
-                        keep_row(
-                            prediction, radius, x16, x32, kind, at, state, stream, unit, place,
-                            values, scratch16, scratch32, number, width, need, need64, index, n,
-                        )  # fmt: skip
-                    else:
-                        restore_row(
-                            prediction, radius, x16, x32, kind, at, state, stream, unit, values,
-                            number, width, need, need64, index, n,
-                        )  # fmt: skip
+                    restore_row(
+                        prediction, radius, x16, x32, kind, at, state, stream, unit, values,
+                        number, width, need, need64, index, n,
+                    )  # fmt: skip
                 if not encoding:
                     put_exceptions(state, unit, stream, place, x16, x32, kind, at, n)

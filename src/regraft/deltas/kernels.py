@@ -33,13 +33,11 @@ from regraft.deltas.inner import (
     TWO,
     ZERO,
     apply,
-    bfloat16_bits,
     decode,
     encode,
     product,
 )
-from regraft.deltas.intrinsics import add_square, bits_of, float_of, fma
-from regraft.deltas.streams import keep_bfloat16, unit_of
+from regraft.deltas.intrinsics import add_square, bits_of, fma
 
 __all__ = [
     "BF16",
@@ -55,7 +53,6 @@ __all__ = [
     "ROUND_TO_SOURCE",
     "ROW_FACTOR",
     "convert",
-    "is_usual",
     "merge_rows",
     "square_sums",
 ]
@@ -87,35 +84,6 @@ def _account(source: Any, merged: Any, of: Any, stored: Any, sums: Any, n: Any) 
 
 
 @njit(**INNER)
-def _finish_bfloat16(
-    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, sums: Any, n: Any
-) -> None:
-    """Add one plain delta to a row of bfloat16, store it and account for it, all in one pass.
-
-    The usual case. It gives the bits that :func:`apply` and :func:`_store` give.
-    """
-    infinity = np.uint16(0x7F80)
-    weight, delta = np.float64(0), np.float64(0)
-    changed, broken = np.uint32(0), np.uint32(0)
-    for j in range(n):
-        was = x16[at + j]
-        source = float_of(np.uint32(was) << np.uint32(16))
-        merged = fma(scale, acc[of + j], source)
-        now = bfloat16_bits(merged)
-        y16[at + j] = now
-        changed = np.uint32(changed + np.uint32(was != now))
-        finite = (was & infinity) != infinity
-        broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
-        w, d = np.float64(source), np.float64(merged - source)
-        weight = add_square(weight, w)
-        delta = add_square(delta, d)
-    sums[0] += weight
-    sums[1] += delta
-    sums[2] += np.int64(changed)
-    sums[3] += np.int64(broken)
-
-
-@njit(**INNER)
 def _store(
     source: Any, merged: Any, of: Any, y16: Any, y32: Any, out_kind: int, at: Any, scratch: Any,
     sums: Any, n: Any,
@@ -126,18 +94,11 @@ def _store(
     _account(source, merged, of, scratch, sums, n)
 
 
-@njit(**INNER)
-def is_usual(kind: Any, out_kind: Any, table: Any) -> Any:
-    """Whether this is the usual case, which has loops of its own: bfloat16 and one plain delta."""
-    return kind == BF16 and out_kind == BF16 and table.shape[0] == 1 and table[0, FLAGS] == 0
-
-
 @njit(**ENTRY)
 def merge_rows(
     x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int, row_count: int,
     column_count: int, left: Any, right: Any, right_ld: int, first_row: int, first_column: int,
-    table: Any, scales: Any, factors: Any, sums: Any, state: Any, stream: Any, unit_row: int,
-    rows_per_unit: int, units_per_row: int,
+    table: Any, scales: Any, factors: Any, sums: Any,
 ) -> None:  # fmt: skip
     """Write ``round(W + deltas)`` for a tile of ``row_count x column_count``.
 
@@ -151,9 +112,6 @@ def merge_rows(
         scales: float32 ``(deltas,)``.
         factors: float32, DoRA factors, per row or per column of the segment.
         sums: float64 ``(4,)``: |W|^2, |delta|^2, changed, no longer finite; added to.
-        state, stream, ..., units_per_row: as in :func:`regraft.deltas.inverse.invert_rows`, where
-            what an undo needs is to be kept (in the usual case only, see :func:`is_usual`);
-            an empty state otherwise.
     """
     merged = np.empty(ROWS * BLOCK, np.float32)
     source = np.empty(ROWS * BLOCK, np.float32)
@@ -162,22 +120,16 @@ def merge_rows(
     rows, columns, ld = np.uintp(row_count), np.uintp(column_count), np.uintp(right_ld)
     row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
     last = rows - ONE
-    usual = is_usual(kind, out_kind, table)
-    keeping = state.shape[0] > 0
-    number, width = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.int64)
-    need, index = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uintp)
-    need64 = need.view(np.uint64)
     for b in range((columns + block - ONE) // block):
         start = b * block
         n = min(block, columns - start)
         for group in range((rows + THREE) // np.uintp(ROWS)):
             i = group * np.uintp(ROWS)
             here = min(np.uintp(ROWS), rows - i)
-            if not usual:
-                for q in range(here):
-                    decode(x16, x32, kind, (i + q) * columns + start, source, q * block, n)
-                for j in range(np.uintp(ROWS * BLOCK)):
-                    merged[j] = source[j]
+            for q in range(here):
+                decode(x16, x32, kind, (i + q) * columns + start, source, q * block, n)
+            for j in range(np.uintp(ROWS * BLOCK)):
+                merged[j] = source[j]
             for d in range(table.shape[0]):
                 rank, flags = np.uintp(table[d, RANK]), table[d, FLAGS]
                 # Past the last row its factors serve again; what they give is not stored.
@@ -190,25 +142,11 @@ def merge_rows(
                 f_at = np.uintp(table[d, FACTOR])
                 f_row, f_column = f_at + row0 + i, f_at + column0 + start
                 for q in range(here):
-                    at, of = (i + q) * columns + start, q * block
-                    if usual:
-                        _finish_bfloat16(acc, of, scales[d], x16, y16, at, sums, n)
-                        if keeping:
-                            unit, place = unit_of(
-                                unit_row, i + q, start, columns, rows_per_unit, units_per_row
-                            )
-                            keep_bfloat16(
-                                acc, of, scales[d], x16, x32, y16, at, state, stream, unit, place,
-                                number, width, need, need64, index, n,
-                            )  # fmt: skip
-                    else:
-                        apply(
-                            merged, of, acc, scales[d], flags, factors, f_row + q, f_column, kind, n
-                        )
-            if not usual:
-                for q in range(here):
-                    at, of = (i + q) * columns + start, q * block
-                    _store(source, merged, of, y16, y32, out_kind, at, scratch, sums, n)
+                    of = q * block
+                    apply(merged, of, acc, scales[d], flags, factors, f_row + q, f_column, kind, n)
+            for q in range(here):
+                at, of = (i + q) * columns + start, q * block
+                _store(source, merged, of, y16, y32, out_kind, at, scratch, sums, n)
 
 
 @njit(**INNER)

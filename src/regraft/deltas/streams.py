@@ -40,7 +40,6 @@ from regraft.deltas.intrinsics import (
     double_of,
     float_of,
     float_to_half,
-    fma,
     half_to_float,
     trailing_zeros,
 )
@@ -73,7 +72,7 @@ def _mantissa(kind: Any) -> Any:
 
 
 @njit(**_ALWAYS)
-def _power(exponent: Any) -> Any:
+def power(exponent: Any) -> Any:
     """Return 2 ** exponent, for exponents of normal float64 numbers."""
     return double_of(np.uint64(exponent + 1023) << np.uint64(52))
 
@@ -94,13 +93,13 @@ def _spacing(value: Any, kind: Any) -> Any:
 @njit(**_ALWAYS)
 def half_spacing(value: Any, kind: Any) -> Any:
     """Return by how much a number of a dtype may differ from what was rounded to it."""
-    return _power(_spacing(value, kind) - 1)
+    return power(_spacing(value, kind) - 1)
 
 
 @njit(**_ALWAYS)
 def _lowest(prediction: Any, radius: Any, spacing: Any) -> Any:
     """Return the lowest candidate within ``radius`` and their count, in units of the spacing."""
-    inverse = _power(-spacing)
+    inverse = power(-spacing)
     low = np.ceil((prediction - radius) * inverse)
     return low, np.floor((prediction + radius) * inverse) - low + 1.0
 
@@ -115,7 +114,7 @@ def _candidates(prediction: Any, radius: Any, spacing: Any) -> Any:
     if not (count < 1e9 and abs(prediction) < 1e300 and abs(radius) < 1e300):
         return 0.0, 64
     if count < 1.0:
-        return np.rint(prediction * _power(-spacing)), 0
+        return np.rint(prediction * power(-spacing)), 0
     if count < 2.0:
         return low, 0
     return low, _exponent(count - 1.0) + 1
@@ -129,7 +128,7 @@ def _candidates(prediction: Any, radius: Any, spacing: Any) -> Any:
 
 
 @njit(**INNER)
-def _select(need: Any, need64: Any, index: Any, n: Any) -> Any:
+def select(need: Any, need64: Any, index: Any, n: Any) -> Any:
     """List the places where ``need`` (bytes; ``need64`` is the same memory) is set; count them."""
     for j in range(n, (n + np.uintp(7)) // _EIGHT * _EIGHT):
         need[j] = 0
@@ -144,7 +143,7 @@ def _select(need: Any, need64: Any, index: Any, n: Any) -> Any:
 
 
 @njit(**INNER)
-def _write(
+def write(
     number: Any, width: Any, index: Any, found: Any, x16: Any, x32: Any, kind: Any, start: Any,
     state: Any, unit: Any, stream: Any, place: Any,
 ) -> None:  # fmt: skip
@@ -181,10 +180,10 @@ def _write(
 
 
 @njit(**INNER)
-def _read(
+def read(
     number: Any, width: Any, found: Any, plain_bits: Any, state: Any, unit: Any, stream: Any
 ) -> None:
-    """Read the numbers that :func:`_write` wrote; past the end of the stream they are zero.
+    """Read the numbers that :func:`write` wrote; past the end of the stream they are zero.
 
     A width of :data:`PLAIN_WIDTH` stands for one bit and, if that is 0, ``plain_bits`` more.
     """
@@ -239,146 +238,6 @@ def put_exceptions(
     state[s + np.uintp(NEXT)] = following
 
 
-# -- a row of a block, the usual case --------------------------------------------------------------
-#
-# In integers. A bfloat16 is its significand, of 8 bits, times the spacing of its exponent; the
-# prediction, a float32, has 16 bits more. The merged value's exponent is ``width`` above that of
-# the prediction, so it stands for 2 ** width neighbours.
-
-
-@njit(inline="always")
-def _rounded(bits: Any) -> Any:
-    """Return the bfloat16 nearest to a float32 given by its bits; of a NaN, anything."""
-    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return np.uint32(bits + half) >> np.uint32(16)
-
-
-@njit(inline="always")
-def _is_coarser(predicted: Any, merged: Any) -> Any:
-    """Whether a merged bfloat16 is coarser than its predicted weight, both as float32 bits.
-
-    Where its exponent is not above the prediction's there is one candidate: it, rounded.
-    """
-    exponent = np.uint32(0x7F800000)
-    return np.uint32(predicted & exponent) < np.uint32(merged & exponent)
-
-
-@njit(inline="always")
-def _exponent_field(bits: Any) -> Any:
-    """Return the exponent of a float32 given by its bits; 1 for subnormal ones, as their scale."""
-    return max(np.int32((bits >> np.uint32(23)) & np.uint32(0xFF)), np.int32(1))
-
-
-@njit(inline="always")
-def _lowest_bfloat16(predicted: Any, width: Any) -> Any:
-    """Return the lowest of 2 ** width candidates, in units of the prediction's spacing."""
-    mantissa = np.int32(predicted & np.uint32(0x7FFFFF))
-    if (predicted & np.uint32(0x7F800000)) != 0:
-        mantissa += np.int32(0x800000)
-    above = -(mantissa >> 16) if predicted >> np.uint32(31) else (mantissa + 65535) >> 16
-    return np.int32(above) - (np.int32(1) << np.int32(min(width, 8) - 1))
-
-
-@njit(**INNER)
-def _number_bfloat16(
-    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, start: Any, index: Any, found: Any,
-    number: Any, width: Any,
-) -> None:  # fmt: skip
-    for i in range(found):
-        j = index[i]
-        merged = np.uint32(y16[start + j]) << np.uint32(16)
-        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-        weight = np.uint32(x16[start + j])
-        exponent = _exponent_field(predicted)
-        bits = _exponent_field(merged) - exponent
-        finer = np.int32((weight >> np.uint32(7)) & np.uint32(0xFF)) < exponent
-        shift = _exponent_field(weight << np.uint32(16)) - exponent
-        significand = np.int32(weight & np.uint32(0x7F))
-        if (weight & np.uint32(0x7F80)) != 0:
-            significand += np.int32(0x80)
-        scaled = significand << min(max(shift, np.int32(0)), np.int32(16))
-        signed = -scaled if weight >> np.uint32(15) else scaled
-        which = signed - _lowest_bfloat16(predicted, bits)
-        fits = which >= 0 and which < (np.int32(1) << min(bits, np.int32(8)))
-        # Finer weights than the prediction's spacing are not numbered, but for zero.
-        fits = fits and (not finer or shift == 0 or weight == 0) and weight != np.uint32(0x8000)
-        if not _is_coarser(predicted, merged):
-            number[i], width[i] = 0, -1
-        elif bits > 7:
-            number[i] = np.uint64(1) if weight == 0 else np.uint64(weight) << np.uint64(1)
-            width[i] = 1 if weight == 0 else 17
-        elif fits:
-            number[i], width[i] = np.uint64(which), bits
-        else:
-            number[i], width[i] = 0, -1 - np.int64(bits)
-
-
-@njit(**INNER)
-def _width_bfloat16(
-    acc: Any, of: Any, scale: Any, y16: Any, start: Any, index: Any, found: Any, width: Any
-) -> None:
-    for i in range(found):
-        merged = np.uint32(y16[start + index[i]]) << np.uint32(16)
-        predicted = bits_of(fma(-scale, acc[of + index[i]], float_of(merged)))
-        bits = np.int64(_exponent_field(merged) - _exponent_field(predicted))
-        width[i] = PLAIN_WIDTH if bits > 7 else bits
-
-
-@njit(**INNER)
-def _set_bfloat16(
-    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, start: Any, index: Any, found: Any,
-    number: Any, width: Any,
-) -> None:  # fmt: skip
-    for i in range(found):
-        j = index[i]
-        if width[i] == PLAIN_WIDTH:
-            x16[start + j] = np.uint16(number[i])
-        else:
-            merged = np.uint32(y16[start + j]) << np.uint32(16)
-            predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-            which = _lowest_bfloat16(predicted, width[i]) + np.int32(number[i])
-            step = _power(np.int64(_exponent_field(predicted)) - 134)
-            x16[start + j] = np.uint16(bits_of(np.float32(which * step)) >> np.uint32(16))
-
-
-@njit(**INNER)
-def keep_bfloat16(
-    acc: Any, of: Any, scale: Any, x16: Any, x32: Any, y16: Any, at: Any, state: Any, stream: Any,
-    unit: Any, place: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
-) -> None:  # fmt: skip
-    """Keep what is needed of a row of bfloat16 weights that got one plain delta.
-
-    One pass without a branch finds the few weights of which anything is needed.
-    """
-    for j in range(n):
-        merged = np.uint32(y16[at + j]) << np.uint32(16)
-        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-        other = _rounded(predicted) != np.uint32(x16[at + j])
-        need[j] = np.uint8(other) | np.uint8(_is_coarser(predicted, merged))
-    found = _select(need, need64, index, n)
-    if found:
-        _number_bfloat16(acc, of, scale, x16, y16, at, index, found, number, width)
-        _write(number, width, index, found, x16, x32, BF16, at, state, unit, stream, place)
-
-
-@njit(**INNER)
-def restore_bfloat16(
-    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, state: Any, stream: Any, unit: Any,
-    number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
-) -> None:  # fmt: skip
-    """Restore a row of which :func:`keep_bfloat16` kept what is needed."""
-    for j in range(n):
-        merged = np.uint32(y16[at + j]) << np.uint32(16)
-        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-        x16[at + j] = np.uint16(_rounded(predicted))
-        need[j] = np.uint8(_is_coarser(predicted, merged))
-    found = _select(need, need64, index, n)
-    if found:
-        _width_bfloat16(acc, of, scale, y16, at, index, found, width)
-        _read(number, width, found, 16, state, unit, stream)
-        _set_bfloat16(acc, of, scale, x16, y16, at, index, found, number, width)
-
-
 # -- a row of a block, any case --------------------------------------------------------------------
 
 
@@ -388,7 +247,7 @@ def _expect(prediction: Any, radius: Any, kind: Any, values: Any, need: Any, n: 
     for j in range(n):
         spacing = _spacing(prediction[j], kind)
         low, count = _lowest(prediction[j], radius[j], spacing)
-        values[j] = np.float32(low * _power(spacing) + 0.0)
+        values[j] = np.float32(low * power(spacing) + 0.0)
         need[j] = np.uint8(count != 1.0)  # NaN, too, needs a closer look
 
 
@@ -407,8 +266,8 @@ def _number(
             value = np.float64(_value16(x16[start + j], kind))
         spacing = _spacing(prediction[j], kind)
         low, bits = _candidates(prediction[j], radius[j], spacing)
-        which = value * _power(-spacing) - low
-        fits = which >= 0.0 and which < _power(bits) and which == np.floor(which)
+        which = value * power(-spacing) - low
+        fits = which >= 0.0 and which < power(bits) and which == np.floor(which)
         if bits > mantissa:
             number[i] = np.uint64(1) if plain == 0 else plain << np.uint64(1)
             width[i] = 1 if plain == 0 else 1 + size
@@ -435,7 +294,7 @@ def _set(
         j = start + index[i]
         spacing = _spacing(prediction[index[i]], kind)
         low, _ = _candidates(prediction[index[i]], radius[index[i]], spacing)
-        value = np.float32((low + np.float64(number[i])) * _power(spacing) + 0.0)
+        value = np.float32((low + np.float64(number[i])) * power(spacing) + 0.0)
         if kind == F32:
             x32[j] = float_of(np.uint32(number[i])) if width[i] == PLAIN_WIDTH else value
         elif width[i] == PLAIN_WIDTH:
@@ -469,10 +328,10 @@ def keep_row(
     else:
         for j in range(n):
             need[j] |= np.uint8(y16[j] != x16[at + j])
-    found = _select(need, need64, index, n)
+    found = select(need, need64, index, n)
     if found:
         _number(prediction, radius, x16, x32, kind, at, index, found, number, width)
-        _write(number, width, index, found, x16, x32, kind, at, state, unit, stream, place)
+        write(number, width, index, found, x16, x32, kind, at, state, unit, stream, place)
 
 
 @njit(**INNER)
@@ -483,10 +342,10 @@ def restore_row(
     """Restore a row of which :func:`keep_row` kept what is needed."""
     _expect(prediction, radius, kind, values, need, n)
     encode(values, ZERO, kind, x16, x32, at, n)
-    found = _select(need, need64, index, n)
+    found = select(need, need64, index, n)
     if found:
         _width(prediction, radius, kind, index, found, width)
-        _read(number, width, found, 32 if kind == F32 else 16, state, unit, stream)
+        read(number, width, found, 32 if kind == F32 else 16, state, unit, stream)
         _set(prediction, radius, x16, x32, kind, at, index, found, number, width)
 
 

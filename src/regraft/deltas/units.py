@@ -11,6 +11,7 @@ import numpy.typing as npt
 from regraft.deltas import inverse, kernels, streams
 from regraft.deltas.cutting import Offsets, Units
 from regraft.deltas.streams import PLAIN
+from regraft.deltas.usual import is_usual, merge_usual, restore_usual
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 
 Lengths = npt.NDArray[np.uint32]
@@ -86,8 +87,11 @@ class Encoder:
         return self.state.ravel(), self._stream
 
     def encode(self, run: Rows) -> None:
-        """Keep what is needed of a run of rows that is merged already."""
-        _invert(run, self.units, *self.arguments, encoding=True)
+        """Keep what is needed of a run of rows that is merged already; not of the usual case."""
+        units = self.units
+        inverse.invert_rows(
+            *_arguments(run), *self.arguments, run.unit_row, units.rows, units.parts, True
+        )
 
     def keep_plain(self, row: int, first_row: int) -> None:
         """Keep the units of a row as they are; ``first_row`` is that of the tile's first unit."""
@@ -117,14 +121,16 @@ def merge(run: Rows, sums: Sums, keeping: Encoder | None) -> None:
         sums: as in :func:`regraft.deltas.kernels.merge_rows`; added to.
         keeping: begun for the tile that the run belongs to.
     """
-    at_once = keeping is not None and bool(
-        kernels.is_usual.py_func(run.source.kind, run.merged.kind, run.table)
-    )
-    streams_of = (_NO_STATE, _NO_STREAM, 0, 1, 1)
-    if keeping is not None and at_once:
-        streams_of = (*keeping.arguments, run.unit_row, keeping.units.rows, keeping.units.parts)
-    kernels.merge_rows(*_arguments(run), sums, *streams_of)
-    if keeping is not None and not at_once:
+    usual = is_usual(run.source.kind, run.merged.kind, run.table)
+    if usual:
+        streams_of = (_NO_STATE, _NO_STREAM, 0, 1, 1)
+        if keeping is not None:
+            units = keeping.units
+            streams_of = (*keeping.arguments, run.unit_row, units.rows, units.parts)
+        merge_usual(*_usual_arguments(run), sums, *streams_of)
+        return
+    kernels.merge_rows(*_arguments(run), sums)
+    if keeping is not None:
         keeping.encode(run)
 
 
@@ -157,7 +163,12 @@ class Decoder:
 
     def restore(self, run: Rows) -> None:
         """Restore a run of rows."""
-        _invert(run, self._units, self.state.ravel(), self._kept.payload, encoding=False)
+        streams_of = (self.state.ravel(), self._kept.payload, run.unit_row)
+        cut = (self._units.rows, self._units.parts)
+        if is_usual(run.source.kind, run.merged.kind, run.table):
+            restore_usual(*_usual_arguments(run), *streams_of, *cut)
+        else:
+            inverse.invert_rows(*_arguments(run), *streams_of, *cut, False)
 
     def finish(self, weights: Bytes) -> bool:
         """Put plain units in their places; return whether the streams were what was expected."""
@@ -177,7 +188,8 @@ def _arguments(run: Rows) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _invert(run: Rows, units: Units, state: Any, stream: Any, *, encoding: bool) -> None:
-    inverse.invert_rows(
-        *_arguments(run), state, stream, run.unit_row, units.rows, units.parts, encoding
-    )
+def _usual_arguments(run: Rows) -> tuple[Any, ...]:
+    return (
+        run.source.x16, run.merged.x16, run.rows, run.width, run.left, run.right, run.right_ld,
+        run.first_row, run.first_column, int(run.table[0, kernels.RANK]), run.scales[0],
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from regraft.errors import (
 from regraft.formats.problems import quoted
 from regraft.formats.reading import access_error, typed_os_errors
 
-Kind = Literal["base", "adapter"]
+Kind = Literal["base", "adapter", "merged"]
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,26 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.py")
 _DOCUMENTS = ("*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_SAFE_WEIGHTS = {"base": ("*.safetensors",), "adapter": ("adapter_model.safetensors",)}
-_TORCH_WEIGHTS = {"base": ("pytorch_model*.bin",), "adapter": ("adapter_model.bin",)}
-_NEVER = (
+_SAFE_WEIGHTS = {
+    "base": ("*.safetensors",),
+    "adapter": ("adapter_model.safetensors",),
+    "merged": ("*.safetensors", "regraft/*"),
+}
+_TORCH_WEIGHTS = {"base": ("pytorch_model*.bin",), "adapter": ("adapter_model.bin",), "merged": ()}
+_OTHER_COPIES = (
     "original/*",
-    # "*" crosses folders, and only the files at the top are read
-    "*/*.safetensors",
-    "*/*.bin",
-    "*/*.json",
-    "*/*.model",
-    "*/*.txt",
-    # other copies of the same weights
     "consolidated*.safetensors",
     "*.fp16.safetensors",
     "*.non_ema.safetensors",
 )
+# "*" crosses folders, and only the files at the top are read; but for the receipt and the undo of
+# a merged model, wherever they are asked for.
+_BELOW = ("*/*.safetensors", "*/*.bin", "*/*.json", "*/*.model", "*/*.txt")
+_NEVER = {
+    "base": (*_OTHER_COPIES, *_BELOW),
+    "adapter": (*_OTHER_COPIES, *_BELOW),
+    "merged": _OTHER_COPIES,
+}
 
 
 def locate(source: str | Path, *, kind: Kind, token: str | None = None) -> Located:
@@ -72,7 +77,8 @@ def locate(source: str | Path, *, kind: Kind, token: str | None = None) -> Locat
 
     Args:
         source: a path, or ``name``, ``org/name`` or ``org/name@revision``.
-        kind: whether a base or an adapter is meant, which decides what to fetch.
+        kind: whether a base, an adapter or a merged model with its receipt and undo is meant,
+            which decides what to fetch.
         token: a Hub token; by default the one huggingface_hub knows of.
 
     Raises:
@@ -115,31 +121,31 @@ def _no_such_path(path: Path) -> InputError:
 
 def _snapshot(repo_id: str, revision: str | None, kind: Kind, token: str | None) -> Path:
     """Return the folder that holds the files, safetensors if the repository has any."""
-    folder = _fetch_with_documents(repo_id, revision, _SAFE_WEIGHTS[kind], token)
+    folder = _fetch_with_documents(repo_id, revision, kind, token)
     if any(folder.glob("*.safetensors")):
         return folder
-    if kind == "adapter" and not (folder / "adapter_config.json").exists():
+    if kind == "merged" or (kind == "adapter" and not (folder / "adapter_config.json").exists()):
         return folder  # not an adapter: the weights would be of no use
-    return _fetch(repo_id, revision, _TORCH_WEIGHTS[kind], token)
+    return _fetch(repo_id, revision, _TORCH_WEIGHTS[kind], kind, token)
 
 
 def _fetch_with_documents(
-    repo_id: str, revision: str | None, weights: tuple[str, ...], token: str | None
+    repo_id: str, revision: str | None, kind: Kind, token: str | None
 ) -> Path:
     """Fetch; without a connection, do without documents that the cache happens not to hold."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    needed = (*weights, *_SIDE_FILES)
+    needed = (*_SAFE_WEIGHTS[kind], *_SIDE_FILES)
     try:
-        return _fetch(repo_id, revision, (*needed, *_DOCUMENTS), token)
+        return _fetch(repo_id, revision, (*needed, *_DOCUMENTS), kind, token)
     except LocalEntryNotFoundError as error:
         if not hasattr(error, "snapshot_path"):  # nothing at all is cached
             raise
-    return _fetch(repo_id, revision, needed, token)
+    return _fetch(repo_id, revision, needed, kind, token)
 
 
 def _fetch(
-    repo_id: str, revision: str | None, patterns: tuple[str, ...], token: str | None
+    repo_id: str, revision: str | None, patterns: tuple[str, ...], kind: Kind, token: str | None
 ) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -147,7 +153,7 @@ def _fetch(
         repo_id,
         revision=revision,
         allow_patterns=list(patterns),
-        ignore_patterns=list(_NEVER),
+        ignore_patterns=list(_NEVER[kind]),
         token=token,
         library_name="regraft",
     )
@@ -174,7 +180,8 @@ def _hub_error(source: str, kind: Kind, error: Exception) -> RegraftError:
     from huggingface_hub import errors
 
     here = f"Hub id {quoted(source)}"
-    not_local = f"no {kind} of this name: neither a local path nor on the Hub"
+    wanted = "merged model" if kind == "merged" else str(kind)
+    not_local = f"no {wanted} of this name: neither a local path nor on the Hub"
     sign_in = "Check the spelling; a private one needs a token (hf auth login)"
     accept = f"Accept its terms on https://huggingface.co/{source.partition('@')[0]}"
     offline = "Unset HF_HUB_OFFLINE, check the connection, or give a local path"

@@ -1,0 +1,287 @@
+"""The usual case, which has loops of its own: bfloat16 weights that get one plain delta.
+
+They give the bits that :mod:`regraft.deltas.kernels` and :mod:`regraft.deltas.streams` give, but
+for what is kept for an undo, which is told in integers here. A bfloat16 is its significand, of 8
+bits, times the spacing of its exponent; a prediction, as float32, has 16 bits more. Where a merged
+value's exponent is ``width`` above that of its prediction, it stands for 2 ** width neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from regraft.deltas.inner import (
+    BF16,
+    BLOCK,
+    ENTRY,
+    FLAGS,
+    INNER,
+    ONE,
+    ROWS,
+    THREE,
+    TWO,
+    bfloat16_bits,
+    product,
+)
+from regraft.deltas.intrinsics import add_square, bits_of, float_of, fma
+from regraft.deltas.streams import (
+    PLAIN_WIDTH,
+    power,
+    put_exceptions,
+    read,
+    select,
+    unit_of,
+    write,
+)
+
+
+def is_usual(kind: int, out_kind: int, table: Any) -> bool:
+    """Whether this is the usual case: two dtypes, and a table of packed deltas."""
+    return kind == out_kind == BF16 and len(table) == 1 and int(table[0, FLAGS]) == 0
+
+
+@njit(**INNER)
+def _finish(acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, sums: Any, n: Any) -> None:
+    """Add one plain delta to a row of bfloat16, store it and account for it, all in one pass.
+
+    It gives the bits that :func:`regraft.deltas.kernels.merge_rows` gives.
+    """
+    infinity = np.uint16(0x7F80)
+    weight, delta = np.float64(0), np.float64(0)
+    changed, broken = np.uint32(0), np.uint32(0)
+    for j in range(n):
+        was = x16[at + j]
+        source = float_of(np.uint32(was) << np.uint32(16))
+        merged = fma(scale, acc[of + j], source)
+        now = bfloat16_bits(merged)
+        y16[at + j] = now
+        changed = np.uint32(changed + np.uint32(was != now))
+        finite = (was & infinity) != infinity
+        broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
+        w, d = np.float64(source), np.float64(merged - source)
+        weight = add_square(weight, w)
+        delta = add_square(delta, d)
+    sums[0] += weight
+    sums[1] += delta
+    sums[2] += np.int64(changed)
+    sums[3] += np.int64(broken)
+
+
+@njit(inline="always")
+def _rounded(bits: Any) -> Any:
+    """Return the bfloat16 nearest to a float32 given by its bits; of a NaN, anything."""
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(bits + half) >> np.uint32(16)
+
+
+@njit(inline="always")
+def _is_coarser(predicted: Any, merged: Any) -> Any:
+    """Whether a merged bfloat16 is coarser than its predicted weight, both as float32 bits.
+
+    Where its exponent is not above the prediction's there is one candidate: it, rounded.
+    """
+    exponent = np.uint32(0x7F800000)
+    return np.uint32(predicted & exponent) < np.uint32(merged & exponent)
+
+
+@njit(inline="always")
+def _exponent_field(bits: Any) -> Any:
+    """Return the exponent of a float32 given by its bits; 1 for subnormal ones, as their scale."""
+    return max(np.int32((bits >> np.uint32(23)) & np.uint32(0xFF)), np.int32(1))
+
+
+@njit(inline="always")
+def _lowest(predicted: Any, width: Any) -> Any:
+    """Return the lowest of 2 ** width candidates, in units of the prediction's spacing."""
+    mantissa = np.int32(predicted & np.uint32(0x7FFFFF))
+    if (predicted & np.uint32(0x7F800000)) != 0:
+        mantissa += np.int32(0x800000)
+    above = -(mantissa >> 16) if predicted >> np.uint32(31) else (mantissa + 65535) >> 16
+    return np.int32(above) - (np.int32(1) << np.int32(min(width, 8) - 1))
+
+
+@njit(**INNER)
+def _number(
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, start: Any, index: Any, found: Any,
+    number: Any, width: Any,
+) -> None:  # fmt: skip
+    for i in range(found):
+        j = index[i]
+        merged = np.uint32(y16[start + j]) << np.uint32(16)
+        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
+        weight = np.uint32(x16[start + j])
+        exponent = _exponent_field(predicted)
+        bits = _exponent_field(merged) - exponent
+        finer = np.int32((weight >> np.uint32(7)) & np.uint32(0xFF)) < exponent
+        shift = _exponent_field(weight << np.uint32(16)) - exponent
+        significand = np.int32(weight & np.uint32(0x7F))
+        if (weight & np.uint32(0x7F80)) != 0:
+            significand += np.int32(0x80)
+        scaled = significand << min(max(shift, np.int32(0)), np.int32(16))
+        signed = -scaled if weight >> np.uint32(15) else scaled
+        which = signed - _lowest(predicted, bits)
+        fits = which >= 0 and which < (np.int32(1) << min(bits, np.int32(8)))
+        # Finer weights than the prediction's spacing are not numbered, but for zero.
+        fits = fits and (not finer or shift == 0 or weight == 0) and weight != np.uint32(0x8000)
+        if not _is_coarser(predicted, merged):
+            number[i], width[i] = 0, -1
+        elif bits > 7:
+            number[i] = np.uint64(1) if weight == 0 else np.uint64(weight) << np.uint64(1)
+            width[i] = 1 if weight == 0 else 17
+        elif fits:
+            number[i], width[i] = np.uint64(which), bits
+        else:
+            number[i], width[i] = 0, -1 - np.int64(bits)
+
+
+@njit(**INNER)
+def _width(
+    acc: Any, of: Any, scale: Any, y16: Any, start: Any, index: Any, found: Any, width: Any
+) -> None:
+    for i in range(found):
+        merged = np.uint32(y16[start + index[i]]) << np.uint32(16)
+        predicted = bits_of(fma(-scale, acc[of + index[i]], float_of(merged)))
+        bits = np.int64(_exponent_field(merged) - _exponent_field(predicted))
+        width[i] = PLAIN_WIDTH if bits > 7 else bits
+
+
+@njit(**INNER)
+def _set(
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, start: Any, index: Any, found: Any,
+    number: Any, width: Any,
+) -> None:  # fmt: skip
+    for i in range(found):
+        j = index[i]
+        if width[i] == PLAIN_WIDTH:
+            x16[start + j] = np.uint16(number[i])
+        else:
+            merged = np.uint32(y16[start + j]) << np.uint32(16)
+            predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
+            which = _lowest(predicted, width[i]) + np.int32(number[i])
+            step = power(np.int64(_exponent_field(predicted)) - 134)
+            x16[start + j] = np.uint16(bits_of(np.float32(which * step)) >> np.uint32(16))
+
+
+@njit(**INNER)
+def _keep_row(
+    acc: Any, of: Any, scale: Any, x16: Any, x32: Any, y16: Any, at: Any, state: Any, stream: Any,
+    unit: Any, place: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
+) -> None:  # fmt: skip
+    """Keep what is needed of a row of bfloat16 weights that got one plain delta.
+
+    One pass without a branch finds the few weights of which anything is needed.
+    """
+    for j in range(n):
+        merged = np.uint32(y16[at + j]) << np.uint32(16)
+        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
+        other = _rounded(predicted) != np.uint32(x16[at + j])
+        need[j] = np.uint8(other) | np.uint8(_is_coarser(predicted, merged))
+    found = select(need, need64, index, n)
+    if found:
+        _number(acc, of, scale, x16, y16, at, index, found, number, width)
+        write(number, width, index, found, x16, x32, BF16, at, state, unit, stream, place)
+
+
+@njit(**INNER)
+def _restore_row(
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, state: Any, stream: Any, unit: Any,
+    number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
+) -> None:  # fmt: skip
+    """Restore a row of which :func:`_keep_row` kept what is needed."""
+    for j in range(n):
+        merged = np.uint32(y16[at + j]) << np.uint32(16)
+        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
+        x16[at + j] = np.uint16(_rounded(predicted))
+        need[j] = np.uint8(_is_coarser(predicted, merged))
+    found = select(need, need64, index, n)
+    if found:
+        _width(acc, of, scale, y16, at, index, found, width)
+        read(number, width, found, 16, state, unit, stream)
+        _set(acc, of, scale, x16, y16, at, index, found, number, width)
+
+
+# -- a tile ----------------------------------------------------------------------------------------
+
+
+@njit(**ENTRY)
+def merge_usual(
+    x16: Any, y16: Any, row_count: int, column_count: int, left: Any, right: Any, right_ld: int,
+    first_row: int, first_column: int, rank_: int, scale: Any, sums: Any, state: Any, stream: Any,
+    unit_row: int, rows_per_unit: int, units_per_row: int,
+) -> None:  # fmt: skip
+    """Write ``round(W + delta)`` for a tile; keep what an undo needs, if there is a state for it.
+
+    Args:
+        x16, y16: the tile's weights, and where the result goes.
+        row_count, ..., first_column: as in :func:`regraft.deltas.kernels.merge_rows`.
+        rank_, scale: the delta's.
+        sums: as in :func:`regraft.deltas.kernels.merge_rows`; added to.
+        state, stream, ..., units_per_row: as in :func:`regraft.deltas.inverse.invert_rows`; an
+            empty state where nothing is to be kept.
+    """
+    keeping = state.shape[0] > 0
+    acc = np.empty(ROWS * BLOCK, np.float32)
+    number, width = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.int64)
+    need, index = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uintp)
+    need64, no32 = need.view(np.uint64), np.empty(0, np.float32)
+    rows, columns = np.uintp(row_count), np.uintp(column_count)
+    ld, rank = np.uintp(right_ld), np.uintp(rank_)
+    row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
+    last = rows - ONE
+    for b in range((columns + block - ONE) // block):
+        start = b * block
+        n = min(block, columns - start)
+        for group in range((rows + THREE) // np.uintp(ROWS)):
+            i = group * np.uintp(ROWS)
+            # Past the last row its factors serve again; what they give is not stored.
+            l0, l1 = (row0 + i) * rank, (row0 + min(i + ONE, last)) * rank
+            l2, l3 = (row0 + min(i + TWO, last)) * rank, (row0 + min(i + THREE, last)) * rank
+            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, n)
+            for q in range(min(np.uintp(ROWS), rows - i)):
+                at, of = (i + q) * columns + start, q * block
+                _finish(acc, of, scale, x16, y16, at, sums, n)
+                if keeping:
+                    unit, place = unit_of(
+                        unit_row, i + q, start, columns, rows_per_unit, units_per_row
+                    )
+                    _keep_row(
+                        acc, of, scale, x16, no32, y16, at, state, stream, unit, place, number,
+                        width, need, need64, index, n,
+                    )  # fmt: skip
+
+
+@njit(**ENTRY)
+def restore_usual(
+    x16: Any, y16: Any, row_count: int, column_count: int, left: Any, right: Any, right_ld: int,
+    first_row: int, first_column: int, rank_: int, scale: Any, state: Any, stream: Any,
+    unit_row: int, rows_per_unit: int, units_per_row: int,
+) -> None:  # fmt: skip
+    """Restore a tile's weights from its merged values ``y16``; else as :func:`merge_usual`."""
+    acc = np.empty(ROWS * BLOCK, np.float32)
+    number, width = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.int64)
+    need, index = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uintp)
+    need64, no32 = need.view(np.uint64), np.empty(0, np.float32)
+    rows, columns = np.uintp(row_count), np.uintp(column_count)
+    ld, rank = np.uintp(right_ld), np.uintp(rank_)
+    row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
+    last = rows - ONE
+    for b in range((columns + block - ONE) // block):
+        start = b * block
+        n = min(block, columns - start)
+        for group in range((rows + THREE) // np.uintp(ROWS)):
+            i = group * np.uintp(ROWS)
+            # Past the last row its factors serve again; what they give is not stored.
+            l0, l1 = (row0 + i) * rank, (row0 + min(i + ONE, last)) * rank
+            l2, l3 = (row0 + min(i + TWO, last)) * rank, (row0 + min(i + THREE, last)) * rank
+            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, n)
+            for q in range(min(np.uintp(ROWS), rows - i)):
+                at, of = (i + q) * columns + start, q * block
+                unit, place = unit_of(unit_row, i + q, start, columns, rows_per_unit, units_per_row)
+                _restore_row(
+                    acc, of, scale, x16, y16, at, state, stream, unit, number, width, need, need64,
+                    index, n,
+                )  # fmt: skip
+                put_exceptions(state, unit, stream, place, x16, no32, BF16, at, n)

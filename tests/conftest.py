@@ -1,0 +1,22 @@
+"""Compiled kernels that are older than their sources are removed before anything runs.
+
+numba looks only at the file that a compiled function is in, and not at what it is made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import regraft
+
+DELTAS = Path(regraft.__file__).parent / "deltas"
+
+
+def pytest_configure() -> None:
+    """Remove stale kernels; several workers may be at it at once."""
+    newest = max(path.stat().st_mtime for path in DELTAS.glob("*.py"))
+    for path in DELTAS.glob("__pycache__/*.nb[ic]"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < newest:
+                path.unlink()
