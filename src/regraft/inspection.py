@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -449,9 +450,10 @@ class _Config:
     def number(self, name: str) -> float | None:
         """Return a number, or None where there is none."""
         value = self.get(name)
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is None or (is_number and abs(value) <= sys.float_info.max):
             return value
-        return self._bad(name, "a number", None)
+        return self._bad(name, "a finite number", None)
 
     def text(self, name: str) -> str | None:
         """Return a string, or None where there is none."""

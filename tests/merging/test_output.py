@@ -164,12 +164,34 @@ def test_side_files_travel_byte_for_byte_and_nothing_else_does(
     put(base, *TRAVELS, *STAYS, "README.md")
     (base / "linked.txt").symlink_to("merges.txt")
     regraft.merge(base, adapter, tmp_path / "out")
-    found = {n: c for n, c in tree(tmp_path / "out").items() if c is not None}
+    files = {n: c for n, c in tree(tmp_path / "out").items() if c is not None}
+    found = {name: content for name, content in files.items() if "/undo/" not in name}
     own = {"config.json", "model.safetensors", "README.md", "regraft/receipt.json"}
     assert found.keys() - own == {*TRAVELS, "linked.txt"}
     for name in TRAVELS:
         assert found[name] == (base / name).read_bytes()
     assert b"README.md" not in (found["README.md"] or b"")
+
+
+def test_the_undo_keeps_the_bases_side_files_and_the_adapters_own(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    put(base, "tokenizer.json", "notes.txt", "additional_chat_templates/a.jinja", "old.gguf")
+    put(base, "logs/train.log")
+    put(adapter, "tokenizer.json", "optimizer.pt", mark="adapter ")
+    regraft.merge(base, adapter, tmp_path / "out")
+    undo = tmp_path / "out" / "regraft" / "undo"
+    kept = {n: c for n, c in tree(undo).items() if c is not None}
+    sides = ("config.json", "tokenizer.json", "notes.txt", "additional_chat_templates/a.jinja")
+    assert kept.keys() == {
+        "patch.safetensors", "undo.json", *(f"base/{name}" for name in sides),
+        "adapter-0/adapter_config.json", "adapter-0/adapter_model.safetensors",
+    }  # fmt: skip
+    for name in sides:
+        assert kept[f"base/{name}"] == (base / name).read_bytes()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert kept[f"adapter-0/{name}"] == (adapter / name).read_bytes()
+    assert toys.read_json(undo / "undo.json")["left_out"] == ["logs", "old.gguf"]
 
 
 def test_no_index_of_the_base_survives(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -311,7 +333,8 @@ def test_modes_follow_the_umask(
     done = regraft_command("merge", base, adapter, "-o", out, "-q", umask=umask)
     assert done.returncode == 0, done.stderr
     paths = [out.parent, out, *out.rglob("*")]
-    assert len(paths) == 10
+    undo = out / "regraft" / "undo"
+    assert {undo, undo / "patch.safetensors", undo / "base" / "tokenizer.json"} < set(paths)
     for path in paths:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (folder if path.is_dir() else file), path

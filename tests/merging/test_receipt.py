@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from merging.toys import (
     write_adapter,
     write_base,
 )
+from regraft.merging.receipt import read_receipt, receipt_bytes
+from regraft.merging.sidefiles import json_bytes
 
 RECEIPT = Path("regraft") / "receipt.json"
 
@@ -63,10 +65,24 @@ def test_every_tensor_read_and_written_is_there_with_its_digest(base: Path, tmp_
     for record in receipt.tensors:
         assert record.blake3 == digest(after[record.name])
         assert (record.file, record.shape) == ("model.safetensors", after[record.name].shape)
-    read = {name: digest(array) for name, array in before.items() if name != "lm_head.weight"}
-    assert receipt.base.tensors == read
+    assert receipt.base.tensors == {name: digest(array) for name, array in before.items()}
     factors = _read_adapter(adapter)
     assert receipt.adapters[0].tensors == {name: digest(a) for name, a in factors.items()}
+
+
+def test_without_an_undo_a_replaced_tensor_of_the_base_is_not_read(
+    base: Path, tmp_path: Path
+) -> None:
+    receipt = regraft.merge(base, mixed_adapter(tmp_path / "m"), tmp_path / "out", undo=False)
+    assert toys.load(base).keys() - receipt.base.tensors.keys() == {"lm_head.weight"}
+    assert receipt.totals.undo_bytes == 0
+    assert [path.name for path in (tmp_path / "out" / "regraft").iterdir()] == ["receipt.json"]
+
+
+def test_the_undo_patch_is_counted(base: Path, adapter: Path, tmp_path: Path) -> None:
+    receipt = regraft.merge(base, adapter, tmp_path / "out")
+    patch = tmp_path / "out" / "regraft" / "undo" / "patch.safetensors"
+    assert receipt.totals.undo_bytes == patch.stat().st_size
 
 
 def _read_adapter(folder: Path) -> dict[str, np.ndarray]:
@@ -181,7 +197,7 @@ def test_the_totals_add_up(base: Path, tmp_path: Path) -> None:
 def test_a_change_of_dtype_is_counted_apart(base: Path, adapter: Path, tmp_path: Path) -> None:
     receipt = regraft.merge(base, adapter, tmp_path / "out", dtype="float32", shard_size="4KB")
     assert (receipt.totals.converted, receipt.totals.copied) == (17, 0)
-    assert dict(receipt.options) == {"dtype": "float32", "shard_size": 4000}
+    assert dict(receipt.options) == {"dtype": "float32", "shard_size": 4000, "undo": True}
     found = records(receipt)["model.norm.weight"]
     assert (found.action, found.changed, found.dtype) == ("convert", 0, "F32")
 
@@ -204,15 +220,83 @@ def test_it_is_written_as_it_is_returned_and_survives_json(
     text = (tmp_path / "out" / RECEIPT).read_text()
     written = json.loads(text, parse_constant=_not_json)
     returned = json.loads(json.dumps(receipt.to_json()))
-    for volatile in ("seconds", "peak_memory"):  # taken once more at the very end
-        assert written["totals"].pop(volatile) >= 0
-        returned["totals"].pop(volatile)
+    digest = written.pop("digest")
+    assert digest == blake3(json_bytes(written)).hexdigest()
     assert written == returned
     assert (written["receipt"], written["arithmetic"]) == (1, 1)
     assert written["regraft"] == regraft.__version__
     assert written["output"] == str(tmp_path / "out")
     created = datetime.fromisoformat(written["created"])
     assert abs(datetime.now(UTC) - created) < timedelta(minutes=5)
+
+
+def test_every_other_byte_of_the_output_has_its_digest(tmp_path: Path) -> None:
+    base = toys.write_sharded_base(tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}")
+    (base / "tokenizer.json").write_text("{}")
+    adapter, out = write_adapter(tmp_path / "adapter"), tmp_path / "out"
+    receipt = regraft.merge(base, adapter, out)
+    weights = {path.name: path for path in out.glob("*.safetensors")}
+    others = [p for p in out.rglob("*") if p.is_file() and p not in weights.values()]
+    names = {p.relative_to(out).as_posix(): p for p in others if p.name != "receipt.json"}
+    assert {"README.md", "config.json", "additional_chat_templates/tool.jinja"} < names.keys()
+    assert receipt.files == {n: blake3(p.read_bytes()).hexdigest() for n, p in names.items()}
+    assert receipt.headers == {n: blake3(_header(p)).hexdigest() for n, p in weights.items()}
+
+
+def _header(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
+def test_it_is_read_back_as_it_was(base: Path, tmp_path: Path) -> None:
+    receipt = regraft.merge(base, mixed_adapter(tmp_path / "mixed"), tmp_path / "out")
+    read = read_receipt(tmp_path / "out" / RECEIPT)
+    assert read == receipt
+    assert receipt_bytes(read) == (tmp_path / "out" / RECEIPT).read_bytes()
+
+
+def test_one_of_the_first_version_is_read_too(base: Path, adapter: Path, tmp_path: Path) -> None:
+    regraft.merge(base, adapter, tmp_path / "out")
+    path = tmp_path / "out" / RECEIPT
+    value = json.loads(path.read_text())
+    old = {k: v for k, v in value.items() if k not in ("digest", "files", "headers")}
+    path.write_bytes(json_bytes(old))
+    assert read_receipt(path).files == {}
+    path.write_bytes(json_bytes(old).replace(b": ", b":  ", 1))
+    with pytest.raises(regraft.FormatError, match="not as it was written"):
+        read_receipt(path)
+
+
+BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no object": lambda receipt: [receipt],
+    "a key missing": lambda receipt: receipt.pop("totals") and receipt,
+    "a key more": lambda receipt: receipt | {"more": 1},
+    "no digest": lambda receipt: receipt.pop("digest") and receipt,
+    "a digest of another type": lambda receipt: receipt | {"digest": 3},
+    "a string for a number": lambda receipt: receipt | {"arithmetic": "1"},
+    "a truth for a number": lambda receipt: receipt | {"arithmetic": True},
+    "a later version": lambda receipt: receipt | {"receipt": 2},
+    "null": lambda receipt: receipt | {"command": None},
+    "a list for a mapping": lambda receipt: receipt | {"files": []},
+    "a number among strings": lambda receipt: receipt | {"warnings": [3]},
+    "an unknown action": lambda r: r | {"tensors": [r["tensors"][0] | {"action": "guess"}]},
+    "a list for an action": lambda r: r | {"tensors": [r["tensors"][0] | {"action": []}]},
+    "a tensor that is none": lambda receipt: receipt | {"tensors": [None]},
+    "another content": lambda receipt: receipt | {"command": "other"},
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_one_that_is_not_as_it_was_written_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, what: str
+) -> None:
+    regraft.merge(base, adapter, tmp_path / "out")
+    path = tmp_path / "out" / RECEIPT
+    path.write_bytes(json_bytes(BROKEN[what](json.loads(path.read_text()))))
+    with pytest.raises(regraft.FormatError, match=r"receipt\.json: "):
+        read_receipt(path)
 
 
 def _not_json(name: str) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "looks_like",
     "open_adapter",
     "open_checkpoint",
+    "read_base_config",
 ]
 
 Container = Literal["safetensors", "torch"]
@@ -147,7 +148,7 @@ def open_checkpoint(located: Located) -> Checkpoint:
 def _open_checkpoint(located: Located) -> Checkpoint:
     single_file = not located.path.is_dir()
     root = located.path.parent if single_file else located.path
-    config = _base_config(root / "config.json")
+    config = read_base_config(root / "config.json")
     weights = _lone_file(located.path) if single_file else _find_weights(root, config)
     index_metadata = None
     names: Sequence[str] = [weights]
@@ -173,8 +174,13 @@ def _open_checkpoint(located: Located) -> Checkpoint:
     )
 
 
-def _base_config(path: Path) -> dict[str, Any] | None:
-    """Return ``config.json``, None where there is none."""
+def read_base_config(path: Path) -> dict[str, Any] | None:
+    """Return a base's ``config.json``, None where there is none.
+
+    Raises:
+        FormatError: it is malformed.
+        AccessError: the system refused to read it.
+    """
     if not path.exists():
         return None
     config = read_json_object(path, max_bytes=_CONFIG_BYTES)

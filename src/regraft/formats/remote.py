@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import EnvironmentShortfall, InputError
-from regraft.formats.checkpoint import Checkpoint, Shard, open_checkpoint
+from regraft.errors import EnvironmentShortfall, FormatError, InputError, Problem
+from regraft.formats.checkpoint import Checkpoint, Shard, open_checkpoint, read_base_config
 from regraft.formats.hub import Located, locate
 from regraft.formats.json_file import read_json_object
+from regraft.formats.problems import capped, quoted
+from regraft.formats.reading import typed_os_errors
+from regraft.formats.safetensors import entry_trouble
 from regraft.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -42,7 +45,8 @@ def is_whole(folder: Path) -> bool:
     if index.exists():
         weight_map = read_json_object(index).get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-        return all((folder / name).is_file() for name in names)
+        with typed_os_errors(folder):
+            return all((folder / name).is_file() for name in names)
     return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
@@ -78,8 +82,13 @@ def fetch_headers(located: Located, token: str | None) -> SafetensorsRepoMetadat
 
 
 def checkpoint_of(located: Located, headers: SafetensorsRepoMetadata) -> Checkpoint:
-    """Return the checkpoint that a model's headers describe."""
-    config = located.path / "config.json"
+    """Return the checkpoint that a model's headers describe.
+
+    Raises:
+        FormatError: a tensor's entry is malformed; all of them at once. That there is no gap and no
+            overlap is checked when the files themselves are read.
+    """
+    _check_entries(located, headers)
     shards, tensors = [], dict[str, TensorSpec]()
     for name, file in sorted(headers.files_metadata.items()):
         found = [_spec(name, key, info) for key, info in file.tensors.items()]
@@ -92,11 +101,27 @@ def checkpoint_of(located: Located, headers: SafetensorsRepoMetadata) -> Checkpo
         revision=located.revision,
         shards=tuple(shards),
         tensors=tensors,
-        config=read_json_object(config) if config.exists() else None,
+        config=read_base_config(located.path / "config.json"),
         index_metadata=None,
         container="safetensors",
         single_file=False,
     )
+
+
+def _check_entries(located: Located, headers: SafetensorsRepoMetadata) -> None:
+    problems = []
+    for file, metadata in sorted(headers.files_metadata.items()):
+        for name, info in metadata.tensors.items():
+            entry = {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "data_offsets": list(info.data_offsets),
+            }
+            if trouble := entry_trouble(name, entry):
+                where = f"Hub id {located.source!r}, {file}, tensor {quoted(name)}"
+                problems.append(Problem(trouble[0], where, *trouble[1:]))
+    if problems:
+        raise FormatError(capped(problems, located.path))
 
 
 def _spec(file: str, name: str, info: Any) -> TensorSpec:

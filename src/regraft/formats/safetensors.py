@@ -175,15 +175,15 @@ def _is_text(value: Any) -> bool:
 
 def _tensor_problems(path: Path, name: str, entry: Any) -> list[Problem]:
     """Return what is wrong with one tensor's entry, looked at by itself."""
-    parts = _entry_trouble(name, entry)
+    parts = entry_trouble(name, entry)
     if parts is None:
         return []
     what, expected, found = parts
     return [Problem(what, f"{path}, tensor {quoted(name)}", expected, found, DOWNLOAD_AGAIN)]
 
 
-def _entry_trouble(name: str, entry: Any) -> tuple[str, str, str] | None:
-    """Return (what, expected, found) for the first thing wrong with an entry, or None."""
+def entry_trouble(name: str, entry: Any) -> tuple[str, str, str] | None:
+    """Return (what, expected, found) for the first thing wrong with a tensor's entry, or None."""
     if is_unsafe_name(name):
         return "the tensor's name is unsafe", SAFE_NAME, quoted(name)
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
@@ -278,7 +278,7 @@ def build_header(
     for name, dtype, shape in tensors:
         end = offset + nbytes_of(dtype, shape)
         entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        trouble = _entry_trouble(name, entry)
+        trouble = entry_trouble(name, entry)
         if name in entries or name == METADATA_KEY:
             trouble = ("the tensor's name is taken", "each name once", quoted(name))
         if trouble:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from regraft.merging.events import Progress, tell
@@ -13,13 +14,13 @@ from regraft.merging.keep import keeps
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan
 from regraft.merging.receipt import Receipt
-from regraft.merging.undo import PATCH, UNDO, section_names
+from regraft.merging.undo import PATCH, UNDO, Keeping, section_names
 from regraft.merging.workplace import Workplace
 
 
 def build(
     plan: Plan, place: Workplace, inputs: Iterable[Path], command: str, used: Used, *,
-    undo: bool, keep_adapters: bool, open_source: OpenSource | None = None,
+    keeping: Keeping | None, open_source: OpenSource | None = None,
     progress: Progress | None = None,
 ) -> Receipt:  # fmt: skip
     """Write a merged model into a work folder, going on from an earlier try if there was one.
@@ -30,18 +31,17 @@ def build(
         inputs: every file that decides the bytes; a change to one starts afresh.
         command: how it was called, for the receipt.
         used: asks for time, memory and threads.
-        undo: whether to keep what an undo needs.
-        keep_adapters: whether to keep the adapters for it.
+        keeping: what to keep for an undo; None for no undo.
         open_source: gives what the base is read from, if not its files.
         progress: called as work proceeds.
 
     Raises:
         RegraftError: something cannot be read, computed or written.
     """
-    kept = keeps(plan) if undo else []
+    kept = keeps(plan) if keeping is not None else []
     task = Task(plan, merge_targets(plan), kept, open_source)
-    place.begin(fingerprint(plan, inputs, undo=undo, keep_adapters=keep_adapters))
-    path = place.out / UNDO / PATCH if undo else None
+    place.begin(fingerprint(plan, inputs, keeping=keeping and asdict(keeping)))
+    path = place.out / UNDO / PATCH if keeping is not None else None
     done = resume(place, task, path, progress)
     patch = None
     if path is not None:
@@ -50,9 +50,7 @@ def build(
     try:
         outcome = execute(task, place, patch, done, progress)
         tell(progress, "finish", plan.nbytes)
-        return write_rest(
-            plan, outcome, place.out, command, used, patch, keep_adapters=keep_adapters
-        )
+        return write_rest(plan, outcome, place.out, command, used, patch, keeping)
     except BaseException:
         if patch is not None:
             patch.abandon()
@@ -74,6 +72,8 @@ def resume(
     place: Workplace, task: Task, patch: Path | None, progress: Progress | None
 ) -> list[Done]:
     """Return what an earlier try has done, and forget of it what is no longer there."""
+    names = {target.name for target in task.targets}
+    place.keep_only(names | ({f"{UNDO}/{PATCH}"} if patch is not None else set()))
     if not place.entries:
         return []
     tell(progress, "resume", 0)

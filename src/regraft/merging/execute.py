@@ -121,7 +121,8 @@ class _Queue:
         self._keeping = patch is not None
         self._store = FactorStore(files, FACTOR_CACHE)
         opener = task.open_source
-        self._source = opener(files, self._store) if opener else FileSource(files)
+        self._plain = FileSource(files)
+        self._source = opener(files, self._store) if opener else self._plain
         self._ledger = Ledger(len(done), place, patch, self._flush)
         self._gate = _Gate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
         self._lock = threading.Lock()
@@ -171,9 +172,8 @@ class _Queue:
         if target.name not in self._outputs:
             self._outputs[target.name] = self._create(target)
         output = self._outputs[target.name]
-        written = StepRun(
-            step, output, job.offset, self._source, self._store, tile_bytes, self._keeping
-        )
+        source = self._source if step.source_adapter is None else self._plain
+        written = StepRun(step, output, job.offset, source, self._store, tile_bytes, self._keeping)
         return _Active(number, job, written, list(tiles_of(step, tile_bytes)))
 
     def next(self) -> tuple[_Active, Tile] | None:
@@ -350,17 +350,34 @@ def _run_threads(queue: _Queue, plan: Plan) -> None:
                 queue.stop()
                 raise
 
-    with ThreadPoolExecutor(plan.threads, thread_name_prefix="regraft") as pool:
-        futures: list[Future[None]] = []
-        try:
-            for _ in range(plan.threads):
-                futures.append(pool.submit(work))  # one by one: an interrupt may fall between
-            wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:  # Ctrl-C
-            queue.stop()
-            raise
+    futures: list[Future[None]] = []
+    pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="regraft")
+    try:
+        for _ in range(plan.threads):
+            futures.append(pool.submit(work))  # one by one: an interrupt may fall between
+        wait(futures, return_when=FIRST_EXCEPTION)
+    except BaseException:  # Ctrl-C
+        queue.stop()
+        raise
+    finally:
+        _end(pool, queue)
     for future in futures:
         future.result()
+
+
+def _end(pool: ThreadPoolExecutor, queue: _Queue) -> None:
+    """Wait for all threads, however often Ctrl-C is pressed: they write to files still open."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            pool.shutdown()
+        except KeyboardInterrupt as interrupt:
+            queue.stop()
+            interrupted = interrupt
+        else:
+            break
+    if interrupted is not None:
+        raise interrupted
 
 
 def _buffer_bytes(plan: Plan) -> int:

@@ -29,7 +29,7 @@ from regraft.merging.receipt import (
     receipt_bytes,
 )
 from regraft.merging.sidefiles import json_bytes, plan_side_files, updated_config
-from regraft.merging.undo import keep_base
+from regraft.merging.undo import Keeping, keep_base
 
 Used = Callable[[], tuple[float, int, int]]
 """Asks for seconds, peak memory in bytes, and threads."""
@@ -37,7 +37,7 @@ Used = Callable[[], tuple[float, int, int]]
 
 def write_rest(
     plan: Plan, outcome: Outcome, folder: Path, command: str, used: Used,
-    patch: PatchWriter | None = None, *, keep_adapters: bool = False,
+    patch: PatchWriter | None = None, keeping: Keeping | None = None,
 ) -> Receipt:  # fmt: skip
     """Write everything but the weights into ``folder``; the receipt is last.
 
@@ -48,7 +48,7 @@ def write_rest(
         command: how it was called.
         used: asks for time, memory and threads.
         patch: the undo patch with all tensors' sections; it is completed and closed.
-        keep_adapters: whether the undo keeps the adapters.
+        keeping: what else is kept for an undo.
 
     Raises:
         RegraftError: a side file cannot be read, or something cannot be written.
@@ -67,8 +67,8 @@ def write_rest(
         auto_class=auto_class_of(config),
     )  # fmt: skip
     rest.write("README.md", card.encode())
-    if patch is not None:
-        kept = keep_base(plan, patch, folder, rest.digests, keep_adapters=keep_adapters)
+    if patch is not None and keeping is not None:
+        kept = keep_base(plan, patch, folder, rest.digests, keeping)
         totals = replace(receipt.totals, undo_bytes=patch.path.stat().st_size)
         receipt = replace(receipt, totals=totals)
         rest.digests |= kept

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regraft._version import __version__
+from regraft.errors import RegraftError
 from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import build_header
 from regraft.merging.keep import Keep
@@ -142,7 +144,10 @@ def count_done(
     with FilePool() as files, ThreadPoolExecutor(4) as pool:
 
         def holds(pair: tuple[Job, Done]) -> bool:
-            return _holds(files, *pair, folder, patch)
+            try:
+                return _holds(files, *pair, folder, patch)
+            except (RegraftError, OSError, ValueError, OverflowError):  # it cannot be read
+                return False
 
         for count, good in enumerate(pool.map(holds, zip(jobs, found, strict=False))):
             if not good:
@@ -167,7 +172,9 @@ def fingerprint(plan: Plan, inputs: Iterable[Path], **choices: Any) -> str:
     Files are told by size, inode and the times of their last changes.
     """
     seen = [_identity(path) for path in sorted(set(inputs))]
-    what = [plan_digest(plan), seen, plan.options, dict(plan.config_updates), choices]
+    what = [
+        __version__, plan_digest(plan), seen, plan.options, dict(plan.config_updates), choices
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -103,15 +103,16 @@ class Ledger:
 
     def note(self) -> None:
         """Write what is done into the journal, once the files hold it."""
-        if not self._notes:
-            return
-        self._flush()
-        if self._patch is not None:
-            self._patch.flush()
-        for entry in self._notes:
-            self._place.note(entry)
-        self._notes.clear()
-        self._noted = time.monotonic()
+        with self._changed:
+            if not self._notes:
+                return
+            self._flush()
+            if self._patch is not None:
+                self._patch.flush()
+            for entry in self._notes:
+                self._place.note(entry)
+            self._notes.clear()
+            self._noted = time.monotonic()
 
     def stop(self) -> None:
         """Take nothing more and wake everyone who waits."""

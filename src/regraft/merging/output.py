@@ -7,8 +7,10 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from blake3 import blake3
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
 from regraft.formats.layout import looks_like
@@ -16,6 +18,9 @@ from regraft.merging.writer import write_error
 
 SLACK_BYTES = 64 * 2**20
 """Room asked for beyond the weights: tokenizer, headers, the file system's own needs."""
+
+REPLACED = "replaced"
+"""What lies beside a folder that takes another one's place, until it has."""
 
 
 def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
@@ -49,12 +54,33 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
         )  # fmt: skip
 
 
+SUFFIX = ".regraft"
+
+
+def place_of(out: Path) -> Path:
+    """Return the work folder of an output: beside it."""
+    return out.absolute().parent / f".{out.name}{SUFFIX}"
+
+
 def free_bytes(out: Path) -> int:
-    """Return the bytes free where ``out`` will be, for this user."""
+    """Return the bytes free where ``out`` will be, for this user.
+
+    What an earlier try at ``out`` has taken counts as free: it is gone on with, or removed first.
+    """
     folder = out.absolute().parent
     while not os.path.exists(folder):  # noqa: PTH110  (False where it may not be looked at)
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder).free + _taken(place_of(out))
+
+
+def _taken(folder: Path) -> int:
+    """Return what the files below a folder take on the disk; nothing of what cannot be seen."""
+    taken = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                taken += (Path(parent) / name).lstat().st_blocks * 512
+    return taken
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -77,14 +103,36 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
 
     Raises:
         OutputExistsError: something came to be at ``out`` meanwhile that may not be replaced.
-        OSError: the system refused.
+        OSError: the system refused; ``out`` is as it was, after :func:`put_back`.
     """
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         sync_directory(directory)
-    if not _move(folder, out):
+    moved = _move(folder, out)
+    if not moved:
         check_output(out, [], overwrite=overwrite)
         _exchange(folder, out)
-    sync_directory(out.parent)
+    try:
+        sync_directory(out.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            out.rename(folder) if moved else _exchange(folder, out)
+        raise
+
+
+def put_back(folder: Path, out: Path) -> None:
+    """Put back what was being replaced if its successor did not come into place; else remove it."""
+    aside = _aside(folder)
+    if not os.path.lexists(aside):
+        return
+    if os.path.lexists(out):
+        shutil.rmtree(aside)
+    else:
+        aside.rename(out)
+
+
+def _aside(folder: Path) -> Path:
+    """Return where what is replaced lies for a moment, where folders cannot be swapped."""
+    return folder.with_name(REPLACED)
 
 
 _ONLY_IF_ABSENT, _BOTH_WAYS = 1, 2  # renameat2's RENAME_NOREPLACE and RENAME_EXCHANGE
@@ -106,10 +154,9 @@ def _exchange(folder: Path, out: Path) -> None:
     """Swap two folders: in one step, where the kernel can."""
     failure = _renameat2(folder, out, _BOTH_WAYS)
     if failure in _UNSUPPORTED:
-        aside = out.with_name(f"{folder.name}.old")
-        out.rename(aside)
+        out.rename(_aside(folder))
         folder.rename(out)
-        shutil.rmtree(aside, ignore_errors=True)
+        _aside(folder).rename(folder)
     elif failure:
         raise OSError(failure, os.strerror(failure), str(out))
 
@@ -141,12 +188,25 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         AccessError, DiskSpaceError: the system refused.
     """
+    write_pieces(path, [content])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
+    """Write a file and flush it to the disk; return its blake3 (hex).
+
+    Raises:
+        AccessError, DiskSpaceError: the system refused.
+    """
+    digest = blake3()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        with contextlib.closing(os.fdopen(fd, "wb")) as file:
-            file.write(content)
+        with contextlib.closing(os.fdopen(os.open(path, flags, 0o666), "wb")) as file:
+            for piece in pieces:
+                digest.update(piece)
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise write_error(path, error) from error
+    return digest.hexdigest()

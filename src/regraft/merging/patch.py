@@ -22,7 +22,7 @@ from regraft.deltas.weights import Bytes, Floats
 from regraft.errors import FormatError
 from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import read_header
-from regraft.merging.writer import write_error
+from regraft.merging.writer import sync_or_empty, write_error
 from regraft.tensors import TensorSpec
 
 STREAMS, UNITS, FACTORS = "streams", "units", "factors"
@@ -79,11 +79,15 @@ class PatchWriter:
         self._hash = blake3()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._file = os.fdopen(fd, "r+b", buffering=2**20)
-            self._file.truncate(self._room + self._at)
-            self._file.write((self._room - 8).to_bytes(8, "little"))
-            self._file.seek(self._room + self._at)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=2**20)
+            try:
+                self._file.truncate(self._room + self._at)
+                self._file.write((self._room - 8).to_bytes(8, "little"))
+                self._file.seek(self._room + self._at)
+            except OSError:
+                self.abandon()
+                raise
         except OSError as error:
             raise write_error(path, error) from error
 
@@ -126,7 +130,7 @@ class PatchWriter:
             self._file.seek(0)
             self._file.write(len(header).to_bytes(8, "little") + header)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync_or_empty(self._file.fileno())
             self._file.close()
         except OSError as error:
             raise write_error(self.path, error) from error

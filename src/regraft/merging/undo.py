@@ -8,7 +8,6 @@ with everything but the tensors, holes in their place. It is opened and planned 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -23,10 +22,10 @@ from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import capped, quoted
-from regraft.formats.reading import FilePool, access_error, typed_os_errors
+from regraft.formats.reading import FilePool, typed_os_errors
 from regraft.merging.jobs import Target, plan_digest
 from regraft.merging.keep import Keep
-from regraft.merging.output import write_file
+from regraft.merging.output import write_file, write_pieces
 from regraft.merging.patch import (
     CHUNKS,
     FACTORS,
@@ -41,6 +40,7 @@ from regraft.merging.patch import (
 from regraft.merging.plan import OutputShard, Plan, Step
 from regraft.merging.receipt import file_key
 from regraft.merging.sidefiles import json_bytes
+from regraft.merging.writer import write_error
 from regraft.tensors import TensorSpec
 
 UNDO = "regraft/undo"
@@ -59,6 +59,7 @@ _WEIGHTS = (
     *(".gguf", ".ot", ".tflite"),
 )
 _PATCH_FILES = 64 * 2**20
+_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,19 @@ class Manifest:
     format: int = UNDO_FORMAT
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What an output keeps for an undo besides the patch.
+
+    Attributes:
+        adapters: whether a copy of each adapter.
+        left_out: files of the base's folder that could not be kept earlier.
+    """
+
+    adapters: bool
+    left_out: tuple[str, ...] = ()
+
+
 # -- keeping ---------------------------------------------------------------------------------------
 
 
@@ -131,7 +145,7 @@ def section_names(plan: Plan, keeps: Sequence[Keep]) -> list[str]:
 
 
 def keep_base(
-    plan: Plan, patch: PatchWriter, folder: Path, files: Mapping[str, str], *, keep_adapters: bool
+    plan: Plan, patch: PatchWriter, folder: Path, files: Mapping[str, str], keeping: Keeping
 ) -> dict[str, str]:
     """Keep everything of a base but its tensors, and finish the patch.
 
@@ -140,7 +154,7 @@ def keep_base(
         patch: with all tensors' sections; it is closed.
         folder: the output.
         files: blake3 (hex) of the output's other files, by name.
-        keep_adapters: whether to keep a copy of each adapter.
+        keeping: what else is kept.
 
     Returns:
         blake3 (hex) of every file written, by its path in the output.
@@ -156,10 +170,10 @@ def keep_base(
         write_file(folder / UNDO / name, content)
         written[file_key(f"{UNDO}/{name}")] = blake3(content).hexdigest()
 
-    side, left_out = [], list[str]()
+    side, left_out = [], list(keeping.left_out)
     for name, path in ({} if plan.base.single_file else _side_files(plan.base)).items():
-        if path.stat().st_size > _LARGEST_SIDE_FILE:
-            left_out.append(name)
+        if path.stat().st_size > _LARGEST_SIDE_FILE or file_key(name) != name:
+            left_out.append(file_key(name))
             continue
         with typed_os_errors(path):
             content = path.read_bytes()
@@ -171,7 +185,7 @@ def keep_base(
     left_out += [] if plan.base.single_file else _others(plan.base)
     adapters: list[str | None] = []
     for number, adapter in enumerate(plan.adapters):
-        place = f"adapter-{number}" if keep_adapters else None
+        place = f"adapter-{number}" if keeping.adapters else None
         adapters.append(place)
         if place is not None:
             written |= _copy_adapter(adapter, folder, place)
@@ -231,20 +245,23 @@ def _copy_adapter(adapter: Adapter, folder: Path, name: str) -> dict[str, str]:
     target = folder / UNDO / name
     digests = {}
     for path in adapter.files:
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / path.name)
-            with (target / path.name).open("rb+") as file:
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise access_error(Path(error.filename or path), error) from error
-        digests[file_key(f"{UNDO}/{name}/{path.name}")] = _digest_file(target / path.name)
+        digest = write_pieces(target / path.name, _pieces_of(path))
+        digests[file_key(f"{UNDO}/{name}/{path.name}")] = digest
     return digests
 
 
 def _digest_file(path: Path) -> str:
-    with typed_os_errors(path):
-        return blake3(max_threads=1).update_mmap(path).hexdigest()
+    digest = blake3()
+    for piece in _pieces_of(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces_of(path: Path) -> Iterator[bytes]:
+    """Yield a file's content; mapped into memory, it would count as this process's memory."""
+    with typed_os_errors(path), path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            yield piece
 
 
 # -- the way back ----------------------------------------------------------------------------------
@@ -382,10 +399,13 @@ def stand_in(merged: Path, manifest: Manifest, patch: PatchReader, folder: Path)
     """
     for file in manifest.files:
         path = folder / file.name
-        with typed_os_errors(path), path.open("wb") as made:
-            made.truncate(file.size)
-            for start, content in pieces_of(file, patch):
-                os.pwrite(made.fileno(), content, start)
+        try:
+            with path.open("wb") as made:
+                made.truncate(file.size)
+                for start, content in pieces_of(file, patch):
+                    os.pwrite(made.fileno(), content, start)
+        except OSError as error:
+            raise write_error(path, error) from error
     for name, content in side_files(merged, manifest):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

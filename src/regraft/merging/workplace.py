@@ -2,7 +2,8 @@
 
 ``.OUT.regraft`` holds the output under ``out``, what a merge of merged weights needs under
 ``base``, and a journal of the tensors that are done. Whoever works in it holds a lock that the
-system lets go of when the process ends, however it ends.
+system lets go of when the process ends, however it ends. A line of the journal is an entry in JSON
+behind its digest: what says otherwise was not written, or not wholly.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from regraft.errors import BusyError, EnvironmentShortfall
-from regraft.merging.output import publish
+from regraft.merging.output import check_output, place_of, publish, put_back
 from regraft.merging.writer import write_error
 
-SUFFIX = ".regraft"
 JOURNAL, BUILT, BASE = "journal", "out", "base"
 KEPT = "the work so far is kept: the same command goes on from there, `regraft clean` removes it"
+
+_INTERRUPTIONS = (KeyboardInterrupt, SystemExit, EnvironmentShortfall, OSError, MemoryError)
+_DIGEST = 16
+"""Characters of the digest at the front of a journal's line."""
 
 
 @dataclass
@@ -40,6 +47,8 @@ class Workplace:
     folder: Path
     entries: list[dict[str, Any]] = field(default_factory=list)
     _journal: int | None = None
+    _begun: bool = False
+    _published: tuple[int, int] | None = None
 
     @property
     def out(self) -> Path:
@@ -53,8 +62,8 @@ class Workplace:
 
     def fresh_base(self) -> Path:
         """Return :attr:`base`, made anew."""
-        if self.base.exists():
-            shutil.rmtree(self.base)
+        if os.path.lexists(self.base):
+            remove(self.base)
         self.base.mkdir()
         return self.base
 
@@ -64,15 +73,19 @@ class Workplace:
         Args:
             fingerprint: of everything that decides the bytes.
         """
+        self._begun = True
         found = self._read_journal(fingerprint)
-        if found is None:
+        if found is None or self.out.is_symlink():
             self._clear(keep=(BASE,))
+            found = None
         self.entries = found or []
         self.out.mkdir(exist_ok=True)
-        mode = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._journal = os.open(self.folder / JOURNAL, mode, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._journal = os.open(self.folder / JOURNAL, flags, 0o666)
         if found is None:
             self.note({"fingerprint": fingerprint})
+        else:
+            self.cut(len(found))  # what follows would be glued to a line that was cut off
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Add an entry to the journal.
@@ -80,7 +93,8 @@ class Workplace:
         It is not flushed to the disk: what it says is held against the files when it is read.
         """
         if self._journal is not None:
-            line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+            content = json.dumps(entry, separators=(",", ":")).encode()
+            line = _digest_of(content) + b" " + content + b"\n"
             while line:
                 line = line[os.write(self._journal, line) :]
 
@@ -88,15 +102,60 @@ class Workplace:
         """Forget all entries but the first ``count``."""
         self.entries = self.entries[:count]
         lines = (self.folder / JOURNAL).read_bytes().split(b"\n")[: count + 1]
-        with (self.folder / JOURNAL).open("r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in lines))
+        if self._journal is not None:
+            os.ftruncate(self._journal, sum(len(line) + 1 for line in lines))
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove from the output all but plain files of these names, which are paths below it.
+
+        What is written into is then ours alone, and what is published is what was written.
+        """
+        for parent, folders, files in os.walk(self.out, topdown=False):
+            for path in (Path(parent) / name for name in (*files, *folders)):
+                found = path.lstat()
+                if stat.S_ISDIR(found.st_mode):
+                    with contextlib.suppress(OSError):  # not empty
+                        path.rmdir()
+                elif (
+                    path.relative_to(self.out).as_posix() not in names
+                    or not stat.S_ISREG(found.st_mode)
+                    or found.st_nlink > 1
+                ):
+                    path.unlink()
+
+    def publish(self, out: Path, *, overwrite: bool) -> None:
+        """Put the output in place.
+
+        Raises:
+            OutputExistsError: something came to be there meanwhile that may not be replaced.
+            OSError: the system refused.
+        """
+        self.close()
+        self._published = _identity(self.out)
+        publish(self.out, out, overwrite=overwrite)
+
+    def is_at(self, out: Path) -> bool:
+        """Whether the output is in place."""
+        with contextlib.suppress(OSError):
+            return self._published is not None and self._published == _identity(out)
+        return False
+
+    def is_kept_after(self, error: BaseException) -> bool:
+        """Whether the work is kept for another try after an error: something is done, of this or,
+        where this was not even begun, of other work."""
+        return (isinstance(error, _INTERRUPTIONS) or not self._begun) and self._has_progress()
+
+    def _has_progress(self) -> bool:
+        with contextlib.suppress(OSError):
+            return (self.folder / JOURNAL).read_bytes().count(b"\n") > 1
+        return False
 
     def _read_journal(self, fingerprint: str) -> list[dict[str, Any]] | None:
         """Return the entries of the same work; None if there are none or it was other work."""
-        try:
-            lines = (self.folder / JOURNAL).read_bytes().split(b"\n")
-        except FileNotFoundError:
+        path = self.folder / JOURNAL
+        if path.is_symlink() or not path.is_file():
             return None
+        lines = path.read_bytes().split(b"\n")
         whole = [_entry(line) for line in lines[:-1]]  # what was cut off in mid-line is no entry
         if not whole or whole[0] != {"fingerprint": fingerprint}:
             return None
@@ -115,11 +174,16 @@ class Workplace:
                 remove(path)
 
 
+def _digest_of(content: bytes) -> bytes:
+    return blake3(content).hexdigest(_DIGEST // 2).encode()
+
+
 def _entry(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
+    """Return a line's entry; None if it is not as it was written."""
+    digest, _, content = line.partition(b" ")
+    if digest != _digest_of(content):
         return None
+    value = json.loads(content)
     return value if isinstance(value, dict) else None
 
 
@@ -131,9 +195,9 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def place_of(out: Path) -> Path:
-    """Return the work folder of an output."""
-    return out.absolute().parent / f".{out.name}{SUFFIX}"
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 @contextmanager
@@ -152,15 +216,17 @@ def workplace(out: Path, *, overwrite: bool) -> Iterator[Workplace]:
     missing = [p for p in (folder.parent, *folder.parent.parents) if not os.path.lexists(p)]
     try:
         with _locked(folder) as locked:
-            work = Workplace(locked)
+            work, place = Workplace(locked), out.absolute()
             keep = False
             try:
+                put_back(work.out, place)
+                check_output(out, [], overwrite=overwrite)
                 yield work
-                work.close()
-                publish(work.out, out.absolute(), overwrite=overwrite)
-            except (KeyboardInterrupt, EnvironmentShortfall, OSError, MemoryError) as error:
-                keep = _has_progress(work)
-                if keep:
+                work.publish(place, overwrite=overwrite)
+            except BaseException as error:
+                kept = not work.is_at(place) and work.is_kept_after(error)
+                keep = not _is_put_back(work, place) or kept
+                if keep and isinstance(error, _INTERRUPTIONS):
                     error.add_note(KEPT)
                 raise
             finally:
@@ -178,11 +244,13 @@ def workplace(out: Path, *, overwrite: bool) -> Iterator[Workplace]:
                 path.rmdir()
 
 
-def _has_progress(work: Workplace) -> bool:
-    """Whether a tensor is done, so that the work is worth keeping."""
-    with contextlib.suppress(OSError):
-        return (work.folder / JOURNAL).read_bytes().count(b"\n") > 1
-    return False
+def _is_put_back(work: Workplace, out: Path) -> bool:
+    """Put back what was being replaced, if anything was; return whether that went well."""
+    try:
+        put_back(work.out, out)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -190,18 +258,31 @@ def _locked(folder: Path) -> Iterator[Path]:
     """Make a folder and hold a lock on it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fd = open_folder(folder)
+        except FileNotFoundError:  # its last owner has just removed it
+            continue
         try:
             if not lock(fd):
                 raise BusyError(
                     "another process is writing the same output", where=str(folder),
                     hint="Wait until it is done, or give another -o",
                 )  # fmt: skip
-            if _is_still(folder, fd):
+            if is_still(folder, fd):
                 yield folder
                 return
         finally:
             os.close(fd)
+
+
+def open_folder(folder: Path) -> int:
+    """Open a folder, not what a link in its place leads to."""
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+_NO_LOCKS = (
+    *(errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF),
+)
 
 
 def lock(fd: int) -> bool:
@@ -211,15 +292,15 @@ def lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:  # a file system without locks: two at a time are then not noticed
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+        if error.errno not in _NO_LOCKS:
             raise
     return True
 
 
-def _is_still(folder: Path, fd: int) -> bool:
+def is_still(folder: Path, fd: int) -> bool:
     """Whether an open folder is the one at its path; its last owner may just have removed it."""
+    ours = os.fstat(fd)
     try:
-        there, ours = folder.stat(), os.fstat(fd)
+        return _identity(folder) == (ours.st_dev, ours.st_ino)
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)

@@ -40,6 +40,19 @@ def write_error(path: Path, error: OSError) -> RegraftError:
     )  # fmt: skip
 
 
+def sync_or_empty(fd: int) -> None:
+    """Flush a file to the disk; empty it if that fails.
+
+    What the disk did not take may still be read from the cache, once, and be taken for whole.
+    """
+    try:
+        os.fsync(fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+        raise
+
+
 class OutputFile:
     """A weight file being made: what is no tensor first, tensors in any order, then ``close``."""
 
@@ -170,7 +183,7 @@ class OutputFile:
             try:
                 if sync:
                     self._flush()
-                    os.fsync(self._fd)
+                    sync_or_empty(self._fd)
             except OSError as error:
                 raise write_error(self.path, error) from error
             finally:

@@ -5,7 +5,7 @@
 model answers. Both need the ``demo`` extra (torch, transformers, peft); importing this package does
 not, because the names below are resolved on first use.
 
-:mod:`regraft.testing.fuzz` gives regraft hostile files, which :mod:`regraft.testing.mutation` makes;
+:mod:`regraft.testing.fuzz` gives regraft hostile files, that :mod:`regraft.testing.mutation` makes;
 it needs no extra.
 """
 

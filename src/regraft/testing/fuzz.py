@@ -30,6 +30,7 @@ from regraft.errors import RegraftError
 from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.safetensors import Header, build_header, read_header
+from regraft.inspection import inspect
 from regraft.merging.planning import Choices, make_plan
 from regraft.tensors import nbytes_of
 from regraft.testing import mutation
@@ -178,6 +179,7 @@ def _compare(
     theirs: list[tuple[str, dict[str, Any]]] | None,
 ) -> None:
     if isinstance(ours, RegraftError):
+        report.reasons[reason(ours)] += 1
         if theirs is None:
             report.refused += 1
         else:
@@ -239,6 +241,8 @@ def run_json(
 ) -> FuzzReport:
     """Open a tiny model or adapter with a mutated JSON file, and plan a merge where it opens.
 
+    One in ten is inspected too.
+
     Expressions get less time than in earnest, so that a run of many is not spent on the slow ones.
 
     Args:
@@ -258,6 +262,8 @@ def run_json(
 
             def one(content: bytes) -> None:
                 write(content)
+                if report.count % 10 == 0:
+                    _attempt(report, lambda: inspect(path.parent).to_json(), content)
                 _count(report, _attempt(report, lambda: _plan(base, adapter, known), content))
 
             _run(report, mutated_json(seed, count, kind), count, one)
@@ -353,7 +359,6 @@ def _attempt(report: FuzzReport, attempt: Callable[[], Any], content: Any) -> An
         if trouble := unsound(error):
             report.unsound += 1
             report.fail(f"{trouble}: {str(error)[:500]!r}", shown)
-        report.reasons[reason(error)] += 1
         return error
     except Exception as error:
         report.untyped += 1
@@ -368,6 +373,7 @@ def _attempt(report: FuzzReport, attempt: Callable[[], Any], content: Any) -> An
 def _count(report: FuzzReport, outcome: Any) -> None:
     if isinstance(outcome, RegraftError):
         report.refused += 1
+        report.reasons[reason(outcome)] += 1
     elif outcome is not None:
         report.accepted += 1
 

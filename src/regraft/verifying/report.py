@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from regraft.verifying.prompt_report import PromptReport
+
 Verdict = Literal["exact", "rounding", "different", "unjudged"]
 """The answer as a whole; see :class:`VerifyReport`."""
 
@@ -76,14 +78,15 @@ class VerifyReport:
         ok: whether it is what it should be, exactly or within rounding.
         verdict: ``"exact"``: the files are those of the receipt and, if base and adapters were
             given, every tensor is the merge, bit for bit; ``"rounding"``: the merge, but for
-            rounding; ``"different"``; ``"unjudged"``: nothing differs, but some tensors cannot be
-            compared.
+            rounding; ``"different"``, also if only the answers to prompts differ; ``"unjudged"``:
+            nothing differs, but some tensors cannot be compared.
         conclusions: what to make of it, one sentence each.
         differences: what is not as the receipt says.
         tensors: one verdict per tensor of the merge done again; empty without base and adapters.
         checked: what was looked at: ``files``, ``headers``, ``tensors`` and ``bytes`` against the
             receipt, ``judged`` tensors against the merge.
         warnings: what the user should know, one sentence each.
+        prompts: how answers to prompts agree; None where there were none to compare.
     """
 
     source: str
@@ -94,6 +97,7 @@ class VerifyReport:
     tensors: tuple[TensorVerdict, ...] = ()
     checked: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    prompts: PromptReport | None = None
 
     def counts(self) -> dict[str, int]:
         """Return how many tensors got each verdict."""
@@ -101,13 +105,20 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-ready objects."""
-        return asdict(self) | {"counts": self.counts()}
+        prompts = self.prompts.to_json() if self.prompts is not None else None
+        return asdict(self) | {"counts": self.counts(), "prompts": prompts}
 
 
-def overall(differences: tuple[Difference, ...], tensors: tuple[TensorVerdict, ...]) -> Verdict:
+def overall(
+    differences: tuple[Difference, ...],
+    tensors: tuple[TensorVerdict, ...],
+    prompts: PromptReport | None = None,
+) -> Verdict:
     """Return the answer as a whole."""
     kinds = {tensor.verdict for tensor in tensors}
     if differences or kinds - FINE - {"unjudged"}:
+        return "different"
+    if prompts is not None and prompts.verdict == "different":
         return "different"
     if "unjudged" in kinds:
         return "unjudged"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
-from regraft.errors import FormatError, InputError, UsageError
+from regraft.adapters.model import Adapter
+from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT
@@ -27,6 +29,7 @@ def verify(
     *,
     base: str | Path | None = None,
     adapters: AdapterArg | Sequence[AdapterArg] | None = None,
+    prompts: str | Path | None = None,
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     token: str | None = None,
@@ -41,7 +44,9 @@ def verify(
         merged: the merged model: a folder, a weights file, or a Hub id.
         base: the base it should be made from.
         adapters: the adapters it should be made with, as for :func:`regraft.merge`.
-        max_memory: cap on resident memory, whatever the size of the model.
+        prompts: a file of prompts, to compare the answers of base + adapters and of the merged
+            model too; needs ``regraft[torch]`` and memory for a whole model in float32.
+        max_memory: cap on resident memory, whatever the size of the model, but for prompts.
         threads: worker threads; by default three more than there are cores at hand.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
@@ -52,8 +57,10 @@ def verify(
     Raises:
         UsageError: the call contradicts itself.
         InputError: it cannot be judged: there is no receipt and no base, the receipt is not as it
-            was written, base and adapters do not fit, or something cannot be opened.
-        EnvironmentShortfall: something cannot be read, or does not fit under the memory cap.
+            was written, base and adapters do not fit, something cannot be opened, or the model
+            is none that answers prompts.
+        EnvironmentShortfall: something cannot be read, does not fit under the memory cap, or (for
+            prompts) a package is missing.
     """
     wanted = parse_adapters(adapters)
     choices = parse_choices(max_memory, threads)
@@ -63,6 +70,8 @@ def verify(
             expected="both --base and --adapter, or neither",
             hint="Name the base and every adapter, to have the merge done again",
         )  # fmt: skip
+    if prompts is not None:
+        _check_prompts(prompts, base)
     located = locate(merged, kind="base", token=token)
     check = _against_receipt(located, choices, progress, needed=base is None)
     if base is None:
@@ -74,8 +83,23 @@ def verify(
             raise
         check.notes.append(f"the merge was not done again: {error.problems[0]}")
         return _report(located.source, check, None)
-    judged = _again(opened, base, wanted, choices, token, progress)
-    return _report(located.source, check, judged)
+    recipe = _recipe(base, wanted, token)
+    report = _report(located.source, check, _again(opened, recipe, choices, progress))
+    if prompts is None:
+        return report
+    return _with_answers(report, opened, recipe, prompts, choices, progress)
+
+
+def _check_prompts(prompts: str | Path, base: str | Path | None) -> None:
+    """Raise what can be said of prompts before anything that takes long."""
+    if base is None:
+        raise UsageError(
+            "prompts need a base and its adapters", where="--prompts",
+            expected="--base and --adapter, whose answers are those to compare with",
+        )  # fmt: skip
+    from regraft.verifying.prompts import check_prompts
+
+    check_prompts(prompts)
 
 
 def _against_receipt(
@@ -109,24 +133,51 @@ def _no_receipt(located: Located) -> InputError:
     )
 
 
-def _again(
-    merged: Checkpoint,
-    base: str | Path,
-    adapters: Sequence[tuple[str, float]],
-    choices: Choices,
-    token: str | None,
-    progress: Progress | None,
-) -> Judgement:
-    """Do the merge again and compare."""
-    from regraft.verifying.judge import judge
+_Recipe = tuple[Checkpoint, list[Adapter]]
+"""The base and the adapters that a model should be made of."""
 
+
+def _recipe(base: str | Path, adapters: Sequence[tuple[str, float]], token: str | None) -> _Recipe:
     checkpoint = open_checkpoint(locate(base, kind="base", token=token))
     files = [
         (open_adapter(locate(source, kind="adapter", token=token)), weight)
         for source, weight in adapters
     ]
-    read = [read_adapter(each, weight) for each, weight in files]
-    return judge(merged, checkpoint, read, choices, progress)
+    return checkpoint, [read_adapter(each, weight) for each, weight in files]
+
+
+def _again(
+    merged: Checkpoint, recipe: _Recipe, choices: Choices, progress: Progress | None
+) -> Judgement:
+    """Do the merge again and compare."""
+    from regraft.verifying.judge import judge
+
+    return judge(merged, *recipe, choices, progress)
+
+
+def _with_answers(
+    report: VerifyReport, merged: Checkpoint, recipe: _Recipe, prompts: str | Path,
+    choices: Choices, progress: Progress | None,
+) -> VerifyReport:  # fmt: skip
+    """Add to a report how the answers to prompts agree."""
+    from regraft.verifying.prompts import compare_prompts
+
+    try:
+        answers = compare_prompts(merged, *recipe, prompts, choices, progress=progress)
+    except (InputError, EnvironmentShortfall) as error:
+        if report.verdict != "different":
+            raise
+        note = f"answers to prompts were not compared: {error.problems[0]}"
+        return replace(report, warnings=(*report.warnings, note))
+    verdict = overall(report.differences, report.tensors, answers)
+    return replace(
+        report,
+        ok=verdict in ("exact", "rounding"),
+        verdict=verdict,
+        conclusions=(*report.conclusions, answers.conclusion()),
+        warnings=(*report.warnings, *answers.notes),
+        prompts=answers,
+    )
 
 
 def _report(source: str, check: ReceiptCheck | None, judged: Judgement | None) -> VerifyReport:
