@@ -4,13 +4,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench docs clean help
+.PHONY: demo test check bench torture docs clean help
 
 help:
 	@echo "make demo    train a small adapter on a real model, merge it, compare (under 3 minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   measure against PEFT and a plain copy; writes docs/benchmarks.md"
+	@echo "make torture kills, bad input, flipped bits, the way back; the figures of docs/reliability.md (hours)"
 	@echo "make docs    check that the docs are in step with the code"
 
 # torch comes first and pinned: an unpinned torch would bring gigabytes of CUDA.
@@ -39,8 +40,18 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(PY) benchmarks/run.py
 
+# Inputs and outputs of some gigabytes lie in .torture; the figures are left there as JSON.
+torture: $(VENV)/.dev
+	mkdir -p .torture
+	$(PY) scripts/torture_kills.py --every-call --signals 50 --power-loss 200 --random 50 \
+		--size 1GB --memory --work .torture --json .torture/kills.json
+	test ! -e scripts/torture_hostile.py || \
+		$(PY) scripts/torture_hostile.py --headers 1000000 --configs 100000
+	test ! -e scripts/torture_bitflips.py || $(PY) scripts/torture_bitflips.py
+	test ! -e scripts/torture_undo.py || $(PY) scripts/torture_undo.py
+
 docs: $(VENV)/.dev
 	$(PY) -m pytest -q tests/docs
 
 clean:
-	rm -rf $(VENV) .demo .bench build dist *.egg-info
+	rm -rf $(VENV) .demo .bench .torture build dist *.egg-info

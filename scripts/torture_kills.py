@@ -542,7 +542,7 @@ def large(work: Path, size: int, count: int) -> dict[str, Any]:
     draw, found, again = random.Random(5), Counter[str](), []
     for number in range(count):
         process = subprocess.Popen(large_command(work), cwd=work)
-        time.sleep(draw.uniform(0.3, seconds))
+        time.sleep(draw.uniform(0.5, seconds))
         process.kill()
         process.wait()
         out = work / "out"
@@ -708,7 +708,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--random", type=int, default=0, metavar="N", help="kills of a large merge")
     parser.add_argument("--size", default="1GB", help="of that merge (%(default)s)")
     parser.add_argument("--memory", action="store_true", help="peaks under a cap")
-    parser.add_argument("--cap", default="256MiB", help="that cap (%(default)s)")
+    parser.add_argument("--cap", default="320MiB", help="that cap (%(default)s)")
     parser.add_argument("--commands", default=",".join(COMMANDS), help="(%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (%(default)s)")
     parser.add_argument("--work", metavar="DIR", help="where to work; a temporary folder there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -12,9 +13,8 @@ def peak_memory() -> int:
 
     On Linux from ``VmHWM``: ``getrusage`` there begins a child's count at its parent's size.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
+    with contextlib.suppress(OSError):  # no such file, or it cannot be read
+        for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

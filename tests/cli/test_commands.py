@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,8 @@ def test_merge_passes_everything_on_as_it_was_typed(run: Run, fake_api: FakeApi)
         "max_memory": "1GiB",
         "threads": 3,
         "overwrite": True,
+        "undo": True,
+        "keep_adapter": True,
         "token": "hf_secret",
         "progress": None,
         "command": "regraft merge org/base a=0.5 b --out out --dtype float16 --shard-size 5GB "
@@ -66,6 +69,35 @@ def test_the_recorded_command_quotes_and_leaves_defaults_out(run: Run, fake_api:
     run("merge", "my base", "a", "-o", "out")
     assert merge.named["command"] == "regraft merge 'my base' a --out out"
     assert merge.named["max_memory"] == "512MiB"
+
+
+@pytest.mark.parametrize(
+    ("typed", "recorded"),
+    [
+        (["--no-undo"], "--no-undo"),
+        (["--undo", "--no-keep-adapter"], "--no-keep-adapter"),
+        (["--no-undo", "--keep-adapter", "--overwrite", "-q"], "--no-undo"),
+        (["--undo", "--keep-adapter"], ""),
+        (["--threads", "2", "--no-undo"], "--threads 2 --no-undo"),
+    ],
+)
+def test_the_recorded_command_says_the_same_when_it_is_typed(
+    run: Run, fake_api: FakeApi, typed: list[str], recorded: str
+) -> None:
+    merge = Called(receipt())
+    fake_api(merge=merge)
+    run("merge", "base", "a", "-o", "out", *typed)
+    first = merge.named
+    assert first["command"] == f"regraft merge base a --out out {recorded}".rstrip()
+    run(*shlex.split(first["command"])[1:])
+    assert {**merge.named, "overwrite": first["overwrite"]} == first
+
+
+def test_the_recorded_command_tells_arguments_from_options(run: Run, fake_api: FakeApi) -> None:
+    merge = Called(receipt())
+    fake_api(merge=merge)
+    run("merge", "-o", "out", "--", "-base", "a")
+    assert merge.named["command"] == "regraft merge --out out -- -base a"
 
 
 def test_merge_prints_its_summary_on_stdout_and_nothing_else(run: Run, fake_api: FakeApi) -> None:
@@ -116,6 +148,7 @@ def test_a_dry_run_prints_the_plan_and_needs_no_output(run: Run, fake_api: FakeA
         "max_memory": "512MiB",
         "threads": None,
         "overwrite": False,
+        "undo": True,
         "token": None,
     }
     assert "l.{0..3}.w" in result.stdout

@@ -30,5 +30,9 @@ def test_tab_completes_commands_and_values(launch: Launch) -> None:
     program = "import sys; sys.argv = ['regraft']; from regraft.cli import main; main()"
     settings = {"_REGRAFT_COMPLETE": "bash_complete", "COMP_CWORD": "1", "COMP_WORDS": "regraft m"}
     assert launch("-c", program, **settings).stdout == "plain,merge\n"
+    settings |= {"COMP_WORDS": "regraft un"}
+    assert launch("-c", program, **settings).stdout == "plain,unmerge\n"
     settings |= {"COMP_CWORD": "3", "COMP_WORDS": "regraft merge --dtype b"}
     assert launch("-c", program, **settings).stdout == "plain,bfloat16\n"
+    settings |= {"COMP_CWORD": "2", "COMP_WORDS": "regraft swap --no"}
+    assert launch("-c", program, **settings).stdout == "plain,--no-undo\nplain,--no-keep-adapter\n"

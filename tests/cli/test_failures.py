@@ -107,6 +107,48 @@ def test_an_interrupt_is_one_line_and_130(run: Run, fake_api: FakeApi) -> None:
     assert result.stderr == "regraft: interrupted\n"
 
 
+def noted(error: BaseException, *notes: str) -> BaseException:
+    """Return an error with notes."""
+    for note in notes:
+        error.add_note(note)
+    return error
+
+
+def test_an_interrupt_says_what_became_of_the_work(run: Run, fake_api: FakeApi) -> None:
+    fake_api(merge=raising(noted(KeyboardInterrupt(), "the work is kept", "go on")))
+    result = run(*MERGE, "--json")
+    assert result.exit_code == 130
+    assert result.stderr == "regraft: interrupted. The work is kept; go on\n"
+    error = json.loads(result.stdout)["error"]
+    assert error["problems"] == [{"what": "interrupted", "hint": "The work is kept; go on"}]
+
+
+def test_the_notes_of_an_error_come_after_its_problems(run: Run, fake_api: FakeApi) -> None:
+    problems = [Problem("first"), Problem("second", hint="Try again")]
+    fake_api(merge=raising(noted(DiskSpaceError(problems), "the work is kept")))
+    result = run(*MERGE, "--json")
+    assert result.exit_code == 4
+    assert result.stderr == (
+        "error: 2 problems\n  - first\n  - second. Try again\nnote: the work is kept\n"
+    )
+    assert json.loads(result.stdout)["error"]["notes"] == ["the work is kept"]
+
+
+def test_notes_are_found_along_the_chain_and_told_once() -> None:
+    cause = noted(OSError(errno.EIO, "the words"), "kept", "first")
+    error = noted(AccessError("cannot write"), "kept")
+    error.__cause__ = cause
+    assert isinstance(error, AccessError)
+    assert explain(error).notes == ("kept", "first")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "x"), ZeroDivisionError()])
+def test_every_kind_of_error_may_have_notes(error: Exception) -> None:
+    noted(error, "the work is kept")
+    assert explain(error).notes == ("the work is kept",)
+    assert "notes" not in explain(type(error)()).to_json()["error"]
+
+
 @pytest.mark.parametrize(
     ("number", "kind", "code"),
     [

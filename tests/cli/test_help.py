@@ -46,6 +46,19 @@ def test_help_lists_all_commands_with_whole_sentences(run: Run) -> None:
         assert "..." not in listed
 
 
+def test_the_help_begins_with_the_way_there_and_back(run: Run) -> None:
+    examples = run("--help").stdout.split("Options:")[0]
+    for name in ("demo", "inspect", "merge", "verify", "unmerge"):
+        assert re.search(rf"^ +regraft {name}\b", examples, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["merge", "swap"])
+def test_both_spellings_of_keeping_an_undo_are_shown(run: Run, name: str) -> None:
+    text = run(name, "--help").stdout
+    assert "--undo / --no-undo" in text
+    assert "--keep-adapter / --no-keep-adapter" in text
+
+
 def test_no_arguments_print_the_help(run: Run) -> None:
     result = run()
     assert result.exit_code == 0

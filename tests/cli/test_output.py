@@ -104,6 +104,18 @@ def test_a_bar_is_drawn_on_a_terminal_in_bytes_with_speed(terminal: Terminal) ->
     assert terminal.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("stage", "label"),
+    [("resume", "checking earlier work"), ("unmerge", "un-merging"), ("verify", "verifying")],
+)
+def test_a_bar_says_what_is_going_on(terminal: Terminal, stage: str, label: str) -> None:
+    with Output().progress() as progress:
+        assert progress is not None
+        progress(ProgressEvent(stage, 1, 2))
+        assert str(progress._bar).startswith(f"{label}: ")  # type: ignore[attr-defined]
+    assert terminal.getvalue()
+
+
 def test_no_bar_away_from_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with Output().progress() as progress:
         assert progress is None

@@ -43,6 +43,7 @@ TOTALS = Totals(
     seconds=2.0,
     peak_memory=300 * 2**20,
     threads=2,
+    undo_bytes=7_200_000,
 )
 
 
@@ -63,7 +64,7 @@ def receipt(output: str = "out") -> Receipt:
 
 
 def test_the_overview_names_inputs_counts_time_and_memory() -> None:
-    lines = render(receipt(), cap="512MiB").splitlines()[:8]
+    lines = render(receipt(), cap="512MiB").splitlines()[:9]
     assert [" ".join(line.split()) for line in lines] == [
         f"base org/base at {'c' * 40}",
         "adapter ./a",
@@ -71,9 +72,19 @@ def test_the_overview_names_inputs_counts_time_and_memory() -> None:
         "tensors 9: 7 merged, 2 copied",
         "moved |delta|/|W| 1.23%, 50% of the adapted elements changed",
         "size 900 parameters, 1.80 GB in 1 file, 1.90 MB read",
+        "undo 7.20 MB (0.4% of the model): `regraft unmerge out -o BASE`",
         "time 2.00 s on 2 threads, 900 MB/s written",
         "memory 300 MiB at peak, the cap is 512 MiB",
     ]
+
+
+def test_without_an_undo_nothing_is_said_of_it() -> None:
+    without = replace(receipt(), totals=replace(TOTALS, undo_bytes=0))
+    assert "undo" not in render(without, cap=1)
+
+
+def test_the_command_that_undoes_can_be_pasted() -> None:
+    assert "`regraft unmerge 'my models/out' -o BASE`" in render(receipt("my models/out"), cap=1)
 
 
 def test_the_five_tensors_that_moved_most_are_listed_in_order() -> None:

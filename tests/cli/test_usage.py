@@ -7,6 +7,7 @@ import json
 import pytest
 
 from cli.kinds import Run
+from regraft.cli.app import COMMANDS
 
 
 def test_a_mistyped_command_is_answered_with_the_one_meant(run: Run) -> None:
@@ -19,7 +20,7 @@ def test_a_mistyped_command_is_answered_with_the_one_meant(run: Run) -> None:
 def test_an_unlikely_command_is_answered_with_all_of_them(run: Run) -> None:
     result = run("qqqq")
     assert result.exit_code == 2
-    assert "merge, check, inspect, demo, completion" in result.stderr
+    assert f"(there is: {', '.join(COMMANDS)})" in result.stderr
 
 
 def test_a_mistyped_option_is_answered_with_the_one_meant(run: Run) -> None:
@@ -39,6 +40,12 @@ def test_a_mistyped_option_is_answered_with_the_one_meant(run: Run) -> None:
         ["merge", "base", "adapter", "-o", "out", "--shard-size", "0"],
         ["merge", "base", "adapter", "-o", "out", "--threads", "0"],
         ["merge", "base", "adapter", "-o", "out", "--dtype", "int3"],
+        ["unmerge"],
+        ["unmerge", "merged"],  # no --out
+        ["unmerge", "merged", "-o", "out", "--max-memory", "much"],
+        ["swap", "merged", "-o", "out"],  # no adapter
+        ["swap", "merged", "adapter"],  # no --out
+        ["clean", "--all"],
         ["check", "base"],
         ["inspect"],
         ["completion", "tcsh"],

@@ -41,7 +41,13 @@ DESCRIBED = {
     "regraft.merging.events": ("ProgressEvent",),
     "regraft.merging.plan": ("Plan",),
     "regraft.merging.receipt": ("Receipt", "InputRecord", "TensorRecord", "Totals"),
-    "regraft.merging.report": ("CheckReport",),
+    "regraft.merging.leftovers": ("Leftover",),
+    "regraft.merging.report": ("CheckReport", "UnmergeReport"),
+    "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
+    "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),
+    "regraft.verifying.diff": (
+        *("DiffReport", "DiffSide", "LoneTensor", "TensorChange", "ConfigChange", "FileChange"),
+    ),
 }
 """Classes whose every field docs/reference-python.md has to name."""
 
@@ -75,7 +81,8 @@ def commands() -> dict[str, click.Command]:
 def options_of(command: click.Command) -> set[str]:
     """Return every spelling of every option of a command."""
     parameters = command.get_params(click.Context(command))
-    return {o for p in parameters if isinstance(p, click.Option) for o in p.opts}
+    chosen = [p for p in parameters if isinstance(p, click.Option)]
+    return {spelling for p in chosen for spelling in (*p.opts, *p.secondary_opts)}
 
 
 def section(page: Path, title: str) -> str:
@@ -122,7 +129,8 @@ def test_every_documented_signature_has_all_parameters() -> None:
     import inspect
 
     text = read(DOCS / "reference-python.md")
-    for verb in ("merge", "plan", "check", "inspect"):
+    verbs = ("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "clean")
+    for verb in verbs:
         match = re.search(rf"^regraft\.{verb}\((.*?)\) ->", text, re.M | re.DOTALL)
         assert match, f"no signature of {verb}"
         names = re.findall(r"(\w+)(?=:)", re.sub(r'"[^"]*"', "", match[1]))

@@ -22,11 +22,12 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import regraft
-base, adapter, out, cap, threads = sys.argv[1:]
-receipt = regraft.merge(base, adapter, out, max_memory=cap, threads=int(threads))
+name, *arguments, cap, threads = sys.argv[1:]
+done = getattr(regraft, name)(*arguments, max_memory=cap, threads=int(threads))
 lines = Path("/proc/self/status").read_text().splitlines()
 (peak,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-print(json.dumps({"peak": peak, "reported": receipt.totals.peak_memory}))
+reported = done.peak_memory if name == "unmerge" else done.totals.peak_memory
+print(json.dumps({"peak": peak, "reported": reported}))
 """
 
 
@@ -48,7 +49,12 @@ def write_sparse(folder: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) 
 
 def peak_of(base: Path, adapter: Path, out: Path, cap: int, threads: str = "3") -> int:
     """Merge in a fresh process; return the most memory it ever had resident, in bytes."""
-    done = python(MEASURE, base, adapter, out, str(cap), threads)
+    return peak_of_call("merge", base, adapter, out, cap=cap, threads=threads)
+
+
+def peak_of_call(name: str, *arguments: Path, cap: int, threads: str = "3") -> int:
+    """Do what is named in a fresh process; return the most memory it ever had, in bytes."""
+    done = python(MEASURE, name, *arguments, str(cap), threads)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["reported"] <= found["peak"]
@@ -168,6 +174,59 @@ def test_a_model_of_very_many_tensors_is_counted(tmp_path: Path) -> None:
     cap = cap_asked_for(large, adapter)
     assert cap > cap_asked_for(small, adapter) + 16 * MIB
     assert peak_of(large, adapter, tmp_path / "out", cap) <= cap
+
+
+@pytest.mark.usefixtures("_compiled")
+def test_the_way_back_and_the_way_over_stay_within_the_cap_too(tmp_path: Path) -> None:
+    """The longer test, with tensors ten times as large as the cap, is scripts/torture_kills.py."""
+    rows, columns, cap = 50_000, 4096, 320 * MIB
+    base = write_sparse(
+        tmp_path / "base",
+        {"big.weight": ("BF16", (rows, columns)), "saved.weight": ("BF16", (6_000, columns))},
+    )
+    saved = {f"{toys.PREFIX}saved.weight": toys.draw(6_000, columns)}
+    for number, name in enumerate(("one", "two")):
+        factors = toys.lora("big", rows, columns, 8, seed=number)
+        modules = {"target_modules": ["big"], "modules_to_save": ["saved"], "r": 8}
+        toys.write_adapter(tmp_path / name, {**factors, **saved}, **modules)
+    merged, back = tmp_path / "merged", tmp_path / "back"
+    assert base.joinpath("model.safetensors").stat().st_size > cap
+    peaks = [
+        peak_of_call("merge", base, tmp_path / "one", merged, cap=cap),
+        peak_of_call("unmerge", merged, back, cap=cap),
+        peak_of_call("swap", merged, tmp_path / "two", tmp_path / "swapped", cap=cap),
+    ]
+    assert max(peaks) <= cap
+    undo = merged / "regraft" / "undo"
+    assert sum(path.stat().st_size for path in undo.rglob("*") if path.is_file()) > 80 * MIB
+    with (
+        (base / "model.safetensors").open("rb") as old,
+        (back / "model.safetensors").open("rb") as new,
+    ):
+        while piece := old.read(2**24):
+            assert new.read(2**24) == piece
+        assert not new.read(1)
+
+
+@pytest.mark.usefixtures("_compiled")
+def test_going_on_stays_within_the_cap(tmp_path: Path) -> None:
+    """What an earlier try did is read again to see that it is all there."""
+    cap = 224 * MIB
+    base = write_sparse(
+        tmp_path / "base", {"copied": ("BF16", (64, 2**21)), "small.weight": ("F32", (64, 64))}
+    )
+    adapter = toys.write_adapter(
+        tmp_path / "a", toys.lora("small", 64, 64), target_modules=["small"]
+    )
+
+    def progress(event: regraft.ProgressEvent) -> None:
+        if event.stage == "finish":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        regraft.merge(base, adapter, tmp_path / "out", progress=progress)
+    assert (tmp_path / ".out.regraft").exists()
+    assert peak_of(base, adapter, tmp_path / "out", cap) <= cap
 
 
 def test_threads_are_given_up_before_the_cap_is_broken(tmp_path: Path) -> None:

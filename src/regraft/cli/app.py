@@ -19,10 +19,13 @@ READER_GONE = 141
 
 COMMANDS = {
     "merge": "regraft.cli.merge",
+    "unmerge": "regraft.cli.unmerge",
+    "swap": "regraft.cli.swap",
     "verify": "regraft.cli.verify",
     "check": "regraft.cli.check",
-    "diff": "regraft.cli.diff",
     "inspect": "regraft.cli.inspect",
+    "diff": "regraft.cli.diff",
+    "clean": "regraft.cli.clean",
     "demo": "regraft.cli.demo",
     "completion": "regraft.cli.completion",
 }
@@ -116,13 +119,15 @@ def _fail(error: Exception, *, as_json: bool) -> int:
 @click.version_option(__version__, message="regraft %(version)s")
 @click.pass_context
 def app(ctx: click.Context) -> None:
-    """Merge LoRA adapters into checkpoints: faithful, bounded in memory, as cheap as a copy.
+    """Merge LoRA adapters into checkpoints, prove that it is right, and take it back bit for bit.
 
     \b
     Examples:
       regraft demo
       regraft inspect ./my-adapter
       regraft merge org/base-model ./my-adapter -o ./merged
+      regraft verify ./merged
+      regraft unmerge ./merged -o ./base-again
 
     `regraft COMMAND --help` explains a command, with examples.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -43,6 +43,7 @@ class Failure:
         problems: everything that is wrong.
         label: the word the first line starts with.
         usage: the command's usage line, for errors of usage.
+        notes: what else to know, such as what became of the work so far.
     """
 
     kind: str
@@ -50,19 +51,33 @@ class Failure:
     problems: tuple[Problem, ...]
     label: str = "error"
     usage: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the object printed on stdout with ``--json``."""
         problems = [problem.to_json() for problem in self.problems]
-        return {"error": {"type": self.kind, "exit_code": self.exit_code, "problems": problems}}
+        told = {"type": self.kind, "exit_code": self.exit_code, "problems": problems}
+        return {"error": told | ({"notes": list(self.notes)} if self.notes else {})}
 
 
 def explain(error: Exception) -> Failure:
     """Return what to show for ``error``; what nobody foresaw becomes an apology."""
-    for kind, explanation in _EXPLANATIONS:
-        if isinstance(error, kind):
-            return explanation(error)
-    return _unexpected(error)
+    if isinstance(error, (UserInterruptError, click.Abort)):
+        return _interrupted(error)
+    explanations = (explanation for kind, explanation in _EXPLANATIONS if isinstance(error, kind))
+    failure = next(explanations, _unexpected)(error)
+    return replace(failure, notes=tuple(_notes(error)))
+
+
+def _notes(error: BaseException) -> Iterator[str]:
+    """Yield the notes of an error and of those that it came from, each once."""
+    told: set[str] = set()
+    chain: BaseException | None = error
+    while chain is not None:
+        new = [note for note in getattr(chain, "__notes__", ()) if note not in told]
+        yield from new
+        told.update(new)
+        chain = chain.__cause__ or chain.__context__
 
 
 def _regraft(error: RegraftError) -> Failure:
@@ -78,8 +93,9 @@ def _click(error: click.ClickException) -> Failure:
 
 
 def _interrupted(error: Exception) -> Failure:
-    del error
-    return Failure("Interrupted", INTERRUPTED, (Problem("interrupted"),), label="regraft")
+    hint = "; ".join(_notes(error))
+    problem = Problem("interrupted", hint=hint[:1].upper() + hint[1:])
+    return Failure("Interrupted", INTERRUPTED, (problem,), label="regraft")
 
 
 def _memory(error: MemoryError) -> Failure:
@@ -118,8 +134,6 @@ def _unexpected(error: Exception) -> Failure:
 _EXPLANATIONS: tuple[tuple[type[Exception], Callable[[Any], Failure]], ...] = (
     (RegraftError, _regraft),
     (click.ClickException, _click),
-    (UserInterruptError, _interrupted),
-    (click.Abort, _interrupted),
     (MemoryError, _memory),
     (OSError, _system),
 )

@@ -20,24 +20,12 @@ from regraft.cli.output import Output
     help="Folder to make. It appears whole or not at all.",
 )
 @options.dtype
-@click.option(
-    "--shard-size",
-    callback=options.check_size,
-    metavar="SIZE",
-    help="Largest output file, such as 5GB.  [default: the base's shards]",
-)
+@options.shard_size
 @options.max_memory
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Worker threads; the bytes do not depend on it.  [default: by the number of cores]",
-)
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace OUT, if it holds a model or is empty, once the new one is complete.",
-)
+@options.threads
+@options.overwrite
+@options.undo
+@options.keep_adapter
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("-v", "--verbose", is_flag=True, help="With --dry-run: every tensor on its own line.")
 @options.token
@@ -51,14 +39,16 @@ def command(
 
     BASE is a folder, a .safetensors (or .bin) file, or a Hub id such as org/name@revision; an
     ADAPTER is the same, in PEFT's format, and =WEIGHT multiplies its scale. Several adapters add
-    up in float32 before the one rounding. OUT loads with transformers and without PEFT, and
-    carries a receipt of what was done to each tensor.
+    up in float32 before the one rounding. OUT loads with transformers and without PEFT. It carries
+    a receipt of what was done to each tensor, and what `regraft unmerge` needs to take it back. A
+    merge that was interrupted goes on where it was when the same command is given again.
 
     \b
     Examples:
       regraft merge ./base ./adapter -o ./merged
       regraft merge org/model@main ./adapter=0.5 -o ./half --dtype bfloat16
       regraft merge ./base ./style ./facts=0.8 -o ./both --shard-size 5GB
+      regraft merge ./base ./adapter -o ./final --no-undo
       regraft merge ./base ./adapter --dry-run
     """
     if dry_run:
@@ -73,7 +63,8 @@ def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
     from regraft import api
     from regraft.cli import plan_text
 
-    plan = api.plan(**_arguments(chosen)).to_json()
+    asked = {name: value for name, value in chosen.items() if name != "keep_adapter"}
+    plan = api.plan(**_arguments(asked)).to_json()
     output.warn(plan["warnings"])
     output.data(plan, plan_text.render(plan, verbose=verbose))
 

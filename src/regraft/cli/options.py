@@ -41,13 +41,46 @@ dtype = click.option(
     help="Element type of the output.  [default: each tensor keeps the base's]",
 )
 
+shard_size = click.option(
+    "--shard-size",
+    callback=check_size,
+    metavar="SIZE",
+    help="Largest output file, such as 5GB.  [default: the base's shards]",
+)
+
 max_memory = click.option(
     "--max-memory",
     callback=check_size,
     default=DEFAULT_MAX_MEMORY,
     show_default=True,
     metavar="SIZE",
-    help="Cap on the memory the merge takes, whatever the size of the model.",
+    help="Cap on the memory it takes, whatever the size of the model.",
+)
+
+threads = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Worker threads; the bytes do not depend on it.  [default: by the number of cores]",
+)
+
+overwrite = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace OUT, if it holds a model or is empty, once the new one is complete.",
+)
+
+undo = click.option(
+    "--undo/--no-undo",
+    default=True,
+    help="Keep in OUT what `regraft unmerge` and `swap` need.  [default: undo]",
+)
+
+keep_adapter = click.option(
+    "--keep-adapter/--no-keep-adapter",
+    default=True,
+    help="Keep a copy of the adapters there too; else they have to be named again to undo.  "
+    "[default: keep-adapter]",
 )
 
 token = click.option(
@@ -68,16 +101,25 @@ quiet = click.option(
 
 def command_line(ctx: click.Context) -> str:
     """Return the command as one would type it, without secrets: what the receipt records."""
-    words = [ctx.command_path]
+    arguments, chosen = list[str](), list[str]()
     for parameter in ctx.command.params:
-        words += _words(parameter, ctx.params.get(parameter.name or ""))
-    return " ".join([words[0], *map(shlex.quote, words[1:])])
+        words = _words(parameter, ctx.params.get(parameter.name or ""))
+        if isinstance(parameter, click.Argument):
+            arguments += words
+        else:
+            chosen += words
+    if any(word.startswith("-") for word in arguments):  # it was given after a "--"
+        arguments, chosen = chosen, ["--", *arguments]
+    return " ".join([ctx.command_path, *map(shlex.quote, arguments + chosen)])
 
 
 def _words(parameter: click.Parameter, value: Any) -> list[str]:
     """Return the words that give ``parameter`` its value; none where it is the default."""
-    if parameter.name in _UNRECORDED or value is None or value == parameter.default:
+    if parameter.name in _UNRECORDED or value in (None, ()) or value == parameter.default:
         return []
     if isinstance(parameter, click.Argument):
         return [str(word) for word in (value if parameter.nargs == -1 else [value])]
-    return [max(parameter.opts, key=len), str(value)]
+    name = max(parameter.opts, key=len)
+    if isinstance(value, bool):
+        return [name] if value else parameter.secondary_opts[:1]
+    return [word for one in (value if parameter.multiple else [value]) for word in (name, str(one))]

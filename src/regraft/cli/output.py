@@ -60,6 +60,8 @@ class Output:
         if failure.usage:
             _write(sys.stderr, failure.usage)
         _write(sys.stderr, _problems(failure), label=failure.label, colour="red")
+        for note in failure.notes:
+            _write(sys.stderr, note, label="note", colour="cyan")
 
     def traceback(self, error: BaseException) -> None:
         """Print the traceback of ``error`` on stderr."""
@@ -93,7 +95,9 @@ class Output:
 
 _STAGES = {
     "read": "reading headers",
+    "resume": "checking earlier work",
     "merge": "merging",
+    "unmerge": "un-merging",
     "compare": "comparing",
     "verify": "verifying",
     "finish": "writing to disk",

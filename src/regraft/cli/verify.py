@@ -23,6 +23,13 @@ UNJUDGED = 3
     metavar="ADAPTER[=WEIGHT]",
     help="Do the merge again: an adapter it should be made with. Once for each, in their order.",
 )
+@click.option(
+    "--prompts",
+    type=click.Path(),
+    metavar="FILE",
+    help="With --base and --adapter: compare answers to these prompts too, one a line, or "
+    "a .jsonl of chats. Needs regraft[torch].",
+)
 @options.max_memory
 @click.option(
     "--threads",
@@ -43,13 +50,15 @@ def command(
 
     Alone: whether the files are those of the receipt, every bit of them. With --base and --adapter
     the merge is done again and compared tensor by tensor, also with what another tool merged: the
-    same, within rounding, or which tensors are not the merge and what they are instead. Exits with
-    0 when it is the merge, 1 when something differs, and 3 when it cannot be judged.
+    same, within rounding, or which tensors are not the merge and what they are instead. With
+    --prompts base and adapter, and the merged model, are run too, and their answers compared. Exits
+    with 0 when it is the merge, 1 when something differs, and 3 when it cannot be judged.
 
     \b
     Examples:
       regraft verify ./merged
       regraft verify ./merged --base org/model --adapter ./style=0.5 --adapter ./facts
+      regraft verify ./merged --base org/model --adapter ./style --prompts ./prompts.txt
     """
     output = Output(as_json=as_json, quiet=quiet)
     output.mute_downloads()

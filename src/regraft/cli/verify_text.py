@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from regraft.cli.text import pairs, plural, size, table
+from regraft.verifying.prompt_report import PromptAgreement, PromptReport
 from regraft.verifying.report import FINE, Difference, TensorVerdict, Verdict, VerifyReport
 
 SHOWN = 20
@@ -29,6 +30,7 @@ def render(report: VerifyReport, *, verbose: bool = False) -> str:
         "\n".join([_ANSWERS[report.verdict], *(f"  {said}" for said in report.conclusions)]),
         _differences(report.differences, verbose=verbose),
         _tensors(report.tensors, verbose=verbose),
+        _prompts(report.prompts, verbose=verbose),
         _checked(report),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -47,6 +49,27 @@ def _tensors(tensors: Sequence[TensorVerdict], *, verbose: bool) -> str:
     kept = rows if verbose else rows[:SHOWN]
     lines = table([("tensor", "verdict", "ulps", ""), *kept], "llrl").splitlines()
     return "\n".join([*lines, *_more(len(rows) - len(kept))])
+
+
+def _prompts(report: PromptReport | None, *, verbose: bool) -> str:
+    """Return a table of the answers to prompts: of all of them, and of each or the worst."""
+    if report is None:
+        return ""
+    rows: list[Sequence[str]] = [("answers to", "tokens", "same first", "KL mean", "KL max")]
+    listed = report.prompts if verbose else (report.worst,)
+    rows += [_agreement(f"line {p.line}: {p.prompt}", p) for p in listed]
+    rows.append(_agreement("all prompts", report))
+    if report.base_kl_mean is not None and report.base_top1_agreement is not None:
+        first = f"{report.base_top1_agreement:.1%}"
+        rows.append(("  by the base alone", "", first, f"{report.base_kl_mean:.3g}", ""))
+    reference = "PEFT" if report.reference == "peft" else "regraft, not rounded"
+    how = f"base + adapter by {reference}; {report.dtype} on {report.device}; KL in nats"
+    return f"{table(rows, 'lrrrr')}\n  {how}"
+
+
+def _agreement(name: str, of: PromptAgreement | PromptReport) -> tuple[str, ...]:
+    share = f"{of.top1_agreement:.1%}"
+    return name, str(of.tokens), share, f"{of.kl_mean:.3g}", f"{of.kl_max:.3g}"
 
 
 def _ulps(ulps: float | None) -> str:

@@ -37,6 +37,9 @@ SMALLEST_TILE = 64 * 2**10
 FACTOR_BYTES = 48 * 2**20
 """Room for the factors of the steps in flight, when none alone needs more."""
 
+MOST_LABELS = 1_000_000
+"""Labels of a classification head: each gets two lines of the config."""
+
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -280,6 +283,12 @@ def _class_updates(
     heads = [w for w in works.values() if _is_head(w, adapters)]
     if len(heads) == 1:
         count = heads[0].source.shape[0]
+        if count > MOST_LABELS:
+            raise UnsupportedError(
+                "a classification head has too many labels to be listed in the config",
+                where=f"tensor {heads[0].name!r}", expected=f"at most {MOST_LABELS} rows",
+                found=str(count), hint="Is it a classification head at all?",
+            )  # fmt: skip
         if len(config.get("id2label") or {}) != count:
             updates["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
             updates["label2id"] = {f"LABEL_{i}": i for i in range(count)}
