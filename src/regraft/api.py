@@ -76,7 +76,7 @@ def merge(
     tell(progress, "read", 0)
     checkpoint = open_checkpoint(locate(base, kind="base", token=token))
     made = _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
-    check_space(place, made.nbytes)
+    check_space(place, made.disk_bytes)
 
     from regraft.merging.building import build
     from regraft.merging.undo import Keeping
@@ -142,7 +142,7 @@ def _plan(
         return made
     files = [shard.path for shard in base.shards] if base.single_file else [base.root]
     check_output(out, [*files, *(Path(a.root) for a in read)], overwrite=overwrite)
-    disk = {"needed": made.nbytes + SLACK_BYTES, "free": free_bytes(out)}
+    disk = {"needed": made.disk_bytes + SLACK_BYTES, "free": free_bytes(out)}
     return replace(made, disk=disk)
 
 

@@ -12,9 +12,9 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.api import call_of
 from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
-from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from regraft.formats.checkpoint import AdapterFiles, Checkpoint, open_adapter, open_checkpoint
 from regraft.formats.hub import Located, locate
-from regraft.formats.problems import capped
+from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import FilePool
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
@@ -22,10 +22,10 @@ from regraft.merging.jobs import plan_digest
 from regraft.merging.keep import keeps
 from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
 from regraft.merging.output import check_output, check_space
-from regraft.merging.patch import PatchReader
+from regraft.merging.patch import PatchReader, digest_of
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype
-from regraft.merging.receipt import Receipt, read_receipt
+from regraft.merging.receipt import InputRecord, Receipt, read_receipt
 from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
 from regraft.merging.report import UnmergeReport
 from regraft.merging.undo import (
@@ -84,7 +84,7 @@ def unmerge(
     check_output(place, [], overwrite=overwrite)
     choices = choices_of(None, None, max_memory, threads)
     tell(progress, "read", 0)
-    found = _find(merged, adapters, token)
+    found = _find(merged, adapters, token, "--adapter")
     check_output(place, found.inputs, overwrite=overwrite)
     check_space(place, sum(file.size for file in found.manifest.files))
 
@@ -157,7 +157,7 @@ def swap(
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
-    found = _find(merged, merged_adapters, token)
+    found = _find(merged, merged_adapters, token, "--merged-adapter")
     read = [read_adapter(files, weight) for files, weight in open_adapters(wanted, token)]
     check_output(place, [*found.inputs, *(Path(a.root) for a in read)], overwrite=overwrite)
     check_space(place, sum(file.size for file in found.manifest.files))
@@ -168,7 +168,7 @@ def swap(
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, choices)
         made = make_plan(undone.base, read, choices, place, undone.steps)
-        check_space(place, made.nbytes)
+        check_space(place, made.disk_bytes)
         new = [path for adapter in read for path in Path(adapter.root).iterdir() if path.is_file()]
         called = command or call_of("swap", found.located.source, made)
         return build(
@@ -242,8 +242,9 @@ class _Undone:
 
 
 def _find(
-    merged: str | Path, adapters: AdapterArg | Sequence[AdapterArg] | None, token: str | None
-) -> _Found:
+    merged: str | Path, adapters: AdapterArg | Sequence[AdapterArg] | None, token: str | None,
+    option: str,
+) -> _Found:  # fmt: skip
     """Open a merged model: receipt, manifest, weights by their headers, the adapters merged."""
     located = locate(merged, kind="merged", token=token)
     folder = located.path
@@ -257,38 +258,71 @@ def _find(
             expected=str(len(receipt.adapters)), found=str(len(manifest.adapters)),
             hint="Take the merged model from where it was unchanged",
         )  # fmt: skip
-    opened = _merged_adapters(folder, receipt, manifest, adapters, token)
+    opened = _merged_adapters(folder, receipt, manifest, adapters, token, option)
     return _Found(located, folder, receipt, manifest, open_checkpoint(located), tuple(opened))
 
 
 def _merged_adapters(
     folder: Path, receipt: Receipt, manifest: Manifest,
-    given: AdapterArg | Sequence[AdapterArg] | None, token: str | None,
+    given: AdapterArg | Sequence[AdapterArg] | None, token: str | None, option: str,
 ) -> list[Adapter]:  # fmt: skip
+    """Return the adapters that were merged: the copies that were kept, or those that are given.
+
+    Raises:
+        UsageError: others are given, or with other weights.
+        InputError: none are given and none were kept.
+        MismatchError: tensors of one have changed since the merge.
+    """
     weights = [record.weight if record.weight is not None else 1.0 for record in receipt.adapters]
+    merged = _listed([record.source for record in receipt.adapters], weights)
     if given is not None:
         pairs = parse_adapters(given)
-        merged = [(r.source, w) for r, w in zip(receipt.adapters, weights, strict=True)]
         if [weight for _, weight in pairs] != weights:
-            raise UsageError(
-                "these are not the adapters that were merged",
-                where="--adapter",
-                expected=", ".join(f"{source}={weight:g}" for source, weight in merged),
-                found=", ".join(f"{source}={weight:g}" for source, weight in pairs),
-            )
-        return [read_adapter(files, weight) for files, weight in open_adapters(pairs, token)]
-    if None in manifest.adapters:
-        names = ", ".join(record.source for record in receipt.adapters)
+            found = _listed(*zip(*pairs, strict=True))
+            what = "these are not the adapters that were merged"
+            raise UsageError(what, where=option, expected=merged, found=found)
+        opened = [files for files, _ in open_adapters(pairs, token)]
+    elif None in manifest.adapters:
         raise InputError(
-            "the merge kept no copy of its adapters", where=str(folder / UNDO), expected=names,
-            hint="Give them with --adapter",
+            "the merge kept no copy of its adapters", where=str(folder / UNDO), expected=merged,
+            hint=f"Give them with {option}",
         )  # fmt: skip
-    opened = []
-    for name, record, weight in zip(manifest.adapters, receipt.adapters, weights, strict=True):
-        place = folder / UNDO / str(name)
-        files = open_adapter(Located(place, record.source, None, record.revision))
-        opened.append(read_adapter(files, weight))
-    return opened
+    else:
+        opened = [
+            open_adapter(Located(folder / UNDO / str(name), record.source, None, record.revision))
+            for name, record in zip(manifest.adapters, receipt.adapters, strict=True)
+        ]
+    for files, record in zip(opened, receipt.adapters, strict=True):
+        _check_adapter(files, record)
+    return [read_adapter(files, weight) for files, weight in zip(opened, weights, strict=True)]
+
+
+def _listed(sources: Sequence[str], weights: Sequence[float]) -> str:
+    """Return adapters as they are given on the command line."""
+    return ", ".join(f"{s}={w:g}" for s, w in zip(sources, weights, strict=True))
+
+
+def _check_adapter(adapter: AdapterFiles, record: InputRecord) -> None:
+    """Refuse an adapter whose tensors are not those that were merged.
+
+    Raises:
+        MismatchError: some are not; lists them.
+    """
+    with FilePool() as files:
+        other = [
+            name
+            for name, digest in record.tensors.items()
+            if name not in adapter.tensors or digest_of(files, adapter.tensors[name]) != digest
+        ]
+    if other:
+        shown = ", ".join(quoted(name) for name in other[:3]) + ", ..." * (len(other) > 3)
+        raise MismatchError(
+            "this is not the adapter that was merged, or it has been changed since",
+            where=f"{adapter.root}/{adapter.weights_file}",
+            expected=f"the {len(record.tensors)} tensors that the receipt has of {record.source}",
+            found=f"{len(other)} others: {shown}",
+            hint="Give the adapter as it was, or take the merged model from where it was unchanged",
+        )
 
 
 def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices) -> _Undone:

@@ -302,7 +302,7 @@ def test_interrupted_work_is_kept_and_said_so(
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr == (
         "regraft: interrupted. The work so far is kept: the same command goes on from there, "
-        "`regraft clean` removes it\n"
+        f"`regraft clean {tmp_path / 'out'}` removes it\n"
     )
     assert not (tmp_path / "out").exists()
     weights = tmp_path / ".out.regraft" / "out" / "model.safetensors"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import regraft
 from merging import toys
 from merging.processes import python
 from regraft.errors import MemoryCapError
+from regraft.memory import peak_memory
 from regraft.tensors import TensorSpec, nbytes_of
 
 MIB = 2**20
@@ -235,3 +238,13 @@ def test_threads_are_given_up_before_the_cap_is_broken(tmp_path: Path) -> None:
     ample = regraft.plan(base, adapter, max_memory="8GiB", threads=64)
     assert (tight.threads < 64, ample.threads) == (True, 64)
     assert tight.memory <= 220 * MIB < ample.memory
+
+
+def test_memory_is_told_where_the_system_does_not_list_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = peak_memory()
+
+    def read_text(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert usual // 2 < peak_memory() < 8 * usual

@@ -165,9 +165,11 @@ def test_tensors_that_share_memory_in_a_pytorch_file_come_back(
 def test_what_is_not_kept_is_named(base: Path, adapter: Path, tmp_path: Path) -> None:
     (base / "original").mkdir()
     (base / "model.gguf").write_bytes(b"GGUF")
+    (base / "training.log").write_text("what nobody else should read")
     model = merged(tmp_path, base, adapter)
     report = regraft.unmerge(model, tmp_path / "back")
-    assert report.left_out == ("model.gguf", "original")
+    assert report.left_out == ("model.gguf", "original", "training.log")
+    assert b"nobody else" not in b"".join(c for c in tree(model).values() if c)
     regraft.swap(model, adapter, tmp_path / "again")
     assert regraft.unmerge(tmp_path / "again", tmp_path / "back2").left_out == report.left_out
 
@@ -265,8 +267,8 @@ def edit_side_file(model: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
-    "weights": (edit_weights, MismatchError, "does not give back what the base held"),
-    "the adapter": (edit_adapter, MismatchError, "does not give back what the base held"),
+    "weights": (edit_weights, MismatchError, "undo patch does not fit the weights"),
+    "the adapter": (edit_adapter, MismatchError, "1 others: 'base_model.model"),
     "another dtype": (other_weights, MismatchError, "not those that the patch was made for"),
     "a side file": (edit_side_file, MismatchError, "tokenizer.json.*changed since the merge"),
     "a config": (

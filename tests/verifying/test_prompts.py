@@ -296,7 +296,8 @@ def test_verify_says_so_if_answers_alone_differ(
     assert not report.ok
     assert report.verdict == "different"
     assert {tensor.verdict for tensor in report.tensors} == {"exact"}
-    assert "are not those of base + adapter" in report.conclusions[-1]
+    assert "are not those of base + adapter" in report.conclusions[-2]
+    assert "--dtype float32" in report.conclusions[-1]
 
 
 def test_verify_keeps_what_it_found_if_there_are_no_answers(

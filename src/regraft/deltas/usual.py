@@ -100,7 +100,7 @@ def _lowest(predicted: Any, width: Any) -> Any:
     if (predicted & np.uint32(0x7F800000)) != 0:
         mantissa += np.int32(0x800000)
     above = -(mantissa >> 16) if predicted >> np.uint32(31) else (mantissa + 65535) >> 16
-    return np.int32(above) - (np.int32(1) << np.int32(min(width, 8) - 1))
+    return np.int32(above) - ((np.int32(1) << np.int32(min(width, 8))) >> np.int32(1))
 
 
 @njit(**INNER)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from regraft.deltas.weights import Bytes
 from regraft.errors import MismatchError, Problem, RegraftError
-from regraft.formats.problems import capped
+from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import FilePool
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.factors import FactorStore
@@ -280,22 +280,21 @@ class _Queue:
     def _check(self, records: Sequence[TensorRecord], kept: dict[str, str]) -> None:
         theirs = {s.name for s in self._task.plan.steps if s.source_adapter is not None}
         read = {r.source: r.source_blake3 for r in records if r.name not in theirs} | kept
-        problems = []
+        problems: list[Problem] = []
         for name, digest in read.items():
             expected = self._source.expected(name)
             if expected is not None and expected != digest:
-                problems.append(_edited(name))
+                problems.append(_edited(name, first=not problems))
         if problems:
             raise MismatchError(capped(problems, self._place.folder))
 
 
-def _edited(name: str) -> Problem:
-    return Problem(
-        "the undo patch does not give back what the base held", f"tensor {name!r}",
-        "the merged weights, and the adapter, as they were at the merge",
-        "others: one of the two has been changed since",
-        "`regraft verify` says which; take the merged model from where it was unchanged",
-    )  # fmt: skip
+def _edited(name: str, *, first: bool) -> Problem:
+    """Return the problem of a tensor that was not given back; what to do is said once."""
+    hint = "These weights have been changed since the merge, or the undo patch has: take the model "
+    hint += "from where it was unchanged; `regraft verify` says more"
+    what = "the undo patch does not fit the weights"
+    return Problem(what, f"tensor {quoted(name)}", hint=hint if first else "")
 
 
 def execute(

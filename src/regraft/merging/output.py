@@ -59,7 +59,8 @@ SUFFIX = ".regraft"
 
 def place_of(out: Path) -> Path:
     """Return the work folder of an output: beside it."""
-    return out.absolute().parent / f".{out.name}{SUFFIX}"
+    place = Path(os.path.normpath(out.absolute()))
+    return place.parent / f".{place.name}{SUFFIX}"
 
 
 def free_bytes(out: Path) -> int:

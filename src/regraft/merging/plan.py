@@ -199,6 +199,16 @@ class Plan:
         """Bytes of tensor data in the output."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of tensor data in the output, and what an undo may take beside it, estimated."""
+        if not self.options.get("undo"):
+            return self.nbytes
+        of_name = {step.name: step for step in self.steps}
+        kept = sum(_undo_bytes(spec, of_name.get(n)) for n, spec in self.base.tensors.items())
+        adapters = sum(path.stat().st_size for a in self.adapters for path in a.files)
+        return self.nbytes + kept + adapters
+
     def totals(self) -> dict[str, int]:
         """Return counts and sizes for summaries."""
         actions = Counter(step.action for step in self.steps)
@@ -238,6 +248,19 @@ class Plan:
             "disk": dict(self.disk),
             "warnings": list(self.warnings),
         }
+
+
+UNDO_SHARE = 0.03
+"""Of a tensor whose dtype stays or grows, more than what an undo of usual deltas takes."""
+
+
+def _undo_bytes(original: TensorSpec, step: Step | None) -> int:
+    """Return about what an undo keeps of a base's tensor, rather too much than too little."""
+    if step is None or step.source_adapter is not None or step.source.name != step.name:
+        return original.nbytes
+    if step.dtype not in (original.dtype, "F32"):
+        return original.nbytes
+    return int(UNDO_SHARE * original.nbytes) if step.is_invertible else 0
 
 
 def _step_json(step: Step) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from regraft.merging.patch import (
 )
 from regraft.merging.plan import OutputShard, Plan, Step
 from regraft.merging.receipt import file_key
-from regraft.merging.sidefiles import json_bytes
+from regraft.merging.sidefiles import json_bytes, travels
 from regraft.merging.writer import write_error
 from regraft.tensors import TensorSpec
 
@@ -54,10 +54,6 @@ _ALWAYS_KEPT_BYTES = 64 * 2**10
 
 _LARGEST_SIDE_FILE = 256 * 2**20
 _MOST_GAP_BYTES = 512 * 2**20
-_WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data"),
-    *(".gguf", ".ot", ".tflite"),
-)
 _PATCH_FILES = 64 * 2**20
 _PIECE = 2**20
 
@@ -226,18 +222,21 @@ def _side_files(base: Checkpoint) -> dict[str, Path]:
         templates = base.root / "additional_chat_templates"
         if templates.is_dir():
             found |= {f"{templates.name}/{p.name}": p for p in sorted(templates.glob("*.jinja"))}
-    return {name: path for name, path in found.items() if path.suffix not in _WEIGHTS}
+    return {name: path for name, path in found.items() if _belongs(Path(name).name)}
+
+
+def _belongs(name: str) -> bool:
+    """Whether a file is one of a model's: nobody wants to publish notes and logs with a merge."""
+    own = name == "config.json" or name.endswith((".index.json", ".md")) or name == ".gitattributes"
+    return own or travels(name, code=True)
 
 
 def _others(base: Checkpoint) -> list[str]:
-    """Return what else a base's folder holds: other formats of its weights, and folders."""
+    """Return what else a base's folder holds: other formats of its weights, logs, folders."""
     known = {shard.name for shard in base.shards} | {"additional_chat_templates", ".cache"}
+    known |= set(_side_files(base))
     with typed_os_errors(base.root):
-        return sorted(
-            p.name
-            for p in base.root.iterdir()
-            if p.name not in known and (p.is_dir() or p.suffix in _WEIGHTS)
-        )
+        return sorted(file_key(p.name) for p in base.root.iterdir() if p.name not in known)
 
 
 def _copy_adapter(adapter: Adapter, folder: Path, name: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -28,7 +29,7 @@ from regraft.merging.output import check_output, place_of, publish, put_back
 from regraft.merging.writer import write_error
 
 JOURNAL, BUILT, BASE = "journal", "out", "base"
-KEPT = "the work so far is kept: the same command goes on from there, `regraft clean` removes it"
+KEPT = "the work so far is kept: the same command goes on from there, `regraft clean {}` removes it"
 
 _INTERRUPTIONS = (KeyboardInterrupt, SystemExit, EnvironmentShortfall, OSError, MemoryError)
 _DIGEST = 16
@@ -227,7 +228,7 @@ def workplace(out: Path, *, overwrite: bool) -> Iterator[Workplace]:
                 kept = not work.is_at(place) and work.is_kept_after(error)
                 keep = not _is_put_back(work, place) or kept
                 if keep and isinstance(error, _INTERRUPTIONS):
-                    error.add_note(KEPT)
+                    error.add_note(KEPT.format(shlex.quote(str(out))))
                 raise
             finally:
                 work.close()

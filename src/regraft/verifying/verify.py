@@ -155,6 +155,12 @@ def _again(
     return judge(merged, *recipe, choices, progress)
 
 
+_LOST = (
+    "as every tensor is the merge, rounding to the dtype they are stored in lost what is missing: "
+    "a merge with --dtype float32 keeps it"
+)
+
+
 def _with_answers(
     report: VerifyReport, merged: Checkpoint, recipe: _Recipe, prompts: str | Path,
     choices: Choices, progress: Progress | None,
@@ -169,12 +175,16 @@ def _with_answers(
             raise
         note = f"answers to prompts were not compared: {error.problems[0]}"
         return replace(report, warnings=(*report.warnings, note))
+    said = [answers.conclusion()]
+    narrow = any(spec.dtype in ("BF16", "F16") for spec in merged.tensors.values())
+    if report.ok and narrow and answers.verdict == "different":
+        said.append(_LOST)
     verdict = overall(report.differences, report.tensors, answers)
     return replace(
         report,
         ok=verdict in ("exact", "rounding"),
         verdict=verdict,
-        conclusions=(*report.conclusions, answers.conclusion()),
+        conclusions=(*report.conclusions, *said),
         warnings=(*report.warnings, *answers.notes),
         prompts=answers,
     )
