@@ -526,50 +526,67 @@ def lose(folder: Path, draw: random.Random) -> None:
 
 
 def large(work: Path, size: int, count: int) -> dict[str, Any]:
-    """Kill the command line at random moments of a large merge, each time from the start."""
+    """Kill the command line at random moments of a large merge, each time from the start.
+
+    Of every five kills one is followed by a second, before the merge is let finish.
+    """
+    write_large_inputs(work, size)
+    inputs = state(work)
+    seconds = min(timed_large(work) for _ in range(2))
+    reference = tree(work / "out")
+    shutil.rmtree(work / "out")
+    draw, found, again = random.Random(5), Counter[str](), list[float]()
+    while found["kills"] < count:
+        if not kill_large(work, draw.uniform(0.4, seconds)):
+            seconds *= 0.95  # it was done already: that is no kill
+            found["too late"] += 1
+            shutil.rmtree(work / "out")
+            continue
+        found["kills"] += 1
+        found["torn"] += (work / "out").exists() and tree(work / "out") != reference
+        found["tensors kept"] += kept_tensors(work)
+        if found["kills"] % 5 == 0 and kill_large(work, draw.uniform(0.4, seconds)):
+            found["killed twice"] += 1
+        if not (work / "out").exists():
+            again.append(timed_large(work))
+        found["identical"] += tree(work / "out") == reference
+        shutil.rmtree(work / "out")
+        regraft.clean(work)
+        found["left over"] += len(list(work.glob(".*")))
+        say(f"{found['kills']} of {count} kills at random moments")
+    found["inputs changed"] += state(work) != inputs
+    found["bytes"] = sum(path.stat().st_size for path in (work / "base").iterdir())
+    return {**found, "seconds_undisturbed": seconds, "seconds_to_go_on": again}
+
+
+def write_large_inputs(work: Path, size: int) -> None:
+    """Write a base of a size and an adapter for it."""
     rows, columns = 2048, 4096
     block = np.random.default_rng(3).normal(size=(rows, columns)).astype(ml_dtypes.bfloat16)
     tensors = max(size // block.nbytes, 4)
     weights = {f"layers.{n}.weight": np.roll(block, n, axis=1) for n in range(tensors)}
     write_base(work / "base", weights, 4)
     write_adapter(work / "adapter", weights, "layers.3.weight", 1, rank=16)
-    inputs = state(work)
+
+
+def timed_large(work: Path) -> float:
+    """Run the large merge to its end, from the start if it was at its end; return the seconds."""
+    if (work / "out").exists():
+        shutil.rmtree(work / "out")
     began = time.perf_counter()
-    subprocess.run(large_command(work), check=True, cwd=work)
-    seconds = time.perf_counter() - began
-    reference = tree(work / "out")
-    shutil.rmtree(work / "out")
-    draw, found, again = random.Random(5), Counter[str](), []
-    for number in range(count):
-        process = subprocess.Popen(large_command(work), cwd=work)
-        time.sleep(draw.uniform(0.5, seconds))
-        process.kill()
-        process.wait()
-        out = work / "out"
-        found["torn"] += out.exists() and tree(out) != reference
-        found["finished before"] += out.exists()
-        found["tensors kept"] += kept_tensors(work)
-        began = time.perf_counter()
-        if not out.exists():
-            subprocess.run(large_command(work), check=True, cwd=work)
-        again.append(time.perf_counter() - began)
-        found["identical"] += tree(out) == reference
-        shutil.rmtree(out)
-        regraft.clean(work)
-        found["left over"] += len(list(work.glob(".*")))
-        say(f"{number + 1} of {count} kills at random moments")
-    found["inputs changed"] += {k: v for k, v in state(work).items() if k in inputs} != inputs
-    return {
-        "bytes": sum(weight.nbytes for weight in weights.values()), "kills": count,
-        "seconds_undisturbed": round(seconds, 2),
-        "seconds_second_run_mean": round(sum(again) / max(len(again), 1), 2), **found,
-    }  # fmt: skip
+    subprocess.run(LARGE, check=True, cwd=work)
+    return round(time.perf_counter() - began, 2)
 
 
-def large_command(work: Path) -> list[str]:
-    """Return the command that merges the large base; paths are short and the same each time."""
-    del work
-    return [sys.executable, "-m", "regraft", "merge", "base", "adapter", "-o", "out", "-q"]
+def kill_large(work: Path, after: float) -> bool:
+    """Start the large merge and kill it after some seconds; return False if it was done by then."""
+    process = subprocess.Popen(LARGE, cwd=work)
+    time.sleep(after)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+LARGE = [sys.executable, "-m", "regraft", "merge", "base", "adapter", "-o", "out", "-q"]
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -725,15 +742,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what was asked; return the exit code."""
     options = parse(arguments)
     commands, jobs = options.commands.split(","), options.jobs
+    losses, failed = options.power_loss, 0
     figures: dict[str, Any] = {}
-    failed = 0
     shared: dict[str, tuple[bool, Share]] = {
         "every call": (options.every_call, lambda b, i, n: every_call(b, i, n, commands)),
         "signals": (
             options.signals > 0, lambda b, i, n: signals(b, i, n, commands, options.signals)
         ),
         "power loss": (
-            options.power_loss > 0, lambda b, i, n: power_loss(b, i, n, commands, options.power_loss)
+            options.power_loss > 0, lambda b, i, n: power_loss(b, i, n, commands, losses)
         ),
     }  # fmt: skip
     with workspace(options.work) as folder:

@@ -100,6 +100,7 @@ _STAGES = {
     "unmerge": "un-merging",
     "compare": "comparing",
     "verify": "verifying",
+    "prompts": "comparing answers",
     "finish": "writing to disk",
 }
 

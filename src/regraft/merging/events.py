@@ -12,10 +12,10 @@ class ProgressEvent:
 
     Attributes:
         stage: ``"read"`` (headers), ``"resume"`` (what an earlier try did is looked at),
-            ``"merge"``, ``"unmerge"``, ``"verify"`` or ``"compare"`` (tensors), or ``"finish"``
-            (flush and rename).
-        done: bytes of tensors done so far.
-        total: bytes of tensors in all; 0 while unknown.
+            ``"merge"``, ``"unmerge"``, ``"verify"`` or ``"compare"`` (tensors), ``"prompts"``
+            (logits), or ``"finish"`` (flush and rename).
+        done: bytes done so far.
+        total: bytes in all; 0 while unknown.
         tensor: the tensor that was finished last, or ``""``.
     """
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageError
-from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT
 from regraft.merging.events import Progress
-from regraft.merging.planning import Choices
-from regraft.verifying.inputs import AdapterArg, parse_adapters, parse_choices
+from regraft.merging.planning import Choices, default_threads
+from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
 from regraft.verifying.receipts import ReceiptCheck, check_receipt
 from regraft.verifying.report import Difference, TensorVerdict, VerifyReport, overall
 
@@ -62,8 +62,9 @@ def verify(
         EnvironmentShortfall: something cannot be read, does not fit under the memory cap, or (for
             prompts) a package is missing.
     """
-    wanted = parse_adapters(adapters)
-    choices = parse_choices(max_memory, threads)
+    wanted = parse_adapters(adapters) if adapters else []
+    asked = choices_of(None, None, max_memory, threads)
+    choices = replace(asked, threads=asked.threads or default_threads())
     if (base is None) != (not wanted):
         raise UsageError(
             "a base and its adapters have to be given together", where=str(merged),
@@ -72,7 +73,7 @@ def verify(
         )  # fmt: skip
     if prompts is not None:
         _check_prompts(prompts, base)
-    located = locate(merged, kind="base", token=token)
+    located = locate(merged, kind="merged", token=token)
     check = _against_receipt(located, choices, progress, needed=base is None)
     if base is None:
         return _report(located.source, check, None)
@@ -139,11 +140,8 @@ _Recipe = tuple[Checkpoint, list[Adapter]]
 
 def _recipe(base: str | Path, adapters: Sequence[tuple[str, float]], token: str | None) -> _Recipe:
     checkpoint = open_checkpoint(locate(base, kind="base", token=token))
-    files = [
-        (open_adapter(locate(source, kind="adapter", token=token)), weight)
-        for source, weight in adapters
-    ]
-    return checkpoint, [read_adapter(each, weight) for each, weight in files]
+    opened = open_adapters(adapters, token)
+    return checkpoint, [read_adapter(files, weight) for files, weight in opened]
 
 
 def _again(
