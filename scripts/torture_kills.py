@@ -556,6 +556,8 @@ def large(work: Path, size: int, count: int) -> dict[str, Any]:
         say(f"{found['kills']} of {count} kills at random moments")
     found["inputs changed"] += state(work) != inputs
     found["bytes"] = sum(path.stat().st_size for path in (work / "base").iterdir())
+    names = ("torn", "left over", "inputs changed", "too late", "killed twice")
+    found.update(dict.fromkeys(names, 0))
     return {**found, "seconds_undisturbed": seconds, "seconds_to_go_on": again}
 
 
@@ -738,43 +740,49 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def of_small(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Do what was asked of the small inputs; return the figures."""
+    commands, signalled, losses = options.commands.split(","), options.signals, options.power_loss
+    wanted: dict[str, tuple[bool, Share]] = {
+        "every call": (options.every_call, lambda b, i, n: every_call(b, i, n, commands)),
+        "signals": (signalled > 0, lambda b, i, n: signals(b, i, n, commands, signalled)),
+        "power loss": (losses > 0, lambda b, i, n: power_loss(b, i, n, commands, losses)),
+    }
+    return {
+        title: report(title, in_shares(folder / title, work, options.jobs))
+        for title, (asked, work) in wanted.items()
+        if asked
+    }
+
+
+def of_large(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Do what was asked of large inputs; return the figures."""
+    figures: dict[str, Any] = {}
+    if options.random:
+        (folder / "large").mkdir()
+        found = large(folder / "large", parse_size(options.size), options.random)
+        good = ("torn", "left over", "inputs changed")
+        found["wrong"] = sum(found[name] for name in good) + found["kills"] - found["identical"]
+        figures["random"] = found
+    if options.memory:
+        cap = parse_size(options.cap)
+        found = memory(folder / "memory", cap)
+        peaks = [found[kind] for kind in ("zeros", "random numbers")]
+        found["wrong"] = sum(not value or value > cap for each in peaks for value in each.values())
+        figures["memory"] = found
+    for title, found in figures.items():
+        say(f"\n{title}: {json.dumps(found)}")
+    return figures
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what was asked; return the exit code."""
     options = parse(arguments)
-    commands, jobs = options.commands.split(","), options.jobs
-    losses, failed = options.power_loss, 0
-    figures: dict[str, Any] = {}
-    shared: dict[str, tuple[bool, Share]] = {
-        "every call": (options.every_call, lambda b, i, n: every_call(b, i, n, commands)),
-        "signals": (
-            options.signals > 0, lambda b, i, n: signals(b, i, n, commands, options.signals)
-        ),
-        "power loss": (
-            options.power_loss > 0, lambda b, i, n: power_loss(b, i, n, commands, losses)
-        ),
-    }  # fmt: skip
     with workspace(options.work) as folder:
-        for title, (wanted, work) in shared.items():
-            if wanted:
-                figures[title] = report(title, in_shares(folder / title, work, jobs))
-                failed += figures[title]["wrong"]
-        if options.random:
-            (folder / "large").mkdir()
-            found = large(folder / "large", parse_size(options.size), options.random)
-            figures["random"] = found
-            failed += found["torn"] + found["left over"] + (found["identical"] != found["kills"])
-            say(json.dumps(found))
-        if options.memory:
-            cap = parse_size(options.cap)
-            found = memory(folder / "memory", cap)
-            figures["memory"] = found
-            for kind in ("zeros", "random numbers"):
-                failed += any(v > cap for v in found[kind].values()) + (
-                    not all(found[kind].values())
-                )
-            say(json.dumps(found))
+        figures = of_small(options, folder) | of_large(options, folder)
         if options.json:
             write_json(Path(options.json), figures)
+        failed = sum(found["wrong"] for found in figures.values())
         if failed:
             sys.exit(f"{failed} failures; what is left of them lies in {folder}")
     return 0

@@ -21,7 +21,7 @@ from merging import toys
 from merging.processes import environment, python
 from merging.toys import tree
 from regraft.errors import AccessError, BusyError, DiskSpaceError, OutputExistsError
-from regraft.merging import building, leftovers, output
+from regraft.merging import building, leftovers, output, workplace
 from regraft.merging.run import StepRun
 
 WORK = ".out.regraft"
@@ -188,8 +188,8 @@ def begin(folder: Path, inputs: Path, command: str) -> Path:
 @pytest.mark.parametrize(
     ("command", "old_kernel", "points"),
     [
-        ("merge", False, 16), ("overwrite", False, 14), ("overwrite", True, 14),
-        ("unmerge", False, 10), ("swap", False, 14),
+        ("merge", False, 12), ("overwrite", False, 8), ("overwrite", True, 8),
+        ("unmerge", False, 8), ("swap", False, 10),
     ],
 )  # fmt: skip
 def test_killed_anywhere_the_same_command_gives_the_same_bytes(
@@ -640,6 +640,26 @@ def test_clean_removes_what_was_kept_and_nothing_else(place: Path) -> None:
     assert [each.modified for each in regraft.clean("out")] == [found.modified]
     assert [path.name for path in place.iterdir()] == [".other.regraft"]
     assert regraft.clean() == []
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+def test_a_folder_that_its_last_owner_has_just_removed_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    real, calls = workplace.open_folder, 0
+
+    def open_folder(folder: Path) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            folder.rmdir()
+            raise error(errno.ENOENT, "gone", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(workplace, "open_folder", open_folder)
+    merge()
+    assert calls == 2
 
 
 # The end

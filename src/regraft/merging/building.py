@@ -8,7 +8,7 @@ from pathlib import Path
 
 from regraft.merging.events import Progress, tell
 from regraft.merging.execute import OpenSource, Task, execute
-from regraft.merging.finalize import Used, write_rest
+from regraft.merging.finalize import Used, check_side_files, write_rest
 from regraft.merging.jobs import Done, Target, count_done, fingerprint, jobs_of, merge_targets
 from regraft.merging.keep import keeps
 from regraft.merging.patch import PatchWriter
@@ -38,6 +38,7 @@ def build(
     Raises:
         RegraftError: something cannot be read, computed or written.
     """
+    check_side_files(plan)
     kept = keeps(plan) if keeping is not None else []
     task = Task(plan, merge_targets(plan), kept, open_source)
     place.begin(fingerprint(plan, inputs, keeping=keeping and asdict(keeping)))

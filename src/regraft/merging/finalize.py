@@ -13,7 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from regraft._version import __version__
-from regraft.formats.reading import access_error
+from regraft.formats.reading import access_error, typed_os_errors
 from regraft.formats.safetensors import build_header
 from regraft.merging.card import auto_class_of, base_metadata, model_card
 from regraft.merging.execute import Outcome
@@ -98,6 +98,19 @@ def _header_digests(plan: Plan) -> dict[str, str]:
         ).hexdigest()
         for shard in plan.shards
     }
+
+
+def check_side_files(plan: Plan) -> None:
+    """Refuse files that have to be copied and may not be read, before there is any work.
+
+    Raises:
+        AccessError: one may not be read.
+    """
+    adapters = [Path(adapter.root) for adapter in plan.adapters]
+    files = {} if plan.base.single_file else plan_side_files(plan.base.root, adapters, code=True)
+    for path in files.values():
+        with typed_os_errors(path), path.open("rb"):
+            pass
 
 
 def _copy_side_files(plan: Plan, rest: _Rest, *, code: bool) -> None:

@@ -31,6 +31,7 @@ from regraft.merging.writer import write_error
 JOURNAL, BUILT, BASE = "journal", "out", "base"
 KEPT = "the work so far is kept: the same command goes on from there, `regraft clean {}` removes it"
 
+_TRIES = 20
 _INTERRUPTIONS = (KeyboardInterrupt, SystemExit, EnvironmentShortfall, OSError, MemoryError)
 _DIGEST = 16
 """Characters of the digest at the front of a journal's line."""
@@ -257,11 +258,15 @@ def _is_put_back(work: Workplace, out: Path) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
     """Make a folder and hold a lock on it."""
+    tries = _TRIES
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             fd = open_folder(folder)
-        except FileNotFoundError:  # its last owner has just removed it
+        except (FileExistsError, FileNotFoundError):  # its last owner may just have removed it
+            tries -= 1
+            if not tries:
+                raise
             continue
         try:
             if not lock(fd):
