@@ -130,7 +130,10 @@ def _result(merged: str) -> DemoResult:
         questions=(Question("s", "right", "wrong", "right", merged),),
         logits=logits,
         float32_logits=logits,
-        figures=Figures(269_100_000, 9_800_000, 269_100_000, 20, 30, 2, 1, 60, 300 * 2**20),
+        restored=True,
+        figures=Figures(
+            269_100_000, 9_800_000, 269_100_000, 20, 30, 2, 1, 60, 300 * 2**20, 341_000, 1
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -50,6 +51,26 @@ def run_merge(base: Path, adapter: Path, out: Path, *options: str) -> Measured:
     return run_measured([*regraft, "merge", *arguments])
 
 
+def run_unmerge(merged: Path, out: Path) -> Measured:
+    """Run ``regraft unmerge`` and measure it.
+
+    Raises:
+        RegraftError: it failed; the error is the one the command reported.
+    """
+    regraft = [sys.executable, "-m", "regraft"]
+    return run_measured([*regraft, "unmerge", str(merged), "-o", str(out), "--overwrite", "--json"])
+
+
+def same_files(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    names = [{str(p.relative_to(f)) for p in f.rglob("*")} for f in (folder, other)]
+    return names[0] == names[1] and all(
+        filecmp.cmp(folder / name, other / name, shallow=False)
+        for name in names[0]
+        if (folder / name).is_file()
+    )
+
+
 def run_measured(command: list[str]) -> Measured:
     """Run a command that prints a JSON object, and measure the process."""
     with tempfile.TemporaryDirectory(prefix="regraft-demo-") as scratch:
@@ -69,7 +90,7 @@ def _failure(done: subprocess.CompletedProcess[str]) -> RegraftError:
         kind = getattr(errors, reported["type"], RegraftError)
     except (ValueError, KeyError, TypeError):
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return RegraftError("the merge failed", where="regraft merge", found=words[-1])
+        return RegraftError("the command failed", where="regraft", found=words[-1])
     error: RegraftError = kind(problems)
     return error
 

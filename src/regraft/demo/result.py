@@ -36,6 +36,8 @@ class Figures:
     copy_seconds: float
     total_seconds: float
     merge_peak_memory: int
+    undo_bytes: int
+    unmerge_seconds: float
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class DemoResult:
         questions: every held-out sentence, with all answers.
         logits: the merged model's logits against the live adapter model's.
         float32_logits: the same for a merge that keeps float32: no rounding to the base's dtype.
+        restored: whether the base came back out of the merged model, byte for byte.
         figures: sizes, times, memory.
     """
 
@@ -70,6 +73,7 @@ class DemoResult:
     questions: tuple[Question, ...]
     logits: LogitComparison
     float32_logits: LogitComparison
+    restored: bool
     figures: Figures
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from regraft.demo import story
 from regraft.demo.compare import LogitComparison, Logits, compare_logits
 from regraft.demo.data import HELD_OUT_WORDS, TRAIN_WORDS, make_examples
-from regraft.demo.merging import Measured, run_merge, time_copy
+from regraft.demo.merging import Measured, run_merge, run_unmerge, same_files, time_copy
 from regraft.demo.model import Base, get_base, weight_bytes
 from regraft.demo.progress import Progress, silent
 from regraft.demo.quiet import quiet_libraries, wait_asleep
@@ -103,6 +103,15 @@ class _Merged:
     float32_logits: LogitComparison
 
 
+@dataclass(frozen=True)
+class _Back:
+    """What un-merging gave."""
+
+    seconds: float
+    undo_bytes: int
+    identical: bool
+
+
 class _Demo:
     """One run: each method is a section of the story."""
 
@@ -117,10 +126,11 @@ class _Demo:
         live = self.ask_adapter(base)
         measured = self.merge(base)
         merged = self.ask_merged(base, live)
+        back = self.take_back(base, measured)
         copy_seconds = time_copy(base.path, self.folder.path / "copy.tmp")
-        figures = self.count(base, training, measured, copy_seconds)
-        result = self.conclude(base, training, live, merged, figures)
-        self.say(story.heading(6, "Figures"))
+        figures = self.count(base, training, measured, back, copy_seconds)
+        result = self.conclude(base, training, live, merged, back, figures)
+        self.say(story.heading(7, "Figures"))
         self.say(story.figures(result))
         return result
 
@@ -218,8 +228,23 @@ class _Demo:
         shutil.rmtree(out)
         return comparison
 
+    def take_back(self, base: Base, merging: Measured) -> _Back:
+        """Get the base out of the merged model, compare it, and remove it."""
+        self.say(story.heading(6, "Taking the merge back, without the base"))
+        out = self.folder.path / "base-again.tmp"
+        self.say(
+            story.indented(f"$ regraft unmerge {shlex.join([str(self.folder.merged)])} -o ...")
+        )
+        measured = run_unmerge(self.folder.merged, out)
+        back = _Back(
+            measured.seconds, merging.answer["totals"]["undo_bytes"], same_files(base.path, out)
+        )
+        shutil.rmtree(out)
+        self.say(story.taken_back(back.identical, back.seconds, back.undo_bytes))
+        return back
+
     def count(
-        self, base: Base, training: Training, measured: Measured, copy_seconds: float
+        self, base: Base, training: Training, measured: Measured, back: _Back, copy_seconds: float
     ) -> Figures:
         return Figures(
             base_bytes=weight_bytes(base.path),
@@ -231,11 +256,14 @@ class _Demo:
             copy_seconds=copy_seconds,
             total_seconds=time.perf_counter() - self.start,
             merge_peak_memory=measured.peak_memory,
+            undo_bytes=back.undo_bytes,
+            unmerge_seconds=back.seconds,
         )
 
     def conclude(
-        self, base: Base, training: Training, live: _Live, merged: _Merged, figures: Figures
-    ) -> DemoResult:
+        self, base: Base, training: Training, live: _Live, merged: _Merged, back: _Back,
+        figures: Figures,
+    ) -> DemoResult:  # fmt: skip
         answers = zip(HELD_OUT, live.base, live.adapter, merged.answers, strict=True)
         return DemoResult(
             folder=self.folder.path,
@@ -250,6 +278,7 @@ class _Demo:
             questions=tuple(Question(e.sentence, e.answer, b, a, m) for e, b, a, m in answers),
             logits=merged.logits,
             float32_logits=merged.float32_logits,
+            restored=back.identical,
             figures=figures,
         )
 

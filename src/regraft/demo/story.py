@@ -89,6 +89,16 @@ def _difference(logits: LogitComparison) -> tuple[str, str]:
     return f"{logits.largest_difference:.2g}", f"{share}; {same}"
 
 
+def taken_back(identical: bool, taken: float, undo_bytes: int) -> str:
+    """Return what un-merging gave, and what it took."""
+    if not identical:
+        return indented("The folder that came back is NOT the base's.")
+    return indented(
+        f"Every file of the base came back byte for byte, in {seconds(taken)}, with the help of "
+        f"{size(undo_bytes)} kept."
+    )
+
+
 def figures(result: DemoResult) -> str:
     """Return the closing table: sizes, times, memory."""
     f = result.figures
@@ -96,9 +106,11 @@ def figures(result: DemoResult) -> str:
         ("base", size(f.base_bytes), ""),
         ("adapter", size(f.adapter_bytes), ""),
         ("merged", size(f.merged_bytes), ""),
+        ("kept to take it back", size(f.undo_bytes), percent(f.undo_bytes / f.merged_bytes)),
         ("get the model", seconds(f.get_model_seconds), _EARLIER if result.kept_base else ""),
         ("train", seconds(f.train_seconds), _EARLIER if result.kept_adapter else ""),
         ("merge", seconds(f.merge_seconds), "the whole process, written through to disk"),
+        ("un-merge", seconds(f.unmerge_seconds), "likewise"),
         ("plain copy of the base", seconds(f.copy_seconds), "likewise"),
         ("peak memory of the merge", memory(f.merge_peak_memory), ""),
         ("the whole demo", seconds(f.total_seconds), ""),
