@@ -43,7 +43,7 @@ bench: $(VENV)/.dev
 # Inputs and outputs of some gigabytes lie in .torture; the figures are left there as JSON.
 torture: $(VENV)/.dev
 	mkdir -p .torture
-	$(PY) scripts/torture_kills.py --every-call --signals 25 --power-loss 200 --random 50 \
+	$(PY) scripts/torture_kills.py --every-call --signals 50 --power-loss 200 --random 50 \
 		--size 1GB --memory --work .torture --json .torture/kills.json
 	$(PY) scripts/torture_hostile.py --headers 1000000 --configs 100000
 	$(PY) scripts/torture_bitflips.py --small-all --large 1000 --folder .torture

@@ -258,6 +258,8 @@ def start(setting: Setting, case: Path) -> int:
         ctypes.CDLL(None).prctl(0x59616D61, -1)  # anyone may trace this process
         signal.sigwait([signal.SIGUSR1])
         status = child(setting, case)
+    except KeyboardInterrupt:  # before the command was called, or after it returned
+        status = INTERRUPTED
     finally:
         os._exit(status)
 
@@ -439,27 +441,37 @@ def one_call(bench: Bench, setting: Setting, fault: str, number: int) -> Tally:
 # -- at random moments -----------------------------------------------------------------------------
 
 
+SIGNALS = {"SIGINT": 1, "SIGTERM": 1, "SIGKILL": 3}
+"""What is sent, and how many times, each time to the command run again."""
+
+
 def signals(bench: Bench, share: int, shares: int, commands: Sequence[str], count: int,
             ) -> dict[str, Tally]:  # fmt: skip
     """Interrupt at random moments: by Ctrl-C, by SIGTERM, and several times in a row by SIGKILL."""
     tallies: dict[str, Tally] = {}
     draw = random.Random(share)
-    number = 0
     for command in commands:
         setting = Setting(command, inline=False)
-        seconds = timed(bench, setting, f"timed-{share}")
-        for kind in ("SIGINT", "SIGTERM", "SIGKILL thrice"):
-            tally = tallies.setdefault(f"{command}, {kind}", Tally())
-            for _ in range(count):
-                number += 1
-                if number % shares == share:
-                    case = bench.fresh(f"s{number}", command)
-                    times = 3 if "thrice" in kind else 1
-                    for _ in range(times):
-                        sent = signal.Signals[kind.split()[0]]
-                        code = run_and_send(setting, case, sent, draw.uniform(0, 0.9 * seconds))
-                    tally.add(conclude(bench, setting, case, code, f"{command} {kind} {number}"))
+        seconds = min(timed(bench, setting, f"timed-{share}") for _ in range(3))
+        for name, times in SIGNALS.items():
+            tally = tallies.setdefault(f"{command}, {name} {times}x", Tally())
+            for number in range(share, count, shares):
+                case = bench.fresh(f"{command}-{name}-{number}", command)
+                code = send(bench, setting, case, signal.Signals[name], seconds, draw)
+                for _ in range(times - 1):
+                    moment = draw.uniform(0, seconds)
+                    code = run_and_send(setting, case, signal.Signals[name], moment)
+                tally.add(conclude(bench, setting, case, code, f"{command} {name} {number}"))
     return tallies
+
+
+def send(bench: Bench, setting: Setting, case: Path, sent: signal.Signals, seconds: float,
+         draw: random.Random) -> int:  # fmt: skip
+    """Run a command and send it a signal, over again if it was done before that came."""
+    while not (code := run_and_send(setting, case, sent, draw.uniform(0, seconds))):
+        shutil.rmtree(case)
+        bench.fresh(case.name, setting.command)
+    return code
 
 
 def timed(bench: Bench, setting: Setting, name: str) -> float:
@@ -467,8 +479,9 @@ def timed(bench: Bench, setting: Setting, name: str) -> float:
     case = bench.fresh(name, setting.command)
     began = time.perf_counter()
     run(setting, case)
+    seconds = time.perf_counter() - began
     shutil.rmtree(case)
-    return time.perf_counter() - began
+    return seconds
 
 
 def run_and_send(setting: Setting, case: Path, sent: signal.Signals, after: float) -> int:
