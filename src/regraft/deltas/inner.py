@@ -37,6 +37,7 @@ ENTRY: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 # Helpers are compiled into their callers, so they need no way in from Python and no cache of
 # their own: that is a third of the time the first run takes to compile.
 INNER: dict[str, Any] = {
+    "_nrt": False,
     "error_model": "numpy",
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,

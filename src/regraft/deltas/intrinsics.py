@@ -102,10 +102,20 @@ def double_of(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def trailing_zeros(typingctx: Any, word: Any) -> Any:  # noqa: ARG001
-    """Return how many bits of a uint64 are zero below its lowest one."""
+def leading_zeros(typingctx: Any, word: Any) -> Any:  # noqa: ARG001
+    """Return how many bits of a uint64 are zero above its highest one."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+        return builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def popcount(typingctx: Any, word: Any) -> Any:  # noqa: ARG001
+    """Return how many bits of a uint64 are one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.ctpop(args[0])
 
     return types.uint64(types.uint64), codegen

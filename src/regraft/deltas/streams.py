@@ -41,7 +41,8 @@ from regraft.deltas.intrinsics import (
     float_of,
     float_to_half,
     half_to_float,
-    trailing_zeros,
+    leading_zeros,
+    popcount,
 )
 
 AT, HOLD, HELD, TAIL, NEXT, END = range(6)
@@ -128,17 +129,34 @@ def _candidates(prediction: Any, radius: Any, spacing: Any) -> Any:
 
 
 @njit(**INNER)
-def select(need: Any, need64: Any, index: Any, n: Any) -> Any:
-    """List the places where ``need`` (bytes; ``need64`` is the same memory) is set; count them."""
-    for j in range(n, (n + np.uintp(7)) // _EIGHT * _EIGHT):
+def select(need: Any, need64: Any, first: Any, index: Any, n: Any) -> Any:
+    """List the places (from ``first``, a multiple of 8) where ``need`` is set; count them.
+
+    The places are few and nowhere in particular, so a branch on each would mostly be guessed wrong.
+    Words that have any are listed first, without one; most of them have a single place.
+
+    Args:
+        need: a byte per weight.
+        need64: the same memory.
+    """
+    for j in range(first + n, first + (n + np.uintp(7)) // _EIGHT * _EIGHT):
         need[j] = 0
-    found = ZERO
+    word0, words, found = first // _EIGHT, ZERO, ZERO
     for w in range((n + np.uintp(7)) // _EIGHT):
-        word = need64[w]
+        word = need64[word0 + w]
+        index[words] = w
+        words += np.uintp(word != 0)
+        found += np.uintp(popcount(word))
+    # Backwards, since the list of places takes the room of the list of words.
+    at = found
+    for i in range(words):
+        w = index[words - ONE - i]
+        word = need64[word0 + w]
         while word:
-            index[found] = w * _EIGHT + np.uintp(trailing_zeros(word) >> np.uint64(3))
-            word &= word - np.uint64(1)
-            found += ONE
+            at -= ONE
+            last = np.uintp(63) - np.uintp(leading_zeros(word))
+            index[at] = w * _EIGHT + (last >> THREE)
+            word &= ~(np.uint64(1) << np.uint64(last))
     return found
 
 
@@ -328,7 +346,7 @@ def keep_row(
     else:
         for j in range(n):
             need[j] |= np.uint8(y16[j] != x16[at + j])
-    found = select(need, need64, index, n)
+    found = select(need, need64, ZERO, index, n)
     if found:
         _number(prediction, radius, x16, x32, kind, at, index, found, number, width)
         write(number, width, index, found, x16, x32, kind, at, state, unit, stream, place)
@@ -342,7 +360,7 @@ def restore_row(
     """Restore a row of which :func:`keep_row` kept what is needed."""
     _expect(prediction, radius, kind, values, need, n)
     encode(values, ZERO, kind, x16, x32, at, n)
-    found = select(need, need64, index, n)
+    found = select(need, need64, ZERO, index, n)
     if found:
         _width(prediction, radius, kind, index, found, width)
         read(number, width, found, 32 if kind == F32 else 16, state, unit, stream)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from regraft.deltas import inverse, kernels, streams
 from regraft.deltas.cutting import Offsets, Units
 from regraft.deltas.streams import PLAIN
-from regraft.deltas.usual import is_usual, merge_usual, restore_usual
+from regraft.deltas.usual import is_usual, merge_usual, restore_usual, scratch
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 
 Lengths = npt.NDArray[np.uint32]
@@ -67,6 +67,7 @@ class Encoder:
 
     def __init__(self) -> None:
         self._stream: Bytes = np.empty(0, np.uint8)
+        self._out: Bytes = np.empty(0, np.uint8)
 
     def begin(self, units: Units, first: int, last: int, item: int) -> None:
         """Begin a tile of units ``first`` to ``last`` whose weights take ``item`` bytes each."""
@@ -76,6 +77,7 @@ class Encoder:
         self.room = int(starts[-1] - starts[0])
         if self._stream.size < self.room:
             self._stream = np.empty(self.room, np.uint8)
+            self._out = np.empty(self.room, np.uint8)
         state = np.zeros((last - first, streams.STATE), np.int64)
         state[:, streams.AT] = state[:, streams.NEXT] = starts[:-1] - starts[0]
         state[:, streams.TAIL] = state[:, streams.END] = starts[1:] - starts[0]
@@ -102,11 +104,10 @@ class Encoder:
         """Return what was kept of the tile, whose weights' bytes are given."""
         lengths = np.empty(len(self.state), np.uint32)
         counts = np.empty(len(self.state), np.uint16)
-        out = np.empty(self.room, np.uint8)
         done = streams.gather(
-            *self.arguments, self._bytes, weights, self._item, out, lengths, counts
+            *self.arguments, self._bytes, weights, self._item, self._out, lengths, counts
         )
-        return Kept(out[:done].copy(), lengths, counts)
+        return Kept(self._out[:done].copy(), lengths, counts)
 
 
 _NO_STATE: npt.NDArray[np.int64] = np.empty(0, np.int64)
@@ -127,7 +128,7 @@ def merge(run: Rows, sums: Sums, keeping: Encoder | None) -> None:
         if keeping is not None:
             units = keeping.units
             streams_of = (*keeping.arguments, run.unit_row, units.rows, units.parts)
-        merge_usual(*_usual_arguments(run), sums, *streams_of)
+        merge_usual(*_usual_arguments(run), sums, *streams_of, *scratch())
         return
     kernels.merge_rows(*_arguments(run), sums)
     if keeping is not None:
@@ -166,7 +167,7 @@ class Decoder:
         streams_of = (self.state.ravel(), self._kept.payload, run.unit_row)
         cut = (self._units.rows, self._units.parts)
         if is_usual(run.source.kind, run.merged.kind, run.table):
-            restore_usual(*_usual_arguments(run), *streams_of, *cut)
+            restore_usual(*_usual_arguments(run), *streams_of, *cut, *scratch())
         else:
             inverse.invert_rows(*_arguments(run), *streams_of, *cut, False)
 

@@ -8,6 +8,7 @@ value's exponent is ``width`` above that of its prediction, it stands for 2 ** w
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from regraft.deltas.inner import (
     ROWS,
     THREE,
     TWO,
+    ZERO,
     bfloat16_bits,
     product,
 )
@@ -41,6 +43,22 @@ from regraft.deltas.streams import (
 def is_usual(kind: int, out_kind: int, table: Any) -> bool:
     """Whether this is the usual case: two dtypes, and a table of packed deltas."""
     return kind == out_kind == BF16 and len(table) == 1 and int(table[0, FLAGS]) == 0
+
+
+_own = threading.local()
+
+
+def scratch() -> tuple[Any, ...]:
+    """Return the calling thread's scratch arrays, which the kernels below take last."""
+    if not hasattr(_own, "arrays"):
+        need = np.empty(ROWS * BLOCK, np.uint8)
+        _own.arrays = (
+            np.empty(ROWS * BLOCK, np.float32), np.empty(BLOCK, np.uint64),
+            np.empty(BLOCK, np.int64), need, need.view(np.uint64), np.empty(BLOCK, np.uintp),
+            np.empty(0, np.float32),
+        )  # fmt: skip
+    arrays: tuple[Any, ...] = _own.arrays
+    return arrays
 
 
 @njit(**INNER)
@@ -166,23 +184,35 @@ def _set(
 
 
 @njit(**INNER)
-def _keep_row(
-    acc: Any, of: Any, scale: Any, x16: Any, x32: Any, y16: Any, at: Any, state: Any, stream: Any,
-    unit: Any, place: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
-) -> None:  # fmt: skip
-    """Keep what is needed of a row of bfloat16 weights that got one plain delta.
-
-    One pass without a branch finds the few weights of which anything is needed.
-    """
+def _mark(acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, need: Any, n: Any) -> None:
+    """Mark the weights of a row of which anything has to be kept: one pass without a branch."""
     for j in range(n):
         merged = np.uint32(y16[at + j]) << np.uint32(16)
         predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
         other = _rounded(predicted) != np.uint32(x16[at + j])
-        need[j] = np.uint8(other) | np.uint8(_is_coarser(predicted, merged))
-    found = select(need, need64, index, n)
+        need[of + j] = np.uint8(other) | np.uint8(_is_coarser(predicted, merged))
+
+
+@njit(**INNER)
+def _keep_row(
+    acc: Any, of: Any, scale: Any, x16: Any, x32: Any, y16: Any, at: Any, state: Any, stream: Any,
+    unit: Any, place: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
+) -> None:  # fmt: skip
+    """Keep what is needed of a row of bfloat16 weights that got one plain delta."""
+    found = select(need, need64, of, index, n)
     if found:
         _number(acc, of, scale, x16, y16, at, index, found, number, width)
         write(number, width, index, found, x16, x32, BF16, at, state, unit, stream, place)
+
+
+@njit(**INNER)
+def _expect(acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, need: Any, n: Any) -> None:
+    """Set a row's weights to what is expected, and mark those of which more was kept."""
+    for j in range(n):
+        merged = np.uint32(y16[at + j]) << np.uint32(16)
+        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
+        x16[at + j] = np.uint16(_rounded(predicted))
+        need[of + j] = np.uint8(_is_coarser(predicted, merged))
 
 
 @njit(**INNER)
@@ -190,13 +220,8 @@ def _restore_row(
     acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, state: Any, stream: Any, unit: Any,
     number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
 ) -> None:  # fmt: skip
-    """Restore a row of which :func:`_keep_row` kept what is needed."""
-    for j in range(n):
-        merged = np.uint32(y16[at + j]) << np.uint32(16)
-        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-        x16[at + j] = np.uint16(_rounded(predicted))
-        need[j] = np.uint8(_is_coarser(predicted, merged))
-    found = select(need, need64, index, n)
+    """Restore the weights of a row of which :func:`_keep_row` kept what is needed."""
+    found = select(need, need64, of, index, n)
     if found:
         _width(acc, of, scale, y16, at, index, found, width)
         read(number, width, found, 16, state, unit, stream)
@@ -206,11 +231,12 @@ def _restore_row(
 # -- a tile ----------------------------------------------------------------------------------------
 
 
-@njit(**ENTRY)
+@njit(**ENTRY, _nrt=False)
 def merge_usual(
     x16: Any, y16: Any, row_count: int, column_count: int, left: Any, right: Any, right_ld: int,
     first_row: int, first_column: int, rank_: int, scale: Any, sums: Any, state: Any, stream: Any,
     unit_row: int, rows_per_unit: int, units_per_row: int,
+    acc: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, no32: Any,
 ) -> None:  # fmt: skip
     """Write ``round(W + delta)`` for a tile; keep what an undo needs, if there is a state for it.
 
@@ -223,10 +249,6 @@ def merge_usual(
             empty state where nothing is to be kept.
     """
     keeping = state.shape[0] > 0
-    acc = np.empty(ROWS * BLOCK, np.float32)
-    number, width = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.int64)
-    need, index = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uintp)
-    need64, no32 = need.view(np.uint64), np.empty(0, np.float32)
     rows, columns = np.uintp(row_count), np.uintp(column_count)
     ld, rank = np.uintp(right_ld), np.uintp(rank_)
     row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
@@ -244,26 +266,25 @@ def merge_usual(
                 at, of = (i + q) * columns + start, q * block
                 _finish(acc, of, scale, x16, y16, at, sums, n)
                 if keeping:
-                    unit, place = unit_of(
-                        unit_row, i + q, start, columns, rows_per_unit, units_per_row
-                    )
-                    _keep_row(
-                        acc, of, scale, x16, no32, y16, at, state, stream, unit, place, number,
-                        width, need, need64, index, n,
-                    )  # fmt: skip
+                    _mark(acc, of, scale, x16, y16, at, need, n)
+            # By now the marks have left the processor's store buffer, and are read at once.
+            for q in range(min(np.uintp(ROWS), rows - i) if keeping else ZERO):
+                at, of = (i + q) * columns + start, q * block
+                unit, place = unit_of(unit_row, i + q, start, columns, rows_per_unit, units_per_row)
+                _keep_row(
+                    acc, of, scale, x16, no32, y16, at, state, stream, unit, place, number, width,
+                    need, need64, index, n,
+                )  # fmt: skip
 
 
-@njit(**ENTRY)
+@njit(**ENTRY, _nrt=False)
 def restore_usual(
     x16: Any, y16: Any, row_count: int, column_count: int, left: Any, right: Any, right_ld: int,
     first_row: int, first_column: int, rank_: int, scale: Any, state: Any, stream: Any,
     unit_row: int, rows_per_unit: int, units_per_row: int,
+    acc: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, no32: Any,
 ) -> None:  # fmt: skip
     """Restore a tile's weights from its merged values ``y16``; else as :func:`merge_usual`."""
-    acc = np.empty(ROWS * BLOCK, np.float32)
-    number, width = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.int64)
-    need, index = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uintp)
-    need64, no32 = need.view(np.uint64), np.empty(0, np.float32)
     rows, columns = np.uintp(row_count), np.uintp(column_count)
     ld, rank = np.uintp(right_ld), np.uintp(rank_)
     row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
@@ -277,6 +298,9 @@ def restore_usual(
             l0, l1 = (row0 + i) * rank, (row0 + min(i + ONE, last)) * rank
             l2, l3 = (row0 + min(i + TWO, last)) * rank, (row0 + min(i + THREE, last)) * rank
             product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, n)
+            for q in range(min(np.uintp(ROWS), rows - i)):
+                at, of = (i + q) * columns + start, q * block
+                _expect(acc, of, scale, x16, y16, at, need, n)
             for q in range(min(np.uintp(ROWS), rows - i)):
                 at, of = (i + q) * columns + start, q * block
                 unit, place = unit_of(unit_row, i + q, start, columns, rows_per_unit, units_per_row)

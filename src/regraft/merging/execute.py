@@ -174,7 +174,8 @@ class _Queue:
         output = self._outputs[target.name]
         source = self._source if step.source_adapter is None else self._plain
         written = StepRun(step, output, job.offset, source, self._store, tile_bytes, self._keeping)
-        return _Active(number, job, written, list(tiles_of(step, tile_bytes)))
+        tiles = tiles_of(step, tile_bytes, source.grain(step.source))
+        return _Active(number, job, written, list(tiles))
 
     def next(self) -> tuple[_Active, Tile] | None:
         """Return the next tile, or None when there is none or the work was stopped."""

@@ -73,6 +73,14 @@ class RestoringSource:
         step = self._recipe.steps.get(spec.name)
         return step.factor_bytes + 32 * step.units.count if step is not None else 0
 
+    def grain(self, spec: TensorSpec) -> int:
+        """Return the bytes of a unit of a merged tensor, of a chunk of one that is kept."""
+        if spec.name in self._recipe.steps:
+            units = self._recipe.steps[spec.name].units
+            return units.rows * units.width * spec.itemsize
+        keep = self._recipe.keeps.get(spec.name)
+        return planes.CHUNK * keep.item if keep is not None else 1
+
     def release(self, spec: TensorSpec) -> None:
         """Let go of a tensor's factors."""
         with self._lock:

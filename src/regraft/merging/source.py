@@ -18,6 +18,9 @@ class Source(Protocol):
     def cost(self, spec: TensorSpec) -> int:
         """Return the memory that reading a tensor takes besides the buffer."""
 
+    def grain(self, spec: TensorSpec) -> int:
+        """Return the bytes whose multiples are good places to cut a tensor."""
+
     def release(self, spec: TensorSpec) -> None:
         """Let go of what was kept for a tensor that will not be read again."""
 
@@ -39,6 +42,11 @@ class FileSource:
         """Return 0."""
         del spec
         return 0
+
+    def grain(self, spec: TensorSpec) -> int:
+        """Return 1: any place is as good as another."""
+        del spec
+        return 1
 
     def release(self, spec: TensorSpec) -> None:
         """Do nothing."""

@@ -35,8 +35,16 @@ class Tile:
     write: int
 
 
-def tiles_of(step: Step, tile_bytes: int) -> Iterator[Tile]:
-    """Yield a step's tiles in order; each reads at most about ``tile_bytes``, whole units."""
+def tiles_of(step: Step, tile_bytes: int, grain: int = 1) -> Iterator[Tile]:
+    """Yield a step's tiles in order; each reads at most about ``tile_bytes``, whole units.
+
+    Args:
+        step: the step.
+        tile_bytes: how much may be read at a time.
+        grain: bytes of the source whose multiples are good places to cut it.
+    """
+    if grain <= tile_bytes:
+        tile_bytes -= tile_bytes % grain
     if step.segments or step.patches:
         yield from _row_tiles(step, tile_bytes)
     elif step.source.dtype == step.dtype:
