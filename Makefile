@@ -11,7 +11,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   measure against PEFT and a plain copy; writes docs/benchmarks.md"
-	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (hours)"
+	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (an hour)"
 	@echo "make docs    check that the docs are in step with the code"
 
 # torch comes first and pinned: an unpinned torch would bring gigabytes of CUDA.

@@ -38,7 +38,6 @@ from regraft.merging.undo import (
     read_manifest,
     side_files,
     stand_in,
-    with_source,
 )
 from regraft.merging.workplace import Workplace, workplace
 
@@ -339,7 +338,7 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
     folder = work.fresh_base()
     source = found.receipt.base
     base = stand_in(found.folder, found.manifest, patch, folder)
-    base = with_source(base, source.source, source.revision)
+    base = replace(base, source=source.source, revision=source.revision)
     dtype = found.receipt.options.get("dtype")
     old = replace(choices, dtype=parse_dtype(dtype), shard_size=None, threads=1)
     made = make_plan(base, found.adapters, old, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +22,7 @@ from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import capped, quoted
-from regraft.formats.reading import FilePool, typed_os_errors
+from regraft.formats.reading import typed_os_errors
 from regraft.merging.jobs import Target, plan_digest
 from regraft.merging.keep import Keep
 from regraft.merging.output import write_file, write_pieces
@@ -431,11 +431,3 @@ def base_targets(base: Checkpoint, manifest: Manifest, patch: PatchReader) -> li
 def base_shards(targets: Sequence[Target]) -> tuple[OutputShard, ...]:
     """Return files as a plan lists them."""
     return tuple(OutputShard(target.name, target.steps) for target in targets)
-
-
-def with_source(base: Checkpoint, source: str, revision: str | None) -> Checkpoint:
-    """Return a stand-in under the name that the base had."""
-    return replace(base, source=source, revision=revision)
-
-
-__all__ = ["FilePool", "Manifest", "keep_base", "stand_in"]
