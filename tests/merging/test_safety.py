@@ -20,7 +20,7 @@ from blake3 import blake3
 
 import regraft
 from merging import toys
-from merging.processes import COMMAND, environment, errors, regraft_command
+from merging.processes import environment, errors, regraft_command
 from merging.test_memory import MIB, write_sparse
 from merging.test_resume import comparable
 from merging.toys import tree, write_adapter, write_base, write_json
@@ -252,13 +252,22 @@ def test_no_room_is_exit_code_4(tmp_path: Path, small_disk: Callable[[int], Path
 # Interrupted
 
 
+NOTES_AT_ONCE = """
+from regraft.merging import ledger
+ledger.SECONDS_BETWEEN_NOTES = 0
+from regraft.cli import main
+main()
+"""
+"""The command line, with a note of each tensor, so that most of the work is still to be done."""
+
+
 def start_merge(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
     """Start a merge that takes a while; return once it has noted the first tensors as done."""
-    many = {f"a{number:02d}": ("BF16", (8, MIB // 2)) for number in range(96)}
+    many = {f"a{number:03d}": ("BF16", (8, MIB // 2)) for number in range(192)}
     base = write_sparse(tmp_path / "base", {**many, "m.weight": ("F32", (8, 8))})
     adapter = write_adapter(tmp_path / "adapter", toys.lora("m", 8, 8), target_modules=["m"])
-    command = [*COMMAND, "merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "-q"]
-    command += ["--threads", "1"]
+    command = [sys.executable, "-c", NOTES_AT_ONCE, "merge", str(base), str(adapter)]
+    command += ["-o", str(tmp_path / "out"), "-q", "--threads", "1"]
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
