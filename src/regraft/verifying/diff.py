@@ -14,7 +14,6 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +31,7 @@ from regraft.formats.torch_zip import read_torch_file
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.sidefiles import travels
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
+from regraft.verifying.workers import for_each
 
 if TYPE_CHECKING:
     from regraft.deltas.distance import Distance
@@ -596,14 +596,13 @@ class _Queue:
     ) -> None:
         self._pairs, self._files = pairs, files
         self._places = {path: os.path.realpath(path) for p in pairs for path in _paths(*p)}
-        self._tiles = self._walk()
         self._total = sum(x.nbytes + y.nbytes for x, y in pairs if self._has_to_be_read(x, y))
         self._done, self._progress = 0, progress
         self._lock = threading.Lock()
-        self._stopped = False
         self.changes: dict[str, TensorChange] = {}
 
-    def _walk(self) -> Iterator[tuple[_Comparison, int]]:
+    def walk(self) -> Iterator[tuple[_Comparison, int]]:
+        """Yield the tiles to be compared, tensor by tensor."""
         for x, y in self._pairs:
             if self._has_to_be_read(x, y):
                 comparison = _Comparison(x, y, self._files)
@@ -620,11 +619,6 @@ class _Queue:
         one_place = x.start == y.start and self._places[x.path] == self._places[y.path]
         return _comparable(x, y) and x.numel > 0 and not (one_place and _alike(x, y))
 
-    def next(self) -> tuple[_Comparison, int] | None:
-        """Return the next tile, or None when there is none or the work was stopped."""
-        with self._lock:
-            return None if self._stopped else next(self._tiles, None)
-
     def finish(self, comparison: _Comparison, nbytes: int, *, last: bool) -> None:
         """Account for a tile; with the last one of a tensor, keep what differs."""
         name = comparison.x.name if last else ""
@@ -636,36 +630,19 @@ class _Queue:
             if self._progress is not None:
                 self._progress(ProgressEvent("compare", self._done, self._total, name))
 
-    def stop(self) -> None:
-        """Hand out nothing more."""
-        with self._lock:
-            self._stopped = True
-
 
 def _paths(x: TensorSpec, y: TensorSpec) -> set[Path]:
     return {x.path, y.path}
 
 
 def _run_threads(queue: _Queue, threads: int) -> None:
-    def work() -> None:
-        buffers = _Buffers()
-        while (item := queue.next()) is not None:
-            comparison, first = item
-            try:
-                nbytes, last = comparison.work(first, buffers)
-                queue.finish(comparison, nbytes, last=last)
-            except BaseException:
-                queue.stop()
-                raise
+    own = threading.local()
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="regraft") as pool:
-        futures: list[Future[None]] = []
-        try:
-            for _ in range(threads):
-                futures.append(pool.submit(work))  # one by one: an interrupt may fall between
-            wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:  # Ctrl-C
-            queue.stop()
-            raise
-    for future in futures:
-        future.result()
+    def work(item: tuple[_Comparison, int]) -> None:
+        if not hasattr(own, "buffers"):
+            own.buffers = _Buffers()
+        comparison, first = item
+        nbytes, last = comparison.work(first, own.buffers)
+        queue.finish(comparison, nbytes, last=last)
+
+    for_each(queue.walk(), work, threads)
