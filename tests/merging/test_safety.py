@@ -261,6 +261,11 @@ main()
 """The command line, with a note of each tensor, so that most of the work is still to be done."""
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to commands in its background: there they are deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_merge(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
     """Start a merge that takes a while; return once it has noted the first tensors as done."""
     many = {f"a{number:03d}": ("BF16", (8, MIB // 2)) for number in range(192)}
@@ -269,8 +274,9 @@ def start_merge(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
     command = [sys.executable, "-c", NOTES_AT_ONCE, "merge", str(base), str(adapter)]
     command += ["-o", str(tmp_path / "out"), "-q", "--threads", "1"]
     process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_interrupts,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     journal = tmp_path / ".out.regraft" / "journal"
     while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
