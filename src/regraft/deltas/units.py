@@ -74,14 +74,14 @@ class Encoder:
         self.units, self._item = units, item
         starts = units.starts(first, last) * item
         self._bytes = np.diff(starts)
-        self.room = int(starts[-1] - starts[0])
-        if self._stream.size < self.room:
-            self._stream = np.empty(self.room, np.uint8)
-            self._out = np.empty(self.room, np.uint8)
+        room = int(starts[-1] - starts[0])
+        if self._stream.size < room:
+            self._stream = np.empty(room, np.uint8)
+            self._out = np.empty(room, np.uint8)
         state = np.zeros((last - first, streams.STATE), np.int64)
         state[:, streams.AT] = state[:, streams.NEXT] = starts[:-1] - starts[0]
         state[:, streams.TAIL] = state[:, streams.END] = starts[1:] - starts[0]
-        self.state, self.first = state, first
+        self.state = state
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -137,7 +137,11 @@ def merge(run: Rows, sums: Sums, keeping: Encoder | None) -> None:
 
 def sizes_of(units: Units, lengths: Lengths, counts: Counts, item: int) -> Offsets:
     """Return the bytes that each unit's stream takes, for all units of a matrix."""
-    plain = np.diff(units.starts(0, units.count)) * item
+    return _sizes(np.diff(units.starts(0, units.count)) * item, lengths, counts, item)
+
+
+def _sizes(plain: Offsets, lengths: Lengths, counts: Counts, item: int) -> Offsets:
+    """Return the bytes of streams, given those that the units take as plain weights."""
     coded = lengths.astype(np.int64) + counts.astype(np.int64) * (item + 2)
     return np.where(lengths == PLAIN, plain, coded)
 
@@ -146,12 +150,11 @@ class Decoder:
     """Restores the weights of a tile from what was kept of them."""
 
     def __init__(self, units: Units, first: int, last: int, kept: Kept, item: int) -> None:
-        self._units, self._kept, self._item = units, kept, item
+        self._units, self._kept = units, kept
         self._starts = units.starts(first, last) * item
         self._plain = kept.lengths == PLAIN
         bits = np.where(self._plain, 0, kept.lengths).astype(np.int64)
-        coded = bits + kept.counts.astype(np.int64) * (item + 2)
-        sizes = np.where(self._plain, np.diff(self._starts), coded)
+        sizes = _sizes(np.diff(self._starts), kept.lengths, kept.counts, item)
         ends = np.cumsum(sizes)
         begins = ends - sizes
         self._begins = begins
@@ -160,7 +163,6 @@ class Decoder:
         state[:, streams.TAIL] = state[:, streams.NEXT] = begins + bits
         state[:, streams.END] = np.where(self._plain, begins, ends)
         self.state = state
-        self.fits = int(ends[-1] if len(ends) else 0) == kept.payload.size
 
     def restore(self, run: Rows) -> None:
         """Restore a run of rows."""

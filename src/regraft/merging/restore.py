@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from regraft.deltas import planes
-from regraft.deltas.cutting import UNIT_COLUMNS, Units
+from regraft.deltas.cutting import UNIT_COLUMNS, Offsets, Units
 from regraft.deltas.units import Counts, Decoder, Kept, Lengths, sizes_of
 from regraft.deltas.views import Delta
 from regraft.deltas.weights import Bytes, Floats, Weights
@@ -55,6 +55,7 @@ class RestoringSource:
     ) -> None:
         self._recipe, self._patch, self._files, self._store = recipe, patch, files, store
         self._open: dict[str, _Restorer] = {}
+        self._chunks: dict[str, Offsets] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
 
@@ -82,9 +83,10 @@ class RestoringSource:
         return planes.CHUNK * keep.item if keep is not None else 1
 
     def release(self, spec: TensorSpec) -> None:
-        """Let go of a tensor's factors."""
+        """Let go of a tensor's factors and tables."""
         with self._lock:
             self._open.pop(spec.name, None)
+            self._chunks.pop(spec.name, None)
 
     def expected(self, name: str) -> str | None:
         """Return the digest that the receipt has."""
@@ -102,8 +104,7 @@ class RestoringSource:
     def _read_kept(self, keep: Keep, offset: int, buffer: Bytes) -> None:
         """Restore a range of a kept tensor, whole chunks at a time."""
         name, chunk = keep.original.name, planes.CHUNK * keep.item
-        raw = self._patch.table(section(name, CHUNKS), 4 * keep.chunks)
-        ends = np.cumsum(np.frombuffer(raw, np.uint32).astype(np.int64))
+        ends = self._chunk_ends(keep)
         for number in range(offset // chunk, -(-(offset + buffer.size) // chunk)):
             begin = number * chunk
             size = min(chunk, keep.original.nbytes - begin)
@@ -116,6 +117,15 @@ class RestoringSource:
                 raise self._patch.damaged(section(name, PLANES), "chunks", str(error)) from None
             low, high = max(begin, offset), min(begin + size, offset + buffer.size)
             buffer[low - offset : high - offset] = values[low - begin : high - begin]
+
+    def _chunk_ends(self, keep: Keep) -> Offsets:
+        """Return where each chunk of a kept tensor ends; read once for all of its tiles."""
+        name = keep.original.name
+        with self._lock:
+            if name not in self._chunks:
+                raw = self._patch.table(section(name, CHUNKS), 4 * keep.chunks)
+                self._chunks[name] = np.cumsum(np.frombuffer(raw, np.uint32).astype(np.int64))
+            return self._chunks[name]
 
     def _prediction(self, keep: Keep, begin: int, size: int) -> Bytes:
         if keep.adapter is not None:
