@@ -10,13 +10,19 @@ from pathlib import Path
 
 import regraft
 
-DELTAS = Path(regraft.__file__).parent / "deltas"
+PACKAGE = Path(regraft.__file__).parent
 
 
 def pytest_configure() -> None:
     """Remove stale kernels; several workers may be at it at once."""
-    newest = max(path.stat().st_mtime for path in DELTAS.glob("*.py"))
-    for path in DELTAS.glob("__pycache__/*.nb[ic]"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime < newest:
-                path.unlink()
+    ground = _newest(PACKAGE / "numerics")
+    for room in (PACKAGE / "deltas", PACKAGE / "quant"):
+        newest = max(ground, _newest(room))
+        for path in room.glob("__pycache__/*.nb[ic]"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < newest:
+                    path.unlink()
+
+
+def _newest(room: Path) -> float:
+    return max(path.stat().st_mtime for path in room.glob("*.py"))

@@ -31,9 +31,10 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from regraft.deltas.inner import BF16, BLOCK, ENTRY, F16, ZERO, decode, round_through
-from regraft.deltas.intrinsics import bits_of, float_of
+from regraft.deltas.inner import BLOCK, ZERO, round_through
 from regraft.deltas.weights import Floats, Weights
+from regraft.numerics.conversions import BF16, ENTRY, F16, decode
+from regraft.numerics.intrinsics import bits_of, float_of
 
 _PIECE = 2**14
 """Elements taken at a time where numpy does the work."""

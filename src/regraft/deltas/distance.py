@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from regraft.deltas.inner import BLOCK, ENTRY, F32, INNER, ZERO, decode
-from regraft.deltas.intrinsics import add_square, bits_of
+from regraft.deltas.inner import BLOCK, ZERO
 from regraft.deltas.weights import Bytes, Weights
+from regraft.numerics.conversions import ENTRY, F32, INNER, decode
+from regraft.numerics.intrinsics import add_square, bits_of
 from regraft.tensors import DTYPES, WORKING_DTYPES
 
 VALUE_DTYPES = (*WORKING_DTYPES, "F64")

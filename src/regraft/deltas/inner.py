@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from regraft.deltas.intrinsics import bits_of, float_of, float_to_half, fma, half_to_float
-
-F32, BF16, F16 = 0, 1, 2
-KINDS = {"F32": F32, "BF16": BF16, "F16": F16}
-"""Number of each working dtype, by its safetensors name."""
+from regraft.numerics.conversions import (
+    BF16,
+    F16,
+    INNER,
+    bfloat16_bits,
+)
+from regraft.numerics.intrinsics import float_of, float_to_half, fma, half_to_float
 
 ROW_FACTOR, COLUMN_FACTOR, ROUND_TO_SOURCE = 1, 2, 4
 """Flags of one delta: a factor per row (DoRA), per column (DoRA, transposed), or a rounding."""
@@ -33,56 +35,8 @@ ROWS = 4
 
 ZERO, ONE, TWO, THREE = np.uintp(0), np.uintp(1), np.uintp(2), np.uintp(3)
 
-ENTRY: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
-# Helpers are compiled into their callers, so they need no way in from Python and no cache of
-# their own: that is a third of the time the first run takes to compile.
-INNER: dict[str, Any] = {
-    "_nrt": False,
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
-
 # Indices below are unsigned (np.uintp): numba then leaves out the check for a negative index, which
 # would keep LLVM from vectorizing. Slices would do too, but each costs two atomic reference counts.
-
-
-@njit(**INNER)
-def decode(x16: Any, x32: Any, kind: int, at: Any, out: Any, to: Any, n: Any) -> None:
-    """Set ``out[to:to + n]`` to ``n`` weights, as float32."""
-    if kind == BF16:
-        for j in range(n):
-            out[to + j] = float_of(np.uint32(x16[at + j]) << np.uint32(16))
-    elif kind == F16:
-        for j in range(n):
-            out[to + j] = half_to_float(x16[at + j])
-    else:
-        for j in range(n):
-            out[to + j] = x32[at + j]
-
-
-@njit(inline="always")
-def bfloat16_bits(value: Any) -> Any:
-    """Round to bfloat16, to nearest even; a NaN keeps its sign and stays a NaN."""
-    u = bits_of(value)
-    rounded = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    nan = (u >> np.uint32(16)) | np.uint32(0x40)
-    is_nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.uint16(nan if is_nan else rounded)
-
-
-@njit(**INNER)
-def encode(values: Any, of: Any, kind: int, x16: Any, x32: Any, at: Any, n: Any) -> None:
-    """Round ``n`` float32 values into a buffer."""
-    if kind == BF16:
-        for j in range(n):
-            x16[at + j] = bfloat16_bits(values[of + j])
-    elif kind == F16:
-        for j in range(n):
-            x16[at + j] = float_to_half(values[of + j])
-    else:
-        for j in range(n):
-            x32[at + j] = values[of + j]
 
 
 @njit(**INNER)

@@ -14,10 +14,8 @@ from numba import njit
 from regraft.deltas.inner import (
     BLOCK,
     COLUMN_FACTOR,
-    ENTRY,
     FACTOR,
     FLAGS,
-    INNER,
     LEFT,
     ONE,
     RANK,
@@ -28,7 +26,6 @@ from regraft.deltas.inner import (
     THREE,
     TWO,
     ZERO,
-    decode,
     product,
 )
 from regraft.deltas.streams import (
@@ -38,6 +35,7 @@ from regraft.deltas.streams import (
     restore_row,
     unit_of,
 )
+from regraft.numerics.conversions import ENTRY, INNER, decode
 
 _PRECISION = 2.0**-24
 """Of float32: an operation's result is within this share of the exact one."""

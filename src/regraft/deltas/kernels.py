@@ -12,16 +12,10 @@ import numpy as np
 from numba import njit
 
 from regraft.deltas.inner import (
-    BF16,
     BLOCK,
     COLUMN_FACTOR,
-    ENTRY,
-    F16,
-    F32,
     FACTOR,
     FLAGS,
-    INNER,
-    KINDS,
     LEFT,
     ONE,
     RANK,
@@ -33,11 +27,19 @@ from regraft.deltas.inner import (
     TWO,
     ZERO,
     apply,
-    decode,
-    encode,
     product,
 )
-from regraft.deltas.intrinsics import add_square, bits_of, fma
+from regraft.numerics.conversions import (
+    BF16,
+    ENTRY,
+    F16,
+    F32,
+    INNER,
+    KINDS,
+    decode,
+    encode,
+)
+from regraft.numerics.intrinsics import add_square, bits_of, fma
 
 __all__ = [
     "BF16",

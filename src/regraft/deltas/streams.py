@@ -21,20 +21,17 @@ import numpy as np
 from numba import njit
 
 from regraft.deltas.cutting import UNIT_COLUMNS
-from regraft.deltas.inner import (
+from regraft.deltas.inner import ONE, THREE, TWO, ZERO
+from regraft.numerics.conversions import (
     BF16,
     ENTRY,
     F16,
     F32,
     INNER,
-    ONE,
-    THREE,
-    TWO,
-    ZERO,
     bfloat16_bits,
     encode,
 )
-from regraft.deltas.intrinsics import (
+from regraft.numerics.intrinsics import (
     bits_of,
     double_bits,
     double_of,

@@ -15,20 +15,15 @@ import numpy as np
 from numba import njit
 
 from regraft.deltas.inner import (
-    BF16,
     BLOCK,
-    ENTRY,
     FLAGS,
-    INNER,
     ONE,
     ROWS,
     THREE,
     TWO,
     ZERO,
-    bfloat16_bits,
     product,
 )
-from regraft.deltas.intrinsics import add_square, bits_of, float_of, fma
 from regraft.deltas.streams import (
     PLAIN_WIDTH,
     power,
@@ -38,6 +33,8 @@ from regraft.deltas.streams import (
     unit_of,
     write,
 )
+from regraft.numerics.conversions import BF16, ENTRY, INNER, bfloat16_bits
+from regraft.numerics.intrinsics import add_square, bits_of, float_of, fma
 
 
 def is_usual(kind: int, out_kind: int, table: Any) -> bool:

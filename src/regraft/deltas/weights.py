@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.deltas import kernels
+from regraft.numerics.arrays import Bytes, Floats, Sums
 
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
-Sums = npt.NDArray[np.float64]
+__all__ = ["Bytes", "Floats", "Sums", "Weights"]
 
 _NO16: npt.NDArray[np.uint16] = np.empty(0, np.uint16)
 _NO32: Floats = np.empty(0, np.float32)

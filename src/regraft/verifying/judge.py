@@ -19,7 +19,6 @@ import numpy as np
 
 from regraft.adapters.model import Adapter
 from regraft.deltas.agreement import Agreement, Care, Fit
-from regraft.deltas.inner import KINDS
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.errors import RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
@@ -31,6 +30,7 @@ from regraft.merging.factors import FactorStore
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, make_plan, refuse_quantized
 from regraft.merging.tiles import Tile, tiles_of
+from regraft.numerics.conversions import KINDS
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
 from regraft.verifying.diagnosis import (
     Diagnosis,

@@ -1,0 +1,1 @@
+"""The ground of all compiled loops: single operations, conversions, types of arrays."""

@@ -1,0 +1,1 @@
+"""Quantized weights: what the codes of a checkpoint stand for, and how to make them."""
