@@ -82,6 +82,17 @@ def add_square(typingctx: Any, total: Any, value: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
+def add_product(typingctx: Any, total: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
+    """Return ``total + a * b`` (float64), to be added up in any order; see :func:`add_square`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        product = builder.fmul(args[1], args[2], flags=_ANY_ORDER)
+        return builder.fadd(args[0], product, flags=_ANY_ORDER)
+
+    return types.float64(types.float64, types.float64, types.float64), codegen
+
+
+@intrinsic
 def double_bits(typingctx: Any, value: Any) -> Any:  # noqa: ARG001
     """Return the 64 bits of a float64."""
 

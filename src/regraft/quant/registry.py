@@ -1,0 +1,110 @@
+"""Which quantized weights a checkpoint holds: the finders of all formats, by the config's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
+
+from regraft.errors import FormatError, Problem, UnsupportedError
+from regraft.quant.weight import Found, QuantizedWeight, Stored
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "bitsandbytes": ("regraft.quant.bitsandbytes", "regraft.quant.int8"),
+}
+"""Modules whose ``find`` looks for the weights of a ``quant_method``."""
+
+_MARKS = {
+    "bitsandbytes": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".SCB"),
+}
+"""How the tensors of a method end, which tells it where there is no config."""
+
+_MOST_PROBLEMS = 50
+
+
+def method_of(stored: Stored) -> str | None:
+    """Return how a checkpoint is quantized; None if it is not.
+
+    Raises:
+        UnsupportedError: in a way that is not known.
+    """
+    said = stored.config.get("quant_method")
+    if said is None and (stored.config.get("load_in_4bit") or stored.config.get("load_in_8bit")):
+        said = "bitsandbytes"
+    if said is None:
+        return _by_names(stored)
+    method = str(said).removeprefix("QuantizationMethod.").lower()
+    if method in METHODS:
+        return method
+    raise UnsupportedError(
+        "the base is quantized in a way that is not supported: its packed bytes are not weights",
+        where=stored.where,
+        expected=", ".join(sorted(METHODS)),
+        found=f"quantization {method[:80]!r}",
+        hint="Name the 16-bit base the quantized one was made from",
+    )
+
+
+def _by_names(stored: Stored) -> str | None:
+    for method, endings in _MARKS.items():
+        if any(name.endswith(endings) for name in stored.tensors):
+            return method
+    if stored.config:
+        raise UnsupportedError(
+            "the base is quantized by an unnamed method",
+            where=stored.where,
+            expected=f"a quant_method: {', '.join(sorted(METHODS))}",
+            hint="Name the 16-bit base the quantized one was made from",
+        )
+    return None
+
+
+def find_weights(stored: Stored) -> tuple[str | None, Found]:
+    """Return how a checkpoint is quantized, and its quantized weights.
+
+    Raises:
+        UnsupportedError: in a way that is not known.
+        FormatError: parts are missing or do not fit; lists all of them.
+    """
+    method = method_of(stored)
+    if method is None:
+        return None, Found()
+    finds = [_finder(module)(stored) for module in METHODS[method]]
+    problems = [problem for found in finds for problem in found.problems]
+    weights = tuple(weight for found in finds for weight in found.weights)
+    if not problems and not weights:
+        problems = [_nothing_found(stored, method)]
+    _raise(problems)
+    return method, Found(weights, (), tuple(name for found in finds for name in found.skipped))
+
+
+def _finder(module: str) -> Callable[[Stored], Found]:
+    find: Callable[[Stored], Found] = import_module(module).find
+    return find
+
+
+def _nothing_found(stored: Stored, method: str) -> Problem:
+    return Problem(
+        "the config says that the model is quantized, and no tensor is", stored.where,
+        f"weights as {method} stores them", "none",
+        "Remove quantization_config from config.json if the weights are plain",
+    )  # fmt: skip
+
+
+def check_contents(weights: Iterable[QuantizedWeight], stored: Stored) -> None:
+    """Refuse weights whose scales are no numbers.
+
+    Raises:
+        FormatError: some are; lists them.
+    """
+    read: Any = stored.read
+    _raise([problem for weight in weights for problem in weight.codec.trouble(weight, read)])
+
+
+def _raise(problems: list[Problem]) -> None:
+    if not problems:
+        return
+    shown, rest = problems[:_MOST_PROBLEMS], len(problems) - _MOST_PROBLEMS
+    if rest > 0:
+        shown.append(Problem(f"{rest} more problems of this kind are not shown"))
+    raise FormatError(shown)

@@ -1,0 +1,167 @@
+"""What a quantized weight of a checkpoint is, and what a codec has to do for it.
+
+A checkpoint keeps a quantized weight in several stored tensors: codes, scales, sometimes zeros and
+more. A :class:`QuantizedWeight` gathers them under the one name that the model knows it by. Its
+:class:`Codec` turns any block of it into codes with their scales, and codes back into bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from regraft.errors import Problem
+from regraft.numerics.arrays import Bytes
+from regraft.quant.grid import Codes
+from regraft.tensors import TensorSpec
+
+Read = Callable[[TensorSpec, int, Bytes], None]
+"""Fills a buffer with the bytes of a stored tensor that begin some bytes into it."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a weight seen as a matrix: whole rows, or a range of columns of one row.
+
+    Attributes:
+        rows, columns: half-open ranges.
+    """
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @property
+    def height(self) -> int:
+        """Number of rows."""
+        return self.rows[1] - self.rows[0]
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.columns[1] - self.columns[0]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight that is stored as codes.
+
+    Attributes:
+        name: what the model calls it, such as ``model.layers.0.mlp.up_proj.weight``.
+        shape: its dimensions in the model; with ``as_stored``, as its codes lie in the file.
+        dtype: safetensors dtype that it has dequantized.
+        codec: how it is stored.
+        parts: its stored tensors, by their role; the role of the codes is ``codes``.
+        as_stored: whether it is seen the way its codes lie, which for some formats is transposed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    codec: Codec
+    parts: Mapping[str, TensorSpec]
+    as_stored: bool = False
+
+    @property
+    def codes(self) -> TensorSpec:
+        """The stored tensor that holds the codes."""
+        return self.parts["codes"]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns; all dimensions but the last are rows."""
+        width = self.shape[-1] if self.shape else 1
+        count = 1
+        for size in self.shape:
+            count *= size
+        return (count // width if width else 0, width)
+
+
+class Codec(Protocol):
+    """One way to store a weight. Frozen: it holds what the config says of the format, no state."""
+
+    @property
+    def name(self) -> str:
+        """The format's name, such as ``nf4``."""
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether codes can be written back: the merged weight kept in the same format."""
+
+    @property
+    def stores_transposed(self) -> bool:
+        """Whether codes lie as (in, out) where the model has (out, in)."""
+
+    def row_grain(self, weight: QuantizedWeight) -> int:
+        """Return how many rows (as stored) have to stay together when it is written."""
+
+    def block(self, weight: QuantizedWeight, at: Block, read: Read) -> Codes:
+        """Return the codes of a block with the scales that reach into it.
+
+        Raises:
+            RegraftError: something cannot be read.
+        """
+
+    def pack(self, weight: QuantizedWeight, at: Block, codes: Bytes) -> Bytes:
+        """Return the bytes of a block's codes; ``weight`` is ``as_stored``."""
+
+    def place(self, weight: QuantizedWeight, at: Block) -> tuple[int, int]:
+        """Return where these bytes lie in the stored tensor: offset and length."""
+
+    def trouble(self, weight: QuantizedWeight, read: Read) -> list[Problem]:
+        """Return what is wrong with the contents of the parts that are no codes: NaN scales, say.
+
+        It reads all of them, so it is asked once, before any work.
+        """
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a format finds in a checkpoint.
+
+    Attributes:
+        weights: the quantized weights.
+        problems: everything that is wrong with them, by tensor.
+        skipped: stored tensors that belong to the format and to no weight that is read, such as
+            scales of activations; they are left out when the model is dequantized.
+    """
+
+    weights: tuple[QuantizedWeight, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint as a format sees it.
+
+    Attributes:
+        tensors: its stored tensors by name.
+        config: ``quantization_config`` (or ``compression_config``), {} for none.
+        dtype: the safetensors dtype that the model's config names, None for none.
+        read: reads them; None where only headers are at hand.
+        where: what messages call it.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    config: Mapping[str, Any]
+    dtype: str | None
+    read: Read | None
+    where: str
+
+
+Finder = Callable[[Stored], Found]
+"""Finds the weights of one family of formats."""
+
+
+def missing(stored: Stored, name: str, roles: Iterable[str]) -> list[Problem]:
+    """Return a problem for each stored tensor that a weight needs and that is not there."""
+    return [
+        Problem(
+            "a quantized weight lacks a part of it", f"{stored.where}, tensor {name!r}",
+            f"{role!r} in one of the weight files", "nothing",
+            "Download the missing file, or the whole model again",
+        )
+        for role in roles
+        if role not in stored.tensors
+    ]  # fmt: skip
