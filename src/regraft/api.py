@@ -21,7 +21,14 @@ from regraft.merging.events import Progress, tell
 from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan
-from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
+from regraft.merging.quantized import check_scales, see_through
+from regraft.merging.recipe import (
+    AdapterArg,
+    Coding,
+    choices_of,
+    open_adapters,
+    parse_adapters,
+)
 from regraft.merging.report import CheckReport
 
 if TYPE_CHECKING:
@@ -38,6 +45,10 @@ def merge(
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     overwrite: bool = False,
+    quantize: str | None = None,
+    rounding: str | None = None,
+    seed: int = 0,
+    trained_on: str | Path | None = None,
     undo: bool = True,
     keep_adapter: bool = True,
     token: str | None = None,
@@ -50,8 +61,16 @@ def merge(
         base: a folder, a single ``.safetensors`` file, or a Hub id ``org/name[@revision]``.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
         out: the folder to make; it appears whole or not at all.
-        dtype: dtype of all floating-point tensors; by default each keeps the base's.
+        dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
+            weight becomes a plain one of the dtype that its format computes in.
         shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
+        quantize: ``"keep"``: a quantized base stays in its format, with its scales.
+        rounding: how values become codes: ``"stochastic"``, which keeps the deltas on average, or
+            ``"nearest"``.
+        seed: which random bits that takes; the same seed gives the same bytes on any machine.
+        trained_on: the base that the adapters were trained on, where it is another one, such as
+            the 4-bit version of this one. It changes no byte: the receipt says for each tensor how
+            far apart the two are, against the delta.
         max_memory: cap on resident memory, whatever the size of the model.
         threads: worker threads; by default three more than there are cores at hand.
         overwrite: replace ``out``, once the new one is complete, if it holds a model already.
@@ -71,11 +90,14 @@ def merge(
     started = time.perf_counter()
     place = Path(out)
     check_output(place, [], overwrite=overwrite)  # before anything is fetched from the Hub
-    choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter)
+    coding = Coding(quantize, rounding, seed)
+    choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     checkpoint = open_checkpoint(locate(base, kind="base", token=token))
     made = _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
+    if made.quantization is not None:
+        check_scales(made.quantization)
     check_space(place, made.disk_bytes)
 
     from regraft.merging.building import build
@@ -108,6 +130,9 @@ def plan(
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     overwrite: bool = False,
+    quantize: str | None = None,
+    rounding: str | None = None,
+    seed: int = 0,
     undo: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
@@ -119,7 +144,8 @@ def plan(
     Raises:
         RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
     """
-    choices = choices_of(dtype, shard_size, max_memory, threads, undo)
+    coding = Coding(quantize, rounding, seed)
+    choices = choices_of(dtype, shard_size, max_memory, threads, undo, coding=coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     checkpoint = open_headers(base, token=token)
@@ -137,7 +163,8 @@ def _plan(
     token: str | None,
 ) -> Plan:
     read = [read_adapter(files, weight) for files, weight in open_adapters(adapters, token)]
-    made = make_plan(base, read, choices, out)
+    plain, quantization = see_through(base)
+    made = make_plan(plain, read, choices, out, quantization=quantization)
     if out is None:
         return made
     files = [shard.path for shard in base.shards] if base.single_file else [base.root]
@@ -151,6 +178,7 @@ def check(
     adapters: AdapterArg | Sequence[AdapterArg],
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     max_memory: str | int = "512MiB",
     token: str | None = None,
 ) -> CheckReport:
@@ -165,7 +193,8 @@ def check(
         InputError: the base or an adapter cannot be opened at all.
         EnvironmentShortfall: an input cannot be read, or needs an optional package.
     """
-    choices = choices_of(dtype, None, max_memory, None, undo=True)
+    coding = Coding(quantize)
+    choices = choices_of(dtype, None, max_memory, None, undo=True, coding=coding)
     checkpoint = open_headers(base, token=token)
     read, problems = [], list[Problem]()
     for files, weight in open_adapters(parse_adapters(adapters), token):
@@ -174,7 +203,8 @@ def check(
         except RegraftError as error:
             problems += error.problems
     try:
-        made = make_plan(checkpoint, read, choices, None)
+        plain, quantization = see_through(checkpoint)
+        made = make_plan(plain, read, choices, None, quantization=quantization)
     except RegraftError as error:
         return CheckReport(False, (*problems, *error.problems))
     if problems:
@@ -186,8 +216,8 @@ def check(
 def call_of(verb: str, base: str, made: Plan) -> str:
     """Return the Python call that carries a plan out, for its receipt."""
     adapters = ", ".join(repr((a.source, a.weight)) for a in made.adapters)
-    usual = {"dtype": None, "shard_size": None, "undo": True}
-    chosen = "".join(f", {n}={v!r}" for n, v in made.options.items() if v != usual[n])
+    usual = {"dtype": None, "shard_size": None, "undo": True, "rounding": "stochastic", "seed": 0}
+    chosen = "".join(f", {n}={v!r}" for n, v in made.options.items() if v != usual.get(n))
     return f"regraft.{verb}({base!r}, [{adapters}], {made.out!r}{chosen})"
 
 

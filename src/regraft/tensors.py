@@ -60,6 +60,10 @@ WORKING_DTYPES = ("F32", "BF16", "F16")
 """Dtypes whose weights regraft can add a delta to, and can write."""
 
 
+VIRTUAL = -1
+"""The offset of a tensor that has no bytes of its own: it is computed when it is asked for."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor inside a file, known from headers alone.
@@ -69,7 +73,7 @@ class TensorSpec:
         dtype: a key of :data:`DTYPES`.
         shape: its dimensions; ``()`` is a scalar.
         path: the file that holds it.
-        start: absolute byte offset of its first byte in ``path``.
+        start: absolute byte offset of its first byte in ``path``; :data:`VIRTUAL` for none.
         nbytes: length in bytes. The bytes are row-major, contiguous and little-endian.
     """
 
@@ -84,6 +88,11 @@ class TensorSpec:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def is_virtual(self) -> bool:
+        """Whether it has no bytes in the file, such as a quantized weight as plain values."""
+        return self.start < 0
 
     @property
     def itemsize(self) -> int:

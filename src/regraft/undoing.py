@@ -25,6 +25,7 @@ from regraft.merging.output import check_output, check_space
 from regraft.merging.patch import PatchReader, digest_of
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype
+from regraft.merging.quantized import Quantization, see_through
 from regraft.merging.receipt import InputRecord, Receipt, read_receipt
 from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
 from regraft.merging.report import UnmergeReport
@@ -92,11 +93,11 @@ def unmerge(
     with workplace(place, overwrite=overwrite) as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, choices)
-        targets = base_targets(undone.base, found.manifest, patch)
+        targets = base_targets(undone.stored, found.manifest, patch)
         shards = base_shards(targets)
         steps = [step for target in targets for step in target.steps]
         count, tile, memory = fit_memory(steps, choices, undone.steps)
-        made = Plan(undone.base, (), shards, {}, {}, memory, count, tile, (), out=str(place))
+        made = Plan(undone.stored, (), shards, {}, {}, memory, count, tile, (), out=str(place))
         open_source = _opener(undone, found)
         rebuild(made, targets, work, found.files, open_source, progress)
         names = _write_side_files(found, work)
@@ -106,7 +107,7 @@ def unmerge(
         output=str(place),
         files=tuple(sorted([*(target.name for target in targets), *names])),
         left_out=found.manifest.left_out,
-        tensors=len(undone.base.tensors),
+        tensors=len(undone.stored.tensors),
         bytes_written=made.nbytes,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
@@ -166,7 +167,9 @@ def swap(
     with workplace(place, overwrite=overwrite) as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, choices)
-        made = make_plan(undone.base, read, choices, place, undone.steps)
+        made = make_plan(
+            undone.base, read, choices, place, undone.steps, quantization=undone.quantization
+        )
         check_space(place, made.disk_bytes)
         new = [path for adapter in read for path in Path(adapter.root).iterdir() if path.is_file()]
         called = command or call_of("swap", found.located.source, made)
@@ -236,8 +239,14 @@ class _Undone:
     """A merge that is being taken back: its base's stand-in, its plan, and how tensors follow."""
 
     base: Checkpoint
+    quantization: Quantization | None
     steps: dict[str, Step]
     recipe: Recipe
+
+    @property
+    def stored(self) -> Checkpoint:
+        """The base as it was on disk."""
+        return self.base if self.quantization is None else self.quantization.stored
 
 
 def _find(
@@ -339,9 +348,14 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
     source = found.receipt.base
     base = stand_in(found.folder, found.manifest, patch, folder)
     base = replace(base, source=source.source, revision=source.revision)
-    dtype = found.receipt.options.get("dtype")
-    old = replace(choices, dtype=parse_dtype(dtype), shard_size=None, threads=1)
-    made = make_plan(base, found.adapters, old, None)
+    options = found.receipt.options
+    old = replace(
+        choices, dtype=parse_dtype(options.get("dtype")), shard_size=None, threads=1,
+        quantize=options.get("quantize"), rounding=options.get("rounding", choices.rounding),
+        seed=options.get("seed", 0),
+    )  # fmt: skip
+    base, quantization = see_through(base)
+    made = make_plan(base, found.adapters, old, None, quantization=quantization)
     if plan_digest(made) != found.manifest.plan:
         raise UnsupportedError(
             "this merge cannot be taken back by this version of regraft, or with these adapters",
@@ -351,8 +365,8 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
     steps = {step.name: step for step in made.steps if step.is_invertible}
     kept = {keep.original.name: keep for keep in keeps(made)}
     _check_merged(found, base, made)
-    recipe = Recipe(steps, kept, found.merged.tensors, source.tensors)
-    return _Undone(base, steps, recipe)
+    recipe = Recipe(steps, kept, found.merged.tensors, source.tensors, old.rounding, old.seed)
+    return _Undone(base, quantization, steps, recipe)
 
 
 def _check_merged(found: _Found, base: Checkpoint, made: Plan) -> None:
@@ -366,7 +380,7 @@ def _check_merged(found: _Found, base: Checkpoint, made: Plan) -> None:
         there = found.merged.tensors.get(step.name)
         expected = f"{step.dtype} {list(step.shape)}"
         has = f"{there.dtype} {list(there.shape)}" if there is not None else "nothing"
-        if step.name in base.tensors and has != expected:
+        if step.name in {**base.tensors, **made.stored.tensors} and has != expected:
             what = "the merged weights are not those that the patch was made for"
             problems.append(Problem(what, f"tensor {step.name!r}", expected, has))
     if problems:

@@ -10,7 +10,7 @@ from regraft.merging.events import Progress, tell
 from regraft.merging.execute import OpenSource, Task, execute
 from regraft.merging.finalize import Used, check_side_files, write_rest
 from regraft.merging.jobs import Done, Target, count_done, fingerprint, jobs_of, merge_targets
-from regraft.merging.keep import keeps
+from regraft.merging.keep import digests_only, keeps
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan
 from regraft.merging.receipt import Receipt
@@ -39,7 +39,7 @@ def build(
         RegraftError: something cannot be read, computed or written.
     """
     check_side_files(plan)
-    kept = keeps(plan) if keeping is not None else []
+    kept = keeps(plan) if keeping is not None else digests_only(plan)
     task = Task(plan, merge_targets(plan), kept, open_source)
     place.begin(fingerprint(plan, inputs, keeping=keeping and asdict(keeping)))
     path = place.out / UNDO / PATCH if keeping is not None else None

@@ -83,6 +83,14 @@ class StepMath:
                 if tile.rows[0] <= row < tile.rows[1]:
                     keeping.keep_plain(row, tile.rows[0])
 
+    def again(self, tile: Tile, source: Weights, result: Weights) -> None:
+        """Fill the result of a tile of rows that was run already, from other weights.
+
+        DoRA's factors stay those of the first time.
+        """
+        sums: Sums = np.zeros(4, np.float64)
+        self._merge(tile, source, result, self._prepare(), sums, None, known=True)
+
     def undo_factors(self) -> list[Floats]:
         """Return what an undo cannot recompute, once all tiles are done: flat, in order of deltas.
 
@@ -106,7 +114,7 @@ class StepMath:
 
     def _merge(
         self, tile: Tile, source: Weights, result: Weights, prepared: Prepared, sums: Sums,
-        keeping: Encoder | None,
+        keeping: Encoder | None, *, known: bool = False,
     ) -> None:  # fmt: skip
         first, last = tile.rows
         width = tile.columns[1] - tile.columns[0]
@@ -123,7 +131,8 @@ class StepMath:
                     keep_gaps.encode(run_of(segment, low, tile, weights, merged, pack(segment, [])))
                 continue
             packed = self._factors(prepared).of(segment)
-            factors = self._dora_factors(segment, packed, (low, high), weights, prepared)
+            rows = None if known else (low, high)
+            factors = self._dora_factors(segment, packed, rows, weights, prepared)
             run = run_of(segment, low, tile, weights, merged, packed, factors)
             merge(run, sums, keeping)
 
@@ -156,13 +165,13 @@ class StepMath:
             return self._segments
 
     def _dora_factors(
-        self, segment: Segment, packed: Packed, rows: tuple[int, int], weights: Weights,
+        self, segment: Segment, packed: Packed, rows: tuple[int, int] | None, weights: Weights,
         prepared: Prepared,
     ) -> Floats:  # fmt: skip
         """Return DoRA's factors m / |W + s B A| of all deltas, in the order of the table.
 
         DoRA (Liu et al. 2024, arXiv:2402.09353), equation 5. Norms along rows are those of the
-        tile's rows; the others are left zero.
+        tile's ``rows``; without rows they are known already.
         """
         factors = []
         for line, delta in zip(packed.table, segment.deltas, strict=True):
@@ -171,17 +180,18 @@ class StepMath:
             if delta.by_column:
                 factors.append(prepared.column_factors[id(delta)])
                 continue
-            low, high = rows
-            squares = np.zeros(high - low, np.float64)
-            kernels.square_sums(
-                *weights.arguments, high - low, packed.right_ld, packed.left, line[kernels.LEFT],
-                packed.right, line[kernels.RIGHT], delta.rank, np.float32(delta.scale),
-                low - segment.rows[0], False, squares,
-            )  # fmt: skip
-            magnitude = self._store.matrix(delta.magnitude).ravel()
-            here = slice(low - delta.rows[0], high - delta.rows[0])
             own = prepared.row_factors[id(delta)]
-            own[here] = _ratio(magnitude[here], squares)
+            if rows is not None:
+                low, high = rows
+                squares = np.zeros(high - low, np.float64)
+                kernels.square_sums(
+                    *weights.arguments, high - low, packed.right_ld, packed.left,
+                    line[kernels.LEFT], packed.right, line[kernels.RIGHT], delta.rank,
+                    np.float32(delta.scale), low - segment.rows[0], False, squares,
+                )  # fmt: skip
+                magnitude = self._store.matrix(delta.magnitude).ravel()
+                here = slice(low - delta.rows[0], high - delta.rows[0])
+                own[here] = _ratio(magnitude[here], squares)
             factors.append(own[segment.rows[0] - delta.rows[0] : segment.rows[1] - delta.rows[0]])
         return joined(factors)
 

@@ -13,13 +13,15 @@ from regraft.deltas.weights import Bytes
 from regraft.errors import MismatchError, Problem, RegraftError
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import FilePool
+from regraft.merging.coding import Coder
+from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.factors import FactorStore
 from regraft.merging.jobs import Done, Job, Target, jobs_of
 from regraft.merging.keep import Keep, KeepRun, keep_tiles
 from regraft.merging.ledger import Closing, Ledger
 from regraft.merging.patch import PatchWriter
-from regraft.merging.plan import Plan
+from regraft.merging.plan import Plan, Step
 from regraft.merging.receipt import TensorRecord
 from regraft.merging.run import Buffers, StepRun
 from regraft.merging.source import FileSource, Source
@@ -122,7 +124,8 @@ class _Queue:
         self._store = FactorStore(files, FACTOR_CACHE)
         opener = task.open_source
         self._plain = FileSource(files)
-        self._source = opener(files, self._store) if opener else self._plain
+        self._stored = opener(files, self._store) if opener else self._plain
+        self._source = _seen_through(task.plan, self._stored)
         self._ledger = Ledger(len(done), place, patch, self._flush)
         self._gate = _Gate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
         self._lock = threading.Lock()
@@ -164,7 +167,7 @@ class _Queue:
     def _start(self, number: int, job: Job) -> _Active:
         tile_bytes = self._task.plan.tile_bytes
         if job.keep is not None:
-            run = KeepRun(job.keep, self._source, self._files)
+            run = KeepRun(job.keep, self._stored, self._files, compress=self._keeping)
             return _Active(number, job, run, list(keep_tiles(job.keep, tile_bytes)))
         step, target = job.step, job.target
         if step is None or target is None:
@@ -173,7 +176,10 @@ class _Queue:
             self._outputs[target.name] = self._create(target)
         output = self._outputs[target.name]
         source = self._source if step.source_adapter is None else self._plain
-        written = StepRun(step, output, job.offset, source, self._store, tile_bytes, self._keeping)
+        written = StepRun(
+            step, output, job.offset, source, self._store, tile_bytes, self._keeping,
+            _coder(self._task.plan, step),
+        )  # fmt: skip
         tiles = tiles_of(step, tile_bytes, source.grain(step.source))
         return _Active(number, job, written, list(tiles))
 
@@ -279,7 +285,7 @@ class _Queue:
         return Outcome(tuple(ordered), digests, kept)
 
     def _check(self, records: Sequence[TensorRecord], kept: dict[str, str]) -> None:
-        theirs = {s.name for s in self._task.plan.steps if s.source_adapter is not None}
+        theirs = {s.name for s in self._task.plan.steps if not is_stored(s)}
         read = {r.source: r.source_blake3 for r in records if r.name not in theirs} | kept
         problems: list[Problem] = []
         for name, digest in read.items():
@@ -288,6 +294,23 @@ class _Queue:
                 problems.append(_edited(name, first=not problems))
         if problems:
             raise MismatchError(capped(problems, self._place.folder))
+
+
+def is_stored(step: Step) -> bool:
+    """Whether the digest of what a step reads is that of one of the base's stored tensors."""
+    return step.source_adapter is None and (step.coded is not None or not step.source.is_virtual)
+
+
+def _seen_through(plan: Plan, stored: Source) -> Source:
+    if plan.quantization is None:
+        return stored
+    return DequantizingSource(plan.quantization.weights, stored)
+
+
+def _coder(plan: Plan, step: Step) -> Coder | None:
+    if step.coded is None:
+        return None
+    return Coder(step.coded, plan.options["rounding"], plan.options["seed"])
 
 
 def _edited(name: str, *, first: bool) -> Problem:

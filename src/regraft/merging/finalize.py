@@ -16,7 +16,7 @@ from regraft._version import __version__
 from regraft.formats.reading import access_error, typed_os_errors
 from regraft.formats.safetensors import build_header
 from regraft.merging.card import auto_class_of, base_metadata, model_card
-from regraft.merging.execute import Outcome
+from regraft.merging.execute import Outcome, is_stored
 from regraft.merging.output import write_file
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan
@@ -142,7 +142,7 @@ def _receipt(plan: Plan, outcome: Outcome, command: str, used: Used) -> Receipt:
     base_digests = {
         record.source: record.source_blake3
         for step, record in zip(plan.steps, outcome.records, strict=True)
-        if step.source_adapter is None
+        if is_stored(step)
     } | outcome.kept_digests
     base = InputRecord(plan.base.source, plan.base.revision, None, base_digests)
     receipt = Receipt(

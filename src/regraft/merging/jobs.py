@@ -18,6 +18,7 @@ from regraft.merging.keep import Keep
 from regraft.merging.patch import PatchWriter, Written, digest_of
 from regraft.merging.plan import Plan, Step
 from regraft.merging.receipt import TensorRecord
+from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import TensorSpec
 
 
@@ -193,12 +194,18 @@ def plan_digest(plan: Plan) -> str:
 
 
 def _step(step: Step) -> list[Any]:
+    coded = [] if step.coded is None else [_coded(step.coded)]
     return [
         step.name, step.action, step.dtype, step.shape, step.source.name, step.source.dtype,
         step.source.shape, step.source_adapter,
         [[segment.rows, [_delta(d) for d in segment.deltas]] for segment in step.segments],
         [[patch.adapter, patch.indices, _view(patch.values)] for patch in step.patches],
+        *coded,
     ]  # fmt: skip
+
+
+def _coded(weight: QuantizedWeight) -> list[Any]:
+    return [weight.name, repr(weight.codec), weight.shape, weight.dtype]
 
 
 def _delta(delta: Any) -> list[Any]:

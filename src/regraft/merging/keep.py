@@ -16,10 +16,13 @@ from blake3 import blake3
 from regraft.deltas import planes
 from regraft.deltas.weights import Bytes, Weights
 from regraft.formats.reading import FilePool
+from regraft.merging.coding import can_be_told, told_codes
+from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.patch import CHUNKS, PLANES, packed, section
 from regraft.merging.plan import Plan
 from regraft.merging.source import Source
 from regraft.merging.tiles import Tile
+from regraft.quant.weight import Block, QuantizedWeight
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
 
 
@@ -31,11 +34,13 @@ class Keep:
         original: the base's tensor.
         adapter: the adapter's tensor that it is told from, if it is that.
         through: the dtype that the output has it in, if it is told from itself converted.
+        coded: the quantized weight whose codes it holds, if they are told from plain values.
     """
 
     original: TensorSpec
     adapter: TensorSpec | None = None
     through: str | None = None
+    coded: QuantizedWeight | None = None
 
     @property
     def item(self) -> int:
@@ -53,9 +58,14 @@ def keeps(plan: Plan) -> list[Keep]:
     """Return the tensors of the base that have to be told from something, in their order."""
     steps = {step.name: step for step in plan.steps}
     found = []
-    for name, original in plan.base.tensors.items():
+    packed = _dequantized(plan)
+    for name, original in plan.stored.tensors.items():
         step = steps.get(name)
-        if step is None:
+        if name in packed:
+            found.append(packed[name])
+        elif step is not None and step.coded is not None:
+            continue
+        elif step is None:
             found.append(Keep(original))
         elif step.source_adapter is not None or step.source.name != name:
             usable = step.source_adapter is not None and _is_comparable(step.source, original)
@@ -63,6 +73,22 @@ def keeps(plan: Plan) -> list[Keep]:
         elif not step.is_invertible and step.dtype != original.dtype:
             found.append(Keep(original, through=step.dtype))
     return found
+
+
+def _dequantized(plan: Plan) -> dict[str, Keep]:
+    """Return the stored tensors of quantized weights that the output has as plain ones."""
+    if plan.quantization is None or plan.options.get("quantize") is not None:
+        return {}
+    return {
+        name: Keep(spec, coded=weight if spec is weight.codes and can_be_told(weight) else None)
+        for weight in plan.quantization.weights.values()
+        for name, spec in ((part.name, part) for part in weight.parts.values())
+    }
+
+
+def digests_only(plan: Plan) -> list[Keep]:
+    """Return the stored tensors that no step of a plan reads as they are, for their digests."""
+    return list(_dequantized(plan).values())
 
 
 def _is_comparable(source: TensorSpec, original: TensorSpec) -> bool:
@@ -113,8 +139,12 @@ class KeepRun:
 
     cost = 0
 
-    def __init__(self, keep: Keep, source: Source, files: FilePool) -> None:
+    def __init__(
+        self, keep: Keep, source: Source, files: FilePool, *, compress: bool = True
+    ) -> None:
+        """Take what is kept and what it is read from; not to ``compress`` gives digests alone."""
         self._keep, self._source, self._files = keep, source, files
+        self._compress = compress
         self._hash = blake3()
         self._lengths: dict[int, list[int]] = {}
         self._turn, self._next = threading.Condition(), 0
@@ -128,7 +158,7 @@ class KeepRun:
         self._source.read(keep.original, tile.read_at, raw)
         parts = [
             planes.compress(piece, self._prediction(tile.read_at + at, piece), keep.item)
-            for at in range(0, tile.read, chunk)
+            for at in range(0, tile.read if self._compress else 0, chunk)
             for piece in (raw[at : at + chunk],)
         ]
         with self._turn:
@@ -146,6 +176,14 @@ class KeepRun:
         if keep.through is not None:
             there = converted(piece, keep.original.dtype, keep.through)
             return converted(there, keep.through, keep.original.dtype)
+        if keep.coded is not None:
+            weight = keep.coded
+            seen = DequantizingSource({weight.name: weight}, self._source)
+
+            def values(at: Block) -> Bytes:
+                return seen.values(weight, at)
+
+            return told_codes(weight, begin, piece.size, values, self._source.read)
         return np.zeros(piece.size, np.uint8)
 
     def fail(self) -> None:

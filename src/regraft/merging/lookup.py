@@ -48,15 +48,25 @@ class Found:
 class BaseIndex:
     """The tensors of a base by every name they can be asked for."""
 
-    def __init__(self, base: Checkpoint, names: NameMap) -> None:
+    def __init__(
+        self, base: Checkpoint, names: NameMap, transposed: frozenset[str] = frozenset()
+    ) -> None:
+        """Take a base; ``transposed`` are its tensors that lie (in, out) though nobody says so."""
         self.base = base
+        self.transposed = transposed
         self.names = names.for_names(base.tensors)
         self.by_parameter: dict[str, list[Held]] = defaultdict(list)
         for name, spec in base.tensors.items():
-            for piece in self.names.pieces(name):
+            for piece in self._pieces(name):
                 self.by_parameter[piece.parameter].append(Held(spec, piece))
         self.aliases = self._absent_ties()
         self._near: dict[str, list[str]] = {}
+
+    def _pieces(self, name: str) -> tuple[Piece, ...]:
+        pieces = self.names.pieces(name)
+        if name not in self.transposed:
+            return pieces
+        return tuple(replace(piece, transposed=not piece.transposed) for piece in pieces)
 
     def _absent_ties(self) -> dict[str, str]:
         """Return the tied parameters that the base leaves out, with the parameter they share."""
@@ -89,7 +99,8 @@ class BaseIndex:
         pieces = self.names.pieces(name) if spec is not None else ()
         if spec is None or any(p.transposed or p.unsupported for p in pieces):
             return None
-        return Found(Piece(name), (Held(spec, Piece(name)),))
+        held = Held(spec, Piece(name, transposed=name in self.transposed))
+        return Found(Piece(name), (held,))
 
     def _of_piece(self, piece: Piece) -> Found | None:
         held = tuple(

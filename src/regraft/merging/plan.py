@@ -13,7 +13,9 @@ from regraft.adapters.model import Adapter
 from regraft.deltas.cutting import Units
 from regraft.deltas.views import Delta, RowPatch, View
 from regraft.formats.checkpoint import Checkpoint
+from regraft.merging.quantized import Quantization
 from regraft.merging.receipt import Action
+from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import TensorSpec, nbytes_of
 
 
@@ -38,6 +40,8 @@ class Step:
         shape: shape of the result; more rows than the source if ``patches`` append some.
         segments: ranges of rows in ascending order that cover the weight; empty for none.
         patches: rows to replace afterwards.
+        coded: the quantized weight whose codes the result is; it keeps its scales. None for a
+            result of plain values.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Step:
     shape: tuple[int, ...]
     segments: tuple[Segment, ...] = ()
     patches: tuple[RowPatch, ...] = ()
+    coded: QuantizedWeight | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +74,8 @@ class Step:
     @property
     def is_invertible(self) -> bool:
         """Whether the base's tensor is computed back from the result, with what is kept of it."""
-        own = self.source_adapter is None and self.source.name == self.name
+        named = self.source.name == self.name or self.coded is not None
+        own = self.source_adapter is None and named
         return own and bool(self.segments or self.patches)
 
     @property
@@ -125,6 +131,11 @@ class Step:
         return views + [patch.values for patch in self.patches]
 
 
+def kept_name(step: Step) -> str:
+    """Return the base's tensor that a step is made from, as receipt and patch call it."""
+    return step.coded.codes.name if step.coded is not None else step.source.name
+
+
 _FACTORIZATIONS = {"pissa": (46, 28), "olora": (40, 0)}
 """Bytes that LAPACK takes per element of a weight, itself included, and per element of the square
 of its shorter side; measured."""
@@ -175,6 +186,7 @@ class Plan:
         warnings: what the user should know.
         disk: bytes needed and bytes free where the output goes.
         out: the output folder, if given.
+        quantization: how the base is quantized; ``base`` then has its weights as plain ones.
     """
 
     base: Checkpoint
@@ -188,6 +200,12 @@ class Plan:
     warnings: tuple[str, ...]
     disk: Mapping[str, int] = field(default_factory=dict)
     out: str | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def stored(self) -> Checkpoint:
+        """The base as it is on disk."""
+        return self.base if self.quantization is None else self.quantization.stored
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -205,7 +223,7 @@ class Plan:
         if not self.options.get("undo"):
             return self.nbytes
         of_name = {step.name: step for step in self.steps}
-        kept = sum(_undo_bytes(spec, of_name.get(n)) for n, spec in self.base.tensors.items())
+        kept = sum(_undo_bytes(spec, of_name.get(n)) for n, spec in self.stored.tensors.items())
         adapters = sum(path.stat().st_size for a in self.adapters for path in a.files)
         return self.nbytes + kept + adapters
 
@@ -226,14 +244,22 @@ class Plan:
             "replaced": actions["replace"],
             "added": actions["add"],
             "parameters": sum(math.prod(step.shape) for step in self.steps),
-            "bytes_read": sum(s.source.nbytes for s in self.steps) + sum(adapter_bytes.values()),
+            "bytes_read": sum(map(self._read_bytes, self.steps)) + sum(adapter_bytes.values()),
             "bytes_written": self.nbytes,
         }
+
+    def _read_bytes(self, step: Step) -> int:
+        """Return what a step reads of its source: of a quantized weight, what is stored of it."""
+        if step.source.is_virtual and self.quantization is not None:
+            parts = self.quantization.weights[step.source.name].parts
+            return sum(spec.nbytes for spec in parts.values())
+        return step.source.nbytes
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-ready objects."""
         return {
             "base": self.base.source,
+            "quantized": list(self.quantization.formats) if self.quantization else [],
             "adapters": [{"source": a.source, "weight": a.weight} for a in self.adapters],
             "out": self.out,
             "dtype": self.options.get("dtype"),
@@ -254,11 +280,17 @@ UNDO_SHARE = 0.03
 """Of a tensor whose dtype stays or grows, more than what an undo of usual deltas takes."""
 
 
+CODED_SHARE = 0.2
+"""Of the codes of a weight that stays quantized, more than what an undo usually takes."""
+
+
 def _undo_bytes(original: TensorSpec, step: Step | None) -> int:
     """Return about what an undo keeps of a base's tensor, rather too much than too little."""
+    if step is not None and step.coded is not None:
+        return int(CODED_SHARE * original.nbytes)
     if step is None or step.source_adapter is not None or step.source.name != step.name:
         return original.nbytes
-    if step.dtype not in (original.dtype, "F32"):
+    if step.dtype not in (original.dtype, "F32") or step.source.is_virtual:
         return original.nbytes
     return int(UNDO_SHARE * original.nbytes) if step.is_invertible else 0
 

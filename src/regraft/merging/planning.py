@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.model import Adapter
+from regraft.adapters.settings import RESAVE
 from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import TORCH_SUFFIXES
-from regraft.formats.problems import quoted
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, match
 from regraft.merging.plan import OutputShard, Plan, Segment, Step
+from regraft.merging.quantized import Quantization, as_stored, removed, turned
 from regraft.merging.receipt import Action
 from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
 from regraft.names import NameMap, class_for_task
@@ -54,6 +55,9 @@ class Choices:
         threads: worker threads; None chooses.
         undo: whether the output keeps what an undo needs.
         keep_adapters: whether a copy of each adapter is kept for it.
+        quantize: ``keep`` for the base's own format; None for plain values.
+        rounding: how values become codes, of :data:`regraft.quant.weight.ROUNDINGS`.
+        seed: which random bits rounding takes.
     """
 
     dtype: str | None
@@ -62,6 +66,9 @@ class Choices:
     threads: int | None
     undo: bool = False
     keep_adapters: bool = False
+    quantize: str | None = None
+    rounding: str = "stochastic"
+    seed: int = 0
 
 
 def parse_dtype(name: str | None) -> str | None:
@@ -88,66 +95,95 @@ def make_plan(
     choices: Choices,
     out: Path | None,
     undone: Mapping[str, Step] | None = None,
+    quantization: Quantization | None = None,
 ) -> Plan:
     """Return the plan of a merge, from headers alone.
 
     Args:
-        base: the base.
+        base: the base; of a quantized one its plain weights.
         adapters: the adapters, in the order they are added.
         choices: the options.
         out: the output folder, if it is known.
         undone: the steps of an earlier merge that are run backwards while the base is read.
+        quantization: how the base is quantized, if it is.
 
     Raises:
-        UnsupportedError: the base is quantized.
+        UnsupportedError: the output cannot be quantized as asked for.
         MismatchError: adapters and base do not fit; every misfit is listed.
         MemoryCapError: a step cannot fit under the cap.
     """
-    refuse_quantized(base)
+    transposed: frozenset[str] = frozenset()
+    if choices.quantize is not None:
+        kept = kept_format(base, quantization)
+        base, transposed = turned(base, kept), kept.transposed
     names = NameMap.for_config(base.config, _task_class(base, adapters))
-    index = BaseIndex(base, names)
+    index = BaseIndex(base, names, transposed)
     matching = match(index, adapters)
     ties = settle_ties(index, matching, base.config)
     works = {**matching.works, **{work.name: work for work in ties.parted}}
     updates = _config_updates(index, adapters, works, ties, choices, matching)
     left_out = _left_out(base, index)
     matching.problems += _missing_head(index, adapters, works, left_out)
+    matching.problems += _unfit_for_codes(works.values(), coded=choices.quantize is not None)
     if matching.problems:
         raise MismatchError(matching.problems)
-    shards = _shards(base, works, choices, left_out)
+    shards = _shards(base, works, choices, left_out, quantization)
     steps = [step for shard in shards for step in shard.steps]
     threads, tile, memory = fit_memory(steps, choices, undone)
-    options = {
+    options: dict[str, Any] = {
         "dtype": choices.dtype and DTYPES[choices.dtype].config_name,
         "shard_size": choices.shard_size,
         "undo": choices.undo,
     }
+    if choices.quantize is not None:
+        chosen = {"quantize": choices.quantize, "rounding": choices.rounding, "seed": choices.seed}
+        options |= chosen
+    elif quantization is not None:
+        updates |= dict.fromkeys(removed(base.config or {}))
     return Plan(
         base, tuple(adapters), tuple(shards), updates, options, memory, threads, tile,
         tuple(matching.warnings + _notes(adapters, ties) + _note_left_out(index, left_out)),
-        out=str(out) if out else None,
+        out=str(out) if out else None, quantization=quantization,
     )  # fmt: skip
 
 
-def refuse_quantized(base: Checkpoint) -> None:
-    """Refuse a base whose tensors are packed: its bytes are not weights.
+def kept_format(base: Checkpoint, quantization: Quantization | None) -> Quantization:
+    """Return a base's quantization, so that the output can keep its format.
 
     Raises:
-        UnsupportedError: the base is quantized.
+        UnsupportedError: the base is not quantized, or its format cannot be written.
     """
-    config = base.config or {}
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    packed = [n for n in base.tensors if ".quant_state." in n or n.endswith((".qweight", ".SCB"))]
-    if not quantization and not packed:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    raise UnsupportedError(
-        "the base is quantized, and its packed bytes are not weights",
-        where=base.source,
-        expected="a 16- or 32-bit base",
-        found=f"quantization {quoted(method or (packed or ['by an unnamed method'])[0])}",
-        hint="Name the 16-bit base the quantized one was made from",
-    )
+    if quantization is None:
+        raise UnsupportedError(
+            "the base is not quantized, so there is no format to keep", where=base.source,
+            found="--quantize keep", hint="Name a format, or merge without --quantize",
+        )  # fmt: skip
+    unwritable = {w.codec.name for w in quantization.weights.values() if not w.codec.is_writable}
+    if unwritable:
+        raise UnsupportedError(
+            "this format is read, but not written", where=base.source,
+            found=", ".join(sorted(unwritable)), hint="Merge without --quantize keep",
+        )  # fmt: skip
+    return quantization
+
+
+def _unfit_for_codes(works: Iterable[Work], *, coded: bool) -> list[Problem]:
+    """Return what an adapter asks for that cannot be done to a quantized weight."""
+    problems = []
+    for work in works:
+        if work.base is None or not work.base.is_virtual:
+            continue
+        if any(delta.is_residual for delta in work.deltas):
+            problems.append(
+                Problem("PiSSA and OLoRA began from another base than this quantized one",
+                        work.name, hint=RESAVE)
+            )  # fmt: skip
+        elif coded and (work.replaced or work.carried or work.patches):
+            problems.append(
+                Problem("the adapter replaces a quantized weight, which cannot stay quantized",
+                        work.name, hint="Merge without --quantize")
+            )  # fmt: skip
+    return problems
 
 
 def _task_class(base: Checkpoint, adapters: Sequence[Adapter]) -> str | None:
@@ -309,17 +345,25 @@ def _is_head(work: Work, adapters: Sequence[Adapter]) -> bool:
 
 
 def _shards(
-    base: Checkpoint, works: Mapping[str, Work], choices: Choices, left_out: frozenset[str]
-) -> list[OutputShard]:
-    files = [
-        [
-            _step(name, base, works.get(name), choices)
-            for name in shard.tensors
-            if name not in left_out
+    base: Checkpoint, works: Mapping[str, Work], choices: Choices, left_out: frozenset[str],
+    quantization: Quantization | None,
+) -> list[OutputShard]:  # fmt: skip
+    if choices.quantize is not None and quantization is not None:
+        base = replace(base, shards=quantization.stored.shards)
+        made = _Coded(base, works, choices, quantization)
+        files = [[made.step(n) for n in s.tensors if n not in left_out] for s in base.shards]
+        known = {*quantization.weights}
+    else:
+        files = [
+            [
+                _step(name, base, works.get(name), choices)
+                for name in shard.tensors
+                if name not in left_out
+            ]
+            for shard in base.shards
         ]
-        for shard in base.shards
-    ]
-    known = {step.name for steps in files for step in steps}
+        known = set()
+    known |= {step.name for steps in files for step in steps}
     extra = [_step(name, base, work, choices) for name, work in works.items() if name not in known]
     if choices.shard_size:
         files = _split([step for steps in files for step in steps] + extra, choices.shard_size)
@@ -328,6 +372,31 @@ def _shards(
         files[-1].extend(extra)
         names = _kept_names(base)
     return [OutputShard(name, tuple(steps)) for name, steps in zip(names, files, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """Makes the steps of a merge that keeps the base's format: one for each stored tensor."""
+
+    base: Checkpoint
+    works: Mapping[str, Work]
+    choices: Choices
+    quantization: Quantization
+
+    def step(self, name: str) -> Step:
+        """Return what becomes of a stored tensor."""
+        stored = self.quantization.stored.tensors[name]
+        owner = self.quantization.owners.get(name)
+        if owner is None and name not in self.quantization.skipped:
+            return _step(name, self.base, self.works.get(name), self.choices)
+        weight = self.quantization.weights.get(owner or "")
+        work = self.works.get(owner or "")
+        if weight is None or work is None or name != weight.codes.name:
+            return Step(name, "copy", stored, None, stored.dtype, stored.shape)
+        return Step(
+            name, "merge", work.source, None, stored.dtype, stored.shape, _segments(work), (),
+            as_stored(weight),
+        )  # fmt: skip
 
 
 def numbered_names(count: int) -> list[str]:
@@ -416,6 +485,9 @@ def _segments(work: Work) -> tuple[Segment, ...]:
 PER_THREAD, TO_KEEP, TO_RESTORE = 4, 2, 3
 """Buffers of a thread, in tiles: to merge, what keeping for an undo adds, and what restoring."""
 
+TO_DECODE, TO_ENCODE = 1, 6
+"""What decoding a quantized base adds to them, and what making codes adds."""
+
 
 def fit_memory(
     steps: Sequence[Step], choices: Choices, undone: Mapping[str, Step] | None = None
@@ -442,6 +514,8 @@ def fit_memory(
     torch = TORCH_BYTES if any(path.suffix in TORCH_SUFFIXES for path in _paths(steps)) else 0
     fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
     tiles = PER_THREAD + TO_KEEP * choices.undo + TO_RESTORE * (undone is not None)
+    tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
+    tiles += TO_ENCODE * any(step.coded is not None for step in [*steps, *back.values()])
     for threads in range(wanted, 0, -1):
         tile = min(LARGEST_TILE, (choices.max_memory - fixed) // (tiles * threads))
         tile -= tile % 4096  # whole values, and whole blocks of the disk

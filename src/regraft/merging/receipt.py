@@ -76,6 +76,11 @@ class TensorRecord:
         weight_norm: Frobenius norm of the source; None if it holds NaN or infinity.
         delta_norm: Frobenius norm of (merged before rounding - source); None likewise.
         changed: elements whose stored value differs from the source's.
+        survived: of a result in codes, the share of the delta that is in them: <Q - W, delta> over
+            <delta, delta>; None for plain values.
+        noise: what rounding to codes added: |Q - W - delta| over |W|.
+        base_gap: Frobenius norm of what lies between this base and the one that the adapters were
+            trained on; None if none was named.
     """
 
     name: str
@@ -93,6 +98,9 @@ class TensorRecord:
     weight_norm: float | None = None
     delta_norm: float | None = None
     changed: int = 0
+    survived: float | None = None
+    noise: float | None = None
+    base_gap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,10 @@ class Totals:
         peak_memory: peak resident memory of the process in bytes, as the system reports it.
         threads: worker threads used.
         undo_bytes: bytes of the undo patch; 0 without one.
+        survived: over all tensors in codes, as :attr:`TensorRecord.survived`; None without any.
+        noise: likewise.
+        relative_gap: over all merged tensors, the norm of what lies between the bases over that of
+            the deltas; None if no other base was named.
     """
 
     tensors: int
@@ -132,6 +144,9 @@ class Totals:
     peak_memory: int
     threads: int
     undo_bytes: int = 0
+    survived: float | None = None
+    noise: float | None = None
+    relative_gap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -250,7 +265,9 @@ def _unreadable(path: Path, found: str) -> FormatError:
     )
 
 
-_LATER = frozenset(("files", "headers", "undo_bytes"))
+_LATER = frozenset(
+    ("files", "headers", "undo_bytes", "survived", "noise", "base_gap", "relative_gap")
+)
 """Fields that a receipt of regraft 0.1 does not have."""
 
 

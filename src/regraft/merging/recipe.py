@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.merging.planning import Choices, parse_dtype
+from regraft.quant.weight import ROUNDINGS
 from regraft.tensors import parse_size
+
+QUANTIZE = ("keep",)
+"""What ``quantize`` may be."""
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How the output is quantized, as the call has it; see :func:`regraft.merge`."""
+
+    quantize: str | None = None
+    rounding: str | None = None
+    seed: int = 0
+
+
+PLAIN = Coding()
+"""Not at all."""
 
 AdapterArg = str | Path | tuple[str | Path, float]
 """An adapter: a path or Hub id, ``"path=0.5"``, or ``(path, 0.5)``."""
@@ -63,6 +81,7 @@ def choices_of(
     threads: int | None,
     undo: bool = False,
     keep_adapter: bool = False,
+    coding: Coding = PLAIN,
 ) -> Choices:
     """Return the options of a merge, checked.
 
@@ -78,8 +97,31 @@ def choices_of(
     if threads is not None and threads < 1:
         raise UsageError("threads has to be at least 1", where="--threads", found=str(threads))
     return Choices(
-        parse_dtype(dtype), sizes[0], sizes[1] or 0, threads, undo, undo and keep_adapter
-    )
+        parse_dtype(dtype), sizes[0], sizes[1] or 0, threads, undo, undo and keep_adapter,
+        *_coding(coding),
+    )  # fmt: skip
+
+
+def _coding(coding: Coding) -> tuple[str | None, str, int]:
+    """Return how values become codes: format, rounding, seed.
+
+    Raises:
+        UsageError: there is no such format or rounding, or nothing that it could be of.
+    """
+    known = {"quantize": QUANTIZE, "rounding": ROUNDINGS}
+    for name, values in known.items():
+        value = getattr(coding, name)
+        if value is not None and value not in values:
+            raise UsageError(f"cannot do {value!r}", where=f"--{name}", expected=", ".join(values))
+    given = "--rounding" if coding.rounding else "--seed" if coding.seed else ""
+    if coding.quantize is None and given:
+        raise UsageError(
+            "rounding to codes needs codes", where=given, expected="--quantize too",
+            hint="A merge into plain values rounds to nearest; see --dtype",
+        )  # fmt: skip
+    if not 0 <= coding.seed < 2**63:
+        raise UsageError("seed has to be a whole number from 0 on", where="--seed")
+    return coding.quantize, coding.rounding or "stochastic", coding.seed
 
 
 def open_adapters(

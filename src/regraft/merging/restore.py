@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ import numpy as np
 
 from regraft.deltas import planes
 from regraft.deltas.cutting import UNIT_COLUMNS, Offsets, Units
-from regraft.deltas.units import Counts, Decoder, Kept, Lengths, sizes_of
+from regraft.deltas.exceptions import ITEM, put_back
+from regraft.deltas.units import Counts, Decoder, Kept, Lengths, merge, sizes_of
 from regraft.deltas.views import Delta
 from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.formats.reading import FilePool
+from regraft.merging.coding import Coder, ValuesOf, told_codes
 from regraft.merging.compute import covered, run_of
 from regraft.merging.factors import (
     FactorStore,
@@ -26,8 +29,10 @@ from regraft.merging.factors import (
 from regraft.merging.keep import Keep, adapter_prediction, converted
 from regraft.merging.patch import CHUNKS, FACTORS, PLANES, STREAMS, UNITS, PatchReader, section
 from regraft.merging.plan import Segment, Step
-from regraft.merging.tiles import Tile
-from regraft.tensors import DTYPES, TensorSpec
+from regraft.merging.quantized import virtual
+from regraft.merging.tiles import Tile, row_grain
+from regraft.quant.weight import Block, QuantizedWeight, Read
+from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,20 @@ class Recipe:
     """How the tensors of a base follow from a merged model.
 
     Attributes:
-        steps: those of the merge, by the name of the base's tensor, that can be run backwards.
+        steps: those of the merge, by the name of the base's tensor, that can be run backwards; of
+            codes, by that of the tensor that stores them.
         keeps: the tensors that are told from others, by name.
         merged: the merged model's tensors.
         digests: blake3 (hex) of the base's tensors, as the receipt has them.
+        rounding, seed: how values became codes, where they did.
     """
 
     steps: Mapping[str, Step]
     keeps: Mapping[str, Keep]
     merged: Mapping[str, TensorSpec]
     digests: Mapping[str, str]
+    rounding: str = "stochastic"
+    seed: int = 0
 
 
 class RestoringSource:
@@ -54,52 +63,74 @@ class RestoringSource:
         self, recipe: Recipe, patch: PatchReader, files: FilePool, store: FactorStore
     ) -> None:
         self._recipe, self._patch, self._files, self._store = recipe, patch, files, store
-        self._open: dict[str, _Restorer] = {}
+        self._open: dict[tuple[str, bool], _Restorer] = {}
         self._chunks: dict[str, Offsets] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
 
     def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
         """Restore a range of a tensor's bytes."""
-        name = spec.name
-        if name in self._recipe.steps:
-            self._restorer(name, spec).read(offset, buffer, self._scratch)
-        elif name in self._recipe.keeps:
-            self._read_kept(self._recipe.keeps[name], offset, buffer)
+        if self._step(spec) is not None:
+            self._restorer(spec).read(offset, buffer, self._scratch)
+        elif spec.is_virtual:
+            self._read_plain(spec, offset, buffer)
+        elif spec.name in self._recipe.keeps:
+            self._read_kept(self._recipe.keeps[spec.name], offset, buffer)
         else:
-            self._files.read_into(self._recipe.merged[name], offset, buffer.data)
+            self._files.read_into(self._recipe.merged[spec.name], offset, buffer.data)
+
+    def _step(self, spec: TensorSpec) -> Step | None:
+        """Return the step that restores a tensor; one name can mean plain values and codes."""
+        step = self._recipe.steps.get(spec.name)
+        if step is None or (step.source.is_virtual and step.coded is None) != spec.is_virtual:
+            return None
+        return step
+
+    def _read_plain(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
+        """Read values of a quantized weight that no adapter changed from the merged model."""
+        there = self._recipe.merged[spec.name]
+        width, own = DTYPES[there.dtype].bits, DTYPES[spec.dtype].bits
+        raw = np.empty(buffer.size * width // own, np.uint8)
+        self._files.read_into(there, offset * width // own, raw.data)
+        buffer[:] = converted(raw, there.dtype, spec.dtype)
 
     def cost(self, spec: TensorSpec) -> int:
         """Return the bytes of the old merge's factors, and of the table of units."""
-        step = self._recipe.steps.get(spec.name)
+        step = self._step(spec)
         return step.factor_bytes + 32 * step.units.count if step is not None else 0
 
     def grain(self, spec: TensorSpec) -> int:
         """Return the bytes of a unit of a merged tensor, of a chunk of one that is kept."""
-        if spec.name in self._recipe.steps:
-            units = self._recipe.steps[spec.name].units
-            return units.rows * units.width * spec.itemsize
+        step = self._step(spec)
+        if step is not None and step.coded is not None:
+            return _Coded.grain(step)
+        if step is not None:
+            return step.units.rows * step.units.width * spec.itemsize
         keep = self._recipe.keeps.get(spec.name)
         return planes.CHUNK * keep.item if keep is not None else 1
 
     def release(self, spec: TensorSpec) -> None:
         """Let go of a tensor's factors and tables."""
         with self._lock:
-            self._open.pop(spec.name, None)
+            self._open.pop(_key(spec), None)
             self._chunks.pop(spec.name, None)
 
     def expected(self, name: str) -> str | None:
         """Return the digest that the receipt has."""
         return self._recipe.digests.get(name)
 
-    def _restorer(self, name: str, spec: TensorSpec) -> _Restorer:
+    def _restorer(self, spec: TensorSpec) -> _Restorer:
         with self._lock:
-            if name not in self._open:
-                step, merged = self._recipe.steps[name], self._recipe.merged[name]
-                self._open[name] = _Restorer(
-                    step, spec, merged, self._patch, self._files, self._store
-                )
-            return self._open[name]
+            key = _key(spec)
+            if key not in self._open:
+                step = self._recipe.steps[spec.name]
+                opened = (step, spec, self._recipe.merged[step.name], self._patch, self._files)
+                if step.coded is None:
+                    self._open[key] = _Restorer(*opened, self._store)
+                else:
+                    coder = Coder(step.coded, self._recipe.rounding, self._recipe.seed)
+                    self._open[key] = _Coded(*opened, self._store, coder, self.read)
+            return self._open[key]
 
     def _read_kept(self, keep: Keep, offset: int, buffer: Bytes) -> None:
         """Restore a range of a kept tensor, whole chunks at a time."""
@@ -136,7 +167,25 @@ class RestoringSource:
             raw = np.empty(size * width // own, np.uint8)
             self._files.read_into(there, begin * width // own, raw.data)
             return converted(raw, keep.through, keep.original.dtype)
+        if keep.coded is not None:
+            return told_codes(keep.coded, begin, size, self._values(keep.coded), self.read)
         return np.zeros(size, np.uint8)
+
+    def _values(self, weight: QuantizedWeight) -> ValuesOf:
+        """Return what gives the values that a weight had before it was merged into."""
+        spec = virtual(weight)
+
+        def values(at: Block) -> Bytes:
+            raw = np.empty(nbytes_of(weight.dtype, (at.height, at.width)), np.uint8)
+            begin = at.rows[0] * weight.matrix[1] + at.columns[0]
+            self.read(spec, begin * spec.itemsize, raw)
+            return raw
+
+        return values
+
+
+def _key(spec: TensorSpec) -> tuple[str, bool]:
+    return spec.name, spec.is_virtual
 
 
 class _Restorer:
@@ -153,7 +202,7 @@ class _Restorer:
         raw = patch.table(section(self._name, UNITS), 6 * self._units.count)
         self._lengths: Lengths = np.frombuffer(raw, np.uint32, self._units.count)
         self._counts: Counts = np.frombuffer(raw, np.uint16, offset=4 * self._units.count)
-        item = original.itemsize
+        item = original.itemsize if step.coded is None else ITEM
         self._ends = np.cumsum(sizes_of(self._units, self._lengths, self._counts, item))
         residuals, self._dora = self._factors()
         self._segments = SegmentFactors(store, residuals)
@@ -219,10 +268,7 @@ class _Restorer:
     def _restore(self, tile: Tile, raw: Bytes, scratch: threading.local) -> None:
         units, item = self._units, self._original.itemsize
         merged = self._read_merged(tile, scratch)
-        first, last = units.of_tile(tile.rows, tile.columns)
-        begin = int(self._ends[first - 1]) if first else 0
-        payload = self._patch.part(section(self._name, STREAMS), begin, int(self._ends[last - 1]))
-        kept = Kept(payload, self._lengths[first:last], self._counts[first:last])
+        first, last, kept = self._kept_of(tile)
         decoder = Decoder(units, first, last, kept, item)
         weights = Weights.of_bytes(raw, self._original.dtype)
         width = tile.columns[1] - tile.columns[0]
@@ -238,6 +284,13 @@ class _Restorer:
                 packed, factors = pack(segment, []), joined([])
             decoder.restore(run_of(segment, low, tile, source, result, packed, factors))
         decoder.finish(raw)
+
+    def _kept_of(self, tile: Tile) -> tuple[int, int, Kept]:
+        """Return the units of a tile and what was kept of them."""
+        first, last = self._units.of_tile(tile.rows, tile.columns)
+        begin = int(self._ends[first - 1]) if first else 0
+        payload = self._patch.part(section(self._name, STREAMS), begin, int(self._ends[last - 1]))
+        return first, last, Kept(payload, self._lengths[first:last], self._counts[first:last])
 
     def _dora_factors(self, segment: Segment) -> Floats:
         return joined([self._factor(delta, segment) for delta in segment.deltas if delta.magnitude])
@@ -260,3 +313,66 @@ class _Restorer:
         begin = (tile.rows[0] * width + tile.columns[0]) * there.itemsize
         self._files.read_into(there, begin, raw.data)
         return Weights.of_bytes(raw, there.dtype)
+
+
+class _Coded(_Restorer):
+    """One weight that stayed quantized, on its way back: codes from codes."""
+
+    def __init__(
+        self, step: Step, original: TensorSpec, merged: TensorSpec, patch: PatchReader,
+        files: FilePool, store: FactorStore, coder: Coder, read: Read,
+    ) -> None:  # fmt: skip
+        super().__init__(step, original, merged, patch, files, store)
+        self._coder, self._base = coder, read
+
+    @staticmethod
+    def rows(step: Step) -> int:
+        """Return the rows that have to be restored together."""
+        return math.lcm(step.units.rows, row_grain(step))
+
+    @staticmethod
+    def grain(step: Step) -> int:
+        """Return the bytes of the codes of these rows."""
+        weight = step.coded
+        assert weight is not None
+        rows = min(_Coded.rows(step), weight.matrix[0])
+        return weight.codec.place(weight, Block((0, rows), (0, weight.matrix[1])))[1]
+
+    def read(self, offset: int, buffer: Bytes, scratch: threading.local) -> None:
+        """Restore a range of the stored bytes, whole rows at a time."""
+        del scratch
+        weight, each, size = self._coder.weight, self.rows(self._step), self.grain(self._step)
+        height, width = weight.matrix
+        low, high = offset // size * each, -(-(offset + buffer.size) // size) * each
+        at = Block((low, min(high, height)), (0, width))
+        packed = weight.codec.pack(weight, at, self._codes(at))
+        skip = offset - weight.codec.place(weight, at)[0]
+        buffer[:] = packed[skip : skip + buffer.size]
+
+    def _codes(self, at: Block) -> Bytes:
+        tile = Tile(0, "rows", at.rows, at.columns, 0, 0, 0, 0)
+        weight = self._coder.weight
+        block = weight.codec.block(weight, at, self._read_part)
+        codes = np.array(self._coder.before(block, at, tile, self._again), np.uint8)
+        put_back(self._units, *self._kept_of(tile), codes)
+        return codes
+
+    def _read_part(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
+        """Read the codes as they were merged, and the scales."""
+        if spec.name == self._original.name:
+            self._files.read_into(self._merged, offset, buffer.data)
+        else:
+            self._base(spec, offset, buffer)
+
+    def _again(self, tile: Tile, source: Weights, result: Weights) -> None:
+        """Do the merge of a tile; a :data:`regraft.merging.coding.Again`."""
+        width = tile.columns[1] - tile.columns[0]
+        sums = np.zeros(4, np.float64)
+        for segment, low, high in covered(self._step.segments, *tile.rows):
+            start, count = (low - tile.rows[0]) * width, (high - low) * width
+            weights, merged = source.cut(start, count), result.cut(start, count)
+            if not segment.deltas:
+                merged.take(weights, sums)
+                continue
+            packed, factors = self._segments.of(segment), self._dora_factors(segment)
+            merge(run_of(segment, low, tile, weights, merged, packed, factors), sums, None)

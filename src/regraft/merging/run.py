@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import mmap
 import threading
+from dataclasses import replace
 
 import numpy as np
 from blake3 import blake3
 
+from regraft.deltas.exceptions import keep_exceptions
 from regraft.deltas.units import Counts, Encoder, Lengths
 from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import NumericError
+from regraft.merging.coding import Coder, block_of, read_packed
 from regraft.merging.compute import StepMath
+from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.factors import FactorStore, not_finite
 from regraft.merging.patch import FACTORS, STREAMS, UNITS, packed, section
-from regraft.merging.plan import Step
+from regraft.merging.plan import Step, kept_name
 from regraft.merging.receipt import TensorRecord
 from regraft.merging.source import Source
 from regraft.merging.tiles import Tile
 from regraft.merging.writer import BLOCK, OutputFile
+from regraft.quant.grid import NOISE, SURVIVED, Codes
 
 
 class Buffers:
@@ -27,6 +32,7 @@ class Buffers:
     def __init__(self, tile_bytes: int) -> None:
         self.source: Bytes = np.frombuffer(mmap.mmap(-1, tile_bytes + BLOCK), np.uint8)
         self._result: Bytes = np.frombuffer(mmap.mmap(-1, 2 * tile_bytes + 2 * BLOCK), np.uint8)
+        self._codes: Bytes = np.empty(0, np.uint8)
         self.encoder = Encoder()
 
     def result(self, length: int, offset: int) -> tuple[Bytes, int]:
@@ -35,9 +41,21 @@ class Buffers:
         It lies in its memory page as the bytes will lie in their disk block, as direct I/O wants
         it, unless that would misalign its elements.
         """
-        start = offset % BLOCK
-        start -= start % 4
-        return self._result[start : start + length], self._result.ctypes.data + start
+        return _room(self._result, length, offset, 4)
+
+    def codes(self, packed: Bytes, offset: int) -> tuple[Bytes, int]:
+        """Return codes as direct I/O wants them at ``offset`` of a file, and their address."""
+        if self._codes.size < packed.size + 2 * BLOCK:
+            self._codes = np.frombuffer(mmap.mmap(-1, packed.size + 2 * BLOCK), np.uint8)
+        room, address = _room(self._codes, packed.size, offset, 1)
+        room[:] = packed
+        return room, address
+
+
+def _room(memory: Bytes, length: int, offset: int, align: int) -> tuple[Bytes, int]:
+    start = offset % BLOCK
+    start -= start % align
+    return memory[start : start + length], memory.ctypes.data + start
 
 
 class StepRun:
@@ -56,6 +74,7 @@ class StepRun:
         store: FactorStore,
         tile_bytes: int,
         keeping: bool,
+        coder: Coder | None = None,
     ) -> None:
         """Take a step and where its result goes.
 
@@ -66,6 +85,7 @@ class StepRun:
             store: the adapters' tensors.
             tile_bytes: the size that its tiles were cut by.
             keeping: whether what an undo needs is kept.
+            coder: makes the codes of a result that stays quantized.
         """
         self.step, self._file, self._offset, self._source = step, file, offset, source
         self._math = StepMath(step, store, self._read, tile_bytes)
@@ -74,6 +94,7 @@ class StepRun:
         self._turn, self._next = threading.Condition(), 0
         self._units = step.units if keeping and step.is_invertible else None
         self._kept: dict[int, tuple[Lengths, Counts]] = {}
+        self._coder, self._coded_sums = coder, np.zeros(2, np.float64)
         self.failed = False
 
     @property
@@ -90,6 +111,8 @@ class StepRun:
         Raises:
             RegraftError: something could not be read or written, or a factor holds NaN.
         """
+        if self._coder is not None:
+            return self._work_codes(tile, buffers, self._coder)
         sums: Sums = np.zeros(4, np.float64)
         at = self._offset + tile.write_at
         result, address = buffers.result(tile.write, at)
@@ -114,6 +137,38 @@ class StepRun:
         self._file.write(at, result.data, address)
         return payload
 
+    def _work_codes(self, tile: Tile, buffers: Buffers, coder: Coder) -> Bytes:
+        """As :meth:`work`, for a result that stays quantized."""
+        if not isinstance(self._source, DequantizingSource):
+            raise TypeError("codes come from a quantized base")
+        weight, at = coder.weight, block_of(tile)
+        raw = buffers.source[: tile.read]
+        block = self._source.decode(weight, at, raw)
+        stored = read_packed(self._source, coder, at, block.codes)
+        weights = Weights.of_bytes(raw, weight.dtype)
+        room, _ = buffers.result(4 * block.codes.size, 0)
+        values = room.view(np.float32)
+        sums: Sums = np.zeros(4, np.float64)
+        self._math.run(tile, weights, Weights.of_floats(values), sums)
+        rounded: Sums = np.zeros(2, np.float64)
+        codes = coder.codes(block, at, values, rounded)
+        sums[2] = np.count_nonzero(codes != block.codes)
+        payload = self._keep_codes(tile, coder, replace(block, codes=codes), block.codes)
+        offset = self._offset + tile.write_at
+        packed, address = buffers.codes(weight.codec.pack(weight, at, codes), offset)
+        self._take_turn(tile, stored, packed, sums, rounded)
+        self._file.write(offset, packed.data, address)
+        return payload
+
+    def _keep_codes(self, tile: Tile, coder: Coder, after: Codes, before: Bytes) -> Bytes:
+        if self._units is None:
+            return _NOTHING
+        predicted = coder.before(after, block_of(tile), tile, self._math.again)
+        first, last = self._units.of_tile(tile.rows, tile.columns)
+        kept = keep_exceptions(self._units, first, last, predicted, before)
+        self._kept[tile.number] = (kept.lengths, kept.counts)
+        return kept.payload
+
     def _begin_keeping(self, tile: Tile, buffers: Buffers) -> Encoder | None:
         if self._units is None or tile.kind != "rows":
             return None
@@ -130,7 +185,10 @@ class StepRun:
         if bad:
             raise not_finite(self.step.source, bad)
 
-    def _take_turn(self, tile: Tile, source: Bytes, result: Bytes | None, sums: Sums) -> None:
+    def _take_turn(
+        self, tile: Tile, source: Bytes, result: Bytes | None, sums: Sums,
+        coded: Sums | None = None,
+    ) -> None:  # fmt: skip
         """Wait for this tile's turn at the digests and sums; without ``result`` both are one."""
         with self._turn:
             self._turn.wait_for(lambda: self._next == tile.number or self.failed)
@@ -140,6 +198,8 @@ class StepRun:
         if result is not None:
             self._result_hash.update(result.data)
         self._sums += sums
+        if coded is not None:
+            self._coded_sums += coded
         with self._turn:
             self._next += 1
             self._turn.notify_all()
@@ -157,7 +217,7 @@ class StepRun:
         tables = [self._kept[number] for number in sorted(self._kept)]
         lengths = np.concatenate([lengths for lengths, _ in tables])
         counts = np.concatenate([counts for _, counts in tables])
-        name = self.step.source.name
+        name = kept_name(self.step)
         factors = self._math.undo_factors()
         return [
             (section(name, STREAMS), b""),
@@ -187,8 +247,8 @@ class StepRun:
             action=step.action,
             dtype=step.dtype,
             shape=step.shape,
-            source=step.source.name,
-            source_dtype=step.source.dtype,
+            source=kept_name(step),
+            source_dtype=step.source.dtype if step.coded is None else step.coded.codes.dtype,
             source_blake3=source,
             blake3=source if same_bytes else self._result_hash.hexdigest(),
             features=step.features,
@@ -197,7 +257,23 @@ class StepRun:
             weight_norm=_norm(sums[0]) if step.segments else None,
             delta_norm=_norm(sums[1]) if step.segments or step.patches else None,
             changed=_changed(step, int(sums[2])),
+            survived=self._survived,
+            noise=self._noise,
         )
+
+    @property
+    def _survived(self) -> float | None:
+        """The share of the delta that is in the codes: <Q - W, delta> / <delta, delta>."""
+        if self._coder is None or not self._sums[1] > 0:
+            return None
+        return float(f"{self._coded_sums[SURVIVED] / self._sums[1]:.9g}")
+
+    @property
+    def _noise(self) -> float | None:
+        """What rounding to codes added: |Q - W - delta| / |W|."""
+        if self._coder is None or not self._sums[0] > 0:
+            return None
+        return float(f"{np.sqrt(self._coded_sums[NOISE] / self._sums[0]):.9g}")
 
     def _not_finite(self, file_name: str) -> NumericError:
         return NumericError(

@@ -90,7 +90,7 @@ def _has_template(tokenizer: Mapping[str, Path]) -> bool:
 
 
 def updated_config(config: Mapping[str, Any], updates: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with updates by dotted path; new keys come last.
+    """Return a config with updates by dotted path; new keys come last, None removes one.
 
     Raises:
         KeyError: a path leads through something that is not an object.
@@ -101,7 +101,10 @@ def updated_config(config: Mapping[str, Any], updates: Mapping[str, Any]) -> dic
         place = result
         for parent in parents:
             place = place[parent]
-        place[leaf] = value
+        if value is None:
+            place.pop(leaf, None)
+        else:
+            place[leaf] = value
     return result
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from regraft.deltas.cutting import UNIT_COLUMNS
 from regraft.merging.plan import Step
+from regraft.quant.weight import Block
 from regraft.tensors import DTYPES
 
 
@@ -78,17 +80,20 @@ def _row_tiles(step: Step, tile_bytes: int) -> Iterator[Tile]:
     each, units = tile_bytes // (width * size), step.units
     number = 0
     if each >= 1 or needs_whole_rows(step):
-        each = max(each - each % units.rows, units.rows)
+        grain = math.lcm(units.rows, row_grain(step))
+        each = max(each - each % grain, grain)
         for first in range(0, height, each):
             last = min(first + each, height)
-            yield _block(number, (first, last), (0, width), width, size, out_size)
+            tile = _block(number, (first, last), (0, width), width, size, out_size)
+            yield _coded(step, tile)
             number += 1
     else:
         step_columns = max(tile_bytes // size // UNIT_COLUMNS, 1) * UNIT_COLUMNS
         for row in range(height):
             for left in range(0, width, step_columns):
                 right = min(left + step_columns, width)
-                yield _block(number, (row, row + 1), (left, right), width, size, out_size)
+                tile = _block(number, (row, row + 1), (left, right), width, size, out_size)
+                yield _coded(step, tile)
                 number += 1
     yield from _appended(step, number, height, width, tile_bytes, out_size)
 
@@ -122,8 +127,24 @@ def _appended(
 
 
 def needs_whole_rows(step: Step) -> bool:
-    """Whether a row cannot be split: its DoRA norm is taken over all of it."""
-    return any(d.magnitude is not None and not d.by_column for d in step.deltas)
+    """Whether a row cannot be split: its DoRA norm is taken over all of it, or its codes are not
+    packed row by row."""
+    return row_grain(step) > 1 or any(
+        d.magnitude is not None and not d.by_column for d in step.deltas
+    )
+
+
+def row_grain(step: Step) -> int:
+    """Return how many rows have to stay together for their codes to be whole bytes."""
+    return step.coded.codec.row_grain(step.coded) if step.coded is not None else 1
+
+
+def _coded(step: Step, tile: Tile) -> Tile:
+    """Return a tile with the place of its codes, where codes are what is written."""
+    if step.coded is None:
+        return tile
+    at, length = step.coded.codec.place(step.coded, Block(tile.rows, tile.columns))
+    return replace(tile, write_at=at, write=length)
 
 
 def _sizes(step: Step) -> tuple[int, int]:

@@ -37,7 +37,7 @@ from regraft.merging.patch import (
     file_section,
     section,
 )
-from regraft.merging.plan import OutputShard, Plan, Step
+from regraft.merging.plan import OutputShard, Plan, Step, kept_name
 from regraft.merging.receipt import file_key
 from regraft.merging.sidefiles import json_bytes, travels
 from regraft.merging.writer import write_error
@@ -48,6 +48,9 @@ UNDO = "regraft/undo"
 
 MANIFEST, PATCH, SIDE_FILES = "undo.json", "patch.safetensors", "base"
 UNDO_FORMAT = 1
+
+SMALL_TENSOR = 4096
+"""Of a quantized base, tensors of up to so many bytes are kept with the headers."""
 
 _ALWAYS_KEPT_BYTES = 64 * 2**10
 """Side files up to this size are kept even where the output has the same file."""
@@ -131,12 +134,12 @@ class Keeping:
 
 def section_names(plan: Plan, keeps: Sequence[Keep]) -> list[str]:
     """Return every section that the patch of a merge may have."""
-    names = [file_section(shard.name) for shard in plan.base.shards]
+    names = [file_section(shard.name) for shard in plan.stored.shards]
     for step in plan.steps:
         if step.is_invertible:
             factors = sum(2 if d.is_residual else d.magnitude is not None for d in step.deltas)
             kinds = [STREAMS, UNITS, *(f"{FACTORS}.{i}" for i in range(factors))]
-            names += [section(step.name, kind) for kind in kinds]
+            names += [section(kept_name(step), kind) for kind in kinds]
     return names + [section(k.original.name, kind) for k in keeps for kind in (PLANES, CHUNKS)]
 
 
@@ -158,7 +161,7 @@ def keep_base(
     Raises:
         RegraftError: a file of the base cannot be read, or something cannot be written.
     """
-    weights = [_keep_gaps(plan.base, shard.path, patch) for shard in plan.base.shards]
+    weights = [_keep_gaps(plan, shard.path, patch) for shard in plan.stored.shards]
     patch.close()
     written: dict[str, str] = {}
 
@@ -204,10 +207,13 @@ def gaps_of(size: int, tensors: Sequence[TensorSpec]) -> list[tuple[int, int]]:
     return gaps + ([(at, size - at)] if size > at else [])
 
 
-def _keep_gaps(base: Checkpoint, path: Path, patch: PatchWriter) -> WeightFile:
+def _keep_gaps(plan: Plan, path: Path, patch: PatchWriter) -> WeightFile:
+    tensors = [spec for spec in plan.stored.tensors.values() if spec.path == path]
+    if plan.quantization is not None:  # small ones say what the large ones are: to plan, read them
+        tensors = [spec for spec in tensors if spec.nbytes > SMALL_TENSOR]
     with typed_os_errors(path):
         size = path.stat().st_size
-        gaps = gaps_of(size, [spec for spec in base.tensors.values() if spec.path == path])
+        gaps = gaps_of(size, tensors)
         with path.open("rb") as file:
             content = b"".join(os.pread(file.fileno(), n, at) for at, n in gaps)
     patch.append(zstandard.ZstdCompressor(level=3).compress(content))

@@ -26,10 +26,10 @@ from regraft.numerics.intrinsics import (
     float_to_half,
     half_to_float,
 )
+from regraft.quant.weight import ROUNDINGS
 
-NEAREST, STOCHASTIC = 0, 1
-ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC}
-"""Number of each rounding, by its name."""
+NEAREST, STOCHASTIC = range(2)
+"""Numbers of roundings: their places in :data:`regraft.quant.weight.ROUNDINGS`."""
 
 SURVIVED, NOISE = 0, 1
 """Places of the sums that :func:`requantize` adds to."""
@@ -47,6 +47,8 @@ class Levels:
         order: codes of finite levels in ascending order, each level once.
         rank: place in ``order``, by code; of a level that is there twice, that of its equal.
         padded: ``order`` with its first and last code once more.
+        middles: float32, half way between neighbours; then infinity, up to one less than a power
+            of two.
         post: a second factor after the scale; 1 for none.
     """
 
@@ -54,6 +56,7 @@ class Levels:
     order: Bytes
     rank: npt.NDArray[np.int32]
     padded: Bytes
+    middles: Floats
     post: float = 1.0
 
     @property
@@ -71,7 +74,11 @@ class Levels:
         rank = np.zeros(len(table), np.int32)
         rank[finite] = np.searchsorted(table[order], table[finite]).astype(np.int32)
         codes = order.astype(np.uint8)
-        return cls(table, codes, rank, np.concatenate([codes[:1], codes, codes[-1:]]), post)
+        levels = table[order].astype(np.float64)
+        middles = np.full(2 ** int(len(order) - 1).bit_length() - 1, np.inf, np.float32)
+        middles[: len(order) - 1] = (levels[:-1] + levels[1:]) / 2
+        padded = np.concatenate([codes[:1], codes, codes[-1:]])
+        return cls(table, codes, rank, padded, middles, post)
 
 
 @dataclass(frozen=True)
@@ -348,7 +355,7 @@ def requantize(
         order, rank, padded: as in :class:`Levels`.
         kind: the dtype of the weights.
         values: float32, what is to be rounded.
-        rounding: of :data:`ROUNDINGS`.
+        rounding: the number of one.
         key: uint64, says which random bits are used.
         index0, index_ld: an element's number in its tensor is ``index0 + row * index_ld + column``.
         out: uint8, the codes.
@@ -422,6 +429,54 @@ def _go_further(
             after[j] = _stored(_value(levels[new], zero, scales[place], post), kind)
 
 
+@njit(**ENTRY)
+def nearest(
+    row_count: int, column_count: int, post: Any, scales: Any, zeros: Any, scale_width: int,
+    run_: int, row_run: int, first_: int, first_row: int, order: Any, middles: Any, values: Any,
+    out: Any,
+) -> None:  # fmt: skip
+    """Set the codes of levels about as near as any to values, on the grid that a block has.
+
+    It multiplies by the reciprocal of the scale, so of two levels that are all but as near it may
+    take either one. A scale of zero gives the code of zero.
+
+    Args:
+        row_count, ..., first_row: as :attr:`Codes.arguments`, without codes and levels.
+        order, middles: as in :class:`Levels`.
+        values: float32.
+        out: uint8, the codes.
+    """
+    columns, run, first = np.uintp(column_count), np.uintp(run_), np.uintp(first_)
+    has_zeros, half = zeros.shape[0] > 0, np.uintp((middles.shape[0] + 1) // 2)
+    for i in range(np.uintp(row_count)):
+        line = np.uintp((np.int64(i) + first_row) // row_run) * np.uintp(scale_width)
+        for t in range((first + columns + run - np.uintp(1)) // run):
+            low = max(t * run, first) - first
+            high = min((t + np.uintp(1)) * run - first, columns)
+            zero = zeros[line + t] if has_zeros else np.float32(0)
+            scale = np.float32(scales[line + t] * post)
+            inverse = np.float32(0) if scale == 0 else np.float32(np.float32(1) / scale)
+            for j in range(low, high):
+                x = values[i * columns + j] * inverse + zero
+                k, step = np.uintp(0), half
+                while step > 0:
+                    k += step * np.uintp(middles[k + step - np.uintp(1)] < x)
+                    step >>= np.uintp(1)
+                out[i * columns + j] = order[k]
+
+
+def nearest_codes(block: Codes, values: Floats) -> Bytes:
+    """Return codes near values on a block's grid, whatever its own codes; see :func:`nearest`."""
+    out = np.empty(values.size, np.uint8)
+    levels = block.levels
+    nearest(
+        block.rows, block.columns, np.float32(levels.post), block.scales, block.zeros,
+        block.scale_width, block.run, block.row_run, block.first, block.first_row, levels.order,
+        levels.middles, values, out,
+    )  # fmt: skip
+    return out
+
+
 _own = threading.local()
 
 
@@ -448,6 +503,6 @@ def codes_for(
     levels = block.levels
     requantize(
         *block.arguments, levels.order, levels.rank, levels.padded, kind, values,
-        ROUNDINGS[rounding], np.uint64(key), *index, out, sums, *_scratch(),
+        ROUNDINGS.index(rounding), np.uint64(key), *index, out, sums, *_scratch(),
     )  # fmt: skip
     return out

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from regraft.errors import Problem
 from regraft.numerics.arrays import Bytes
-from regraft.quant.grid import Codes
 from regraft.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from regraft.quant.grid import Codes
+
+ROUNDINGS = ("nearest", "stochastic")
+"""How values become codes; see :func:`regraft.quant.grid.requantize`."""
 
 Read = Callable[[TensorSpec, int, Bytes], None]
 """Fills a buffer with the bytes of a stored tensor that begin some bytes into it."""

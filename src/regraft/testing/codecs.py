@@ -18,7 +18,7 @@ from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import read_header
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant import grid
-from regraft.quant.weight import Block, QuantizedWeight, Read, Stored
+from regraft.quant.weight import ROUNDINGS, Block, QuantizedWeight, Read, Stored
 from regraft.tensors import TensorSpec, nbytes_of
 
 
@@ -124,7 +124,7 @@ def _check_keeping(weight: QuantizedWeight, block: grid.Codes, at: Block) -> Non
     raw = np.empty(nbytes_of(weight.dtype, (at.height, at.width)), np.uint8)
     view = Weights.of_bytes(raw, weight.dtype)
     grid.values_of(block, *view.arguments)
-    for rounding in grid.ROUNDINGS:
+    for rounding in ROUNDINGS:
         sums = np.zeros(2, np.float64)
         kept = grid.codes_for(
             block, view.kind, np.ascontiguousarray(view.floats()), rounding, 7, (0, at.width), sums

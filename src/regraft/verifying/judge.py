@@ -28,7 +28,8 @@ from regraft.merging.events import Progress
 from regraft.merging.execute import FACTOR_CACHE
 from regraft.merging.factors import FactorStore
 from regraft.merging.plan import Plan, Step
-from regraft.merging.planning import Choices, make_plan, refuse_quantized
+from regraft.merging.planning import Choices, make_plan
+from regraft.merging.quantized import see_through
 from regraft.merging.tiles import Tile, tiles_of
 from regraft.numerics.conversions import KINDS
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
@@ -114,13 +115,11 @@ def judge(
 
 
 def _refuse_packed(merged: Checkpoint) -> None:
-    try:
-        refuse_quantized(merged)
-    except UnsupportedError as error:
-        problem = error.problems[0]
-        what = "the merged model is quantized, and its packed bytes are not weights"
-        hint = "Verify the 16-bit model that it was made from"
-        raise UnsupportedError(replace(problem, what=what, hint=hint)) from None
+    if see_through(merged)[1] is not None:
+        raise UnsupportedError(
+            "the merged model is quantized, and its packed bytes are not weights",
+            where=merged.source, hint="Verify the 16-bit model that it was made from",
+        )  # fmt: skip
 
 
 def is_touched(step: Step) -> bool:
