@@ -12,6 +12,7 @@ from regraft._version import __version__
 
 if TYPE_CHECKING:
     from regraft.api import check, merge, plan
+    from regraft.converting import dequantize
     from regraft.errors import (
         AccessError,
         AdapterError,
@@ -53,6 +54,7 @@ _HOME = {
     "CheckReport": "regraft.merging.report",
     "UnmergeReport": "regraft.merging.report",
     "Leftover": "regraft.merging.leftovers",
+    "dequantize": "regraft.converting",
     "unmerge": "regraft.undoing",
     "swap": "regraft.undoing",
     "clean": "regraft.undoing",
@@ -87,6 +89,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "merge",
     "unmerge",
     "swap",
+    "dequantize",
     "plan",
     "check",
     "verify",

@@ -18,6 +18,7 @@ from regraft.formats.hub import locate
 from regraft.formats.remote import open_headers
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
+from regraft.merging.gap import TrainedOn
 from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan
@@ -95,7 +96,10 @@ def merge(
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     checkpoint = open_checkpoint(locate(base, kind="base", token=token))
-    made = _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
+    made = _plan(
+        checkpoint, wanted, choices, place, overwrite=overwrite, token=token,
+        trained_on=_trained_on(trained_on, token),
+    )  # fmt: skip
     if made.quantization is not None:
         check_scales(made.quantization)
     check_space(place, made.disk_bytes)
@@ -116,6 +120,8 @@ def _inputs(made: Plan) -> list[Path]:
     """Return the files that decide what a merge writes."""
     weights = [shard.path for shard in made.base.shards]
     sides = [] if made.base.single_file else [p for p in made.base.root.iterdir() if p.is_file()]
+    if made.trained_on is not None:
+        weights += [shard.path for shard in made.trained_on.base.shards]
     adapters = [path for adapter in made.adapters for path in Path(adapter.root).iterdir()]
     return [*weights, *sides, *(path for path in adapters if path.is_file())]
 
@@ -161,16 +167,31 @@ def _plan(
     *,
     overwrite: bool,
     token: str | None,
+    trained_on: TrainedOn | None = None,
 ) -> Plan:
     read = [read_adapter(files, weight) for files, weight in open_adapters(adapters, token)]
     plain, quantization = see_through(base)
-    made = make_plan(plain, read, choices, out, quantization=quantization)
+    made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
     if out is None:
         return made
     files = [shard.path for shard in base.shards] if base.single_file else [base.root]
     check_output(out, [*files, *(Path(a.root) for a in read)], overwrite=overwrite)
     disk = {"needed": made.disk_bytes + SLACK_BYTES, "free": free_bytes(out)}
     return replace(made, disk=disk)
+
+
+def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None:
+    """Open the base that adapters were trained on.
+
+    Raises:
+        RegraftError: it cannot be opened, or read as weights.
+    """
+    if other is None:
+        return None
+    found = TrainedOn(*see_through(open_checkpoint(locate(other, kind="base", token=token))))
+    if found.quantization is not None:
+        check_scales(found.quantization)
+    return found
 
 
 def check(

@@ -27,7 +27,7 @@ from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype
 from regraft.merging.quantized import Quantization, see_through
 from regraft.merging.receipt import InputRecord, Receipt, read_receipt
-from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
+from regraft.merging.recipe import AdapterArg, Coding, choices_of, open_adapters, parse_adapters
 from regraft.merging.report import UnmergeReport
 from regraft.merging.undo import (
     PATCH,
@@ -126,6 +126,9 @@ def swap(
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     overwrite: bool = False,
+    quantize: str | None = None,
+    rounding: str | None = None,
+    seed: int = 0,
     undo: bool = True,
     keep_adapter: bool = True,
     token: str | None = None,
@@ -142,6 +145,7 @@ def swap(
         out: the folder to make; it appears whole or not at all.
         merged_adapters: the adapters that were merged, where no copy of them was kept.
         dtype, shard_size, max_memory, threads, overwrite: as in :func:`regraft.merge`.
+        quantize, rounding, seed: as in :func:`regraft.merge`.
         undo, keep_adapter, token, progress, command: as in :func:`regraft.merge`.
 
     Returns:
@@ -154,7 +158,8 @@ def swap(
     started = time.perf_counter()
     place = Path(out)
     check_output(place, [], overwrite=overwrite)
-    choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter)
+    coding = Coding(quantize, rounding, seed)
+    choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     found = _find(merged, merged_adapters, token, "--merged-adapter")

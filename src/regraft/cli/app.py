@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": "regraft.cli.merge",
     "unmerge": "regraft.cli.unmerge",
     "swap": "regraft.cli.swap",
+    "dequantize": "regraft.cli.dequantize",
     "verify": "regraft.cli.verify",
     "check": "regraft.cli.check",
     "inspect": "regraft.cli.inspect",

@@ -21,6 +21,15 @@ from regraft.cli.output import Output
 )
 @options.dtype
 @options.shard_size
+@options.quantize
+@options.rounding
+@options.seed
+@click.option(
+    "--trained-on",
+    metavar="BASE",
+    help="The base that the adapters were trained on, if another one (say, the 4-bit version of "
+    "this one): report, per tensor, how far the two are apart against the delta.",
+)
 @options.max_memory
 @options.threads
 @options.overwrite
@@ -43,12 +52,20 @@ def command(
     a receipt of what was done to each tensor, and what `regraft unmerge` needs to take it back. A
     merge that was interrupted goes on where it was when the same command is given again.
 
+    A quantized BASE (bitsandbytes, GPTQ, AWQ, FP8, ...) is dequantized on the way: OUT holds plain
+    weights. With --quantize keep OUT stays in the base's format, with the base's scales, and still
+    has the adapter: its weights are rounded so that on average nothing of it is lost. The summary
+    says how much survived.
+
     \b
     Examples:
       regraft merge ./base ./adapter -o ./merged
       regraft merge org/model@main ./adapter=0.5 -o ./half --dtype bfloat16
       regraft merge ./base ./style ./facts=0.8 -o ./both --shard-size 5GB
       regraft merge ./base ./adapter -o ./final --no-undo
+      regraft merge ./base-4bit ./adapter -o ./merged-16bit
+      regraft merge ./base-4bit ./adapter -o ./merged-4bit --quantize keep
+      regraft merge ./base ./adapter -o ./merged --trained-on ./base-4bit
       regraft merge ./base ./adapter --dry-run
     """
     if dry_run:
@@ -63,7 +80,8 @@ def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
     from regraft import api
     from regraft.cli import plan_text
 
-    asked = {name: value for name, value in chosen.items() if name != "keep_adapter"}
+    unplanned = ("keep_adapter", "trained_on")
+    asked = {name: value for name, value in chosen.items() if name not in unplanned}
     plan = api.plan(**_arguments(asked)).to_json()
     output.warn(plan["warnings"])
     output.data(plan, plan_text.render(plan, verbose=verbose))

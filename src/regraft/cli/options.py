@@ -48,6 +48,27 @@ shard_size = click.option(
     help="Largest output file, such as 5GB.  [default: the base's shards]",
 )
 
+quantize = click.option(
+    "--quantize",
+    type=click.Choice(["keep"]),
+    help="Write a quantized model: in the base's own format, with its scales.  "
+    "[default: plain weights]",
+)
+
+rounding = click.option(
+    "--rounding",
+    type=click.Choice(["stochastic", "nearest"]),
+    help="How weights become codes. Nearest loses most of an adapter.  [default: stochastic]",
+)
+
+seed = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Which random bits stochastic rounding takes.  [default: 0]",
+)
+
 max_memory = click.option(
     "--max-memory",
     callback=check_size,

@@ -23,7 +23,9 @@ def render(receipt: Receipt, *, cap: str | int) -> str:
         receipt: what the merge returned.
         cap: the memory cap it ran under, as given.
     """
-    parts = [_overview(receipt, parse_size(cap)), _most_moved(receipt.tensors), _loading(receipt)]
+    tables = [_most_moved(receipt.tensors), _least_survived(receipt.tensors)]
+    tables.append(_furthest(receipt.tensors))
+    parts = [_overview(receipt, parse_size(cap)), *tables, _loading(receipt)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -31,9 +33,13 @@ def _overview(receipt: Receipt, cap: int) -> str:
     totals = receipt.totals
     rows = [
         ("base", _input(receipt.base)),
+        ("quantized", _formats(receipt)),
+        ("trained on", receipt.trained_on or ""),
         *(("adapter", _input(adapter)) for adapter in receipt.adapters),
         ("tensors", actions(vars(totals))),
-        ("moved", _moved(totals)),
+        ("moved", _moved(totals) if receipt.adapters else ""),
+        ("survived", _survived(totals)),
+        ("base gap", _gap(totals)),
         ("size", _sizes(receipt)),
         ("undo", _undo(receipt)),
         ("time", speed(totals.bytes_written, totals.seconds, totals.threads)),
@@ -58,6 +64,27 @@ def _input(record: InputRecord) -> str:
 def _moved(totals: Totals) -> str:
     delta, changed = percent(totals.relative_delta), percent(totals.changed_share)
     return f"|delta|/|W| {delta}, {changed} of the adapted elements changed"
+
+
+def _formats(receipt: Receipt) -> str:
+    """Return what a quantized base is, and what became of it."""
+    if not receipt.base_formats:
+        return ""
+    options = receipt.options
+    into = f"kept, rounded {options['rounding']}" if options.get("quantize") else "dequantized"
+    return f"{', '.join(receipt.base_formats)}: {into}"
+
+
+def _survived(totals: Totals) -> str:
+    if totals.survived is None:
+        return ""
+    return f"{percent(totals.survived)} of the delta, noise {percent(totals.noise)} of |W|"
+
+
+def _gap(totals: Totals) -> str:
+    if totals.relative_gap is None:
+        return ""
+    return f"{totals.relative_gap:.3g} x |delta| lies between the bases"
 
 
 def _sizes(receipt: Receipt) -> str:
@@ -100,21 +127,43 @@ def _most_moved(records: Iterable[TensorRecord]) -> str:
     return table(rows, "lrr")
 
 
+def _least_survived(records: Iterable[TensorRecord]) -> str:
+    """Return a table of the tensors in codes that lost most of their delta."""
+    coded = sorted((r for r in records if r.survived is not None), key=lambda r: r.survived or 0.0)
+    if not coded:
+        return ""
+    rows = [("survived least", "of delta", "noise/|W|")]
+    rows += [(r.name, percent(r.survived), percent(r.noise)) for r in coded[:MOST_MOVED]]
+    return table(rows, "lrr")
+
+
+def _furthest(records: Iterable[TensorRecord]) -> str:
+    """Return a table of the tensors on which two bases are furthest apart for what is added."""
+    gapped = sorted((r for r in records if r.base_gap is not None), key=_gap_share, reverse=True)
+    if not gapped:
+        return ""
+    rows = [("furthest from trained on", "|gap|/|delta|")]
+    rows += [(r.name, f"{_gap_share(r):.3g}") for r in gapped[:MOST_MOVED]]
+    return table(rows, "lr")
+
+
+def _gap_share(record: TensorRecord) -> float:
+    return (record.base_gap or 0.0) / record.delta_norm if record.delta_norm else 0.0
+
+
 def _share(record: TensorRecord) -> float:
     """Return |delta|/|W| of one tensor; 0 where it has no delta or W is all zero."""
     return (record.delta_norm or 0.0) / record.weight_norm if record.weight_norm else 0.0
 
 
 def _changed(record: TensorRecord) -> float:
-    elements = 1
-    for length in record.shape:
-        elements *= length
-    return record.changed / elements if elements else 0.0
+    return record.changed / record.elements if record.elements else 0.0
 
 
 def _loading(receipt: Receipt) -> str:
     out = receipt.output
-    return f"merged into {out}\nload it with: {_loader(Path(out))}"
+    done = "merged into" if receipt.adapters else "written to"
+    return f"{done} {out}\nload it with: {_loader(Path(out))}"
 
 
 def _loader(out: Path) -> str:

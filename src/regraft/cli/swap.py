@@ -33,6 +33,9 @@ from regraft.cli.output import Output
 @options.max_memory
 @options.threads
 @options.overwrite
+@options.quantize
+@options.rounding
+@options.seed
 @options.undo
 @options.keep_adapter
 @options.token

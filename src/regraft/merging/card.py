@@ -74,11 +74,10 @@ def _body(receipt: Receipt, auto_class: str) -> str:
         f"| adapter {i + 1} | `{_shown(a.source)}` | {a.weight:g} |"
         for i, a in enumerate(receipt.adapters)
     )
-    totals = receipt.totals
     return f"""
 # {Path(receipt.output).name}
 
-A plain transformers model: adapters merged into a base. No adapter library is needed to run it.
+{_kind(receipt)}
 
 ```python
 from transformers import {auto_class}
@@ -91,9 +90,7 @@ model = {auto_class}.from_pretrained("{Path(receipt.output).name}")
 | base | `{_shown(receipt.base.source)}` | |
 {adapters}
 
-{totals.merged} of {totals.tensors} tensors were merged. The adapters moved them by
-{totals.relative_delta:.2%} of their norm; {totals.changed_share:.1%} of the merged
-elements changed.
+{_done(receipt)}
 
 Made by [regraft](https://github.com/regraft/regraft) {receipt.regraft}, arithmetic version
 {receipt.arithmetic}:
@@ -106,10 +103,45 @@ Made by [regraft](https://github.com/regraft/regraft) {receipt.regraft}, arithme
 """
 
 
+def _kind(receipt: Receipt) -> str:
+    """Return what the model is, in a sentence or two."""
+    coded = bool(receipt.options.get("quantize"))
+    plain = "A quantized transformers model" if coded else "A plain transformers model"
+    if not receipt.adapters:
+        made = "quantized from another" if coded else "dequantized from another"
+        return f"{plain}, {made}."
+    return f"{plain}: adapters merged into a base. No adapter library is needed to run it."
+
+
+def _done(receipt: Receipt) -> str:
+    totals, formats = receipt.totals, ", ".join(receipt.base_formats)
+    said = []
+    if receipt.adapters:
+        said.append(
+            f"{totals.merged} of {totals.tensors} tensors were merged. The adapters moved them by\n"
+            f"{totals.relative_delta:.2%} of their norm; {totals.changed_share:.1%} of the merged\n"
+            "elements changed."
+        )
+    if formats:
+        said.append(f"The base is quantized ({formats}): merged into what its codes stand for.")
+    if totals.survived is not None:
+        said.append(
+            f"Rounding to codes ({receipt.options['rounding']}) kept {totals.survived:.1%} of the "
+            "adapters' deltas."
+        )
+    if receipt.trained_on is not None and totals.relative_gap is not None:
+        said.append(
+            f"The adapters were trained on `{_shown(receipt.trained_on)}`; "
+            f"{totals.relative_gap:.3g} times the deltas' norm lies between the two bases."
+        )
+    return "\n\n".join(said) or f"{totals.tensors} tensors were written."
+
+
 def _command(receipt: Receipt) -> str:
     """Return the command with folders by their names alone."""
     command = receipt.command
-    sources = [receipt.base.source, *(a.source for a in receipt.adapters), receipt.output]
+    others = [receipt.trained_on] if receipt.trained_on is not None else []
+    sources = [receipt.base.source, *(a.source for a in receipt.adapters), *others, receipt.output]
     for source in sorted(sources, key=len, reverse=True):
         shown = Path(source).name if source == receipt.output else _shown(source)
         command = command.replace(source, shown)

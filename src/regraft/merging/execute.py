@@ -22,8 +22,9 @@ from regraft.merging.keep import Keep, KeepRun, keep_tiles
 from regraft.merging.ledger import Closing, Ledger
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan, Step
+from regraft.merging.quantized import Quantization
 from regraft.merging.receipt import TensorRecord
-from regraft.merging.run import Buffers, StepRun
+from regraft.merging.run import Buffers, Other, StepRun
 from regraft.merging.source import FileSource, Source
 from regraft.merging.tiles import Tile, tiles_of
 from regraft.merging.workplace import Workplace
@@ -125,7 +126,9 @@ class _Queue:
         opener = task.open_source
         self._plain = FileSource(files)
         self._stored = opener(files, self._store) if opener else self._plain
-        self._source = _seen_through(task.plan, self._stored)
+        self._source = seen_through(task.plan.quantization, self._stored)
+        there = task.plan.trained_on
+        self._trained_on = there and seen_through(there.quantization, self._plain)
         self._ledger = Ledger(len(done), place, patch, self._flush)
         self._gate = _Gate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
         self._lock = threading.Lock()
@@ -178,10 +181,15 @@ class _Queue:
         source = self._source if step.source_adapter is None else self._plain
         written = StepRun(
             step, output, job.offset, source, self._store, tile_bytes, self._keeping,
-            _coder(self._task.plan, step),
+            _coder(self._task.plan, step), self._other(step),
         )  # fmt: skip
         tiles = tiles_of(step, tile_bytes, source.grain(step.source))
         return _Active(number, job, written, list(tiles))
+
+    def _other(self, step: Step) -> Other | None:
+        there = self._task.plan.trained_on
+        spec = there.spec(step) if there is not None else None
+        return (spec, self._trained_on) if spec is not None and self._trained_on else None
 
     def next(self) -> tuple[_Active, Tile] | None:
         """Return the next tile, or None when there is none or the work was stopped."""
@@ -301,10 +309,11 @@ def is_stored(step: Step) -> bool:
     return step.source_adapter is None and (step.coded is not None or not step.source.is_virtual)
 
 
-def _seen_through(plan: Plan, stored: Source) -> Source:
-    if plan.quantization is None:
+def seen_through(quantization: Quantization | None, stored: Source) -> Source:
+    """Return what gives a base's plain weights, from what gives its stored tensors."""
+    if quantization is None:
         return stored
-    return DequantizingSource(plan.quantization.weights, stored)
+    return DequantizingSource(quantization.weights, stored)
 
 
 def _coder(plan: Plan, step: Step) -> Coder | None:

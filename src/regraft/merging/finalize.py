@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from regraft.formats.reading import access_error, typed_os_errors
 from regraft.formats.safetensors import build_header
 from regraft.merging.card import auto_class_of, base_metadata, model_card
 from regraft.merging.execute import Outcome, is_stored
+from regraft.merging.gap import warning as gap_warning
 from regraft.merging.output import write_file
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan
@@ -26,6 +26,7 @@ from regraft.merging.receipt import (
     TensorRecord,
     Totals,
     file_key,
+    lost_warning,
     receipt_bytes,
 )
 from regraft.merging.sidefiles import json_bytes, plan_side_files, updated_config
@@ -156,9 +157,18 @@ def _receipt(plan: Plan, outcome: Outcome, command: str, used: Used) -> Receipt:
         tensors=outcome.records,
         totals=_totals(plan, outcome.records, used),
         warnings=plan.warnings,
+        base_formats=plan.quantization.formats if plan.quantization is not None else (),
+        trained_on=plan.trained_on.base.source if plan.trained_on is not None else None,
     )
     quiet = (receipt.quiet_warning,) if receipt.quiet else ()
-    return replace(receipt, warnings=(*plan.warnings, *quiet))
+    return replace(receipt, warnings=(*plan.warnings, *quiet, *_of_figures(outcome.records)))
+
+
+def _of_figures(records: Sequence[TensorRecord]) -> list[str]:
+    """Return what to say of deltas that rounding lost, and of bases that are far apart."""
+    gaps = [(r.name, r.base_gap, r.delta_norm or 0.0) for r in records if r.base_gap is not None]
+    said = [lost_warning([(r.name, r.survived) for r in records if r.survived is not None])]
+    return [*filter(None, [*said, gap_warning(gaps)])]
 
 
 def _with_usage(receipt: Receipt, used: Used) -> Receipt:
@@ -183,14 +193,35 @@ def _adapter_records(plan: Plan, outcome: Outcome) -> tuple[InputRecord, ...]:
     return tuple(records)
 
 
+def _coded_totals(records: Sequence[TensorRecord]) -> dict[str, Any]:
+    """Return shares over all tensors: of the delta in codes, of noise, and of what lies between."""
+    coded = [r for r in records if r.survived is not None and r.delta_norm and r.weight_norm]
+    deltas = sum((r.delta_norm or 0.0) ** 2 for r in coded)
+    kept = sum((r.survived or 0.0) * (r.delta_norm or 0.0) ** 2 for r in coded)
+    weights = sum((r.weight_norm or 0.0) ** 2 for r in coded)
+    noise = sum(((r.noise or 0.0) * (r.weight_norm or 0.0)) ** 2 for r in coded)
+    gapped = [r for r in records if r.base_gap is not None]
+    gaps = sum((r.base_gap or 0.0) ** 2 for r in gapped)
+    moved = sum((r.delta_norm or 0.0) ** 2 for r in gapped)
+
+    def share(part: float, whole: float) -> float | None:
+        return float(f"{part / whole:.9g}") if whole else None
+
+    return {
+        "survived": share(kept, deltas),
+        "noise": share(noise**0.5, weights**0.5),
+        "relative_gap": share(gaps**0.5, moved**0.5),
+    }
+
+
 def _totals(plan: Plan, records: tuple[TensorRecord, ...], used: Used) -> Totals:
     counts = plan.totals()
     weights = sum((r.weight_norm or 0.0) ** 2 for r in records if r.weight_norm is not None)
     deltas = sum((r.delta_norm or 0.0) ** 2 for r in records if r.weight_norm is not None)
     touched = [r for r in records if r.action in ("merge", "replace")]
-    elements = sum(math.prod(r.shape) for r in touched)
+    elements = sum(r.elements for r in touched)
     seconds, peak, threads = used()
-    return Totals(
+    totals = Totals(
         **counts,
         relative_delta=float(f"{(deltas / weights) ** 0.5:.9g}") if weights else 0.0,
         changed_share=sum(r.changed for r in touched) / elements if elements else 0.0,
@@ -198,3 +229,4 @@ def _totals(plan: Plan, records: tuple[TensorRecord, ...], used: Used) -> Totals
         peak_memory=peak,
         threads=threads,
     )
+    return replace(totals, **_coded_totals(records))

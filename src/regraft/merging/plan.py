@@ -13,6 +13,7 @@ from regraft.adapters.model import Adapter
 from regraft.deltas.cutting import Units
 from regraft.deltas.views import Delta, RowPatch, View
 from regraft.formats.checkpoint import Checkpoint
+from regraft.merging.gap import TrainedOn
 from regraft.merging.quantized import Quantization
 from regraft.merging.receipt import Action
 from regraft.quant.weight import QuantizedWeight
@@ -187,6 +188,7 @@ class Plan:
         disk: bytes needed and bytes free where the output goes.
         out: the output folder, if given.
         quantization: how the base is quantized; ``base`` then has its weights as plain ones.
+        trained_on: the base that the adapters were trained on, if another one was named.
     """
 
     base: Checkpoint
@@ -201,6 +203,7 @@ class Plan:
     disk: Mapping[str, int] = field(default_factory=dict)
     out: str | None = None
     quantization: Quantization | None = None
+    trained_on: TrainedOn | None = None
 
     @property
     def stored(self) -> Checkpoint:

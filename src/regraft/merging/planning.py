@@ -15,6 +15,7 @@ from regraft.adapters.settings import RESAVE
 from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import TORCH_SUFFIXES
+from regraft.merging.gap import TrainedOn
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, match
 from regraft.merging.plan import OutputShard, Plan, Segment, Step
@@ -96,6 +97,7 @@ def make_plan(
     out: Path | None,
     undone: Mapping[str, Step] | None = None,
     quantization: Quantization | None = None,
+    trained_on: TrainedOn | None = None,
 ) -> Plan:
     """Return the plan of a merge, from headers alone.
 
@@ -106,6 +108,7 @@ def make_plan(
         out: the output folder, if it is known.
         undone: the steps of an earlier merge that are run backwards while the base is read.
         quantization: how the base is quantized, if it is.
+        trained_on: the base that the adapters were trained on, if another one was named.
 
     Raises:
         UnsupportedError: the output cannot be quantized as asked for.
@@ -129,7 +132,9 @@ def make_plan(
         raise MismatchError(matching.problems)
     shards = _shards(base, works, choices, left_out, quantization)
     steps = [step for shard in shards for step in shard.steps]
-    threads, tile, memory = fit_memory(steps, choices, undone)
+    if trained_on is not None:
+        trained_on.check(steps)
+    threads, tile, memory = fit_memory(steps, choices, undone, compare=trained_on is not None)
     options: dict[str, Any] = {
         "dtype": choices.dtype and DTYPES[choices.dtype].config_name,
         "shard_size": choices.shard_size,
@@ -144,6 +149,7 @@ def make_plan(
         base, tuple(adapters), tuple(shards), updates, options, memory, threads, tile,
         tuple(matching.warnings + _notes(adapters, ties) + _note_left_out(index, left_out)),
         out=str(out) if out else None, quantization=quantization,
+        trained_on=trained_on,
     )  # fmt: skip
 
 
@@ -434,7 +440,8 @@ def _step(name: str, base: Checkpoint, work: Work | None, choices: Choices) -> S
     if work is None:
         spec = base.tensors[name]
         dtype = _output_dtype(spec.dtype, choices)
-        action: Action = "copy" if dtype == spec.dtype else "convert"
+        same = dtype == spec.dtype and not spec.is_virtual
+        action: Action = "copy" if same else "convert"
         return Step(name, action, spec, None, dtype, spec.shape)
     stored = work.base.dtype if work.base is not None else _main_dtype(base, work.source.dtype)
     dtype = _output_dtype(stored, choices)
@@ -485,19 +492,21 @@ def _segments(work: Work) -> tuple[Segment, ...]:
 PER_THREAD, TO_KEEP, TO_RESTORE = 4, 2, 3
 """Buffers of a thread, in tiles: to merge, what keeping for an undo adds, and what restoring."""
 
-TO_DECODE, TO_ENCODE = 1, 6
-"""What decoding a quantized base adds to them, and what making codes adds."""
+TO_DECODE, TO_ENCODE, TO_COMPARE = 1, 6, 10
+"""What decoding a quantized base adds to them, making codes, and comparing with another base."""
 
 
 def fit_memory(
-    steps: Sequence[Step], choices: Choices, undone: Mapping[str, Step] | None = None
-) -> tuple[int, int, int]:
+    steps: Sequence[Step], choices: Choices, undone: Mapping[str, Step] | None = None,
+    *, compare: bool = False,
+) -> tuple[int, int, int]:  # fmt: skip
     """Choose threads and tile size under the cap: ``(threads, tile bytes, memory bytes)``.
 
     Args:
         steps: what is to be done.
         choices: the cap, the threads, and whether an undo is kept for.
         undone: the steps of an earlier merge that are run backwards meanwhile.
+        compare: whether another base is read beside.
 
     Raises:
         MemoryCapError: not even one thread with the smallest tile fits.
@@ -515,6 +524,7 @@ def fit_memory(
     fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
     tiles = PER_THREAD + TO_KEEP * choices.undo + TO_RESTORE * (undone is not None)
     tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
+    tiles += TO_COMPARE * compare
     tiles += TO_ENCODE * any(step.coded is not None for step in [*steps, *back.values()])
     for threads in range(wanted, 0, -1):
         tile = min(LARGEST_TILE, (choices.max_memory - fixed) // (tiles * threads))

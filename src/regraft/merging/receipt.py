@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,8 @@ QUIET_SHARE = 1e-3
 Action = Literal["copy", "convert", "merge", "replace", "add"]
 """What was done to a tensor.
 
-``copy`` bytes as they were; ``convert`` only the dtype changed; ``merge`` a delta was added;
+``copy`` bytes as they were; ``convert`` only how it is stored changed (another dtype, or codes to
+plain values); ``merge`` a delta was added;
 ``replace`` the adapter's own tensor took its place; ``add`` the base had no such tensor.
 """
 
@@ -79,6 +81,7 @@ class TensorRecord:
         survived: of a result in codes, the share of the delta that is in them: <Q - W, delta> over
             <delta, delta>; None for plain values.
         noise: what rounding to codes added: |Q - W - delta| over |W|.
+        codes: elements whose codes it holds; 0 for plain values.
         base_gap: Frobenius norm of what lies between this base and the one that the adapters were
             trained on; None if none was named.
     """
@@ -100,7 +103,13 @@ class TensorRecord:
     changed: int = 0
     survived: float | None = None
     noise: float | None = None
+    codes: int = 0
     base_gap: float | None = None
+
+    @property
+    def elements(self) -> int:
+        """Values that it holds."""
+        return self.codes or math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,9 @@ class Receipt:
         files: blake3 (hex) of every other file of the output, by its path in the folder with
             ``/`` between its parts; neither weight files nor the receipt itself.
         headers: blake3 (hex), by weight file, of all its bytes that are no tensor's.
+        base_formats: the formats of the base's quantized weights; what was merged into are the
+            weights that they stand for.
+        trained_on: the base that the adapters were trained on, if another one was named.
     """
 
     regraft: str
@@ -183,11 +195,17 @@ class Receipt:
     arithmetic: int = ARITHMETIC_VERSION
     files: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
+    base_formats: tuple[str, ...] = ()
+    trained_on: str | None = None
 
     @property
     def quiet(self) -> bool:
-        """Whether the adapters changed (nearly) nothing."""
-        return self.totals.added == 0 and self.totals.changed_share < QUIET_SHARE
+        """Whether there are adapters, and they changed (nearly) nothing."""
+        return (
+            bool(self.adapters)
+            and self.totals.added == 0
+            and self.totals.changed_share < QUIET_SHARE
+        )
 
     @property
     def quiet_warning(self) -> str:
@@ -204,6 +222,27 @@ class Receipt:
         """Return the receipt as JSON-ready objects."""
         few = asdict(replace(self, tensors=()))
         return few | {"tensors": [dict(vars(record)) for record in self.tensors]}
+
+
+KEPT_SHARE = 0.5
+"""Below this share of a delta that is in the codes, a merge says so loudly."""
+
+
+def lost_warning(shares: Sequence[tuple[str, float]]) -> str:
+    """Return what to say, loudly, where rounding to codes lost half of a delta; "" for nowhere.
+
+    Args:
+        shares: of each tensor in codes its name, and the share of the delta that is in them.
+    """
+    lost = [(share, name) for name, share in shares if share < KEPT_SHARE]
+    if not lost:
+        return ""
+    share, name = min(lost)
+    return (
+        f"ROUNDING TO CODES LOST MORE THAN HALF OF THE ADAPTER on {len(lost)} of {len(shares)} "
+        f"tensors: of {name}, {share:.1%} survived. Round stochastically, or merge into plain "
+        "values (without --quantize)"
+    )
 
 
 # -- on disk ---------------------------------------------------------------------------------------
@@ -266,7 +305,18 @@ def _unreadable(path: Path, found: str) -> FormatError:
 
 
 _LATER = frozenset(
-    ("files", "headers", "undo_bytes", "survived", "noise", "base_gap", "relative_gap")
+    (
+        "files",
+        "headers",
+        "undo_bytes",
+        "survived",
+        "noise",
+        "base_gap",
+        "codes",
+        "relative_gap",
+        "base_formats",
+        "trained_on",
+    )
 )
 """Fields that a receipt of regraft 0.1 does not have."""
 

@@ -17,6 +17,7 @@ from regraft.merging.coding import Coder, block_of, read_packed
 from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.factors import FactorStore, not_finite
+from regraft.merging.gap import gap_square
 from regraft.merging.patch import FACTORS, STREAMS, UNITS, packed, section
 from regraft.merging.plan import Step, kept_name
 from regraft.merging.receipt import TensorRecord
@@ -24,6 +25,10 @@ from regraft.merging.source import Source
 from regraft.merging.tiles import Tile
 from regraft.merging.writer import BLOCK, OutputFile
 from regraft.quant.grid import NOISE, SURVIVED, Codes
+from regraft.tensors import TensorSpec
+
+Other = tuple[TensorSpec, Source]
+"""A tensor of another base, and what it is read from."""
 
 
 class Buffers:
@@ -75,6 +80,7 @@ class StepRun:
         tile_bytes: int,
         keeping: bool,
         coder: Coder | None = None,
+        other: Other | None = None,
     ) -> None:
         """Take a step and where its result goes.
 
@@ -86,6 +92,7 @@ class StepRun:
             tile_bytes: the size that its tiles were cut by.
             keeping: whether what an undo needs is kept.
             coder: makes the codes of a result that stays quantized.
+            other: the tensor that its source is compared with, and what that is read from.
         """
         self.step, self._file, self._offset, self._source = step, file, offset, source
         self._math = StepMath(step, store, self._read, tile_bytes)
@@ -95,6 +102,7 @@ class StepRun:
         self._units = step.units if keeping and step.is_invertible else None
         self._kept: dict[int, tuple[Lengths, Counts]] = {}
         self._coder, self._coded_sums = coder, np.zeros(2, np.float64)
+        self._other, self._gap = other, 0.0
         self.failed = False
 
     @property
@@ -128,12 +136,13 @@ class StepRun:
             weights = Weights.of_bytes(source, self.step.source.dtype)
             merged = Weights.of_bytes(result, self.step.dtype)
             keeping = self._begin_keeping(tile, buffers)
+            gap = self._gap_of(tile, weights)
             self._math.run(tile, weights, merged, sums, keeping)
             if keeping is not None:
                 kept = keeping.finish(source)
                 self._kept[tile.number] = (kept.lengths, kept.counts)
                 payload = kept.payload
-            self._take_turn(tile, source, result, sums)
+            self._take_turn(tile, source, result, sums, gap=gap)
         self._file.write(at, result.data, address)
         return payload
 
@@ -156,7 +165,8 @@ class StepRun:
         payload = self._keep_codes(tile, coder, replace(block, codes=codes), block.codes)
         offset = self._offset + tile.write_at
         packed, address = buffers.codes(weight.codec.pack(weight, at, codes), offset)
-        self._take_turn(tile, stored, packed, sums, rounded)
+        gap = self._gap_of(tile, weights)
+        self._take_turn(tile, stored, packed, sums, rounded, gap)
         self._file.write(offset, packed.data, address)
         return payload
 
@@ -168,6 +178,17 @@ class StepRun:
         kept = keep_exceptions(self._units, first, last, predicted, before)
         self._kept[tile.number] = (kept.lengths, kept.counts)
         return kept.payload
+
+    def _gap_of(self, tile: Tile, weights: Weights) -> float:
+        """Return the square of what lies between a tile's weights and those of the other base."""
+        if self._other is None:
+            return 0.0
+        spec, source = self._other
+        first = tile.rows[0] * self.step.matrix[1] + tile.columns[0]
+        floats = weights.floats()
+        raw = np.empty(floats.size * spec.itemsize, np.uint8)
+        source.read(spec, first * spec.itemsize, raw)
+        return gap_square(floats, Weights.of_bytes(raw, spec.dtype).floats())
 
     def _begin_keeping(self, tile: Tile, buffers: Buffers) -> Encoder | None:
         if self._units is None or tile.kind != "rows":
@@ -187,7 +208,7 @@ class StepRun:
 
     def _take_turn(
         self, tile: Tile, source: Bytes, result: Bytes | None, sums: Sums,
-        coded: Sums | None = None,
+        coded: Sums | None = None, gap: float = 0.0,
     ) -> None:  # fmt: skip
         """Wait for this tile's turn at the digests and sums; without ``result`` both are one."""
         with self._turn:
@@ -200,6 +221,7 @@ class StepRun:
         self._sums += sums
         if coded is not None:
             self._coded_sums += coded
+        self._gap += gap
         with self._turn:
             self._next += 1
             self._turn.notify_all()
@@ -258,7 +280,9 @@ class StepRun:
             delta_norm=_norm(sums[1]) if step.segments or step.patches else None,
             changed=_changed(step, int(sums[2])),
             survived=self._survived,
+            codes=step.source.numel if step.coded is not None else 0,
             noise=self._noise,
+            base_gap=_norm(self._gap) if self._other is not None else None,
         )
 
     @property
