@@ -52,9 +52,13 @@ class DequantizingSource:
 
     def decode(self, weight: QuantizedWeight, at: Block, raw: Bytes) -> Codes:
         """Fill a buffer with a block's values; return its codes."""
-        codes = weight.codec.block(weight, at, self._packed.read)
+        codes = self.codes(weight, at)
         values_of(codes, *Weights.of_bytes(raw, weight.dtype).arguments)
         return codes
+
+    def codes(self, weight: QuantizedWeight, at: Block) -> Codes:
+        """Return a block's codes."""
+        return weight.codec.block(weight, at, self._packed.read)
 
     def values(self, weight: QuantizedWeight, at: Block) -> Bytes:
         """Return a block's values as the bytes of the weight's dtype."""

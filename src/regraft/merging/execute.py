@@ -181,7 +181,7 @@ class _Queue:
         source = self._source if step.source_adapter is None else self._plain
         written = StepRun(
             step, output, job.offset, source, self._store, tile_bytes, self._keeping,
-            _coder(self._task.plan, step), self._other(step),
+            coder_of(self._task.plan, step), self._other(step),
         )  # fmt: skip
         tiles = tiles_of(step, tile_bytes, source.grain(step.source))
         return _Active(number, job, written, list(tiles))
@@ -316,7 +316,8 @@ def seen_through(quantization: Quantization | None, stored: Source) -> Source:
     return DequantizingSource(quantization.weights, stored)
 
 
-def _coder(plan: Plan, step: Step) -> Coder | None:
+def coder_of(plan: Plan, step: Step) -> Coder | None:
+    """Return what makes a step's codes; None for a result of plain values."""
     if step.coded is None:
         return None
     return Coder(step.coded, plan.options["rounding"], plan.options["seed"])

@@ -23,13 +23,16 @@ from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.errors import RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
+from regraft.merging.coding import Coder, block_of
 from regraft.merging.compute import StepMath
+from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.events import Progress
-from regraft.merging.execute import FACTOR_CACHE
+from regraft.merging.execute import FACTOR_CACHE, coder_of, seen_through
 from regraft.merging.factors import FactorStore
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, make_plan
 from regraft.merging.quantized import see_through
+from regraft.merging.source import FileSource
 from regraft.merging.tiles import Tile, tiles_of
 from regraft.numerics.conversions import KINDS
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
@@ -87,13 +90,16 @@ def judge(
     """Compare every tensor of a merged model with the merge of adapters into a base.
 
     Raises:
-        UnsupportedError: the merged model or the base is quantized.
+        UnsupportedError: the merged model is quantized, and the choices do not say how; or the base
+            is in a way that is not known.
         MismatchError: adapters and base do not fit.
         MemoryCapError: the merge does not fit under the cap.
         RegraftError: something cannot be read, or an adapter holds NaN.
     """
-    _refuse_packed(merged)
-    plan = make_plan(base, adapters, choices, None)
+    if choices.quantize is None:
+        _refuse_packed(merged)
+    base, quantization = see_through(base)
+    plan = make_plan(base, adapters, choices, None, quantization=quantization)
     places = Places(merged, base)
     answers, subjects = _find(plan, places)
     with FilePool() as files:
@@ -118,7 +124,8 @@ def _refuse_packed(merged: Checkpoint) -> None:
     if see_through(merged)[1] is not None:
         raise UnsupportedError(
             "the merged model is quantized, and its packed bytes are not weights",
-            where=merged.source, hint="Verify the 16-bit model that it was made from",
+            where=merged.source, expected="a receipt that says how they were rounded",
+            hint="Verify the 16-bit model that it was made from",
         )  # fmt: skip
 
 
@@ -193,7 +200,7 @@ def _find_swapped(
     bench: _Bench, subjects: Sequence[_Subject], answers: dict[str, Diagnosis | None]
 ) -> None:
     """Among tensors that are something else, find those that hold what belongs to another."""
-    odd = [subject for subject in subjects if _is_odd(answers[subject.step.name])]
+    odd = [s for s in subjects if s.step.coded is None and _is_odd(answers[s.step.name])]
     if not 2 <= len(odd) <= _MOST_SWAPPED:
         return
     samples = [(subject.step, *bench.sample(subject)) for subject in odd]
@@ -243,7 +250,8 @@ class _Bench:
         self, plan: Plan, files: FilePool, base: Checkpoint, adapters: Sequence[Adapter],
         choices: Choices,
     ) -> None:  # fmt: skip
-        self._files, self._base = files, base
+        self._files, self._base, self._plan = files, base, plan
+        self._source = seen_through(plan.quantization, FileSource(files))
         self._adapters, self._choices = adapters, choices
         self._store = FactorStore(files, FACTOR_CACHE)
         needed = max((step.factor_bytes for step in plan.steps), default=0)
@@ -267,7 +275,7 @@ class _Bench:
             same, spread = self._compare(subject)
             if same:
                 return Diagnosis("exact", 0.0)
-            if subject.step.dtype not in WORKING_DTYPES:
+            if subject.step.dtype not in WORKING_DTYPES or subject.step.coded is not None:
                 verdict = "other" if is_touched(subject.step) else "changed"
                 return Diagnosis(verdict, note="its bytes are others")  # type: ignore[arg-type]
             return self._diagnose(subject, spread)
@@ -339,7 +347,8 @@ class _Bench:
         sums = np.zeros(4, np.float64) if sums is None else sums
 
         def read(offset: int, buffer: Bytes) -> None:
-            self._files.read_into(step.source, offset, buffer.data)
+            source = self._source if step.source_adapter is None else FileSource(self._files)
+            source.read(step.source, offset, buffer)
 
         maths = StepMath(step, self._store, read, self._tile_bytes)
         for tile in tiles_of(step, self._tile_bytes):
@@ -351,9 +360,27 @@ class _Bench:
             source = self._rooms.get(f"source{use}", tile.read)
             read(tile.read_at, source)
             weights = Weights.of_bytes(source, step.source.dtype)
-            maths.run(tile, weights, Weights.of_bytes(result, step.dtype), sums)
+            coder = coder_of(self._plan, step)
+            if coder is None:
+                maths.run(tile, weights, Weights.of_bytes(result, step.dtype), sums)
+            else:
+                self._encode(coder, maths, tile, weights, result, sums)
             yield _Made(tile, result, source)
         maths.release()
+
+    def _encode(
+        self, coder: Coder, maths: StepMath, tile: Tile, weights: Weights, result: Bytes,
+        sums: Sums,
+    ) -> None:  # fmt: skip
+        """Fill a result with the codes of a tile."""
+        if not isinstance(self._source, DequantizingSource):
+            raise TypeError("codes come from a quantized base")
+        at = block_of(tile)
+        block = self._source.codes(coder.weight, at)
+        values = self._rooms.get("values", 4 * block.codes.size).view(np.float32)
+        maths.run(tile, weights, Weights.of_floats(values), sums)
+        codes = coder.codes(block, at, values, np.zeros(2, np.float64))
+        result[:] = coder.weight.codec.pack(coder.weight, at, codes)
 
     def _compare(self, subject: _Subject) -> tuple[bool, float]:
         """Return whether a tensor is the merge, bit for bit, and the delta's root mean square."""
@@ -440,7 +467,10 @@ class _Bench:
         with self._lock:
             if number not in self._solo:
                 try:
-                    plan = make_plan(self._base, [self._adapters[number]], self._choices, None)
+                    plan = make_plan(
+                        self._base, [self._adapters[number]], self._choices, None,
+                        quantization=self._plan.quantization,
+                    )  # fmt: skip
                     self._solo[number] = {step.name: step for step in plan.steps}
                 except RegraftError:  # it only fits together with the others
                     self._solo[number] = {}

@@ -501,11 +501,13 @@ def _merged_float32(
     from regraft.formats.checkpoint import open_checkpoint
     from regraft.formats.hub import locate
     from regraft.merging.building import build
+    from regraft.merging.quantized import see_through
     from regraft.merging.workplace import workplace
 
     out = folder / "float32"
     wide = Choices("F32", None, choices.max_memory, choices.threads)
-    plan = make_plan(base, adapters, wide, out)
+    plain, quantization = see_through(base)
+    plan = make_plan(plain, adapters, wide, out, quantization=quantization)
     _check_disk(folder, plan.nbytes)
     with workplace(out, overwrite=False) as place:
         build(plan, place, (), "regraft verify", lambda: (0.0, 0, 1), keeping=None)

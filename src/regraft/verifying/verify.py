@@ -85,7 +85,8 @@ def verify(
         check.notes.append(f"the merge was not done again: {error.problems[0]}")
         return _report(located.source, check, None)
     recipe = _recipe(base, wanted, token)
-    report = _report(located.source, check, _again(opened, recipe, choices, progress))
+    coded = _as_coded(choices, located.path)
+    report = _report(located.source, check, _again(opened, recipe, coded, progress))
     if prompts is None:
         return report
     return _with_answers(report, opened, recipe, prompts, choices, progress)
@@ -142,6 +143,23 @@ def _recipe(base: str | Path, adapters: Sequence[tuple[str, float]], token: str 
     checkpoint = open_checkpoint(locate(base, kind="base", token=token))
     opened = open_adapters(adapters, token)
     return checkpoint, [read_adapter(files, weight) for files, weight in opened]
+
+
+def _as_coded(choices: Choices, folder: Path) -> Choices:
+    """Return choices with how a merged model's receipt says that it was quantized."""
+    from regraft.merging.receipt import read_receipt
+
+    if not os.path.lexists(folder / RECEIPT):
+        return choices
+    try:
+        options = read_receipt(folder / RECEIPT).options
+    except FormatError:  # which has been told already
+        return choices
+    if options.get("quantize") is None:
+        return choices
+    return replace(
+        choices, quantize=options["quantize"], rounding=options["rounding"], seed=options["seed"]
+    )
 
 
 def _again(
