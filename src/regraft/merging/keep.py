@@ -33,7 +33,8 @@ class Keep:
     Attributes:
         original: the base's tensor.
         adapter: the adapter's tensor that it is told from, if it is that.
-        through: the dtype that the output has it in, if it is told from itself converted.
+        through: the dtype that the output has it in, if it is told from itself converted; of a
+            ``coded`` one, if its values are.
         coded: the quantized weight whose codes it holds, if they are told from plain values.
     """
 
@@ -79,11 +80,16 @@ def _dequantized(plan: Plan) -> dict[str, Keep]:
     """Return the stored tensors of quantized weights that the output has as plain ones."""
     if plan.quantization is None or plan.options.get("quantize") is not None:
         return {}
-    return {
-        name: Keep(spec, coded=weight if spec is weight.codes and can_be_told(weight) else None)
-        for weight in plan.quantization.weights.values()
-        for name, spec in ((part.name, part) for part in weight.parts.values())
-    }
+    steps = {step.name: step for step in plan.steps}
+    found: dict[str, Keep] = {}
+    for weight in plan.quantization.weights.values():
+        found |= {spec.name: Keep(spec) for spec in weight.parts.values()}
+        step = steps.get(weight.name)
+        if step is not None and step.source.is_virtual and can_be_told(weight):
+            same = step.is_invertible or step.dtype in (weight.dtype, "F32")
+            through = None if same else step.dtype
+            found[weight.codes.name] = Keep(weight.codes, through=through, coded=weight)
+    return found
 
 
 def digests_only(plan: Plan) -> list[Keep]:
@@ -173,17 +179,19 @@ class KeepRun:
         keep = self._keep
         if keep.adapter is not None:
             return adapter_prediction(keep, keep.adapter, begin, piece.size, self._files)
-        if keep.through is not None:
-            there = converted(piece, keep.original.dtype, keep.through)
-            return converted(there, keep.through, keep.original.dtype)
         if keep.coded is not None:
             weight = keep.coded
             seen = DequantizingSource({weight.name: weight}, self._source)
 
             def values(at: Block) -> Bytes:
-                return seen.values(weight, at)
+                through = keep.through or weight.dtype
+                there = converted(seen.values(weight, at), weight.dtype, through)
+                return converted(there, through, weight.dtype)
 
             return told_codes(weight, begin, piece.size, values, self._source.read)
+        if keep.through is not None:
+            there = converted(piece, keep.original.dtype, keep.through)
+            return converted(there, keep.through, keep.original.dtype)
         return np.zeros(piece.size, np.uint8)
 
     def fail(self) -> None:

@@ -161,14 +161,14 @@ class RestoringSource:
     def _prediction(self, keep: Keep, begin: int, size: int) -> Bytes:
         if keep.adapter is not None:
             return adapter_prediction(keep, keep.adapter, begin, size, self._files)
+        if keep.coded is not None:
+            return told_codes(keep.coded, begin, size, self._values(keep.coded), self.read)
         if keep.through is not None:
             there = self._recipe.merged[keep.original.name]
             width, own = DTYPES[keep.through].bits, DTYPES[keep.original.dtype].bits
             raw = np.empty(size * width // own, np.uint8)
             self._files.read_into(there, begin * width // own, raw.data)
             return converted(raw, keep.through, keep.original.dtype)
-        if keep.coded is not None:
-            return told_codes(keep.coded, begin, size, self._values(keep.coded), self.read)
         return np.zeros(size, np.uint8)
 
     def _values(self, weight: QuantizedWeight) -> ValuesOf:

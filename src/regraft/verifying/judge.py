@@ -20,7 +20,7 @@ import numpy as np
 from regraft.adapters.model import Adapter
 from regraft.deltas.agreement import Agreement, Care, Fit
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
-from regraft.errors import RegraftError, UnsupportedError
+from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
 from regraft.merging.coding import Coder, block_of
@@ -121,7 +121,11 @@ def judge(
 
 
 def _refuse_packed(merged: Checkpoint) -> None:
-    if see_through(merged)[1] is not None:
+    try:
+        quantized = see_through(merged)[1] is not None
+    except InputError:  # in a way that is not known, or not whole
+        quantized = True
+    if quantized:
         raise UnsupportedError(
             "the merged model is quantized, and its packed bytes are not weights",
             where=merged.source, expected="a receipt that says how they were rounded",
