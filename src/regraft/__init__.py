@@ -12,7 +12,7 @@ from regraft._version import __version__
 
 if TYPE_CHECKING:
     from regraft.api import check, merge, plan
-    from regraft.converting import dequantize
+    from regraft.converting import dequantize, quantize
     from regraft.errors import (
         AccessError,
         AdapterError,
@@ -55,6 +55,7 @@ _HOME = {
     "UnmergeReport": "regraft.merging.report",
     "Leftover": "regraft.merging.leftovers",
     "dequantize": "regraft.converting",
+    "quantize": "regraft.converting",
     "unmerge": "regraft.undoing",
     "swap": "regraft.undoing",
     "clean": "regraft.undoing",
@@ -90,6 +91,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "unmerge",
     "swap",
     "dequantize",
+    "quantize",
     "plan",
     "check",
     "verify",

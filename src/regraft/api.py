@@ -21,7 +21,7 @@ from regraft.merging.events import Progress, tell
 from regraft.merging.gap import TrainedOn
 from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
 from regraft.merging.plan import Plan
-from regraft.merging.planning import Choices, make_plan
+from regraft.merging.planning import Choices, make_plan, settled
 from regraft.merging.quantized import check_scales, see_through
 from regraft.merging.recipe import (
     AdapterArg,
@@ -49,8 +49,9 @@ def merge(
     quantize: str | None = None,
     rounding: str | None = None,
     seed: int = 0,
+    double_quant: bool = False,
     trained_on: str | Path | None = None,
-    undo: bool = True,
+    undo: bool | None = None,
     keep_adapter: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
@@ -65,17 +66,21 @@ def merge(
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
             weight becomes a plain one of the dtype that its format computes in.
         shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
-        quantize: ``"keep"``: a quantized base stays in its format, with its scales.
-        rounding: how values become codes: ``"stochastic"``, which keeps the deltas on average, or
-            ``"nearest"``.
+        quantize: ``"keep"``: a quantized base stays in its format, with its scales. Or the format
+            that linear layers are put into: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"fp8"``.
+        rounding: how values become codes: ``"stochastic"``, which keeps the deltas on average (by
+            default where the base's format is kept), or ``"nearest"``.
         seed: which random bits that takes; the same seed gives the same bytes on any machine.
+        double_quant: quantize the scales of ``nf4`` or ``fp4`` too.
         trained_on: the base that the adapters were trained on, where it is another one, such as
             the 4-bit version of this one. It changes no byte: the receipt says for each tensor how
             far apart the two are, against the delta.
         max_memory: cap on resident memory, whatever the size of the model.
         threads: worker threads; by default three more than there are cores at hand.
         overwrite: replace ``out``, once the new one is complete, if it holds a model already.
-        undo: keep in ``out/regraft/undo`` what :func:`unmerge` and :func:`swap` need.
+        undo: keep in ``out/regraft/undo`` what :func:`unmerge` and :func:`swap` need. By default
+            it is kept, unless plain weights are put into another format: that would take a copy of
+            them.
         keep_adapter: keep a copy of the adapters there too; else they have to be given then.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
@@ -91,7 +96,7 @@ def merge(
     started = time.perf_counter()
     place = Path(out)
     check_output(place, [], overwrite=overwrite)  # before anything is fetched from the Hub
-    coding = Coding(quantize, rounding, seed)
+    coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -112,7 +117,7 @@ def merge(
         called = command or call_of("merge", made.base.source, made)
         return build(
             made, work, _inputs(made), called, lambda: _used(started, made),
-            keeping=Keeping(keep_adapter) if undo else None, progress=progress,
+            keeping=Keeping(keep_adapter) if made.options["undo"] else None, progress=progress,
         )  # fmt: skip
 
 
@@ -139,7 +144,8 @@ def plan(
     quantize: str | None = None,
     rounding: str | None = None,
     seed: int = 0,
-    undo: bool = True,
+    double_quant: bool = False,
+    undo: bool | None = None,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -150,7 +156,7 @@ def plan(
     Raises:
         RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
     """
-    coding = Coding(quantize, rounding, seed)
+    coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, coding=coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -171,6 +177,7 @@ def _plan(
 ) -> Plan:
     read = [read_adapter(files, weight) for files, weight in open_adapters(adapters, token)]
     plain, quantization = see_through(base)
+    choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
     if out is None:
         return made
@@ -215,7 +222,7 @@ def check(
         EnvironmentShortfall: an input cannot be read, or needs an optional package.
     """
     coding = Coding(quantize)
-    choices = choices_of(dtype, None, max_memory, None, undo=True, coding=coding)
+    choices = choices_of(dtype, None, max_memory, None, None, coding=coding)
     checkpoint = open_headers(base, token=token)
     read, problems = [], list[Problem]()
     for files, weight in open_adapters(parse_adapters(adapters), token):
@@ -225,6 +232,7 @@ def check(
             problems += error.problems
     try:
         plain, quantization = see_through(checkpoint)
+        choices = settled(choices, quantization)
         made = make_plan(plain, read, choices, None, quantization=quantization)
     except RegraftError as error:
         return CheckReport(False, (*problems, *error.problems))

@@ -1,4 +1,4 @@
-"""The verbs that change how a model is stored, and nothing else: dequantize."""
+"""The verbs that change how a model is stored, and nothing else: dequantize and quantize."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 from regraft.api import call_of
 from regraft.errors import UnsupportedError
-from regraft.formats.checkpoint import open_checkpoint
+from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import locate
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
 from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan
-from regraft.merging.quantized import check_scales, see_through
-from regraft.merging.recipe import choices_of
+from regraft.merging.quantized import Quantization, check_scales, see_through
+from regraft.merging.quantizing import KEEP, resolved
+from regraft.merging.recipe import Coding, choices_of
 
 if TYPE_CHECKING:
     from regraft.merging.receipt import Receipt
@@ -67,6 +68,54 @@ def dequantize(
     )  # fmt: skip
 
 
+def quantize(
+    base: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    double_quant: bool = False,
+    rounding: str | None = None,
+    seed: int = 0,
+    shard_size: str | int | None = None,
+    max_memory: str | int = "512MiB",
+    threads: int | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Receipt:
+    """Write a model with its linear layers quantized, as transformers does when it loads one.
+
+    Embeddings and the output head stay as they are. Codes and scales of ``nf4`` and ``fp4`` are
+    those of bitsandbytes, byte for byte.
+
+    Args:
+        base: a folder, a single ``.safetensors`` file, or a Hub id ``org/name[@revision]``. Of a
+            quantized model, what its codes stand for is quantized.
+        out: the folder to make; it appears whole or not at all.
+        to: ``"nf4"``, ``"fp4"``, ``"int8"`` (LLM.int8) or ``"fp8"`` (E4M3 in blocks of 128x128).
+        double_quant: quantize the scales of ``nf4`` or ``fp4`` too.
+        rounding: ``"nearest"`` (default) or ``"stochastic"``.
+        seed: which random bits stochastic rounding takes.
+        shard_size, max_memory, threads, overwrite: as in :func:`dequantize`.
+        token, progress, command: as in :func:`dequantize`.
+
+    Returns:
+        The receipt, as it is in ``out/regraft/receipt.json``.
+
+    Raises:
+        UnsupportedError: the model is in this format already, or has no linear layer for it.
+        NumericError: a weight holds NaN or infinity.
+        RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
+    """
+    coding = Coding(to, rounding, seed, double_quant)
+    choices = choices_of(None, shard_size, max_memory, threads, coding=coding)
+    return _convert(
+        base, Path(out), choices, "quantize", overwrite=overwrite, token=token,
+        progress=progress, command=command,
+    )  # fmt: skip
+
+
 def _convert(
     base: str | Path, out: Path, choices: Choices, verb: str, *, overwrite: bool,
     token: str | None, progress: Progress | None, command: str | None,
@@ -77,12 +126,9 @@ def _convert(
     tell(progress, "read", 0)
     stored = open_checkpoint(locate(base, kind="base", token=token))
     plain, quantization = see_through(stored)
-    if quantization is None:
-        raise UnsupportedError(
-            "the model is not quantized", where=stored.source,
-            hint="There is nothing to do; to change its dtype, merge with --dtype",
-        )  # fmt: skip
-    check_scales(quantization)
+    _check_wanted(stored, quantization, choices)
+    if quantization is not None:
+        check_scales(quantization)
     made = make_plan(plain, [], choices, out, quantization=quantization)
     inputs = [shard.path for shard in stored.shards] if stored.single_file else [stored.root]
     check_output(out, inputs, overwrite=overwrite)
@@ -90,6 +136,24 @@ def _convert(
     made = replace(made, disk={"needed": made.disk_bytes + SLACK_BYTES, "free": free_bytes(out)})
     return _build(made, out, command or call_of(verb, stored.source, made), started, progress,
                   overwrite=overwrite)  # fmt: skip
+
+
+def _check_wanted(stored: Checkpoint, quantization: Quantization | None, choices: Choices) -> None:
+    """Refuse to do nothing.
+
+    Raises:
+        UnsupportedError: the model is as it is wanted already.
+    """
+    if choices.quantize is None and quantization is None:
+        raise UnsupportedError(
+            "the model is not quantized", where=stored.source,
+            hint="There is nothing to do; to change its dtype, merge with --dtype",
+        )  # fmt: skip
+    if resolved(choices.quantize, quantization) == KEEP:
+        raise UnsupportedError(
+            "the model is in this format already", where=stored.source,
+            found=str(choices.quantize), hint="There is nothing to do",
+        )  # fmt: skip
 
 
 def _build(

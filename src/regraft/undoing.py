@@ -24,7 +24,7 @@ from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
 from regraft.merging.output import check_output, check_space
 from regraft.merging.patch import PatchReader, digest_of
 from regraft.merging.plan import Plan, Step
-from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype
+from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype, settled
 from regraft.merging.quantized import Quantization, see_through
 from regraft.merging.receipt import InputRecord, Receipt, read_receipt
 from regraft.merging.recipe import AdapterArg, Coding, choices_of, open_adapters, parse_adapters
@@ -129,7 +129,8 @@ def swap(
     quantize: str | None = None,
     rounding: str | None = None,
     seed: int = 0,
-    undo: bool = True,
+    double_quant: bool = False,
+    undo: bool | None = None,
     keep_adapter: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
@@ -145,7 +146,7 @@ def swap(
         out: the folder to make; it appears whole or not at all.
         merged_adapters: the adapters that were merged, where no copy of them was kept.
         dtype, shard_size, max_memory, threads, overwrite: as in :func:`regraft.merge`.
-        quantize, rounding, seed: as in :func:`regraft.merge`.
+        quantize, rounding, seed, double_quant: as in :func:`regraft.merge`.
         undo, keep_adapter, token, progress, command: as in :func:`regraft.merge`.
 
     Returns:
@@ -158,7 +159,7 @@ def swap(
     started = time.perf_counter()
     place = Path(out)
     check_output(place, [], overwrite=overwrite)
-    coding = Coding(quantize, rounding, seed)
+    coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -172,6 +173,7 @@ def swap(
     with workplace(place, overwrite=overwrite) as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, choices)
+        choices = settled(choices, undone.quantization)
         made = make_plan(
             undone.base, read, choices, place, undone.steps, quantization=undone.quantization
         )
@@ -181,7 +183,7 @@ def swap(
         return build(
             made, work, [*found.files, *new], called,
             lambda: (time.perf_counter() - started, peak_memory(), made.threads),
-            keeping=Keeping(keep_adapter, found.manifest.left_out) if undo else None,
+            keeping=Keeping(keep_adapter, found.manifest.left_out) if choices.undo else None,
             open_source=_opener(undone, found), progress=progress,
         )  # fmt: skip
 
@@ -356,8 +358,8 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
     options = found.receipt.options
     old = replace(
         choices, dtype=parse_dtype(options.get("dtype")), shard_size=None, threads=1,
-        quantize=options.get("quantize"), rounding=options.get("rounding", choices.rounding),
-        seed=options.get("seed", 0),
+        quantize=options.get("quantize"), rounding=options.get("rounding"),
+        seed=options.get("seed", 0), double_quant=options.get("double_quant", False),
     )  # fmt: skip
     base, quantization = see_through(base)
     made = make_plan(base, found.adapters, old, None, quantization=quantization)
@@ -370,7 +372,9 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
     steps = {step.name: step for step in made.steps if step.is_invertible}
     kept = {keep.original.name: keep for keep in keeps(made)}
     _check_merged(found, base, made)
-    recipe = Recipe(steps, kept, found.merged.tensors, source.tensors, old.rounding, old.seed)
+    recipe = Recipe(
+        steps, kept, found.merged.tensors, source.tensors, old.rounding or "stochastic", old.seed
+    )
     return _Undone(base, quantization, steps, recipe)
 
 

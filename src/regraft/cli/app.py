@@ -22,6 +22,7 @@ COMMANDS = {
     "unmerge": "regraft.cli.unmerge",
     "swap": "regraft.cli.swap",
     "dequantize": "regraft.cli.dequantize",
+    "quantize": "regraft.cli.quantize",
     "verify": "regraft.cli.verify",
     "check": "regraft.cli.check",
     "inspect": "regraft.cli.inspect",

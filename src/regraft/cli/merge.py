@@ -24,6 +24,7 @@ from regraft.cli.output import Output
 @options.quantize
 @options.rounding
 @options.seed
+@options.double_quant
 @click.option(
     "--trained-on",
     metavar="BASE",

@@ -50,15 +50,20 @@ shard_size = click.option(
 
 quantize = click.option(
     "--quantize",
-    type=click.Choice(["keep"]),
-    help="Write a quantized model: in the base's own format, with its scales.  "
-    "[default: plain weights]",
+    type=click.Choice(["keep", "nf4", "fp4", "int8", "fp8"]),
+    help="Write a quantized model: in the base's own format with its scales (keep), or in "
+    "another.  [default: plain weights]",
 )
 
 rounding = click.option(
     "--rounding",
     type=click.Choice(["stochastic", "nearest"]),
-    help="How weights become codes. Nearest loses most of an adapter.  [default: stochastic]",
+    help="How weights become codes. Where the base's format is kept, nearest loses most of an "
+    "adapter.  [default: stochastic there, else nearest]",
+)
+
+double_quant = click.option(
+    "--double-quant", is_flag=True, help="Quantize the scales of nf4 or fp4 too."
 )
 
 seed = click.option(
@@ -93,8 +98,9 @@ overwrite = click.option(
 
 undo = click.option(
     "--undo/--no-undo",
-    default=True,
-    help="Keep in OUT what `regraft unmerge` and `swap` need.  [default: undo]",
+    default=None,
+    help="Keep in OUT what `regraft unmerge` and `swap` need.  [default: undo, but not where plain "
+    "weights are put into a quantized format]",
 )
 
 keep_adapter = click.option(

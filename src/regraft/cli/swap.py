@@ -36,6 +36,7 @@ from regraft.cli.output import Output
 @options.quantize
 @options.rounding
 @options.seed
+@options.double_quant
 @options.undo
 @options.keep_adapter
 @options.token

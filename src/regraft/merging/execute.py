@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -14,12 +15,14 @@ from regraft.errors import MismatchError, Problem, RegraftError
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import FilePool
 from regraft.merging.coding import Coder
+from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.factors import FactorStore
 from regraft.merging.jobs import Done, Job, Target, jobs_of
 from regraft.merging.keep import Keep, KeepRun, keep_tiles
 from regraft.merging.ledger import Closing, Ledger
+from regraft.merging.making import Gathering, Gatherings
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan, Step
 from regraft.merging.quantized import Quantization
@@ -130,6 +133,10 @@ class _Queue:
         there = task.plan.trained_on
         self._trained_on = there and seen_through(there.quantization, self._plain)
         self._ledger = Ledger(len(done), place, patch, self._flush)
+        steps = [job.step for job in jobs if job.step is not None]
+        self._codes = {s.made.name: s for s in steps if s.made and s.codes_of is not None}
+        self._made_left = Counter(s.made.name for s in steps if s.made)
+        self._gatherings = Gatherings()
         self._gate = _Gate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
         self._lock = threading.Lock()
         self._outputs: dict[str, OutputFile] = {}
@@ -147,6 +154,8 @@ class _Queue:
     def _take_over(self, done: Done, job: Job) -> None:
         """Count a job that an earlier try has done."""
         self.finished[done.name] = done
+        if job.step is not None and job.step.made is not None:
+            self._made_left[job.step.made.name] -= 1
         if job.step is not None and job.target is not None:
             self._done += job.step.nbytes
             self._unfinished[job.target.name] -= 1
@@ -181,10 +190,26 @@ class _Queue:
         source = self._source if step.source_adapter is None else self._plain
         written = StepRun(
             step, output, job.offset, source, self._store, tile_bytes, self._keeping,
-            coder_of(self._task.plan, step), self._other(step),
+            coder_of(self._task.plan, step), self._other(step), self._gathering(step, source),
+            (self._task.plan.options.get("rounding", ""), self._task.plan.options.get("seed", 0)),
         )  # fmt: skip
         tiles = tiles_of(step, tile_bytes, source.grain(step.source))
         return _Active(number, job, written, list(tiles))
+
+    def _gathering(self, step: Step, source: Source) -> Gathering | None:
+        made = step.made
+        if made is None:
+            return None
+        codes, tile_bytes = self._codes[made.name], self._task.plan.tile_bytes
+
+        def make() -> Gathering:
+            def read(offset: int, buffer: Bytes) -> None:
+                source.read(codes.source, offset, buffer)
+
+            math = StepMath(codes, self._store, read, tile_bytes)
+            return Gathering(codes, made.maker, made.name, made.shape, math, source, tile_bytes)
+
+        return self._gatherings.of(made.name, make)
 
     def _other(self, step: Step) -> Other | None:
         there = self._task.plan.trained_on
@@ -230,7 +255,18 @@ class _Queue:
         self._ledger.close_job(active.number, Closing(len(active.tiles), entry, sections))
         if isinstance(active.run, StepRun):
             active.run.release()
+            self._release_made(active.run.step)
         self._close_output(active)
+
+    def _release_made(self, step: Step) -> None:
+        """Let go of a weight that was put into a format, with the last of its tensors."""
+        if step.made is None:
+            return
+        with self._lock:
+            self._made_left[step.made.name] -= 1
+            last = not self._made_left[step.made.name]
+        if last:
+            self._gatherings.release(step.made.name)
 
     def _close_output(self, active: _Active) -> None:
         with self._lock:
@@ -257,6 +293,7 @@ class _Queue:
             active = list(self._active.values())
         self._gate.open()
         self._ledger.stop()
+        self._gatherings.fail()
         for each in active:
             each.run.fail()
 
@@ -306,7 +343,9 @@ class _Queue:
 
 def is_stored(step: Step) -> bool:
     """Whether the digest of what a step reads is that of one of the base's stored tensors."""
-    return step.source_adapter is None and (step.coded is not None or not step.source.is_virtual)
+    if step.source_adapter is not None or (step.made is not None and step.codes_of is None):
+        return False
+    return step.coded is not None or not step.source.is_virtual
 
 
 def seen_through(quantization: Quantization | None, stored: Source) -> Source:
@@ -413,13 +452,17 @@ def _end(pool: ThreadPoolExecutor, queue: _Queue) -> None:
         raise interrupted
 
 
+def _has_rows(step: Step) -> bool:
+    return bool(step.segments) or step.codes_of is not None
+
+
 def _buffer_bytes(plan: Plan) -> int:
     """Return the largest tile: usually the tile size, more where a row may not be split."""
     widest = max(
-        (step.matrix[1] * step.source.itemsize for step in plan.steps if step.segments), default=0
+        (step.matrix[1] * step.source.itemsize for step in plan.steps if _has_rows(step)), default=0
     )
     whole_rows = max(
-        (tile.read for step in plan.steps if step.segments and widest > plan.tile_bytes
+        (tile.read for step in plan.steps if _has_rows(step) and widest > plan.tile_bytes
          for tile in tiles_of(step, plan.tile_bytes)), default=0,
     )  # fmt: skip
     return max(plan.tile_bytes, whole_rows)

@@ -195,6 +195,7 @@ def plan_digest(plan: Plan) -> str:
 
 def _step(step: Step) -> list[Any]:
     coded = [] if step.coded is None else [_coded(step.coded)]
+    coded += [] if step.made is None else [[step.made.name, step.made.role, repr(step.made.maker)]]
     return [
         step.name, step.action, step.dtype, step.shape, step.source.name, step.source.dtype,
         step.source.shape, step.source_adapter,

@@ -20,6 +20,7 @@ from regraft.merging.coding import can_be_told, told_codes
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.patch import CHUNKS, PLANES, packed, section
 from regraft.merging.plan import Plan
+from regraft.merging.quantizing import KEEP
 from regraft.merging.source import Source
 from regraft.merging.tiles import Tile
 from regraft.quant.weight import Block, QuantizedWeight
@@ -66,7 +67,7 @@ def keeps(plan: Plan) -> list[Keep]:
             found.append(packed[name])
         elif step is not None and step.coded is not None:
             continue
-        elif step is None:
+        elif step is None or step.made is not None:
             found.append(Keep(original))
         elif step.source_adapter is not None or step.source.name != name:
             usable = step.source_adapter is not None and _is_comparable(step.source, original)
@@ -78,14 +79,19 @@ def keeps(plan: Plan) -> list[Keep]:
 
 def _dequantized(plan: Plan) -> dict[str, Keep]:
     """Return the stored tensors of quantized weights that the output has as plain ones."""
-    if plan.quantization is None or plan.options.get("quantize") is not None:
+    if plan.quantization is None or plan.options.get("quantize") == KEEP:
         return {}
     steps = {step.name: step for step in plan.steps}
     found: dict[str, Keep] = {}
     for weight in plan.quantization.weights.values():
         found |= {spec.name: Keep(spec) for spec in weight.parts.values()}
         step = steps.get(weight.name)
-        if step is not None and step.source.is_virtual and can_be_told(weight):
+        if (
+            step is not None
+            and step.source.is_virtual
+            and step.made is None
+            and can_be_told(weight)
+        ):
             same = step.is_invertible or step.dtype in (weight.dtype, "F32")
             through = None if same else step.dtype
             found[weight.codes.name] = Keep(weight.codes, through=through, coded=weight)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.adapters.model import Adapter
 from regraft.deltas.cutting import Units
@@ -19,6 +19,9 @@ from regraft.merging.receipt import Action
 from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import TensorSpec, nbytes_of
 
+if TYPE_CHECKING:
+    from regraft.quant.making import Maker
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -26,6 +29,24 @@ class Segment:
 
     rows: tuple[int, int]
     deltas: tuple[Delta, ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A weight that is put into a format, of which a step writes one stored tensor.
+
+    Attributes:
+        name, shape: the weight's.
+        role: which of its stored tensors; ``codes`` for its codes.
+        maker: the format.
+        weight: how the finished weight is stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    maker: Maker
+    weight: QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,7 @@ class Step:
         patches: rows to replace afterwards.
         coded: the quantized weight whose codes the result is; it keeps its scales. None for a
             result of plain values.
+        made: the weight that is put into a format, if the result is a part of one.
     """
 
     name: str
@@ -54,6 +76,7 @@ class Step:
     segments: tuple[Segment, ...] = ()
     patches: tuple[RowPatch, ...] = ()
     coded: QuantizedWeight | None = None
+    made: Made | None = None
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +100,14 @@ class Step:
         """Whether the base's tensor is computed back from the result, with what is kept of it."""
         named = self.source.name == self.name or self.coded is not None
         own = self.source_adapter is None and named
-        return own and bool(self.segments or self.patches)
+        return own and self.made is None and bool(self.segments or self.patches)
+
+    @property
+    def codes_of(self) -> QuantizedWeight | None:
+        """The weight whose codes the result is, kept or made; None if it is none."""
+        if self.made is not None:
+            return self.made.weight if self.made.role == "codes" else None
+        return self.coded
 
     @property
     def units(self) -> Units:
@@ -115,7 +145,8 @@ class Step:
         """Upper bound of the memory its factors take while it is worked on."""
         raw = {v.spec.name: v.spec.numel * 4 for v in self._views() if v.spec is not None}
         widest = max((_packed_bytes(segment) for segment in self.segments), default=0)
-        return sum(raw.values()) + widest + _factorization_bytes(self)
+        scales = SCALE_BYTES * self.source.numel if self.made is not None else 0
+        return sum(raw.values()) + widest + _factorization_bytes(self) + int(scales)
 
     @property
     def adapter_tensors(self) -> tuple[tuple[Path, str], ...]:
@@ -130,6 +161,11 @@ class Step:
     def _views(self) -> list[View]:
         views = [v for d in self.deltas for v in (d.left, d.right, d.magnitude) if v is not None]
         return views + [patch.values for patch in self.patches]
+
+
+SCALE_BYTES = 12 / 64
+"""What the scales of a weight take for each of its values while it is put into a format: three
+float32 for a block of 64."""
 
 
 def kept_name(step: Step) -> str:
@@ -289,6 +325,8 @@ CODED_SHARE = 0.2
 
 def _undo_bytes(original: TensorSpec, step: Step | None) -> int:
     """Return about what an undo keeps of a base's tensor, rather too much than too little."""
+    if step is not None and step.made is not None:
+        return original.nbytes
     if step is not None and step.coded is not None:
         return int(CODED_SHARE * original.nbytes)
     if step is None or step.source_adapter is not None or step.source.name != step.name:

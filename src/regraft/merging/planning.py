@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.model import Adapter
-from regraft.adapters.settings import RESAVE
 from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import TORCH_SUFFIXES
@@ -19,7 +18,16 @@ from regraft.merging.gap import TrainedOn
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, match
 from regraft.merging.plan import OutputShard, Plan, Segment, Step
-from regraft.merging.quantized import Quantization, as_stored, removed, turned
+from regraft.merging.quantized import Quantization, removed, turned
+from regraft.merging.quantizing import (
+    KEEP,
+    KeptSteps,
+    MadeSteps,
+    check_made,
+    kept_format,
+    resolved,
+    unfit_for_codes,
+)
 from regraft.merging.receipt import Action
 from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
 from regraft.names import NameMap, class_for_task
@@ -54,22 +62,38 @@ class Choices:
         shard_size: largest output file in bytes; None keeps the base's files.
         max_memory: cap on resident memory in bytes.
         threads: worker threads; None chooses.
-        undo: whether the output keeps what an undo needs.
+        undo: whether the output keeps what an undo needs; None chooses, by :func:`settled`.
         keep_adapters: whether a copy of each adapter is kept for it.
-        quantize: ``keep`` for the base's own format; None for plain values.
-        rounding: how values become codes, of :data:`regraft.quant.weight.ROUNDINGS`.
+        quantize: a format, or ``keep`` for the base's own; None for plain values.
+        rounding: how values become codes, of :data:`regraft.quant.weight.ROUNDINGS`; None
+            chooses.
         seed: which random bits rounding takes.
+        double_quant: whether the scales of a 4-bit format are quantized too.
     """
 
     dtype: str | None
     shard_size: int | None
     max_memory: int
     threads: int | None
-    undo: bool = False
+    undo: bool | None = False
     keep_adapters: bool = False
     quantize: str | None = None
-    rounding: str = "stochastic"
+    rounding: str | None = None
     seed: int = 0
+    double_quant: bool = False
+
+
+def settled(choices: Choices, quantization: Quantization | None) -> Choices:
+    """Return choices in which it is settled whether an undo is kept.
+
+    Not, if not asked for, where weights are put into another format: nothing in the output tells
+    of what they were, so an undo would be a copy of them.
+    """
+    format = resolved(choices.quantize, quantization)
+    undo = format in (None, KEEP) if choices.undo is None else choices.undo
+    return replace(
+        choices, quantize=format, undo=undo, keep_adapters=choices.keep_adapters and undo
+    )
 
 
 def parse_dtype(name: str | None) -> str | None:
@@ -116,7 +140,8 @@ def make_plan(
         MemoryCapError: a step cannot fit under the cap.
     """
     transposed: frozenset[str] = frozenset()
-    if choices.quantize is not None:
+    choices = replace(choices, quantize=resolved(choices.quantize, quantization))
+    if choices.quantize == KEEP:
         kept = kept_format(base, quantization)
         base, transposed = turned(base, kept), kept.transposed
     names = NameMap.for_config(base.config, _task_class(base, adapters))
@@ -127,10 +152,13 @@ def make_plan(
     updates = _config_updates(index, adapters, works, ties, choices, matching)
     left_out = _left_out(base, index)
     matching.problems += _missing_head(index, adapters, works, left_out)
-    matching.problems += _unfit_for_codes(works.values(), coded=choices.quantize is not None)
+    matching.problems += unfit_for_codes(works.values(), kept=choices.quantize == KEEP)
     if matching.problems:
         raise MismatchError(matching.problems)
-    shards = _shards(base, works, choices, left_out, quantization)
+    made = None
+    if choices.quantize not in (None, KEEP):
+        made = MadeSteps(index, choices.quantize or "", choices.double_quant)
+    shards = _shards(base, works, choices, left_out, quantization, made)
     steps = [step for shard in shards for step in shard.steps]
     if trained_on is not None:
         trained_on.check(steps)
@@ -138,12 +166,16 @@ def make_plan(
     options: dict[str, Any] = {
         "dtype": choices.dtype and DTYPES[choices.dtype].config_name,
         "shard_size": choices.shard_size,
-        "undo": choices.undo,
+        "undo": bool(choices.undo),
     }
     if choices.quantize is not None:
-        chosen = {"quantize": choices.quantize, "rounding": choices.rounding, "seed": choices.seed}
-        options |= chosen
-    elif quantization is not None:
+        options |= {"quantize": choices.quantize, "rounding": _rounding(choices)}
+        options |= {"seed": choices.seed}
+    if made is not None:
+        options["double_quant"] = choices.double_quant
+        check_made(steps, base, made.format)
+        updates |= made.config(steps, base.config or {})
+    elif choices.quantize is None and quantization is not None:
         updates |= dict.fromkeys(removed(base.config or {}))
     return Plan(
         base, tuple(adapters), tuple(shards), updates, options, memory, threads, tile,
@@ -153,43 +185,13 @@ def make_plan(
     )  # fmt: skip
 
 
-def kept_format(base: Checkpoint, quantization: Quantization | None) -> Quantization:
-    """Return a base's quantization, so that the output can keep its format.
+def _rounding(choices: Choices) -> str:
+    """Return how values become codes.
 
-    Raises:
-        UnsupportedError: the base is not quantized, or its format cannot be written.
+    Weights that lie on a grid need chance to leave their places as far as a small delta asks.
+    Others fall to either side by themselves, and chance would only add noise.
     """
-    if quantization is None:
-        raise UnsupportedError(
-            "the base is not quantized, so there is no format to keep", where=base.source,
-            found="--quantize keep", hint="Name a format, or merge without --quantize",
-        )  # fmt: skip
-    unwritable = {w.codec.name for w in quantization.weights.values() if not w.codec.is_writable}
-    if unwritable:
-        raise UnsupportedError(
-            "this format is read, but not written", where=base.source,
-            found=", ".join(sorted(unwritable)), hint="Merge without --quantize keep",
-        )  # fmt: skip
-    return quantization
-
-
-def _unfit_for_codes(works: Iterable[Work], *, coded: bool) -> list[Problem]:
-    """Return what an adapter asks for that cannot be done to a quantized weight."""
-    problems = []
-    for work in works:
-        if work.base is None or not work.base.is_virtual:
-            continue
-        if any(delta.is_residual for delta in work.deltas):
-            problems.append(
-                Problem("PiSSA and OLoRA began from another base than this quantized one",
-                        work.name, hint=RESAVE)
-            )  # fmt: skip
-        elif coded and (work.replaced or work.carried or work.patches):
-            problems.append(
-                Problem("the adapter replaces a quantized weight, which cannot stay quantized",
-                        work.name, hint="Merge without --quantize")
-            )  # fmt: skip
-    return problems
+    return choices.rounding or ("stochastic" if choices.quantize == KEEP else "nearest")
 
 
 def _task_class(base: Checkpoint, adapters: Sequence[Adapter]) -> str | None:
@@ -352,12 +354,14 @@ def _is_head(work: Work, adapters: Sequence[Adapter]) -> bool:
 
 def _shards(
     base: Checkpoint, works: Mapping[str, Work], choices: Choices, left_out: frozenset[str],
-    quantization: Quantization | None,
+    quantization: Quantization | None, made: MadeSteps | None,
 ) -> list[OutputShard]:  # fmt: skip
-    if choices.quantize is not None and quantization is not None:
+    if choices.quantize == KEEP and quantization is not None:
         base = replace(base, shards=quantization.stored.shards)
-        made = _Coded(base, works, choices, quantization)
-        files = [[made.step(n) for n in s.tensors if n not in left_out] for s in base.shards]
+        kept = KeptSteps(
+            works, quantization, lambda n: _step(n, base, works.get(n), choices), _segments
+        )
+        files = [[kept.step(n) for n in s.tensors if n not in left_out] for s in base.shards]
         known = {*quantization.weights}
     else:
         files = [
@@ -371,6 +375,9 @@ def _shards(
         known = set()
     known |= {step.name for steps in files for step in steps}
     extra = [_step(name, base, work, choices) for name, work in works.items() if name not in known]
+    if made is not None:
+        files = [[each for step in steps for each in made.of(step)] for steps in files]
+        extra = [each for step in extra for each in made.of(step)]
     if choices.shard_size:
         files = _split([step for steps in files for step in steps] + extra, choices.shard_size)
         names = numbered_names(len(files))
@@ -378,31 +385,6 @@ def _shards(
         files[-1].extend(extra)
         names = _kept_names(base)
     return [OutputShard(name, tuple(steps)) for name, steps in zip(names, files, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Coded:
-    """Makes the steps of a merge that keeps the base's format: one for each stored tensor."""
-
-    base: Checkpoint
-    works: Mapping[str, Work]
-    choices: Choices
-    quantization: Quantization
-
-    def step(self, name: str) -> Step:
-        """Return what becomes of a stored tensor."""
-        stored = self.quantization.stored.tensors[name]
-        owner = self.quantization.owners.get(name)
-        if owner is None and name not in self.quantization.skipped:
-            return _step(name, self.base, self.works.get(name), self.choices)
-        weight = self.quantization.weights.get(owner or "")
-        work = self.works.get(owner or "")
-        if weight is None or work is None or name != weight.codes.name:
-            return Step(name, "copy", stored, None, stored.dtype, stored.shape)
-        return Step(
-            name, "merge", work.source, None, stored.dtype, stored.shape, _segments(work), (),
-            as_stored(weight),
-        )  # fmt: skip
 
 
 def numbered_names(count: int) -> list[str]:
@@ -522,10 +504,11 @@ def fit_memory(
     wanted = choices.threads or default_threads()
     torch = TORCH_BYTES if any(path.suffix in TORCH_SUFFIXES for path in _paths(steps)) else 0
     fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
-    tiles = PER_THREAD + TO_KEEP * choices.undo + TO_RESTORE * (undone is not None)
+    tiles = PER_THREAD + TO_KEEP * bool(choices.undo) + TO_RESTORE * (undone is not None)
     tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
     tiles += TO_COMPARE * compare
-    tiles += TO_ENCODE * any(step.coded is not None for step in [*steps, *back.values()])
+    coded = any(step.codes_of is not None for step in [*steps, *back.values()])
+    tiles += TO_ENCODE * coded
     for threads in range(wanted, 0, -1):
         tile = min(LARGEST_TILE, (choices.max_memory - fixed) // (tiles * threads))
         tile -= tile % 4096  # whole values, and whole blocks of the disk

@@ -10,10 +10,11 @@ from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.merging.planning import Choices, parse_dtype
-from regraft.quant.weight import ROUNDINGS
+from regraft.merging.quantizing import KEEP
+from regraft.quant.weight import FORMATS, ROUNDINGS
 from regraft.tensors import parse_size
 
-QUANTIZE = ("keep",)
+QUANTIZE = (KEEP, *FORMATS)
 """What ``quantize`` may be."""
 
 
@@ -24,6 +25,7 @@ class Coding:
     quantize: str | None = None
     rounding: str | None = None
     seed: int = 0
+    double_quant: bool = False
 
 
 PLAIN = Coding()
@@ -79,7 +81,7 @@ def choices_of(
     shard_size: str | int | None,
     max_memory: str | int,
     threads: int | None,
-    undo: bool = False,
+    undo: bool | None = False,
     keep_adapter: bool = False,
     coding: Coding = PLAIN,
 ) -> Choices:
@@ -96,14 +98,14 @@ def choices_of(
             raise UsageError(str(error), where=f"--{name.replace('_', '-')}") from None
     if threads is not None and threads < 1:
         raise UsageError("threads has to be at least 1", where="--threads", found=str(threads))
+    kept = undo is not False and keep_adapter
     return Choices(
-        parse_dtype(dtype), sizes[0], sizes[1] or 0, threads, undo, undo and keep_adapter,
-        *_coding(coding),
+        parse_dtype(dtype), sizes[0], sizes[1] or 0, threads, undo, kept, *_coding(coding),
     )  # fmt: skip
 
 
-def _coding(coding: Coding) -> tuple[str | None, str, int]:
-    """Return how values become codes: format, rounding, seed.
+def _coding(coding: Coding) -> tuple[str | None, str | None, int, bool]:
+    """Return how values become codes, checked.
 
     Raises:
         UsageError: there is no such format or rounding, or nothing that it could be of.
@@ -121,7 +123,12 @@ def _coding(coding: Coding) -> tuple[str | None, str, int]:
         )  # fmt: skip
     if not 0 <= coding.seed < 2**63:
         raise UsageError("seed has to be a whole number from 0 on", where="--seed")
-    return coding.quantize, coding.rounding or "stochastic", coding.seed
+    if coding.double_quant and coding.quantize not in ("nf4", "fp4"):
+        raise UsageError(
+            "only scales of 4-bit formats are quantized", where="--double-quant",
+            expected="nf4 or fp4", found=str(coding.quantize),
+        )  # fmt: skip
+    return coding.quantize, coding.rounding, coding.seed, coding.double_quant
 
 
 def open_adapters(

@@ -13,11 +13,12 @@ from regraft.deltas.exceptions import keep_exceptions
 from regraft.deltas.units import Counts, Encoder, Lengths
 from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import NumericError
-from regraft.merging.coding import Coder, block_of, read_packed
+from regraft.merging.coding import Coder, block_of, noise_key, read_packed
 from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.factors import FactorStore, not_finite
 from regraft.merging.gap import gap_square
+from regraft.merging.making import Gathering
 from regraft.merging.patch import FACTORS, STREAMS, UNITS, packed, section
 from regraft.merging.plan import Step, kept_name
 from regraft.merging.receipt import TensorRecord
@@ -81,6 +82,8 @@ class StepRun:
         keeping: bool,
         coder: Coder | None = None,
         other: Other | None = None,
+        gathering: Gathering | None = None,
+        choice: tuple[str, int] = ("nearest", 0),
     ) -> None:
         """Take a step and where its result goes.
 
@@ -93,6 +96,8 @@ class StepRun:
             keeping: whether what an undo needs is kept.
             coder: makes the codes of a result that stays quantized.
             other: the tensor that its source is compared with, and what that is read from.
+            gathering: the weight that its result is a part of, if it is put into a format.
+            choice: rounding and seed of such a weight's codes.
         """
         self.step, self._file, self._offset, self._source = step, file, offset, source
         self._math = StepMath(step, store, self._read, tile_bytes)
@@ -103,6 +108,7 @@ class StepRun:
         self._kept: dict[int, tuple[Lengths, Counts]] = {}
         self._coder, self._coded_sums = coder, np.zeros(2, np.float64)
         self._other, self._gap = other, 0.0
+        self._gathering, self._choice = gathering, choice
         self.failed = False
 
     @property
@@ -121,6 +127,8 @@ class StepRun:
         """
         if self._coder is not None:
             return self._work_codes(tile, buffers, self._coder)
+        if self._gathering is not None:
+            return self._work_made(tile, buffers, self._gathering)
         sums: Sums = np.zeros(4, np.float64)
         at = self._offset + tile.write_at
         result, address = buffers.result(tile.write, at)
@@ -169,6 +177,35 @@ class StepRun:
         self._take_turn(tile, stored, packed, sums, rounded, gap)
         self._file.write(offset, packed.data, address)
         return payload
+
+    def _work_made(self, tile: Tile, buffers: Buffers, gathering: Gathering) -> Bytes:
+        """As :meth:`work`, for a part of a weight that is put into a format."""
+        made = self.step.made
+        room, _ = buffers.result(2 * buffers.source.size - 2 * BLOCK, 0)
+        small = gathering.gathered(buffers.source, room)
+        if gathering.failed or made is None:
+            return _NOTHING
+        offset = self._offset + tile.write_at
+        sums: Sums = np.zeros(4, np.float64)
+        if made.role != "codes":
+            result, address = buffers.codes(
+                small[made.role][tile.read_at : tile.read_at + tile.read], offset
+            )
+            self._take_turn(tile, result, None, sums)
+            self._file.write(offset, result.data, address)
+            return _NOTHING
+        raw, coded = buffers.source[: tile.read], np.zeros(2, np.float64)
+        weights, values = gathering.values(tile, raw, room, sums)
+        self._check_finite(raw)
+        rounding, seed = self._choice
+        key = noise_key(seed, made.name)
+        packed, address = buffers.codes(
+            gathering.encode(tile, weights, values, rounding, key, coded), offset
+        )
+        gap = self._gap_of(tile, weights)
+        self._take_turn(tile, raw, packed, sums, coded, gap)
+        self._file.write(offset, packed.data, address)
+        return _NOTHING
 
     def _keep_codes(self, tile: Tile, coder: Coder, after: Codes, before: Bytes) -> Bytes:
         if self._units is None:
@@ -231,6 +268,8 @@ class StepRun:
         with self._turn:
             self.failed = True
             self._turn.notify_all()
+        if self._gathering is not None:
+            self._gathering.fail()
 
     def sections(self) -> list[tuple[str, bytes]]:
         """Return the sections of the patch that follow from all tiles; first that of the tiles."""
@@ -261,7 +300,8 @@ class StepRun:
         if self._sums[3]:
             raise self._not_finite(file_name)
         step, sums = self.step, self._sums
-        same_bytes = step.source.dtype == step.dtype and not (step.segments or step.patches)
+        plain = not (step.segments or step.patches) and step.codes_of is None
+        same_bytes = plain and (step.source.dtype == step.dtype or step.made is not None)
         source = self._source_hash.hexdigest()
         return TensorRecord(
             name=step.name,
@@ -280,7 +320,7 @@ class StepRun:
             delta_norm=_norm(sums[1]) if step.segments or step.patches else None,
             changed=_changed(step, int(sums[2])),
             survived=self._survived,
-            codes=step.source.numel if step.coded is not None else 0,
+            codes=step.source.numel if step.codes_of is not None else 0,
             noise=self._noise,
             base_gap=_norm(self._gap) if self._other is not None else None,
         )
@@ -288,14 +328,14 @@ class StepRun:
     @property
     def _survived(self) -> float | None:
         """The share of the delta that is in the codes: <Q - W, delta> / <delta, delta>."""
-        if self._coder is None or not self._sums[1] > 0:
+        if self.step.codes_of is None or not (self.step.segments and self._sums[1] > 0):
             return None
         return float(f"{self._coded_sums[SURVIVED] / self._sums[1]:.9g}")
 
     @property
     def _noise(self) -> float | None:
         """What rounding to codes added: |Q - W - delta| / |W|."""
-        if self._coder is None or not self._sums[0] > 0:
+        if self.step.codes_of is None or not (self.step.segments and self._sums[0] > 0):
             return None
         return float(f"{np.sqrt(self._coded_sums[NOISE] / self._sums[0]):.9g}")
 

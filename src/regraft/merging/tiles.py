@@ -47,16 +47,17 @@ def tiles_of(step: Step, tile_bytes: int, grain: int = 1) -> Iterator[Tile]:
     """
     if grain <= tile_bytes:
         tile_bytes -= tile_bytes % grain
-    if step.segments or step.patches:
+    if step.made is not None and step.codes_of is None:
+        yield from _byte_tiles(step.nbytes, tile_bytes)
+    elif step.segments or step.patches or step.codes_of is not None:
         yield from _row_tiles(step, tile_bytes)
     elif step.source.dtype == step.dtype:
-        yield from _byte_tiles(step, tile_bytes)
+        yield from _byte_tiles(step.source.nbytes, tile_bytes)
     else:
         yield from _value_tiles(step, tile_bytes)
 
 
-def _byte_tiles(step: Step, tile_bytes: int) -> Iterator[Tile]:
-    total = step.source.nbytes
+def _byte_tiles(total: int, tile_bytes: int) -> Iterator[Tile]:
     for number, start in enumerate(range(0, max(total, 1), tile_bytes)):
         length = min(tile_bytes, total - start)
         yield Tile(number, "bytes", (0, 0), (0, 0), start, length, start, length)
@@ -136,14 +137,16 @@ def needs_whole_rows(step: Step) -> bool:
 
 def row_grain(step: Step) -> int:
     """Return how many rows have to stay together for their codes to be whole bytes."""
-    return step.coded.codec.row_grain(step.coded) if step.coded is not None else 1
+    weight = step.codes_of
+    return weight.codec.row_grain(weight) if weight is not None else 1
 
 
 def _coded(step: Step, tile: Tile) -> Tile:
     """Return a tile with the place of its codes, where codes are what is written."""
-    if step.coded is None:
+    weight = step.codes_of
+    if weight is None:
         return tile
-    at, length = step.coded.codec.place(step.coded, Block(tile.rows, tile.columns))
+    at, length = weight.codec.place(weight, Block(tile.rows, tile.columns))
     return replace(tile, write_at=at, write=length)
 
 

@@ -489,6 +489,19 @@ def _scratch() -> tuple[Any, ...]:
     return arrays
 
 
+@njit(**ENTRY)
+def account(before: Any, values: Any, after: Any, sums: Any) -> None:
+    """Add to sums what :func:`requantize` adds, for float32 weights, values and what they became.
+
+    Args:
+        before: the weights.
+        values: what they were to become.
+        after: what the codes stand for.
+        sums: float64 ``(2,)``.
+    """
+    _account(before, after, values, np.uintp(0), np.uintp(before.shape[0]), sums)
+
+
 def values_of(block: Codes, x16: Any, x32: Any, kind: int) -> None:
     """Set a block's values in a buffer, seen as the kernels take weights."""
     dequantize(*block.arguments, x16, x32, kind)

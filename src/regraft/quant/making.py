@@ -94,6 +94,9 @@ class Maker(Protocol):
     def begin(self, name: str, shape: tuple[int, ...]) -> Making:
         """Return the state of one weight that is being made."""
 
+    def weight(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        """Return how a weight will be stored, without its parts."""
+
     def config(self) -> dict[str, Any]:
         """Return ``quantization_config`` as transformers writes it, modules left plain not named.
 
@@ -318,6 +321,10 @@ class FourBitMaker:
         """Return the state of one weight that is being made."""
         return _FourBitMaking(self, name, shape)
 
+    def weight(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        """Return how a weight will be stored, without its parts and the scales of its scales."""
+        return QuantizedWeight(name, shape, self.dtype, FourBit(self.name, self.blocksize), {})
+
     def config(self) -> dict[str, Any]:
         """Return ``quantization_config`` as transformers writes it."""
         return _bitsandbytes_config(
@@ -440,6 +447,10 @@ class Int8Maker:
         """Return the state of one weight that is being made."""
         return _Int8Making(name, shape)
 
+    def weight(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        """Return how a weight will be stored, without its parts."""
+        return QuantizedWeight(name, shape, self.dtype, Int8(), {})
+
     def config(self) -> dict[str, Any]:
         """Return ``quantization_config`` as transformers writes it."""
         return _bitsandbytes_config(load_in_8bit=True)
@@ -526,6 +537,10 @@ class Fp8Maker:
     def begin(self, name: str, shape: tuple[int, ...]) -> Making:
         """Return the state of one weight that is being made."""
         return _Fp8Making(name, shape, self.block)
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        """Return how a weight will be stored, without its parts."""
+        return QuantizedWeight(name, shape, self.dtype, Fp8(self.block), {})
 
     def config(self) -> dict[str, Any]:
         """Return ``quantization_config`` as transformers writes it."""

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 ROUNDINGS = ("nearest", "stochastic")
 """How values become codes; see :func:`regraft.quant.grid.requantize`."""
 
+FORMATS = ("nf4", "fp4", "int8", "fp8")
+"""Formats that plain weights can be put into; see :mod:`regraft.quant.making`."""
+
 Read = Callable[[TensorSpec, int, Bytes], None]
 """Fills a buffer with the bytes of a stored tensor that begin some bytes into it."""
 

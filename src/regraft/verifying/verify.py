@@ -158,7 +158,11 @@ def _as_coded(choices: Choices, folder: Path) -> Choices:
     if options.get("quantize") is None:
         return choices
     return replace(
-        choices, quantize=options["quantize"], rounding=options["rounding"], seed=options["seed"]
+        choices,
+        quantize=options["quantize"],
+        rounding=options["rounding"],
+        seed=options["seed"],
+        double_quant=options.get("double_quant", False),
     )
 
 
