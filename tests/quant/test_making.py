@@ -312,7 +312,7 @@ def shape_for(kind: str, settings_: Mapping[str, Any]) -> tuple[int, int]:
     return (256, 384) if kind == "fp8" and not settings_ else (150, 331)
 
 
-@pytest.mark.parametrize(("kind", "settings_"), EVERY[:-2])
+@pytest.mark.parametrize(("kind", "settings_"), EVERY)
 def test_what_was_made_is_found_and_read_back(
     tmp_path: Path, kind: str, settings_: dict[str, Any]
 ) -> None:

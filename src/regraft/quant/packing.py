@@ -48,3 +48,30 @@ def packed_nibbles(codes: Bytes, *, high_first: bool) -> Bytes:
     out = np.empty((codes.size + 1) // 2, np.uint8)
     pack_nibbles(codes, high_first, out)
     return out
+
+
+@njit(**ENTRY)
+def turn_nibbles(
+    packed: Any, stride_: int, begin_: int, end_: int, width_: int, at_: int, out: Any
+) -> None:
+    """Unpack columns of 4-bit codes, low half first, into rows.
+
+    Sixteen rows at a time, so that what is read and what is written stay in the first cache.
+
+    Args:
+        packed: uint8 ``(rows, stride)``, flat.
+        stride_: bytes in a row.
+        begin_, end_: columns, in codes.
+        width_, at_: ``out[(column - begin) * width + at + row]`` is set.
+        out: uint8, flat.
+    """
+    stride, width, at, one = np.uintp(stride_), np.uintp(width_), np.uintp(at_), np.uintp(1)
+    begin, end, rows = np.uintp(begin_), np.uintp(end_), np.uintp(packed.shape[0] // stride_)
+    some = np.uintp(16)
+    for b in range((rows + some - one) // some):
+        low, high = b * some, min((b + one) * some, rows)
+        for c in range(begin, end):
+            shift, line = np.uint8((c & one) * np.uintp(4)), (c - begin) * width + at
+            for r in range(low, high):
+                byte = packed[r * stride + (c >> one)]
+                out[line + r] = (byte >> shift) & np.uint8(15)

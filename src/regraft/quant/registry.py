@@ -11,11 +11,16 @@ from regraft.quant.weight import Found, QuantizedWeight, Stored
 
 METHODS: dict[str, tuple[str, ...]] = {
     "bitsandbytes": ("regraft.quant.bitsandbytes", "regraft.quant.int8"),
+    "fbgemm_fp8": ("regraft.quant.fp8",),
+    "fp8": ("regraft.quant.fp8",),
+    "mxfp4": ("regraft.quant.mxfp4",),
 }
 """Modules whose ``find`` looks for the weights of a ``quant_method``."""
 
 _MARKS = {
     "bitsandbytes": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".SCB"),
+    "fp8": (".weight_scale_inv",),
+    "mxfp4": ("_proj_blocks",),
 }
 """How the tensors of a method end, which tells it where there is no config."""
 

@@ -101,7 +101,8 @@ def _check_writing(weight: QuantizedWeight, read: Read) -> None:
 
     codec = weight.codec
     if codec.stores_transposed:
-        weight = replace(weight, shape=weight.shape[::-1], as_stored=True)
+        turned = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
+        weight = replace(weight, shape=turned, as_stored=True)
     rows, columns = weight.matrix
     original = np.empty(weight.codes.nbytes, np.uint8)
     read(weight.codes, 0, original)
