@@ -173,6 +173,29 @@ def _dequantize_run(
             out32[at + j] = _value(levels[codes[at + j]], zero, scale, post)
 
 
+@njit(**INNER)
+def _dequantize_each(
+    codes: Any, at: Any, n: Any, levels: Any, zeros: Any, scales: Any, line: Any, post: Any,
+    out16: Any, out32: Any, kind: int,
+) -> None:  # fmt: skip
+    """Set ``n`` values of a row whose columns have scales of their own."""
+    some = zeros.shape[0] > 0
+    if kind == BF16:
+        for j in range(n):
+            zero = zeros[line + j] if some else np.float32(0)
+            value = _value(levels[codes[at + j]], zero, scales[line + j], post)
+            out16[at + j] = bfloat16_bits(value)
+    elif kind == F16:
+        for j in range(n):
+            zero = zeros[line + j] if some else np.float32(0)
+            value = _value(levels[codes[at + j]], zero, scales[line + j], post)
+            out16[at + j] = float_to_half(value)
+    else:
+        for j in range(n):
+            zero = zeros[line + j] if some else np.float32(0)
+            out32[at + j] = _value(levels[codes[at + j]], zero, scales[line + j], post)
+
+
 @njit(**ENTRY)
 def dequantize(
     codes: Any, row_count: int, column_count: int, levels: Any, post: Any, scales: Any, zeros: Any,
@@ -190,6 +213,11 @@ def dequantize(
     has_zeros = zeros.shape[0] > 0
     for i in range(np.uintp(row_count)):
         line = np.uintp((np.int64(i) + first_row) // row_run) * np.uintp(scale_width)
+        if run_ == 1:
+            _dequantize_each(
+                codes, i * columns, columns, levels, zeros, scales, line, post, out16, out32, kind
+            )
+            continue
         for t in range((first + columns + run - np.uintp(1)) // run):
             low = max(t * run, first) - first
             high = min((t + np.uintp(1)) * run - first, columns)
