@@ -45,11 +45,23 @@ def int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: codes, f"{module}.SCB": scales, f"{name}_format": torch.tensor(0).byte()}
 
 
+def fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantize to E4M3 in blocks of 8 by 16; those at the ends may be short."""
+    rows, columns = weight.shape
+    padded = torch.zeros(-(-rows // 8) * 8, -(-columns // 16) * 16)
+    padded[:rows, :columns] = weight
+    blocks = padded.unflatten(1, (-1, 16)).unflatten(0, (-1, 8))
+    scales = blocks.abs().amax(dim=(1, 3)) / 448
+    codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn).reshape(padded.shape)
+    return {name: codes[:rows, :columns], f"{name}_scale_inv": scales}
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": False},
     "fp4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [8, 16], "activation_scheme": "dynamic"},
 }  # fmt: skip
 
 BASES: dict[str, tuple[str, Quantize]] = {
@@ -58,6 +70,7 @@ BASES: dict[str, tuple[str, Quantize]] = {
     "nf4, blocks of 128": ("nf4", four_bit("nf4", nested=False, blocksize=128)),
     "fp4, double": ("fp4", four_bit("fp4", nested=True)),
     "int8": ("int8", int8),
+    "fp8": ("fp8", fp8),
 }
 """Kinds of bases: the name of their config, and what quantizes a weight."""
 
