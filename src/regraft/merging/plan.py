@@ -90,6 +90,9 @@ class Step:
         Of a convolution everything but the output channel is one axis; a stack of experts'
         matrices is one matrix of all their rows; a vector is a column.
         """
+        if self.made is not None:
+            width = self.made.shape[-1]
+            return (self.source.numel // width, width)
         columns = [delta.right.result[1] for delta in self.deltas if delta.right is not None]
         columns += [patch.values.result[1] for patch in self.patches]
         width = columns[0] if columns else max(self.source.numel, 1)

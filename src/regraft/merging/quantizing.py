@@ -194,5 +194,6 @@ def check_made(steps: Iterable[Step], base: Checkpoint, format: str) -> None:
         raise UnsupportedError(
             "no linear layer of this model can be put into the format", where=base.source,
             found=f"--quantize {format}",
-            hint="Layers that lie transposed (GPT-2) and stacks of experts stay as they are",
+            hint="Layers that lie transposed (GPT-2) and stacks of experts stay as they are; fp8 "
+            "takes matrices of whole blocks of 128 by 128",
         )  # fmt: skip

@@ -192,6 +192,8 @@ class Making:
 
     def _part(self, seen: Block) -> _Part:
         rows, columns = seen.rows, seen.columns
+        if rows[1] > self.rows or columns[1] > self.columns:  # what is compiled does not look
+            raise ValueError(f"{seen} lies outside of {self.name}: {self.rows} x {self.columns}")
         return _Part(
             slice(rows[0] // self.row_run, -(-rows[1] // self.row_run)),
             slice(columns[0] // self.run, -(-columns[1] // self.run)),
