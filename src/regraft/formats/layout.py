@@ -104,6 +104,11 @@ def _safetensors_looks_like(path: Path) -> Looks:
     return "adapter" if is_mostly_lora(names) else "checkpoint"
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES - {"tokenizer_config.json"})
+
+
 def is_gguf(path: Path) -> bool:
     """Return whether a file is GGUF, by its suffix or its first four bytes."""
     if path.suffix == ".gguf":

@@ -2,17 +2,19 @@
 
 A checkpoint keeps a quantized weight in several stored tensors: codes, scales, sometimes zeros and
 more. A :class:`QuantizedWeight` gathers them under the one name that the model knows it by. Its
-:class:`Codec` turns any block of it into codes with their scales, and codes back into bytes.
+:class:`Codec` turns any block of it into codes with their scales, and codes back into bytes. Where
+codes do not lie on a grid, a :class:`Decoder` tells the values and no more.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from regraft.errors import Problem
-from regraft.numerics.arrays import Bytes
+from regraft.numerics.arrays import Bytes, Floats
 from regraft.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class QuantizedWeight:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    codec: Codec
+    codec: Codec | Decoder
     parts: Mapping[str, TensorSpec]
     as_stored: bool = False
 
@@ -121,6 +123,37 @@ class Codec(Protocol):
 
         It reads all of them, so it is asked once, before any work.
         """
+
+
+class Decoder(ABC):
+    """One way to store a weight that is only read: its codes are no levels of a grid.
+
+    Frozen, as a :class:`Codec` is. It is a class, so that ``isinstance`` tells the two apart.
+    """
+
+    is_writable = False
+    stores_transposed = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The format's name, such as ``Q4_K``."""
+
+    @abstractmethod
+    def values(self, weight: QuantizedWeight, at: Block, read: Read) -> Floats:
+        """Return a block's values before they are rounded to the weight's dtype.
+
+        Returns:
+            float32 ``(at.height, at.width)``, contiguous; the caller's own.
+
+        Raises:
+            RegraftError: something cannot be read.
+        """
+
+    def trouble(self, weight: QuantizedWeight, read: Read) -> list[Problem]:
+        """Return what is wrong with the contents; none: scales lie among the codes."""
+        del weight, read
+        return []
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import read_header
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant import grid
-from regraft.quant.weight import ROUNDINGS, Block, QuantizedWeight, Read, Stored
+from regraft.quant.weight import ROUNDINGS, Block, Decoder, QuantizedWeight, Read, Stored
 from regraft.tensors import TensorSpec, nbytes_of
 
 
@@ -38,8 +38,14 @@ def stored(
 
 def values(weight: QuantizedWeight, at: Block, read: Read) -> Bytes:
     """Return a block dequantized, as the bytes of the weight's dtype."""
-    block = weight.codec.block(weight, at, read)
     raw = np.empty(nbytes_of(weight.dtype, (at.height, at.width)), np.uint8)
+    if isinstance(weight.codec, Decoder):
+        decoded = weight.codec.values(weight, at, read)
+        assert decoded.shape == (at.height, at.width)
+        sums = np.zeros(4, np.float64)
+        Weights.of_bytes(raw, weight.dtype).take(Weights.of_floats(decoded.ravel()), sums)
+        return raw
+    block = weight.codec.block(weight, at, read)
     grid.values_of(block, *Weights.of_bytes(raw, weight.dtype).arguments)
     return raw
 
@@ -100,6 +106,7 @@ def _check_writing(weight: QuantizedWeight, read: Read) -> None:
     from dataclasses import replace
 
     codec = weight.codec
+    assert not isinstance(codec, Decoder)
     if codec.stores_transposed:
         turned = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
         weight = replace(weight, shape=turned, as_stored=True)

@@ -1,0 +1,197 @@
+"""What GGUF calls things and what transformers calls them, for the families that both know.
+
+The families are dense decoders whose tensors llama.cpp keeps one to one: it renames them, may
+rearrange rows of queries and keys, and may add 1 to norms. Facts are those of transformers'
+``modeling_gguf_pytorch_utils.py`` and ``integrations/ggml.py``, and of llama.cpp's
+``convert_hf_to_gguf.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+_FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_OUTSIDE = ("model.embed_tokens", "model.norm", "lm_head")
+
+_COMMON = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+_HEAD = {"attention.key_length": "head_dim"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_TOKENS = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "unknown_token_id": "unk_token_id",
+    "padding_token_id": "pad_token_id",
+}
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """One architecture of GGUF.
+
+    Attributes:
+        model_type, model_class: transformers' names for it.
+        modules: modules of a layer that have parameters.
+        config: which key of its config a key of the metadata (below the architecture's) becomes.
+        optional: modules that some of its models lack.
+        also: further values of ``model_type`` whose models have the same tensors.
+        rearranged: whether rows of queries and keys were rearranged, in heads.
+        centered: whether 1 was added to norms.
+        partly_rotated: whether only a part of each head is rotated.
+    """
+
+    model_type: str
+    model_class: str
+    modules: tuple[str, ...]
+    config: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+    also: frozenset[str] = frozenset()
+    rearranged: bool = False
+    centered: bool = False
+    partly_rotated: bool = False
+
+
+def _attention(*more: str) -> tuple[str, ...]:
+    return tuple(f"self_attn.{name}" for name in (*_ATTENTION, *more))
+
+
+FAMILIES: dict[str, GgufFamily] = {
+    "llama": GgufFamily(
+        "llama", "LlamaForCausalLM", (*_TWO_NORMS, *_attention(), *_GATED),
+        _COMMON | _RMS | {"rope.dimension_count": "head_dim"},
+        also=frozenset({"mistral"}), rearranged=True,
+    ),
+    "qwen2": GgufFamily(
+        "qwen2", "Qwen2ForCausalLM", (*_TWO_NORMS, *_attention(), *_GATED), _COMMON | _RMS
+    ),
+    "qwen3": GgufFamily(
+        "qwen3", "Qwen3ForCausalLM", (*_TWO_NORMS, *_attention("q_norm", "k_norm"), *_GATED),
+        _COMMON | _RMS | _HEAD,
+    ),
+    "gemma2": GgufFamily(
+        "gemma2", "Gemma2ForCausalLM", (*_FOUR_NORMS, *_attention(), *_GATED),
+        _COMMON | _RMS | _HEAD | _WINDOW, centered=True,
+    ),
+    "gemma3": GgufFamily(
+        "gemma3_text", "Gemma3ForCausalLM",
+        (*_FOUR_NORMS, *_attention("q_norm", "k_norm"), *_GATED),
+        _COMMON | _RMS | _HEAD | _WINDOW, centered=True,
+    ),
+    "phi3": GgufFamily(
+        "phi3", "Phi3ForCausalLM",
+        (*_TWO_NORMS, "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj",
+         "mlp.down_proj"),
+        _COMMON | _RMS, partly_rotated=True,
+    ),
+    "starcoder2": GgufFamily(
+        "starcoder2", "Starcoder2ForCausalLM",
+        (*_TWO_NORMS, *_attention(), "mlp.c_fc", "mlp.c_proj"),
+        _COMMON | {"attention.layer_norm_epsilon": "norm_epsilon"},
+    ),
+    "stablelm": GgufFamily(
+        "stablelm", "StableLmForCausalLM", (*_TWO_NORMS, *_attention(), *_GATED),
+        _COMMON | {"attention.layer_norm_epsilon": "layer_norm_eps"},
+        optional=frozenset({"post_attention_layernorm"}), partly_rotated=True,
+    ),
+    "nemotron": GgufFamily(
+        "nemotron", "NemotronForCausalLM",
+        (*_TWO_NORMS, *_attention(), "mlp.up_proj", "mlp.down_proj"),
+        _COMMON | {"attention.layer_norm_epsilon": "norm_eps",
+                   "attention.layer_norm_rms_epsilon": "norm_eps"},
+        centered=True, partly_rotated=True,
+    ),
+}  # fmt: skip
+"""Families by ``general.architecture``."""
+
+REFUSED = {
+    "falcon": "its queries, keys and values are stored in another order",
+    "bloom": "its queries, keys and values are stored in another order",
+    "gpt2": "its weights are stored transposed",
+    "t5": "it is an encoder and a decoder",
+    "t5encoder": "it is an encoder",
+    "deci": "its layers differ",
+    "gemma4": "its layers differ",
+    "lfm2": "its layers differ",
+    "mamba": "it is a state space model",
+    "qwen35": "its layers differ",
+    "clip": "it is the encoder of images that goes with a model",
+}
+"""Why other architectures that transformers reads are refused."""
+
+UNUSED = ("rope_freqs", "rope_factors_long", "rope_factors_short", "attn_rot_embd")
+"""Tensors that follow from the config and are no parameters of the model."""
+
+
+def huggingface_names(
+    family: GgufFamily, layers: int, gguf_name: Callable[[str], str | None]
+) -> dict[str, str]:
+    """Return transformers' name of each module by GGUF's; neither has ``.weight`` or ``.bias``.
+
+    Args:
+        family: the family.
+        layers: number of layers.
+        gguf_name: GGUF's name of a module of transformers, None for none.
+    """
+    modules = list(_OUTSIDE)
+    for layer in range(layers):
+        modules += [f"model.layers.{layer}.{module}" for module in family.modules]
+    named = ((gguf_name(module), module) for module in modules)
+    return {name: module for name, module in named if name is not None}
+
+
+def is_optional(family: GgufFamily, module: str) -> bool:
+    """Return whether a model of the family may lack a module."""
+    return module == "lm_head" or any(module.endswith(f".{name}") for name in family.optional)
+
+
+def config_of(
+    family: GgufFamily, metadata: Callable[[str], Any], tokens: Callable[[str], Any],
+    stored: Iterable[str], vocabulary: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the config that transformers derives from a GGUF file, as ``config.json`` has it.
+
+    What transformers leaves at a default although the file says it (the head size of Qwen3, the
+    base of StarCoder2's rotation, the rotated part of a head) is as the file says.
+
+    Args:
+        family: the family.
+        metadata: value of a key below the architecture's, None for none.
+        tokens: value of a key below ``tokenizer.ggml``.
+        stored: names of the stored tensors.
+        vocabulary: rows of the embedding.
+    """
+    names = set(stored)
+    config: dict[str, Any] = {
+        "architectures": [family.model_class],
+        "model_type": family.model_type,
+        "tie_word_embeddings": "output.weight" not in names,
+    }
+    config |= _renamed(family.config, metadata) | _renamed(_TOKENS, tokens)
+    config["vocab_size"] = vocabulary
+    if family.model_type == "stablelm":
+        config["use_qkv_bias"] = any(name.endswith("attn_q.bias") for name in names)
+        config["use_parallel_residual"] = not any("ffn_norm" in name for name in names)
+    rotated = metadata("rope.dimension_count")
+    if family.partly_rotated and rotated is not None:
+        head = config["hidden_size"] // config["num_attention_heads"]
+        config["partial_rotary_factor"] = rotated / head
+    return config
+
+
+def _renamed(keys: Mapping[str, str], value: Callable[[str], Any]) -> dict[str, Any]:
+    found = {name: value(key) for key, name in keys.items()}
+    return {name: each for name, each in found.items() if each is not None}
