@@ -9,7 +9,7 @@ rearrange rows of queries and keys, and may add 1 to norms. Facts are those of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -52,6 +52,8 @@ class GgufFamily:
         rearranged: whether rows of queries and keys were rearranged, in heads.
         centered: whether 1 was added to norms.
         partly_rotated: whether only a part of each head is rotated.
+        biases: flags of its config, by the end of the name of a tensor that only models with the
+            flag have.
     """
 
     model_type: str
@@ -63,6 +65,7 @@ class GgufFamily:
     rearranged: bool = False
     centered: bool = False
     partly_rotated: bool = False
+    biases: Mapping[str, str] = field(default_factory=dict)
 
 
 def _attention(*more: str) -> tuple[str, ...]:
@@ -74,13 +77,14 @@ FAMILIES: dict[str, GgufFamily] = {
         "llama", "LlamaForCausalLM", (*_TWO_NORMS, *_attention(), *_GATED),
         _COMMON | _RMS | {"rope.dimension_count": "head_dim"},
         also=frozenset({"mistral"}), rearranged=True,
+        biases={"attn_q.bias": "attention_bias", "ffn_up.bias": "mlp_bias"},
     ),
     "qwen2": GgufFamily(
         "qwen2", "Qwen2ForCausalLM", (*_TWO_NORMS, *_attention(), *_GATED), _COMMON | _RMS
     ),
     "qwen3": GgufFamily(
         "qwen3", "Qwen3ForCausalLM", (*_TWO_NORMS, *_attention("q_norm", "k_norm"), *_GATED),
-        _COMMON | _RMS | _HEAD,
+        _COMMON | _RMS | _HEAD, biases={"attn_q.bias": "attention_bias"},
     ),
     "gemma2": GgufFamily(
         "gemma2", "Gemma2ForCausalLM", (*_FOUR_NORMS, *_attention(), *_GATED),
@@ -106,6 +110,7 @@ FAMILIES: dict[str, GgufFamily] = {
         "stablelm", "StableLmForCausalLM", (*_TWO_NORMS, *_attention(), *_GATED),
         _COMMON | {"attention.layer_norm_epsilon": "layer_norm_eps"},
         optional=frozenset({"post_attention_layernorm"}), partly_rotated=True,
+        biases={"attn_q.bias": "use_qkv_bias"},
     ),
     "nemotron": GgufFamily(
         "nemotron", "NemotronForCausalLM",
@@ -165,7 +170,7 @@ def config_of(
     """Return the config that transformers derives from a GGUF file, as ``config.json`` has it.
 
     What transformers leaves at a default although the file says it (the head size of Qwen3, the
-    base of StarCoder2's rotation, the rotated part of a head) is as the file says.
+    base of StarCoder2's rotation, the rotated part of a head, biases) is as the file says.
 
     Args:
         family: the family.
@@ -183,8 +188,11 @@ def config_of(
     config |= _renamed(family.config, metadata) | _renamed(_TOKENS, tokens)
     config["vocab_size"] = vocabulary
     if family.model_type == "stablelm":
-        config["use_qkv_bias"] = any(name.endswith("attn_q.bias") for name in names)
+        config["use_qkv_bias"] = False
         config["use_parallel_residual"] = not any("ffn_norm" in name for name in names)
+    for ending, flag in family.biases.items():
+        if any(name.endswith(ending) for name in names):
+            config[flag] = True
     rotated = metadata("rope.dimension_count")
     if family.partly_rotated and rotated is not None:
         head = config["hidden_size"] // config["num_attention_heads"]
