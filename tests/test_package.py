@@ -183,7 +183,8 @@ def test_what_the_core_imports_is_declared() -> None:
         distribution = {"yaml": "pyyaml"}.get(package, package)
         assert bringer in declared
         assert distribution in names_of(metadata.requires(bringer) or [])
-    assert core_imports() - {"yaml", "llvmlite"} <= declared
+    assert core_imports() - {"yaml", "llvmlite", "gguf"} <= declared
+    assert names_of(PROJECT["optional-dependencies"]["gguf"]) == {"gguf"}
 
 
 def names_of(requirements: list[str]) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_a_split_model_is_opened_by_any_part(tmp_path: Path) -> None:
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     paths = split(tmp_path)
     paths[1].unlink()
-    with pytest.raises(FormatError, match="m-00002-of-00003.gguf: a part of the model is missing"):
+    with pytest.raises(FormatError, match=r"m-00002-of-00003.gguf: a part of the model is missing"):
         open_gguf(paths[0])
 
 
@@ -199,10 +200,8 @@ def test_a_file_with_any_byte_changed_opens_or_is_refused(tmp_path: Path) -> Non
     for at in range(open_gguf(tmp_path / "m.gguf").tensors["norm.weight"].stored.start):
         for value in (0, 9, 0xFF):
             path.write_bytes(raw[:at] + bytes([value]) + raw[at + 1 :])
-            try:
+            with suppress(InputError):
                 open_gguf(path)
-            except InputError:
-                pass
 
 
 HUGE = 2**64 - 1

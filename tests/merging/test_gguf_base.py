@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,11 @@ def save(folder: Path, architecture: str, kind: str = "F32", **changes: Any) -> 
 
 def values(base: GgufBase) -> dict[str, Array]:
     """Return all weights as float32, by name."""
-    found = {}
+    return dict(decoded(base))
+
+
+def decoded(base: GgufBase) -> Iterator[tuple[str, Array]]:
+    """Yield one weight after the other as float32."""
     with FilePool() as files:
 
         def read(spec: TensorSpec, offset: int, buffer: Bytes) -> None:
@@ -100,8 +104,7 @@ def values(base: GgufBase) -> dict[str, Array]:
             assert isinstance(weight.codec, Decoder)
             rows, columns = weight.matrix
             whole = weight.codec.values(weight, Block((0, rows), (0, columns)), read)
-            found[name] = whole.reshape(weight.shape)
-    return found
+            yield name, whole.reshape(weight.shape)
 
 
 def loaded(path: Path) -> dict[str, torch.Tensor]:
@@ -113,9 +116,9 @@ def loaded(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def assert_same_bits(found: dict[str, Array], expected: dict[str, torch.Tensor]) -> None:
-    assert expected.keys() - found.keys() <= {"lm_head.weight"}
-    for name, tensor in found.items():
+def assert_same_bits(base: GgufBase, expected: dict[str, torch.Tensor]) -> None:
+    assert expected.keys() - base.weights.keys() <= {"lm_head.weight"}
+    for name, tensor in decoded(base):
         wanted = expected[name].numpy()
         assert tensor.shape == wanted.shape, name
         assert np.array_equal(tensor.view(np.uint32), wanted.view(np.uint32)), name
@@ -143,7 +146,7 @@ def test_weights_and_config_are_what_transformers_loads(
     assert base.types == tuple(sorted({"F32", kind}))
     assert_same_config(base, path, MORE_RIGHT.get(architecture, set()))
     if architecture != "qwen3":  # transformers expects a head of 128 in it
-        assert_same_bits(values(base), loaded(path))
+        assert_same_bits(base, loaded(path))
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -185,7 +188,7 @@ def test_biases_come_back_and_the_config_says_so(tmp_path: Path) -> None:
     base = open_gguf_base(tmp_path)
     assert base.config["attention_bias"]
     assert base.config["mlp_bias"]
-    assert_same_bits(values(base), model.state_dict())
+    assert_same_bits(base, model.state_dict())
 
 
 def test_queries_and_keys_are_decoded_by_rows_too(tmp_path: Path) -> None:
@@ -205,12 +208,12 @@ def test_smollm2_is_what_transformers_loads(tmp_path: Path) -> None:
     assert spec is not None
     home = Path((spec.submodule_search_locations or [""])[0])
     path = tmp_path / "SmolLM2.gguf"
-    os.symlink(home / "SmolLM2-135M-Instruct.Q4_1.gguf", path)
+    path.symlink_to(home / "SmolLM2-135M-Instruct.Q4_1.gguf")
     base = open_gguf_base(tmp_path)
     assert (len(base.weights), base.types) == (272, ("F32", "Q4_1", "Q8_0"))
     assert base.config["tie_word_embeddings"] is True
     assert_same_config(base, path, set())
-    assert_same_bits(values(base), loaded(path))
+    assert_same_bits(base, loaded(path))
 
 
 def test_a_config_beside_the_file_is_used(tmp_path: Path) -> None:
@@ -226,7 +229,7 @@ def test_a_config_beside_the_file_is_used(tmp_path: Path) -> None:
 
 def test_without_a_tokenizer_a_warning_says_so(tmp_path: Path) -> None:
     path = save(tmp_path, "qwen2")
-    assert "tokenizer is not converted" in " ".join(open_gguf_base(path).warnings)
+    assert "the tokenizer inside the GGUF file" in " ".join(open_gguf_base(path).warnings)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert open_gguf_base(path).warnings == ()
 
@@ -285,6 +288,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         ("attention.head_count", "four", "attention.head_count: a positive number; found 'four'"),
         ("attention.head_count_kv", [2, 2], "head_count_kv: a positive number"),
         ("attention.head_count", 7, "rows of 7 heads, each of an even size"),
+        ("rope.freq_base", float("inf"), "rope.freq_base: a positive number; found 'inf'"),
         ("feed_forward_length", [96, 64], "feed_forward_length: a positive number"),
     ],
 )
@@ -294,6 +298,14 @@ def test_metadata_that_does_not_fit_is_refused(
     path = save(tmp_path, "llama", **{key: value})
     with pytest.raises(FormatError, match=message):
         open_gguf_base(path)
+
+
+def test_token_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
+    known = metadata("llama") | {"tokenizer.ggml.bos_token_id": ["<s>"]}
+    write(tmp_path / "m.gguf", "llama", known, converted(tiny("llama"), "llama", "F32"))
+    config = open_gguf_base(tmp_path).config
+    assert "bos_token_id" not in config
+    assert config["eos_token_id"] == 2
 
 
 def test_without_a_number_of_key_heads_there_are_as_many_as_heads(tmp_path: Path) -> None:

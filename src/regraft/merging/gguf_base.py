@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,10 +121,10 @@ def _check_counts(file: GgufFile, family: GgufFamily) -> None:
     problems = []
     for key in sorted({*family.config, *_COUNTS, "rope.dimension_count"}):
         value = file.of_architecture(key)
-        positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if key in _COUNTS:
-            positive = positive and isinstance(value, int)
-        if not positive and (value is not None or key in _COUNTS):
+        needed = key in _COUNTS
+        kinds = int if needed else int | float
+        positive = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf
+        if not positive and (needed or value is not None):
             problems.append(Problem(
                 "the metadata does not describe one kind of layer", str(file.paths[0]),
                 f"{file.architecture}.{key}: a positive number", quoted(value), _ANOTHER_BASE,
@@ -237,10 +238,12 @@ def _check_beside(path: Path, config: dict[str, Any], family: GgufFamily) -> Non
 def _made(file: GgufFile, family: GgufFamily, dtype: str) -> dict[str, Any]:
     """Return a config made from the metadata."""
     vocabulary = file.tensors["token_embd.weight"].shape[0]
-    config = config_of(
-        family, file.of_architecture, lambda key: file.metadata.get(f"tokenizer.ggml.{key}"),
-        file.tensors, vocabulary,
-    )  # fmt: skip
+
+    def token(key: str) -> int | None:
+        value = file.metadata.get(f"tokenizer.ggml.{key}")
+        return value if isinstance(value, int) else None
+
+    config = config_of(family, file.of_architecture, token, file.tensors, vocabulary)
     return config | {"dtype": DTYPES[dtype].config_name}
 
 
@@ -254,6 +257,8 @@ def _warnings(file: GgufFile, root: Path, *, made: bool) -> Iterator[str]:
         )
     if not has_tokenizer(root):
         yield (
-            "the GGUF file's tokenizer is not converted; copy the tokenizer of the model it was "
-            "converted from to the result"
+            "the tokenizer inside the GGUF file is not converted: copy that of the model it was "
+            "converted from to the result, or make one with transformers: "
+            f"AutoTokenizer.from_pretrained({str(root)!r}, gguf_file={file.paths[0].name!r})"
+            ".save_pretrained(OUT)"
         )

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-CANNOT_QUANTIZE = frozenset(
-    ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")
-    + ("IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
-)
+CANNOT_QUANTIZE = frozenset((
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S",
+    "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+))  # fmt: skip
 """Types for which the package has no quantizer; any bytes are blocks of them."""
 
 
@@ -26,7 +26,8 @@ def blocks(values: Array, name: str, rng: np.random.Generator) -> Array:
         stored: Array = gguf.quants.quantize(np.ascontiguousarray(values, np.float32), kind)
         return stored
     shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
-    return rng.integers(0, 256, shape, dtype=np.uint8)
+    found: Array = rng.integers(0, 256, shape, dtype=np.uint8)
+    return found
 
 
 def write(
@@ -56,7 +57,7 @@ def write(
 
 
 def permuted(weight: Array, heads: int) -> Array:
-    """Return rows of queries or keys in llama.cpp's order; ``LlamaModel.permute`` of its converter."""
+    """Return rows of queries or keys in llama.cpp's order, as its converter does it."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
