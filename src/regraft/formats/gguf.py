@@ -155,9 +155,9 @@ def find_gguf(path: Path) -> Path:
         InputError: a folder holds none or several.
         AccessError: the system refused to read it.
     """
-    if not path.is_dir():
-        return path
     with typed_os_errors(path):
+        if not path.is_dir():
+            return path
         names = sorted(file.name for file in path.iterdir() if file.suffix == ".gguf")
     parts = {name: _PART.fullmatch(name) for name in names if not name.startswith("mmproj")}
     models = [name for name, part in parts.items() if part is None or part["number"] == "00001"]
@@ -183,7 +183,8 @@ def open_gguf(path: Path) -> GgufFile:
         AccessError: the system refused to read it.
     """
     sizes = _block_sizes()
-    paths = _parts(path)
+    with typed_os_errors(path):
+        paths = _parts(path)
     opened = [_open_part(part, sizes) for part in paths]
     metadata = opened[0][0]
     _check_split(paths, [each for each, _ in opened], sum(len(each) for _, each in opened))

@@ -13,6 +13,7 @@ from regraft.formats.checkpoint import read_base_config
 from regraft.formats.gguf import GgufFile, GgufTensor, find_gguf, gguf_package, open_gguf
 from regraft.formats.layout import has_tokenizer
 from regraft.formats.problems import DOWNLOAD_AGAIN, capped, quoted
+from regraft.formats.reading import typed_os_errors
 from regraft.names.gguf import (
     FAMILIES,
     REFUSED,
@@ -75,7 +76,11 @@ def open_gguf_base(path: Path, dtype: str = "BF16") -> GgufBase:
         MissingExtraError: the ``gguf`` package is not installed.
         AccessError: the system refused to read it.
     """
-    file = open_gguf(find_gguf(path))
+    with typed_os_errors(path):
+        return _open(open_gguf(find_gguf(path)), dtype)
+
+
+def _open(file: GgufFile, dtype: str) -> GgufBase:
     family = _family(file)
     modules = _modules(file, family)
     weights = _weights(file, family, modules, dtype)

@@ -70,7 +70,8 @@ class GgufDecoder(Decoder):
     def _rearranged(self, weight: QuantizedWeight, at: Block, read: Read) -> Floats:
         """Decode a range of a bias, whose elements are what rows of a weight are."""
         whole = self._matrix(weight, Block(at.rows, (0, weight.shape[0])), read)
-        return whole[:, stored_rows(at.columns, weight.shape[0], self.heads)]
+        order = stored_rows(at.columns, weight.shape[0], self.heads)
+        return np.ascontiguousarray(whole[:, order])
 
     def _raw(
         self, weight: QuantizedWeight, rows: tuple[int, int], blocks: tuple[int, int], read: Read
