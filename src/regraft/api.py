@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError
-from regraft.formats.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-)
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
-from regraft.formats.remote import open_headers
 from regraft.memory import peak_memory
+from regraft.merging.bases import open_base, open_base_headers, see
 from regraft.merging.events import Progress, tell
 from regraft.merging.gap import TrainedOn
 from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan, settled
-from regraft.merging.quantized import check_scales, see_through
+from regraft.merging.quantized import check_scales
 from regraft.merging.recipe import (
     AdapterArg,
     Coding,
@@ -100,7 +97,7 @@ def merge(
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
-    checkpoint = open_checkpoint(locate(base, kind="base", token=token))
+    checkpoint = open_base(locate(base, kind="base", token=token))
     made = _plan(
         checkpoint, wanted, choices, place, overwrite=overwrite, token=token,
         trained_on=_trained_on(trained_on, token),
@@ -160,7 +157,7 @@ def plan(
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, coding=coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
-    checkpoint = open_headers(base, token=token)
+    checkpoint = open_base_headers(base, token)
     place = Path(out) if out is not None else None
     return _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
 
@@ -176,7 +173,7 @@ def _plan(
     trained_on: TrainedOn | None = None,
 ) -> Plan:
     read = [read_adapter(files, weight) for files, weight in open_adapters(adapters, token)]
-    plain, quantization = see_through(base)
+    plain, quantization = see(base)
     choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
     if out is None:
@@ -195,7 +192,7 @@ def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None
     """
     if other is None:
         return None
-    found = TrainedOn(*see_through(open_checkpoint(locate(other, kind="base", token=token))))
+    found = TrainedOn(*see(open_base(locate(other, kind="base", token=token))))
     if found.quantization is not None:
         check_scales(found.quantization)
     return found
@@ -223,7 +220,7 @@ def check(
     """
     coding = Coding(quantize)
     choices = choices_of(dtype, None, max_memory, None, None, coding=coding)
-    checkpoint = open_headers(base, token=token)
+    checkpoint = open_base_headers(base, token)
     read, problems = [], list[Problem]()
     for files, weight in open_adapters(parse_adapters(adapters), token):
         try:
@@ -231,7 +228,7 @@ def check(
         except RegraftError as error:
             problems += error.problems
     try:
-        plain, quantization = see_through(checkpoint)
+        plain, quantization = see(checkpoint)
         choices = settled(choices, quantization)
         made = make_plan(plain, read, choices, None, quantization=quantization)
     except RegraftError as error:

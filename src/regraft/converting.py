@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from regraft.api import call_of
 from regraft.errors import UnsupportedError
-from regraft.formats.checkpoint import Checkpoint, open_checkpoint
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
 from regraft.memory import peak_memory
+from regraft.merging.bases import open_base, see
 from regraft.merging.events import Progress, tell
 from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan
-from regraft.merging.quantized import Quantization, check_scales, see_through
+from regraft.merging.quantized import Quantization, check_scales
 from regraft.merging.quantizing import KEEP, resolved
 from regraft.merging.recipe import Coding, choices_of
 
@@ -124,8 +125,8 @@ def _convert(
     started = time.perf_counter()
     check_output(out, [], overwrite=overwrite)
     tell(progress, "read", 0)
-    stored = open_checkpoint(locate(base, kind="base", token=token))
-    plain, quantization = see_through(stored)
+    stored = open_base(locate(base, kind="base", token=token))
+    plain, quantization = see(stored)
     _check_wanted(stored, quantization, choices)
     if quantization is not None:
         check_scales(quantization)

@@ -17,6 +17,7 @@ from regraft.formats.hub import Located, locate
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import FilePool
 from regraft.memory import peak_memory
+from regraft.merging.bases import see
 from regraft.merging.events import Progress, tell
 from regraft.merging.jobs import plan_digest
 from regraft.merging.keep import keeps
@@ -25,7 +26,7 @@ from regraft.merging.output import check_output, check_space
 from regraft.merging.patch import PatchReader, digest_of
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype, settled
-from regraft.merging.quantized import Quantization, see_through
+from regraft.merging.quantized import Quantization
 from regraft.merging.receipt import InputRecord, Receipt, read_receipt
 from regraft.merging.recipe import AdapterArg, Coding, choices_of, open_adapters, parse_adapters
 from regraft.merging.report import UnmergeReport
@@ -361,7 +362,7 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
         quantize=options.get("quantize"), rounding=options.get("rounding"),
         seed=options.get("seed", 0), double_quant=options.get("double_quant", False),
     )  # fmt: skip
-    base, quantization = see_through(base)
+    base, quantization = see(base)
     made = make_plan(base, found.adapters, old, None, quantization=quantization)
     if plan_digest(made) != found.manifest.plan:
         raise UnsupportedError(

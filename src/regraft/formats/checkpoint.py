@@ -43,7 +43,7 @@ __all__ = [
     "read_base_config",
 ]
 
-Container = Literal["safetensors", "torch"]
+Container = Literal["safetensors", "torch", "gguf"]
 
 _CONFIG_BYTES = 8 * 2**20
 _INDEX_BYTES = 32 * 2**20

@@ -102,10 +102,10 @@ def read_packed(source: DequantizingSource, coder: Coder, at: Block, codes: Byte
         FormatError: packing the codes does not give these bytes.
     """
     weight = coder.weight
-    offset, length = weight.codec.place(weight, at)
+    offset, length = weight.grid.place(weight, at)
     raw = np.empty(length, np.uint8)
     source.read_stored(weight.codes, offset, raw)
-    if not np.array_equal(raw, weight.codec.pack(weight, at, codes)):
+    if not np.array_equal(raw, weight.grid.pack(weight, at, codes)):
         raise FormatError(
             "codes are packed in a way that would not be written again",
             where=f"{weight.codes.path}, tensor {weight.codes.name!r}",
@@ -145,17 +145,17 @@ def told_codes(
 
     at = rows_holding(weight, begin, size)
     raw = values(at)
-    block = weight.codec.block(weight, at, read_rest)
+    block = weight.grid.block(weight, at, read_rest)
     floats = np.ascontiguousarray(Weights.of_bytes(raw, weight.dtype).floats())
-    packed = weight.codec.pack(weight, at, nearest_codes(block, floats))
-    offset = weight.codec.place(weight, at)[0]
+    packed = weight.grid.pack(weight, at, nearest_codes(block, floats))
+    offset = weight.grid.place(weight, at)[0]
     return packed[begin - offset : begin - offset + size]
 
 
 def rows_holding(weight: QuantizedWeight, begin: int, size: int) -> Block:
     """Return the rows whose codes hold a range of the stored bytes, as few as can be cut."""
     rows, columns = weight.matrix
-    grain = weight.codec.row_grain(weight)
-    each = weight.codec.place(weight, Block((0, min(grain, rows)), (0, columns)))[1]
+    grain = weight.grid.row_grain(weight)
+    each = weight.grid.place(weight, Block((0, min(grain, rows)), (0, columns)))[1]
     low, high = begin // each * grain, -(-(begin + size) // each) * grain
     return Block((low, min(high, rows)), (0, columns))

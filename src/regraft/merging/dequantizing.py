@@ -10,7 +10,7 @@ from regraft.deltas.weights import Bytes, Weights
 from regraft.merging.quantized import as_stored
 from regraft.merging.source import Source
 from regraft.quant.grid import Codes, values_of
-from regraft.quant.weight import Block, QuantizedWeight
+from regraft.quant.weight import Block, Decoder, QuantizedWeight
 from regraft.tensors import TensorSpec, nbytes_of
 
 
@@ -47,18 +47,25 @@ class DequantizingSource:
             weight = as_stored(weight)
         for block in blocks_of(weight, offset // item, buffer.size // item):
             size = block.height * block.width * item
-            self.decode(weight, block, buffer[done : done + size])
+            self._fill(weight, block, buffer[done : done + size])
             done += size
 
+    def _fill(self, weight: QuantizedWeight, at: Block, raw: Bytes) -> None:
+        if not isinstance(weight.codec, Decoder):
+            self.decode(weight, at, raw)
+            return
+        values = weight.codec.values(weight, at, self._packed.read).ravel()
+        Weights.of_bytes(raw, weight.dtype).take(Weights.of_floats(values), np.zeros(4, np.float64))
+
     def decode(self, weight: QuantizedWeight, at: Block, raw: Bytes) -> Codes:
-        """Fill a buffer with a block's values; return its codes."""
+        """Fill a buffer with a block's values, which lie on a grid; return its codes."""
         codes = self.codes(weight, at)
         values_of(codes, *Weights.of_bytes(raw, weight.dtype).arguments)
         return codes
 
     def codes(self, weight: QuantizedWeight, at: Block) -> Codes:
         """Return a block's codes."""
-        return weight.codec.block(weight, at, self._packed.read)
+        return weight.grid.block(weight, at, self._packed.read)
 
     def values(self, weight: QuantizedWeight, at: Block) -> Bytes:
         """Return a block's values as the bytes of the weight's dtype."""

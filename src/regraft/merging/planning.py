@@ -179,7 +179,10 @@ def make_plan(
         updates |= dict.fromkeys(removed(base.config or {}))
     return Plan(
         base, tuple(adapters), tuple(shards), updates, options, memory, threads, tile,
-        tuple(matching.warnings + _notes(adapters, ties) + _note_left_out(index, left_out)),
+        (
+            *matching.warnings, *_notes(adapters, ties), *_note_left_out(index, left_out),
+            *(quantization.warnings if quantization is not None else ()),
+        ),
         out=str(out) if out else None, quantization=quantization,
         trained_on=trained_on,
     )  # fmt: skip
@@ -474,7 +477,7 @@ def _segments(work: Work) -> tuple[Segment, ...]:
 PER_THREAD, TO_KEEP, TO_RESTORE = 4, 2, 3
 """Buffers of a thread, in tiles: to merge, what keeping for an undo adds, and what restoring."""
 
-TO_DECODE, TO_ENCODE, TO_COMPARE = 1, 6, 10
+TO_DECODE, TO_DECODE_GGUF, TO_ENCODE, TO_COMPARE = 1, 5, 6, 10
 """What decoding a quantized base adds to them, making codes, and comparing with another base."""
 
 
@@ -506,6 +509,7 @@ def fit_memory(
     fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
     tiles = PER_THREAD + TO_KEEP * bool(choices.undo) + TO_RESTORE * (undone is not None)
     tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
+    tiles += TO_DECODE_GGUF * any(step.source.path.suffix == ".gguf" for step in steps)
     tiles += TO_COMPARE * compare
     coded = any(step.codes_of is not None for step in [*steps, *back.values()])
     tiles += TO_ENCODE * coded

@@ -32,6 +32,7 @@ class Quantization:
         weights: its quantized weights, by their logical name.
         owners: the logical name that each of their stored tensors belongs to.
         skipped: stored tensors that have no meaning for plain weights.
+        warnings: what the user should know of the result.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Quantization:
     weights: Mapping[str, QuantizedWeight]
     owners: Mapping[str, str]
     skipped: frozenset[str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def transposed(self) -> frozenset[str]:
@@ -69,7 +71,7 @@ def see_through(stored: Checkpoint) -> tuple[Checkpoint, Quantization | None]:
     weights = {weight.name: weight for weight in found.weights}
     owners = {spec.name: w.name for w in found.weights for spec in w.parts.values()}
     quantization = Quantization(method, stored, weights, owners, frozenset(found.skipped))
-    return _logical(quantization), quantization
+    return logical_checkpoint(quantization), quantization
 
 
 def _seen(stored: Checkpoint, read: Read | None) -> Stored:
@@ -104,7 +106,8 @@ def as_stored(weight: QuantizedWeight) -> QuantizedWeight:
     """Return a weight seen the way its codes lie."""
     if not weight.codec.stores_transposed or weight.as_stored:
         return weight
-    return replace(weight, shape=weight.shape[::-1], as_stored=True)
+    turned = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
+    return replace(weight, shape=turned, as_stored=True)
 
 
 def turned(logical: Checkpoint, quantization: Quantization) -> Checkpoint:
@@ -115,7 +118,7 @@ def turned(logical: Checkpoint, quantization: Quantization) -> Checkpoint:
     return replace(logical, tensors=specs)
 
 
-def _logical(quantization: Quantization) -> Checkpoint:
+def logical_checkpoint(quantization: Quantization) -> Checkpoint:
     """Return the checkpoint that dequantizing would give, in the order of the stored one."""
     stored, weights = quantization.stored, quantization.weights
     shards, tensors = [], dict[str, TensorSpec]()

@@ -336,7 +336,7 @@ class _Coded(_Restorer):
         weight = step.coded
         assert weight is not None
         rows = min(_Coded.rows(step), weight.matrix[0])
-        return weight.codec.place(weight, Block((0, rows), (0, weight.matrix[1])))[1]
+        return weight.grid.place(weight, Block((0, rows), (0, weight.matrix[1])))[1]
 
     def read(self, offset: int, buffer: Bytes, scratch: threading.local) -> None:
         """Restore a range of the stored bytes, whole rows at a time."""
@@ -345,14 +345,14 @@ class _Coded(_Restorer):
         height, width = weight.matrix
         low, high = offset // size * each, -(-(offset + buffer.size) // size) * each
         at = Block((low, min(high, height)), (0, width))
-        packed = weight.codec.pack(weight, at, self._codes(at))
-        skip = offset - weight.codec.place(weight, at)[0]
+        packed = weight.grid.pack(weight, at, self._codes(at))
+        skip = offset - weight.grid.place(weight, at)[0]
         buffer[:] = packed[skip : skip + buffer.size]
 
     def _codes(self, at: Block) -> Bytes:
         tile = Tile(0, "rows", at.rows, at.columns, 0, 0, 0, 0)
         weight = self._coder.weight
-        block = weight.codec.block(weight, at, self._read_part)
+        block = weight.grid.block(weight, at, self._read_part)
         codes = np.array(self._coder.before(block, at, tile, self._again), np.uint8)
         put_back(self._units, *self._kept_of(tile), codes)
         return codes

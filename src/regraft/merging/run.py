@@ -172,7 +172,7 @@ class StepRun:
         sums[2] = np.count_nonzero(codes != block.codes)
         payload = self._keep_codes(tile, coder, replace(block, codes=codes), block.codes)
         offset = self._offset + tile.write_at
-        packed, address = buffers.codes(weight.codec.pack(weight, at, codes), offset)
+        packed, address = buffers.codes(weight.grid.pack(weight, at, codes), offset)
         gap = self._gap_of(tile, weights)
         self._take_turn(tile, stored, packed, sums, rounded, gap)
         self._file.write(offset, packed.data, address)

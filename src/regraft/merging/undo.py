@@ -18,11 +18,12 @@ from blake3 import blake3
 
 from regraft.adapters.model import Adapter
 from regraft.errors import FormatError, InputError, MismatchError, Problem
-from regraft.formats.checkpoint import Checkpoint, open_checkpoint
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import typed_os_errors
+from regraft.merging.bases import open_base
 from regraft.merging.jobs import Target, plan_digest
 from regraft.merging.keep import Keep
 from regraft.merging.output import write_file, write_pieces
@@ -415,7 +416,7 @@ def stand_in(merged: Path, manifest: Manifest, patch: PatchReader, folder: Path)
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     place = folder / manifest.single_file if manifest.single_file else folder
-    return open_checkpoint(Located(place, str(place), None, None))
+    return open_base(Located(place, str(place), None, None))
 
 
 def base_targets(base: Checkpoint, manifest: Manifest, patch: PatchReader) -> list[Target]:

@@ -73,6 +73,17 @@ class QuantizedWeight:
     as_stored: bool = False
 
     @property
+    def grid(self) -> Codec:
+        """The codec of a format whose values lie on a grid.
+
+        Raises:
+            TypeError: it is none.
+        """
+        if isinstance(self.codec, Decoder):
+            raise TypeError(f"the values of {self.codec.name} lie on no grid")
+        return self.codec
+
+    @property
     def codes(self) -> TensorSpec:
         """The stored tensor that holds the codes."""
         return self.parts["codes"]

@@ -23,6 +23,7 @@ from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
+from regraft.merging.bases import see
 from regraft.merging.coding import Coder, block_of
 from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
@@ -98,7 +99,7 @@ def judge(
     """
     if choices.quantize is None:
         _refuse_packed(merged)
-    base, quantization = see_through(base)
+    base, quantization = see(base)
     plan = make_plan(base, adapters, choices, None, quantization=quantization)
     places = Places(merged, base)
     answers, subjects = _find(plan, places)
@@ -384,7 +385,7 @@ class _Bench:
         values = self._rooms.get("values", 4 * block.codes.size).view(np.float32)
         maths.run(tile, weights, Weights.of_floats(values), sums)
         codes = coder.codes(block, at, values, np.zeros(2, np.float64))
-        result[:] = coder.weight.codec.pack(coder.weight, at, codes)
+        result[:] = coder.weight.grid.pack(coder.weight, at, codes)
 
     def _compare(self, subject: _Subject) -> tuple[bool, float]:
         """Return whether a tensor is the merge, bit for bit, and the delta's root mean square."""

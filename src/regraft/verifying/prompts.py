@@ -500,13 +500,13 @@ def _merged_float32(
     """Return a merge that is not rounded to 16 bits, made in a temporary folder."""
     from regraft.formats.checkpoint import open_checkpoint
     from regraft.formats.hub import locate
+    from regraft.merging.bases import see
     from regraft.merging.building import build
-    from regraft.merging.quantized import see_through
     from regraft.merging.workplace import workplace
 
     out = folder / "float32"
     wide = Choices("F32", None, choices.max_memory, choices.threads)
-    plain, quantization = see_through(base)
+    plain, quantization = see(base)
     plan = make_plan(plain, adapters, wide, out, quantization=quantization)
     _check_disk(folder, plan.nbytes)
     with workplace(out, overwrite=False) as place:

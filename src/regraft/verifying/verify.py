@@ -14,6 +14,7 @@ from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageE
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT
+from regraft.merging.bases import open_base
 from regraft.merging.events import Progress
 from regraft.merging.planning import Choices, default_threads
 from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
@@ -140,7 +141,7 @@ _Recipe = tuple[Checkpoint, list[Adapter]]
 
 
 def _recipe(base: str | Path, adapters: Sequence[tuple[str, float]], token: str | None) -> _Recipe:
-    checkpoint = open_checkpoint(locate(base, kind="base", token=token))
+    checkpoint = open_base(locate(base, kind="base", token=token))
     opened = open_adapters(adapters, token)
     return checkpoint, [read_adapter(files, weight) for files, weight in opened]
 

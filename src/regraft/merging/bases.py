@@ -1,0 +1,67 @@
+"""Opening what can be a base: a checkpoint, plain or quantized, or a GGUF model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regraft.formats.checkpoint import Checkpoint, Shard, open_checkpoint
+from regraft.formats.hub import Located, locate
+from regraft.formats.layout import looks_like
+from regraft.formats.remote import open_headers
+from regraft.merging.quantized import Quantization, logical_checkpoint, see_through
+from regraft.quant.weight import QuantizedWeight
+
+
+def open_base(located: Located) -> Checkpoint:
+    """Open a base as it is on disk.
+
+    Raises:
+        RegraftError: it is none, or is malformed.
+    """
+    if looks_like(located.path) != "gguf":
+        return open_checkpoint(located)
+    from regraft.merging.gguf_base import open_gguf_base
+
+    base = open_gguf_base(located.path)
+    stored = [weight.codes for weight in base.weights.values()]
+    shards = [
+        Shard(path, path.name, tuple(spec.name for spec in stored if spec.path == path), {})
+        for path in base.files
+    ]
+    return Checkpoint(
+        root=base.root,
+        source=located.source,
+        revision=located.revision,
+        shards=tuple(shards),
+        tensors={spec.name: spec for spec in stored},
+        config=base.config,
+        index_metadata=None,
+        container="gguf",
+        # Beside a lone file lies what may have nothing to do with it.
+        single_file=base.config_is_made,
+    )
+
+
+def open_base_headers(base: str | Path, token: str | None) -> Checkpoint:
+    """Open a base for a plan; of one on the Hub, headers alone."""
+    if Path(base).exists():
+        return open_base(locate(base, kind="base", token=token))
+    return open_headers(base, token=token)
+
+
+def see(stored: Checkpoint) -> tuple[Checkpoint, Quantization | None]:
+    """Return a base as plain weights, and how it is quantized; None if it is not.
+
+    Raises:
+        UnsupportedError: it is quantized in a way that is not known.
+        FormatError: parts of its weights are missing or do not fit; lists all of them.
+    """
+    if stored.container != "gguf":
+        return see_through(stored)
+    from regraft.merging.gguf_base import open_gguf_base
+
+    base = open_gguf_base(stored.shards[0].path)
+    weights: dict[str, QuantizedWeight] = base.weights
+    owners = {spec.name: w.name for w in weights.values() for spec in w.parts.values()}
+    quantization = Quantization("gguf", stored, weights, owners, frozenset(), base.warnings)
+    return logical_checkpoint(quantization), quantization
