@@ -96,7 +96,7 @@ def _keys(settings: LoraSettings, target: LoraTarget, wrapped: int) -> tuple[str
     Raises:
         Misfit: the config does not, and the names are none whose order is known.
     """
-    leaves = settings.parameters_of(target.module)
+    leaves = _leaves(settings, target.module, wrapped)
     if not leaves or (not target.depth and settings.targets(target.module)):
         return (target.module,)
     keys = tuple(f"{target.module}.{leaf}" for leaf in leaves)
@@ -108,13 +108,29 @@ def _keys(settings: LoraSettings, target: LoraTarget, wrapped: int) -> tuple[str
     return (f"{target.module}.{known[wrapped - 1 - target.depth]}",)
 
 
+def _leaves(settings: LoraSettings, module: str, wrapped: int) -> tuple[str, ...]:
+    """Return the parameters of a module that are adapted, as far as the config tells.
+
+    An entry without a module's name, such as ``down_proj``, means that parameter of any module that
+    has it. Where as many entries name this module as are wrapped, they are the ones.
+    """
+    leaves = settings.parameters_of(module)
+    named = tuple(leaf for leaf in leaves if _is_named(settings, f"{module}.{leaf}"))
+    return named if len(named) == wrapped else leaves
+
+
+def _is_named(settings: LoraSettings, parameter: str) -> bool:
+    entries = [entry for entry in settings.target_parameters if "." in entry]
+    return any(f".{parameter}".endswith(f".{entry}") for entry in entries)
+
+
 def _unknown_order(target: LoraTarget, leaves: Sequence[str]) -> Problem:
     return Problem(
         "it cannot be told which of a module's parameters these factors belong to",
         target.a.name,
         "parameters of one rank and alpha, or names that transformers has",
         ", ".join(map(quoted, leaves)),
-        "Merge the adapter instead; a base says in which order its parameters come",
+        "Name each with its module in target_parameters, such as experts.down_proj; or merge it",
     )
 
 

@@ -159,7 +159,7 @@ class _Job:
     def inputs(self) -> list[Path]:
         """What is read of this machine."""
         base = Path(os.path.expanduser(self.base)) if self.base is not None else None  # noqa: PTH111
-        return [self.files.root, *([base] if base is not None and base.exists() else [])]
+        return [self.files.root, *([base] if base is not None and os.path.lexists(base) else [])]
 
     @property
     def work_bytes(self) -> int:
