@@ -127,3 +127,41 @@ def test_the_share_that_is_kept() -> None:
     assert kept_share(np.array([6.0, 3.0, 1.0]), 2) == 0.9
     assert kept_share(np.array([6.0, 3.0, 1.0]), 5) == 1.0
     assert kept_share(np.zeros(3), 1) == 1.0
+
+
+# -- sizes of real ones, and matrices with little in them
+
+
+@pytest.mark.parametrize(
+    ("out", "rank", "inputs"), [(20_000, 3, 9_001), (5000, 70, 200), (3000, 150, 160)]
+)
+def test_large_matrices_are_factored_as_small_ones_are(out: int, rank: int, inputs: int) -> None:
+    numbers = np.random.default_rng(6)
+    b, a = numbers.normal(size=(out, rank)), numbers.normal(size=(rank, inputs))
+    b[:, -1] = b[:, 0]  # one rank less
+    found = decompose(b, a)
+    assert found.u.shape == (out, rank)
+    assert np.allclose(found.u.T @ found.u, np.eye(rank), atol=1e-12)
+    assert np.allclose(found.vt @ found.vt.T, np.eye(rank), atol=1e-12)
+    gram = b.T @ b @ a @ a.T  # its eigenvalues are the squared singular values
+    squares = np.sort(np.linalg.eigvals(gram).real)[::-1]
+    assert np.allclose(found.s[:-1] ** 2, squares[:-1], rtol=1e-9)
+    assert found.s[-1] < 1e-12 * found.s[0]
+    rows = slice(0, out, 97)
+    assert np.allclose((found.u[rows] * found.s) @ found.vt, b[rows] @ a, atol=1e-10)
+    assert singular_values(b, a) == pytest.approx(found.s, abs=1e-12 * found.s[0])
+    assert product_norm(b, a) == pytest.approx(np.linalg.norm(found.s), rel=1e-12)
+    assert difference_norm(b, a, *truncated(found, rank)) < 1e-12 * found.s[0]
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 90), (300, 65)])
+def test_matrices_with_nothing_in_them_or_much_of_the_same(shape: tuple[int, int]) -> None:
+    numbers = np.random.default_rng(7)
+    a = numbers.normal(size=(shape[1], 50))
+    row = np.repeat(numbers.normal(size=(shape[0], 1)), shape[1], axis=1)
+    for b in (np.zeros(shape), np.ones(shape), row):
+        expected = np.linalg.svd(b @ a, compute_uv=False)
+        found = decompose(b, a)
+        size = np.linalg.norm(b) * np.linalg.norm(a)
+        assert np.allclose(found.s, expected[: found.s.size], rtol=0, atol=1e-13 * size)
+        assert np.allclose((found.u * found.s) @ found.vt, b @ a, rtol=0, atol=1e-13 * size)

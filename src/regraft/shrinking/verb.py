@@ -17,6 +17,7 @@ from pathlib import Path
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
+from regraft.deltas.threads import one_thread
 from regraft.errors import AdapterError, NumericError, Problem, UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
 from regraft.formats.hub import locate
@@ -103,7 +104,7 @@ def shrink(
     tell(progress, "read", 0)
     job = _opened(adapter, base, choices, token)
     check_output(place, job.inputs, overwrite=overwrite, kind="adapter")
-    with FilePool() as files:
+    with FilePool() as files, one_thread():
         told = Told(progress, job.work_bytes)
         lost = _looked_through(job, files, told)
         outcomes = _compared(job, token)
