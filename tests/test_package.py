@@ -100,7 +100,7 @@ def test_public_functions_are_documented_and_annotated(function: Callable[..., A
         assert name == "self" or parameter.annotation is not inspect.Parameter.empty
 
 
-@pytest.mark.parametrize("name", ["merge", "plan", "check", "inspect"])
+@pytest.mark.parametrize("name", ["merge", "plan", "check", "inspect", "shrink"])
 def test_the_verbs_say_what_they_raise(name: str) -> None:
     text = inspect.getdoc(getattr(regraft, name)) or ""
     raised = re.findall(r"^    (\w+): ", text.partition("Raises:")[2], re.MULTILINE)
@@ -117,7 +117,10 @@ def test_every_argument_of_a_merge_is_explained() -> None:
 
 
 def test_the_fields_of_what_is_returned_are_explained() -> None:
-    for kind in (regraft.Receipt, regraft.Plan, regraft.CheckReport, regraft.ProgressEvent):
+    for kind in (
+        *(regraft.Receipt, regraft.Plan, regraft.CheckReport, regraft.ProgressEvent),
+        regraft.ShrinkReport,
+    ):
         text = inspect.getdoc(kind) or ""
         named = set(re.findall(r"^    ([\w, ]+): ", text.partition("Attributes:")[2], re.MULTILINE))
         explained = {name for group in named for name in group.split(", ")}

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.shrinking.report import ShrinkReport
+    from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
     from regraft.verifying.diff import DiffReport, diff
     from regraft.verifying.report import VerifyReport
@@ -61,7 +63,9 @@ _HOME = {
     "clean": "regraft.undoing",
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
+    "shrink": "regraft.shrinking.verb",
     "DiffReport": "regraft.verifying.diff",
+    "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
     **dict.fromkeys(
         (
@@ -97,6 +101,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "verify",
     "inspect",
     "diff",
+    "shrink",
     "clean",
     "CheckReport",
     "DiffReport",
@@ -105,6 +110,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "Plan",
     "ProgressEvent",
     "Receipt",
+    "ShrinkReport",
     "UnmergeReport",
     "VerifyReport",
     "AccessError",

@@ -46,6 +46,11 @@ def test_a_mistyped_option_is_answered_with_the_one_meant(run: Run) -> None:
         ["swap", "merged", "-o", "out"],  # no adapter
         ["swap", "merged", "adapter"],  # no --out
         ["clean", "--all"],
+        ["shrink", "adapter"],  # no --out
+        ["shrink", "adapter", "-o", "out", "--rank", "0"],
+        ["shrink", "adapter", "-o", "out", "--energy", "1.5"],
+        ["shrink", "adapter", "-o", "out", "--rank", "4", "--energy", "0.9"],
+        ["shrink", "adapter", "-o", "out", "--dtype", "int3"],
         ["check", "base"],
         ["inspect"],
         ["completion", "tcsh"],

@@ -43,6 +43,7 @@ DESCRIBED = {
     "regraft.merging.receipt": ("Receipt", "InputRecord", "TensorRecord", "Totals"),
     "regraft.merging.leftovers": ("Leftover",),
     "regraft.merging.report": ("CheckReport", "UnmergeReport"),
+    "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
     "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),
     "regraft.verifying.diff": (
@@ -129,7 +130,10 @@ def test_every_documented_signature_has_all_parameters() -> None:
     import inspect
 
     text = read(DOCS / "reference-python.md")
-    verbs = ("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "clean")
+    verbs = (
+        *("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "shrink"),
+        "clean",
+    )
     for verb in verbs:
         match = re.search(rf"^regraft\.{verb}\((.*?)\) ->", text, re.M | re.DOTALL)
         assert match, f"no signature of {verb}"

@@ -27,6 +27,7 @@ COMMANDS = {
     "check": "regraft.cli.check",
     "inspect": "regraft.cli.inspect",
     "diff": "regraft.cli.diff",
+    "shrink": "regraft.cli.shrink",
     "clean": "regraft.cli.clean",
     "demo": "regraft.cli.demo",
     "completion": "regraft.cli.completion",

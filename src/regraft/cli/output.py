@@ -101,6 +101,7 @@ _STAGES = {
     "compare": "comparing",
     "verify": "verifying",
     "prompts": "comparing answers",
+    "shrink": "shrinking",
     "finish": "writing to disk",
 }
 

@@ -159,7 +159,7 @@ class Matcher:
             for leaf in adapter.settings.parameters_of(target.module)
             if self.index.find(f"{target.module}.{leaf}")
         ]
-        known = self.index.names.expert_parameters(target.module) or _EXPERT_ORDER
+        known = self.index.names.expert_parameters(target.module) or EXPERT_ORDER
         ordered = [p for p in known if p in selected] + [p for p in selected if p not in known]
         if target.depth >= max(len(ordered), 1):
             raise Misfit(
@@ -372,7 +372,7 @@ class Matcher:
 PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
 """The module names PEFT knows as embeddings."""
 
-_EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """How transformers' experts modules register their parameters, where the table does not say."""
 
 

@@ -9,11 +9,12 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from blake3 import blake3
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
-from regraft.formats.layout import looks_like
+from regraft.formats.layout import Looks, looks_like
 from regraft.merging.writer import write_error
 
 SLACK_BYTES = 64 * 2**20
@@ -23,8 +24,26 @@ REPLACED = "replaced"
 """What lies beside a folder that takes another one's place, until it has."""
 
 
-def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+Kind = Literal["model", "adapter"]
+"""What an output is."""
+
+_MAY_REPLACE: dict[Kind, tuple[Looks, ...]] = {
+    "model": ("merged", "checkpoint", "empty", "tokenizer"),
+    "adapter": ("adapter", "empty"),
+}
+"""What an output may take the place of, by what it is itself."""
+
+
+def check_output(
+    out: Path, inputs: Sequence[Path], *, overwrite: bool, kind: Kind = "model"
+) -> None:
     """Refuse an output folder that would harm something.
+
+    Args:
+        out: the folder.
+        inputs: what is read.
+        overwrite: whether it may replace a folder that holds what it will hold, or nothing.
+        kind: what it will hold.
 
     Raises:
         UsageError: it is, holds, or lies in one of the inputs.
@@ -45,11 +64,12 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
             "the output exists already", where=str(out),
             hint="Give another -o, or --overwrite to replace it once the new one is complete",
         )  # fmt: skip
-    kind = looks_like(out) if out.is_dir() else "unknown"
-    if out.is_symlink() or kind not in ("merged", "checkpoint", "empty", "tokenizer"):
+    found = looks_like(out) if out.is_dir() else "unknown"
+    if out.is_symlink() or found not in _MAY_REPLACE[kind]:
+        article = {"model": "a", "adapter": "an"}[kind]
         raise OutputExistsError(
-            "--overwrite replaces only folders that hold a model", where=str(out),
-            expected="a model folder, or an empty one", found=f"{kind}",
+            f"--overwrite replaces only folders that hold {article} {kind}", where=str(out),
+            expected=f"{article} {kind} folder, or an empty one", found=f"{found}",
             hint="Give another -o, or remove it yourself",
         )  # fmt: skip
 
@@ -99,7 +119,7 @@ def check_space(out: Path, needed: int) -> None:
         )  # fmt: skip
 
 
-def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
+def publish(folder: Path, out: Path, *, overwrite: bool, kind: Kind = "model") -> None:
     """Flush a folder and put it in place; what it replaces is left in the folder's name.
 
     Raises:
@@ -110,7 +130,7 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
         sync_directory(directory)
     moved = _move(folder, out)
     if not moved:
-        check_output(out, [], overwrite=overwrite)
+        check_output(out, [], overwrite=overwrite, kind=kind)
         _exchange(folder, out)
     try:
         sync_directory(out.parent)

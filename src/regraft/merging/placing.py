@@ -166,14 +166,14 @@ def linear_deltas(place: Placement, found: Found, held: Held, index: BaseIndex) 
     factors = read_factors(place, stacked=stacked)
     if found.piece.expert is None and stored.expert is not None:
         if place.target.magnitude is not None:
-            raise Misfit(_dora_on_stack(place))
+            raise Misfit(dora_on_stack(place))
         return [_of_one_expert(place, factors, held, index)]
     if factors.kernel or len(spec.shape) != 3:
         return [_of_matrix(place, factors, found.piece, held, index)]
     if found.piece.expert is not None:
         return [_on_one_expert(place, factors, found.piece, spec)]
     if place.target.magnitude is not None:
-        raise Misfit(_dora_on_stack(place))
+        raise Misfit(dora_on_stack(place))
     return _on_all_experts(place, factors, spec, index)
 
 
@@ -394,7 +394,8 @@ def _is_all_of(delta: Delta, spec: TensorSpec) -> bool:
     return uncut and left.result[0] * right.result[1] == spec.numel
 
 
-def _dora_on_stack(place: Placement) -> Problem:
+def dora_on_stack(place: Placement) -> Problem:
+    """Return the refusal of DoRA's magnitudes on a stack of experts."""
     return Problem(
         "DoRA on a stack of experts cannot be merged", place.where(),
         hint="PEFT does not train it either; was the config edited?",

@@ -25,6 +25,7 @@ _TOKENIZER = re.compile(
     r"|target\.spm|tekken|bpe\.codes|dict\.txt|.*\.tiktoken$|.*\.model$)"
 )
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CARD = "README.md"
 _TEMPLATES = "additional_chat_templates"
 _LARGEST = 256 * 2**20
 
@@ -55,6 +56,22 @@ def plan_side_files(base: Path, adapters: Sequence[Path], *, code: bool) -> dict
             files = {name: p for name, p in files.items() if "chat_template" not in name}
         return files | tokenizer | template
     return files
+
+
+def adapter_side_files(folder: Path) -> dict[str, Path]:
+    """Return the files that go along with an adapter's weights and config: name to path.
+
+    These are its model card, tokenizer, templates, licences and the like; not the state of its
+    training, nor files above 256 MiB.
+
+    Args:
+        folder: the adapter's folder.
+
+    Raises:
+        AccessError: the system refused to look into it.
+    """
+    along = {p.name: p for p in _files(folder) if p.name == CARD or travels(p.name, code=False)}
+    return along | _templates(folder)
 
 
 def travels(name: str, *, code: bool) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 from blake3 import blake3
 
 from regraft.errors import BusyError, EnvironmentShortfall
-from regraft.merging.output import check_output, place_of, publish, put_back
+from regraft.merging.output import Kind, check_output, place_of, publish, put_back
 from regraft.merging.writer import write_error
 
 JOURNAL, BUILT, BASE = "journal", "out", "base"
@@ -125,7 +125,7 @@ class Workplace:
                 ):
                     path.unlink()
 
-    def publish(self, out: Path, *, overwrite: bool) -> None:
+    def publish(self, out: Path, *, overwrite: bool, kind: Kind = "model") -> None:
         """Put the output in place.
 
         Raises:
@@ -134,7 +134,7 @@ class Workplace:
         """
         self.close()
         self._published = _identity(self.out)
-        publish(self.out, out, overwrite=overwrite)
+        publish(self.out, out, overwrite=overwrite, kind=kind)
 
     def is_at(self, out: Path) -> bool:
         """Whether the output is in place."""
@@ -203,7 +203,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def workplace(out: Path, *, overwrite: bool) -> Iterator[Workplace]:
+def workplace(out: Path, *, overwrite: bool, kind: Kind = "model") -> Iterator[Workplace]:
     """Give a locked work folder beside ``out``; on success its ``out`` becomes ``out``.
 
     When the machine falls short, or the user interrupts, the work is kept for another try. Folders
@@ -222,9 +222,9 @@ def workplace(out: Path, *, overwrite: bool) -> Iterator[Workplace]:
             keep = False
             try:
                 put_back(work.out, place)
-                check_output(out, [], overwrite=overwrite)
+                check_output(out, [], overwrite=overwrite, kind=kind)
                 yield work
-                work.publish(place, overwrite=overwrite)
+                work.publish(place, overwrite=overwrite, kind=kind)
             except BaseException as error:
                 kept = not work.is_at(place) and work.is_kept_after(error)
                 keep = not _is_put_back(work, place) or kept

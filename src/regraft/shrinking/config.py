@@ -1,0 +1,79 @@
+"""The config of an adapter with other ranks, right for whoever reads it.
+
+Every module keeps its scale, and so its alpha changes with its rank. ``r`` becomes the largest
+rank, because programs that serve adapters make room for that many. Where all modules had one scale,
+``lora_alpha`` over ``r`` is that scale still, also for programs that read no patterns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from regraft.adapters.patterns import Expressions, FirstMatch, is_plain
+from regraft.adapters.settings import LoraSettings
+from regraft.shrinking.targets import new_alpha
+
+_Value = TypeVar("_Value", int, float)
+
+
+def with_ranks(
+    config: Mapping[str, Any], settings: LoraSettings, ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return a config with new ranks, and alphas that keep every scale; all else is as it was.
+
+    Args:
+        config: the adapter's, whose every key is kept.
+        settings: what it means.
+        ranks: the new rank of every adapted module (or parameter), by the config's name for it.
+    """
+    alphas = {
+        key: new_alpha(
+            settings.alpha_of(key), settings.rank_of(key), rank, rslora=settings.use_rslora
+        )
+        for key, rank in ranks.items()
+    }
+    r = max(ranks.values())
+    alpha = Counter(alphas[key] for key in ranks if ranks[key] == r).most_common(1)[0][0]
+    changes = {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": patterns(ranks, r),
+        "alpha_pattern": patterns(alphas, alpha),
+    }
+    empty = [key for key, value in changes.items() if value == {} and key not in config]
+    changed = {**config, **{key: value for key, value in changes.items() if key not in empty}}
+    if settings.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks.values()):
+        changed["init_lora_weights"] = True  # PEFT draws such values on loading, of even rank only
+    return changed
+
+
+def patterns(values: Mapping[str, _Value], default: _Value) -> dict[str, _Value]:
+    """Return the patterns by which PEFT's lookup gives every name its value.
+
+    The first pattern that matches a name, or what follows one of its dots, wins. A name can end
+    with another one, and a dot stands for any character. So longer names come first, and of those
+    of one length the ones with fewer dots; then nobody's own name comes after one that matches it
+    too. A name whose value is the default needs a pattern only where another one's would match it.
+
+    Args:
+        values: by name.
+        default: the value of names that no pattern matches.
+    """
+    ordered = sorted(values, key=lambda name: (-len(name), name.count("."), name))
+    needed = {name for name in ordered if values[name] != default}
+    while True:
+        named = [name for name in ordered if name in needed]
+        found = {_as_pattern(name): values[name] for name in named}
+        lookup = FirstMatch(tuple(found.items()), Expressions("the new config"))
+        wrong = {name for name in ordered if lookup.find(name, default) != values[name]}
+        if not wrong - needed:
+            return found
+        needed |= wrong
+
+
+def _as_pattern(name: str) -> str:
+    """Return an expression that matches a name; plain ones stay, as they are looked up fast."""
+    return name if is_plain(name) else re.escape(name)

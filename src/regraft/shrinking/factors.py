@@ -1,0 +1,138 @@
+"""Factors in memory: read, cut to a lower rank, rounded, and held against what they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from regraft.deltas.reduction import (
+    Matrix,
+    Vector,
+    decompose,
+    difference_norm,
+    kept_share,
+    product_norm,
+    singular_values,
+    truncated,
+)
+from regraft.deltas.rounding import Bytes, decode, encode
+from regraft.formats.reading import FilePool
+from regraft.shrinking.report import ShrunkModule
+from regraft.shrinking.targets import Pair
+from regraft.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A pair's factors as they are stored.
+
+    Attributes:
+        a: bytes of A.
+        b: bytes of B.
+    """
+
+    a: Bytes
+    b: Bytes
+
+
+def read_stored(files: FilePool, pair: Pair) -> Stored:
+    """Read a pair's factors.
+
+    Raises:
+        FormatError, InputError, AccessError: they cannot be read.
+    """
+    return Stored(_read(files, pair.target.a), _read(files, pair.target.b))
+
+
+def _read(files: FilePool, spec: TensorSpec) -> Bytes:
+    raw = np.empty(spec.nbytes, np.uint8)
+    files.read_into(spec, 0, raw.data)
+    return raw
+
+
+def products(
+    pair: Pair, stored: Stored, rank: int, dtype: tuple[str, str]
+) -> Iterator[tuple[Matrix, Matrix]]:
+    """Yield (B, A) of each expert, (out, r) and (r, in), in float64; of other layers one pair.
+
+    A stack has A as (experts * r, in), expert by expert, and B as (out, r * experts), the expert
+    fastest (PEFT's ``ParamWrapper.get_delta_weight``).
+
+    Args:
+        pair: whose factors they are.
+        stored: their bytes.
+        rank: their rank.
+        dtype: what A and B are stored in.
+    """
+    sizes = pair.sizes
+    a = decode(stored.a, dtype[0]).reshape(sizes.experts, rank, sizes.inputs)
+    b = decode(stored.b, dtype[1]).reshape(sizes.out, rank, sizes.experts)
+    for expert in range(sizes.experts):
+        yield b[:, :, expert].astype(np.float64), a[expert].astype(np.float64)
+
+
+def own_products(pair: Pair, stored: Stored) -> Iterator[tuple[Matrix, Matrix]]:
+    """Yield (B, A) of each expert as the adapter has them."""
+    dtypes = pair.target.a.dtype, pair.target.b.dtype
+    return products(pair, stored, pair.rank, dtypes)
+
+
+def squared_values(pair: Pair, stored: Stored) -> Vector:
+    """Return the squared singular values of B A, summed over the experts, the largest first."""
+    total: Vector = sum(
+        (singular_values(b, a) ** 2 for b, a in own_products(pair, stored)),
+        start=np.zeros(min(pair.sizes.out, pair.rank, pair.sizes.inputs)),
+    )
+    return total
+
+
+def reduced(pair: Pair, stored: Stored, rank: int, dtype: str) -> Stored:
+    """Return a pair's factors at another rank, as they will be stored.
+
+    Args:
+        pair: whose factors they are.
+        stored: their bytes.
+        rank: the new rank; at the pair's own the values stay, but for their rounding.
+        dtype: the dtype to store them in.
+    """
+    if rank == pair.rank:
+        a, b = decode(stored.a, pair.target.a.dtype), decode(stored.b, pair.target.b.dtype)
+        return Stored(encode(a, dtype), encode(b, dtype))
+    sizes = pair.sizes
+    new_a = np.empty((sizes.experts, rank, sizes.inputs), np.float32)
+    new_b = np.empty((sizes.out, rank, sizes.experts), np.float32)
+    with np.errstate(over="ignore"):  # it is counted by whoever asked
+        for expert, (b64, a64) in enumerate(own_products(pair, stored)):
+            new_b[:, :, expert], new_a[expert] = truncated(decompose(b64, a64), rank)
+    return Stored(encode(new_a, dtype), encode(new_b, dtype))
+
+
+def shapes(pair: Pair, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A and B at another rank, in the adapter's layout."""
+    a, b = pair.target.a.shape, pair.target.b.shape
+    experts = pair.sizes.experts
+    return (rank * experts, *a[1:]), (b[0], rank * experts, *b[2:])
+
+
+def measured(pair: Pair, stored: Stored, new: Stored, rank: int, dtype: str) -> ShrunkModule:
+    """Return how far a pair's new factors are from its own."""
+    norms, errors = [], []
+    after = products(pair, new, rank, (dtype, dtype))
+    for (b, a), (new_b, new_a) in zip(own_products(pair, stored), after, strict=True):
+        norms.append(product_norm(b, a))
+        same = rank == pair.rank and np.array_equal(b, new_b) and np.array_equal(a, new_a)
+        errors.append(0.0 if same else difference_norm(b, a, new_b, new_a))
+    kept = 1.0 if rank == pair.rank else kept_share(squared_values(pair, stored), rank)
+    size = abs(pair.scale)
+    return ShrunkModule(
+        name=pair.name,
+        layer=pair.layer,
+        rank_before=pair.rank,
+        rank_after=rank,
+        kept=kept,
+        delta_norm=size * math.hypot(*norms),
+        error_norm=size * math.hypot(*errors),
+    )

@@ -1,0 +1,193 @@
+"""The tensors of the output: where each comes from, whether it can be stored, and its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from regraft.deltas.rounding import Bytes, decode, encode
+from regraft.errors import Problem
+from regraft.formats.checkpoint import AdapterFiles
+from regraft.formats.reading import FilePool
+from regraft.formats.safetensors import build_header
+from regraft.merging.events import Progress, ProgressEvent
+from regraft.shrinking.factors import Stored, read_stored, reduced, shapes
+from regraft.shrinking.targets import Pair
+from regraft.tensors import DTYPES, TensorSpec, nbytes_of
+
+PIECE = 2**20
+"""Elements of a tensor that are in memory at a time, where it need not be whole."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor of the output.
+
+    Attributes:
+        name: its name, which is that in the adapter.
+        dtype: what it is stored in.
+        shape: its dimensions.
+        spec: the tensor it comes from.
+        pair: number of the pair of which it is a factor; None for other tensors.
+        side: which factor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    spec: TensorSpec
+    pair: int | None = None
+    side: Literal["a", "b"] = "a"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the output."""
+        return nbytes_of(self.dtype, self.shape)
+
+
+class Told:
+    """Tells how far a shrink has come."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        """Begin at nothing of ``total`` bytes."""
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, nbytes: int, tensor: str = "") -> None:
+        """Account for bytes, and for the tensor that they finish."""
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(ProgressEvent("shrink", self._done, self._total, tensor))
+
+
+def narrowed(stored: str, dtype: str) -> str:
+    """Return what a tensor that is no factor is stored in: ``dtype`` if that takes fewer bits."""
+    return dtype if DTYPES[stored].bits > DTYPES[dtype].bits else stored
+
+
+def dtypes_of(files: AdapterFiles, pairs: Sequence[Pair], dtype: str) -> dict[str, str]:
+    """Return what every tensor of an adapter would be stored in, by name.
+
+    Factors get the dtype, with B's bias; DoRA's magnitudes stay, because all of the weight is
+    multiplied by them; other tensors are rounded to it only if they are wider.
+    """
+    chosen = {name: narrowed(spec.dtype, dtype) for name, spec in files.tensors.items()}
+    for pair in pairs:
+        target = pair.target
+        chosen |= {spec.name: dtype for spec in (target.a, target.b, target.b_bias) if spec}
+        if target.magnitude is not None:
+            chosen[target.magnitude.name] = target.magnitude.dtype
+    return chosen
+
+
+def items_of(
+    files: AdapterFiles, pairs: Sequence[Pair], ranks: Sequence[int], dtypes: Mapping[str, str]
+) -> list[Item]:
+    """Return the tensors of the output, in the order of the file.
+
+    That is the reference library's: wide dtypes first, so that every tensor is aligned, then names.
+
+    Args:
+        files: the adapter.
+        pairs: its factors.
+        ranks: the new rank of each pair.
+        dtypes: what each tensor is stored in, by name; those that are not named are left out.
+    """
+    items = {
+        name: Item(name, dtypes[name], spec.shape, spec)
+        for name, spec in files.tensors.items()
+        if name in dtypes
+    }
+    for number, (pair, rank) in enumerate(zip(pairs, ranks, strict=True)):
+        a, b = pair.target.a, pair.target.b
+        of_a, of_b = shapes(pair, rank)
+        items[a.name] = Item(a.name, dtypes[a.name], of_a, a, number, "a")
+        items[b.name] = Item(b.name, dtypes[b.name], of_b, b, number, "b")
+    return sorted(items.values(), key=lambda item: (-DTYPES[item.dtype].bits, item.name))
+
+
+def header_of(items: Sequence[Item]) -> bytes:
+    """Return the first bytes of a file of these tensors."""
+    return build_header([(item.name, item.dtype, item.shape) for item in items], {"format": "pt"})
+
+
+# -- what cannot be stored -------------------------------------------------------------------------
+
+
+def scan(files: FilePool, spec: TensorSpec, dtype: str) -> tuple[int, int]:
+    """Return how many values of a tensor are not finite, and how many more would not be.
+
+    Args:
+        files: where it is read from.
+        spec: the tensor.
+        dtype: what it would be stored in.
+    """
+    bad = lost = 0
+    for raw in _pieces_of(files, spec):
+        values = decode(raw, spec.dtype)
+        here = _not_finite(values)
+        bad += here
+        if dtype != spec.dtype:
+            lost += _not_finite(decode(encode(values, dtype), dtype)) - here
+    return bad, lost
+
+
+def too_large(name: str, where: str, count: int, dtype: str) -> Problem:
+    """Return the refusal of a tensor of which some values are beyond a dtype."""
+    return Problem(
+        f"the adapter does not fit {DTYPES[dtype].config_name}: values would become infinite",
+        f"{where}: {name}",
+        "values that the dtype can hold",
+        f"{count} that are too large",
+        "Give another --dtype: bfloat16 has the range of float32",
+    )
+
+
+def overflow_of(pair: Pair, new: Stored, dtype: str, where: str) -> list[Problem]:
+    """Return the refusal of each new factor that holds infinities."""
+    sides = ((pair.target.a.name, new.a), (pair.target.b.name, new.b))
+    counts = [(name, _not_finite(decode(raw, dtype))) for name, raw in sides]
+    return [too_large(name, where, count, dtype) for name, count in counts if count]
+
+
+def _not_finite(values: np.ndarray) -> int:
+    return int(values.size - np.count_nonzero(np.isfinite(values)))
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+def content(
+    items: Sequence[Item], pairs: Sequence[Pair], ranks: Sequence[int], files: FilePool, told: Told
+) -> Iterator[bytes]:
+    """Yield the bytes of the output's weights file, front to back.
+
+    Factors are in memory one pair at a time, other tensors a piece at a time.
+    """
+    yield header_of(items)
+    made: tuple[int, Stored] | None = None
+    for item in items:
+        if item.pair is None:
+            for raw in _pieces_of(files, item.spec):
+                yield _converted(raw, item.spec.dtype, item.dtype).tobytes()
+        else:
+            if made is None or made[0] != item.pair:  # the two factors come one after the other
+                made = None
+                pair, rank = pairs[item.pair], ranks[item.pair]
+                made = item.pair, reduced(pair, read_stored(files, pair), rank, item.dtype)
+            yield (made[1].a if item.side == "a" else made[1].b).tobytes()
+        told.add(item.nbytes, item.name)
+
+
+def _converted(raw: Bytes, before: str, after: str) -> Bytes:
+    return raw if before == after else encode(decode(raw, before), after)
+
+
+def _pieces_of(files: FilePool, spec: TensorSpec) -> Iterator[Bytes]:
+    step = PIECE * spec.itemsize
+    for at in range(0, spec.nbytes, step):
+        raw = np.empty(min(step, spec.nbytes - at), np.uint8)
+        files.read_into(spec, at, raw.data)
+        yield raw

@@ -1,0 +1,412 @@
+"""The verb that makes an adapter smaller.
+
+open -> read pairs -> compare copies -> look at every value -> choose ranks -> measure -> write
+
+Nothing is written before all of it is known to work out. Factors are computed twice, to be measured
+and to be written: they take milliseconds, and need not be kept in memory that way.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from regraft.adapters.dialects.peft import read_adapter
+from regraft.adapters.model import Adapter
+from regraft.deltas.threads import one_thread
+from regraft.errors import AdapterError, NumericError, Problem, UsageError
+from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
+from regraft.formats.hub import locate
+from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
+from regraft.formats.problems import capped
+from regraft.formats.reading import FilePool, typed_os_errors
+from regraft.memory import peak_memory
+from regraft.merging.events import Progress, tell
+from regraft.merging.output import check_output, check_space, write_file, write_pieces
+from regraft.merging.planning import parse_dtype
+from regraft.merging.sidefiles import adapter_side_files, json_bytes
+from regraft.merging.workplace import workplace
+from regraft.shrinking.config import with_ranks
+from regraft.shrinking.copies import Copy, compare, copies_in
+from regraft.shrinking.factors import measured, read_stored, reduced, squared_values
+from regraft.shrinking.report import EmbeddingCopy, ShrinkReport, ShrunkModule, overall_error
+from regraft.shrinking.targets import (
+    Pair,
+    by_key,
+    ranks_by_energy,
+    ranks_by_size,
+    read_pairs,
+    refuse_reduction,
+)
+from regraft.shrinking.tensors import (
+    Item,
+    Told,
+    content,
+    dtypes_of,
+    header_of,
+    items_of,
+    overflow_of,
+    scan,
+    too_large,
+)
+from regraft.tensors import DTYPES
+
+_READ_PIECE = 2**20
+
+
+def shrink(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    rank: int | None = None,
+    energy: float | None = None,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> ShrinkReport:
+    """Write an adapter anew: in fewer bits, at a lower rank, without copies of the base's tensors.
+
+    The rank is lowered by the singular value decomposition of each delta, which gives the best
+    approximation of that rank (Eckart and Young 1936). The scale of every module stays what it was.
+
+    Args:
+        adapter: a folder in PEFT's format, its weights file, or a Hub id ``org/name[@revision]``.
+        out: the folder to make; it appears whole or not at all.
+        dtype: dtype of the factors: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        rank: the highest rank of a module; lower ones stay as they are.
+        energy: instead of ``rank``: the share of each delta's squared Frobenius norm to keep, above
+            0 and up to 1; every module gets the smallest rank that does.
+        base: the base it was trained on; copies of its embeddings are then left out.
+        overwrite: replace ``out``, once the new one is complete, if it holds an adapter.
+        token: Hub token; by default the one the machine is logged in with.
+        progress: called as work proceeds.
+
+    Returns:
+        What became of every module and copy, and how far off it is.
+
+    Raises:
+        RegraftError: one of :mod:`regraft.errors`; ``out`` is then as it was before the call.
+        UsageError: the call contradicts itself.
+        AdapterError: the adapter contradicts itself, or holds NaN or infinity; lists every tensor.
+        UnsupportedError: a feature that is not read, or whose rank cannot be reduced.
+        NumericError: values are too large for the dtype; lists every tensor.
+    """
+    started = time.perf_counter()
+    place = Path(out)
+    check_output(place, [], overwrite=overwrite, kind="adapter")
+    choices = _choices(dtype, rank, energy)
+    tell(progress, "read", 0)
+    job = _opened(adapter, base, choices, token)
+    check_output(place, job.inputs, overwrite=overwrite, kind="adapter")
+    with FilePool() as files, one_thread():
+        told = Told(progress, job.work_bytes)
+        lost = _looked_through(job, files, told)
+        outcomes = _compared(job, token)
+        dropped = {copy.name for copy in outcomes if copy.outcome == "dropped"}
+        ranks = _ranks(job, files)
+        modules = _measured(
+            job, ranks, files, told, [p for n, p in lost.items() if n not in dropped]
+        )
+        dtypes = {name: kind for name, kind in job.dtypes.items() if name not in dropped}
+        items = items_of(job.files, job.pairs, ranks, dtypes)
+        with typed_os_errors(job.files.root):
+            sides = sum(path.stat().st_size for path in job.sides.values())
+        check_space(place, _size(items) + sides)
+        _write(job, items, ranks, files, place, told, overwrite=overwrite, progress=progress)
+    return _report(job, str(place), items, modules, outcomes, time.perf_counter() - started)
+
+
+# -- opening ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """The options, checked; ``dtype`` is safetensors' name."""
+
+    dtype: str
+    rank: int | None
+    energy: float | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An adapter that is to be shrunk: its files, what they mean, and what was asked for."""
+
+    files: AdapterFiles
+    adapter: Adapter
+    pairs: list[Pair]
+    copies: list[Copy]
+    sides: Mapping[str, Path]
+    base: str | Path | None
+    choices: _Choices
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """What every tensor would be stored in, by name."""
+        return dtypes_of(self.files, self.pairs, self.choices.dtype)
+
+    @property
+    def where(self) -> str:
+        """How messages name the weights file."""
+        return f"{self.files.source}/{self.files.weights_file}"
+
+    @property
+    def inputs(self) -> list[Path]:
+        """What is read of this machine."""
+        base = Path(os.path.expanduser(self.base)) if self.base is not None else None  # noqa: PTH111
+        return [self.files.root, *([base] if base is not None and os.path.lexists(base) else [])]
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes to look through, to measure and to write: what progress is counted in."""
+        factors = [spec for pair in self.pairs for spec in (pair.target.a, pair.target.b)]
+        read = sum(spec.nbytes for spec in (*self.files.tensors.values(), *factors))
+        written = sum(
+            spec.numel * DTYPES[self.dtypes[spec.name]].bits // 8
+            for spec in self.files.tensors.values()
+        )
+        return read + written
+
+
+def _choices(dtype: str, rank: int | None, energy: float | None) -> _Choices:
+    """Return the options, checked.
+
+    Raises:
+        UsageError: one is none, or two contradict each other.
+    """
+    problems = []
+    if rank is not None and energy is not None:
+        problems.append(Problem("rank and energy are two ways to say the same", "--energy",
+                                "one of them", "both"))  # fmt: skip
+    if rank is not None and rank < 1:
+        problems.append(Problem("the rank has to be at least 1", "--rank", found=str(rank)))
+    if energy is not None and not 0 < energy <= 1:
+        problems.append(Problem("the energy has to be a share", "--energy", "above 0, up to 1",
+                                f"{energy:g}"))  # fmt: skip
+    if problems:
+        raise UsageError(problems)
+    return _Choices(parse_dtype(dtype) or "BF16", rank, energy)
+
+
+def _opened(
+    adapter: str | Path, base: str | Path | None, choices: _Choices, token: str | None
+) -> _Job:
+    """Open and read an adapter, from headers and its config.
+
+    Raises:
+        RegraftError: it cannot be read, or not be reduced.
+    """
+    files = open_adapter(locate(adapter, kind="adapter", token=token))
+    read = read_adapter(files)
+    pairs = read_pairs(read)
+    if choices.rank is not None or choices.energy is not None:
+        refuse_reduction(read, pairs, choices.rank)
+    sides = adapter_side_files(files.root)
+    return _Job(files, read, pairs, copies_in(files, read), sides, base, choices)
+
+
+# -- before anything is written --------------------------------------------------------------------
+
+
+def _looked_through(job: _Job, files: FilePool, told: Told) -> dict[str, Problem]:
+    """Look at every value; return the refusal of each tensor, by name, that the dtype is too small
+    for. Factors whose rank is reduced are looked at once they are.
+
+    Raises:
+        AdapterError: values are NaN or infinite; lists every such tensor.
+    """
+    problems, lost = list[Problem](), dict[str, Problem]()
+    factors = {spec.name for pair in job.pairs for spec in (pair.target.a, pair.target.b)}
+    for name, spec in job.files.tensors.items():
+        bad, beyond = scan(files, spec, job.dtypes[name])
+        told.add(spec.nbytes)
+        if bad:
+            from regraft.merging.factors import not_finite  # it brings the kernels along
+
+            problems += not_finite(spec, bad).problems
+        if beyond and name not in factors:
+            lost[name] = too_large(name, job.where, beyond, job.dtypes[name])
+    if problems:
+        raise AdapterError(capped(problems, job.files.root))
+    return lost
+
+
+def _compared(job: _Job, token: str | None) -> tuple[EmbeddingCopy, ...]:
+    """Say of every copy of an embedding what it is to the base's.
+
+    Raises:
+        RegraftError: the base cannot be opened or read.
+    """
+    if job.base is None or not job.copies:
+        return tuple(EmbeddingCopy(c.spec.name, c.spec.nbytes, "not compared") for c in job.copies)
+    checkpoint = open_checkpoint(locate(job.base, kind="base", token=token))
+    outcomes = compare(job.copies, checkpoint)
+    return tuple(
+        EmbeddingCopy(copy.spec.name, copy.spec.nbytes, outcome)
+        for copy, outcome in zip(job.copies, outcomes, strict=True)
+    )
+
+
+def _ranks(job: _Job, files: FilePool) -> list[int]:
+    """Return the new rank of each pair."""
+    if job.choices.energy is not None:
+        squares = [squared_values(pair, read_stored(files, pair)) for pair in job.pairs]
+        return ranks_by_energy(job.pairs, squares, job.choices.energy)
+    if job.choices.rank is not None:
+        return ranks_by_size(job.pairs, job.choices.rank)
+    return [pair.rank for pair in job.pairs]
+
+
+def _measured(
+    job: _Job, ranks: Sequence[int], files: FilePool, told: Told, problems: list[Problem]
+) -> tuple[ShrunkModule, ...]:
+    """Return how far the new factors of each pair are from its own.
+
+    Raises:
+        NumericError: values are too large for the dtype; lists every tensor, those of ``problems``
+            among them.
+    """
+    dtype, modules = job.choices.dtype, []
+    for pair, rank in zip(job.pairs, ranks, strict=True):
+        stored = read_stored(files, pair)
+        new = reduced(pair, stored, rank, dtype)
+        too_much = overflow_of(pair, new, dtype, job.where)
+        problems += too_much
+        if not too_much:
+            modules.append(measured(pair, stored, new, rank, dtype))
+        told.add(stored.a.nbytes + stored.b.nbytes)
+    if problems:
+        raise NumericError(capped(problems, job.files.root))
+    return tuple(modules)
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def _write(
+    job: _Job, items: Sequence[Item], ranks: Sequence[int], files: FilePool, place: Path,
+    told: Told, *, overwrite: bool, progress: Progress | None,
+) -> None:  # fmt: skip
+    """Write the output beside its place, and rename it into it.
+
+    Raises:
+        RegraftError: something cannot be read or written.
+    """
+    with workplace(place, overwrite=overwrite, kind="adapter") as work:
+        work.begin("shrink")
+        work.keep_only(())  # nothing of an earlier try is taken over
+        write_file(work.out / ADAPTER_CONFIG, _config(job, ranks))
+        for name, path in job.sides.items():
+            write_pieces(work.out / name, _file_pieces(path))
+        write_pieces(work.out / ADAPTER_SAFE, content(items, job.pairs, ranks, files, told))
+        tell(progress, "finish", _size(items))
+
+
+def _config(job: _Job, ranks: Sequence[int]) -> bytes:
+    """Return the new config; where no rank changed, the old one byte for byte."""
+    if all(pair.rank == rank for pair, rank in zip(job.pairs, ranks, strict=True)):
+        with typed_os_errors(job.files.root):
+            return (job.files.root / ADAPTER_CONFIG).read_bytes()
+    new = by_key(job.pairs, ranks)
+    return json_bytes(with_ranks(job.files.config, job.adapter.settings, new))
+
+
+def _file_pieces(path: Path) -> Iterator[bytes]:
+    with typed_os_errors(path), path.open("rb") as file:
+        while piece := file.read(_READ_PIECE):
+            yield piece
+
+
+def _size(items: Sequence[Item]) -> int:
+    """Return the size of a weights file."""
+    return len(header_of(items)) + sum(item.nbytes for item in items)
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def _report(
+    job: _Job, output: str, items: Sequence[Item], modules: tuple[ShrunkModule, ...],
+    copies: tuple[EmbeddingCopy, ...], seconds: float,
+) -> ShrinkReport:  # fmt: skip
+    with typed_os_errors(job.files.root):
+        before = (job.files.root / job.files.weights_file).stat().st_size
+    return ShrinkReport(
+        adapter=job.files.source,
+        revision=job.files.revision,
+        base=str(job.base) if job.base is not None else None,
+        output=output,
+        dtype=DTYPES[job.choices.dtype].config_name,
+        dtypes_before=_dtypes_before(job.pairs),
+        rank=job.choices.rank,
+        energy=job.choices.energy,
+        error=overall_error(modules),
+        modules=modules,
+        copies=copies,
+        tensors=len(items),
+        bytes_before=before,
+        bytes_after=_size(items),
+        files=tuple(sorted(job.sides)),
+        left_out=_left_out(job),
+        notes=_notes(job, modules, copies),
+        seconds=seconds,
+        peak_memory=peak_memory(),
+    )
+
+
+def _dtypes_before(pairs: Sequence[Pair]) -> tuple[str, ...]:
+    found = {spec.dtype for pair in pairs for spec in (pair.target.a, pair.target.b)}
+    return tuple(sorted(DTYPES[name].config_name for name in found))
+
+
+def _left_out(job: _Job) -> tuple[str, ...]:
+    """Return what lies in the adapter's folder and does not go along; folders end with a slash."""
+    along = {ADAPTER_CONFIG, job.files.weights_file, *(n.partition("/")[0] for n in job.sides)}
+    with typed_os_errors(job.files.root):
+        names = [f"{p.name}/" if p.is_dir() else p.name for p in job.files.root.iterdir()]
+    return tuple(sorted(name for name in names if name.rstrip("/") not in along))
+
+
+def _notes(
+    job: _Job, modules: Sequence[ShrunkModule], copies: Sequence[EmbeddingCopy]
+) -> tuple[str, ...]:
+    notes = [_note_on_copies(copies, outcome) for outcome in _KEPT]
+    if job.base is not None and not copies:
+        notes.append("the adapter holds no copies of embeddings, so the base was not read")
+    if any(pair.target.magnitude is not None for pair in job.pairs):
+        notes.append(
+            "the adapter has DoRA magnitudes: they are kept as they are, and the errors are those "
+            "of the deltas, not of the weights that come of both"
+        )
+    changed = any(module.rank_after < module.rank_before for module in modules)
+    if changed and len({module.rank_after for module in modules}) > 1:
+        notes.append(
+            "the modules have several ranks, by rank_pattern and alpha_pattern in the config: not "
+            "every program that serves adapters reads these"
+        )
+    return tuple(note for note in notes if note)
+
+
+_KEPT = {
+    "not compared": "may be the base's own: name the base (--base), and those that are it are left "
+    "out",
+    "differs": "differ from the base's, and are kept",
+    "absent": "have no tensor in the base to compare with, and are kept",
+    "incomparable": "are stored by the base in a form that is not compared, and are kept",
+}
+"""What to say of copies that are kept, by their outcome."""
+
+
+def _note_on_copies(copies: Sequence[EmbeddingCopy], outcome: str) -> str:
+    found = [copy for copy in copies if copy.outcome == outcome]
+    if not found:
+        return ""
+    names = ", ".join(copy.name for copy in found[:4]) + ", ..." * (len(found) > 4)
+    size = sum(copy.bytes for copy in found) / 1e6
+    return f"embeddings that the adapter holds copies of ({names}; {size:.3g} MB) {_KEPT[outcome]}"
