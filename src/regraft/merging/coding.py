@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
 
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
@@ -63,14 +62,16 @@ class Coder:
     def before(self, block: Codes, at: Block, tile: Tile, again: Again) -> Bytes:
         """Return what the codes of a merged block were before, as far as that can be told."""
         first = self._again(block, at, tile, again)
-        missed = first.codes != block.codes
-        if not missed.any():
+        missed = np.flatnonzero(first.codes != block.codes)
+        if not missed.size:
             return block.codes
-        levels = block.levels
-        beside = levels.padded[levels.rank[block.codes] + np.where(first.rose, 0, 2)]
-        other = replace(block, codes=np.where(missed, beside, block.codes).astype(np.uint8))
-        found = self._again(other, at, tile, again).codes == block.codes
-        return np.where(found, other.codes, block.codes).astype(np.uint8)
+        levels, there = block.levels, block.codes[missed]
+        rose = first.values[missed] > first.weights.floats()[missed]
+        codes = block.codes.copy()
+        codes[missed] = levels.padded[levels.rank[there] + np.where(rose, 0, 2)]
+        other = self._again(replace(block, codes=codes), at, tile, again)
+        codes[missed] = np.where(other.codes[missed] == there, codes[missed], there)
+        return codes
 
     def _again(self, block: Codes, at: Block, tile: Tile, again: Again) -> _Trial:
         raw = np.empty(block.codes.size * DTYPES[self.weight.dtype].bits // 8, np.uint8)
@@ -79,15 +80,16 @@ class Coder:
         values = np.empty(block.codes.size, np.float32)
         again(tile, weights, Weights.of_floats(values))
         codes = self.codes(block, at, values, np.zeros(2, np.float64))
-        return _Trial(codes, values > weights.floats())
+        return _Trial(codes, values, weights)
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a merge makes of some codes: others, and whether the values rose."""
+    """What a merge makes of some codes: others, by way of values that were weights before."""
 
     codes: Bytes
-    rose: npt.NDArray[np.bool_]
+    values: Floats
+    weights: Weights
 
 
 def block_of(tile: Tile) -> Block:

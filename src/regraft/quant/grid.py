@@ -457,6 +457,41 @@ def _go_further(
             after[j] = _stored(_value(levels[new], zero, scales[place], post), kind)
 
 
+@njit(**INNER)
+def _count_below(values: Any, at: Any, n: Any, inverse: Any, zero: Any, m: Any, out: Any) -> None:
+    """Set how many of 15 middles each value is above: all are looked at, and none is a branch."""
+    m0, m1, m2, m3, m4, m5, m6, m7 = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]
+    m8, m9, m10, m11, m12, m13, m14 = m[8], m[9], m[10], m[11], m[12], m[13], m[14]
+    for j in range(n):
+        x = values[at + j] * inverse + zero
+        k = np.uint32(m0 < x) + np.uint32(m1 < x) + np.uint32(m2 < x) + np.uint32(m3 < x)
+        k += np.uint32(m4 < x) + np.uint32(m5 < x) + np.uint32(m6 < x) + np.uint32(m7 < x)
+        k += np.uint32(m8 < x) + np.uint32(m9 < x) + np.uint32(m10 < x) + np.uint32(m11 < x)
+        k += np.uint32(m12 < x) + np.uint32(m13 < x) + np.uint32(m14 < x)
+        out[at + j] = np.uint8(k)
+
+
+@njit(**INNER)
+def _halve(
+    values: Any, at: Any, n: Any, inverse: Any, zero: Any, middles: Any, half: Any, order: Any,
+    out: Any, places: Any,
+) -> None:  # fmt: skip
+    """Set the codes of values by halving where they may lie, all of a block at a time."""
+    for begin in range(np.uintp(0), n, np.uintp(_BLOCK)):
+        count = min(np.uintp(_BLOCK), n - begin)
+        for j in range(count):
+            places[j] = np.uint32(0)
+        step = np.uint32(half)
+        while step > 0:
+            for j in range(count):
+                x = values[at + begin + j] * inverse + zero
+                below = middles[np.uintp(places[j] + step - np.uint32(1))] < x
+                places[j] = np.uint32(places[j] + step * np.uint32(below))
+            step = np.uint32(step >> np.uint32(1))
+        for j in range(count):
+            out[at + begin + j] = order[np.uintp(places[j])]
+
+
 @njit(**ENTRY)
 def nearest(
     row_count: int, column_count: int, post: Any, scales: Any, zeros: Any, scale_width: int,
@@ -476,6 +511,7 @@ def nearest(
     """
     columns, run, first = np.uintp(column_count), np.uintp(run_), np.uintp(first_)
     has_zeros, half = zeros.shape[0] > 0, np.uintp((middles.shape[0] + 1) // 2)
+    places = np.empty(_BLOCK, np.uint32)
     for i in range(np.uintp(row_count)):
         line = np.uintp((np.int64(i) + first_row) // row_run) * np.uintp(scale_width)
         for t in range((first + columns + run - np.uintp(1)) // run):
@@ -484,13 +520,13 @@ def nearest(
             zero = zeros[line + t] if has_zeros else np.float32(0)
             scale = np.float32(scales[line + t] * post)
             inverse = np.float32(0) if scale == 0 else np.float32(np.float32(1) / scale)
-            for j in range(low, high):
-                x = values[i * columns + j] * inverse + zero
-                k, step = np.uintp(0), half
-                while step > 0:
-                    k += step * np.uintp(middles[k + step - np.uintp(1)] < x)
-                    step >>= np.uintp(1)
-                out[i * columns + j] = order[k]
+            at, n = i * columns + low, high - low
+            if middles.shape[0] == 15:
+                _count_below(values, at, n, inverse, zero, middles, out)
+                for j in range(n):
+                    out[at + j] = order[out[at + j]]
+            else:
+                _halve(values, at, n, inverse, zero, middles, half, order, out, places)
 
 
 def nearest_codes(block: Codes, values: Floats) -> Bytes:
