@@ -22,7 +22,6 @@ from regraft.errors import (
     EnvironmentShortfall,
     FormatError,
     InputError,
-    UnsupportedError,
 )
 from regraft.formats.hub import Located
 from regraft.inspection import DTypeShare, FileFacts, inspect
@@ -258,9 +257,9 @@ def test_a_truncated_file_is_a_format_error(tmp_path: Path) -> None:
         inspect(tmp_path / "base")
 
 
-def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
+def test_gguf_that_is_cut_short_is_a_format_error(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedError, match="GGUF"):
+    with pytest.raises(FormatError, match="GGUF"):
         inspect(tmp_path / "model.gguf")
 
 

@@ -219,6 +219,10 @@ def _inspect(located: Located, token: str | None) -> Inspection:
     looks = looks_like(located.path)
     if looks in ("adapter", "mlx-adapter"):
         return _of_adapter(open_adapter(located))
+    if looks == "gguf":
+        from regraft.merging.bases import open_base
+
+        return _of_checkpoint(open_base(located), merged=False)
     if located.repo_id is not None and not is_whole(located.path):
         return _of_hub_model(located, token)
     return _of_checkpoint(open_checkpoint(located), merged=looks == "merged")
@@ -232,10 +236,17 @@ def _of_checkpoint(checkpoint: Checkpoint, *, merged: bool) -> Inspection:
         kind="merged" if merged else "base",
         source=checkpoint.source,
         revision=checkpoint.revision,
-        model=_model_facts(checkpoint.config),
+        model=_model_facts(_said(checkpoint)),
         merge=_merge_facts(receipt) if merged else None,
         **_sizes(files),
     )
+
+
+def _said(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return a model's config; that of a GGUF model with how it is quantized, too."""
+    if checkpoint.container != "gguf":
+        return checkpoint.config
+    return {**(checkpoint.config or {}), "quantization_config": {"quant_method": "gguf"}}
 
 
 def _of_adapter(adapter: AdapterFiles) -> Inspection:

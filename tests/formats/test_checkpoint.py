@@ -316,7 +316,7 @@ def test_a_file_looks_like_what_it_is(tmp_path: Path) -> None:
     ("kind", "error", "message"),
     [
         ("mlx-adapter", InputError, "found an MLX adapter"),
-        ("gguf", UnsupportedError, "GGUF models cannot be merged into"),
+        ("gguf", UnsupportedError, "a GGUF model can only be the base"),
         ("tokenizer", InputError, "found a tokenizer without weights"),
         ("empty", InputError, "found an empty folder"),
         ("unknown", InputError, "found neither a model nor an adapter"),

@@ -224,11 +224,11 @@ def _lone_file(path: Path) -> str:
 
 def _gguf_refused(path: Path) -> UnsupportedError:
     return UnsupportedError(
-        "GGUF models cannot be merged into",
+        "a GGUF model can only be the base of a merge, or be dequantized",
         where=str(path),
         expected="safetensors or PyTorch weights",
         found="GGUF",
-        hint="Merge into the model this was converted from, then convert the result",
+        hint="Dequantize it first: regraft dequantize MODEL.gguf -o OUT",
     )
 
 
