@@ -349,3 +349,22 @@ def test_an_adapter_that_replaces_a_quantized_weight_cannot_be_kept(
         regraft.merge(nf4, saved, tmp_path / "out", quantize="keep")
     regraft.merge(nf4, saved, tmp_path / "plain-out")
     assert_restores(nf4, tmp_path / "plain-out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("unsloth/llama-3-8b-bnb-4bit", True), ("org/abnormal4bitter", False)]
+)
+def test_an_adapter_of_a_quantized_base_is_called_out_on_a_plain_one(
+    nf4: Path, tmp_path: Path, name: str, said: bool
+) -> None:
+    adapter = write_adapter(tmp_path / "a", base_model_name_or_path=name)
+    plain = tmp_path / "base-plain"
+
+    def warned(base: Path, **options: Any) -> bool:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        receipt = regraft.merge(base, adapter, out, undo=False, **options)
+        return any("--trained-on says" in warning for warning in receipt.warnings)
+
+    assert warned(plain) == said
+    assert not warned(nf4)
+    assert not warned(plain, trained_on=nf4)

@@ -91,6 +91,7 @@ def _overview(plan: Mapping[str, Any]) -> str:
     totals, disk = plan["totals"], plan["disk"]
     written = f"{size(totals['bytes_written'])} in {plural(len(plan['shards']), 'file')}"
     rows = [
+        ("quantized", ", ".join(plan["quantized"])),
         ("tensors", actions(totals)),
         ("size", f"{count(totals['parameters'])} parameters, {written}"),
         ("read", size(totals["bytes_read"])),

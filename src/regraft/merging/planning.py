@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -182,6 +183,7 @@ def make_plan(
         (
             *matching.warnings, *_notes(adapters, ties), *_note_left_out(index, left_out),
             *(quantization.warnings if quantization is not None else ()),
+            *_notes_of_base(adapters, quantized=bool(quantization or trained_on)),
         ),
         out=str(out) if out else None, quantization=quantization,
         trained_on=trained_on,
@@ -536,6 +538,22 @@ def _paths(steps: Sequence[Step]) -> set[Path]:
 def default_threads() -> int:
     """Return one worker per core at hand, and three more that wait for the disk meanwhile."""
     return len(os.sched_getaffinity(0)) + 3
+
+
+_QUANTIZED_NAME = re.compile(r"(?i)(^|[-_./])(bnb|4-?bit|8-?bit|nf4|gptq|awq|fp8|gguf)([-_./]|$)")
+
+
+def _notes_of_base(adapters: Sequence[Adapter], *, quantized: bool) -> list[str]:
+    """Return what to say of adapters that name a quantized base, where this one is plain."""
+    notes = []
+    for adapter in adapters:
+        name = adapter.settings.base_model_name_or_path or ""
+        if not quantized and _QUANTIZED_NAME.search(name):
+            notes.append(
+                f"{adapter.label}: trained on {name}, by its name a quantized model, and this base "
+                "is not quantized; --trained-on says how far apart the two are"
+            )
+    return notes
 
 
 def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:
