@@ -4,7 +4,8 @@
 
 a whole number and a product that is rounded once to the dtype of the scales; the model has the
 weight transposed, (out, in). Nibbles of a word, the lowest first, are its outputs 0, 2, 4, 6, 1, 3,
-5, 7. Zeros lie as codes do; they are read whatever ``zero_point`` says, as AutoAWQ and GPTQModel do.
+5, 7. Zeros lie as codes do, and are read whatever ``zero_point`` says: AutoAWQ cannot write weights
+without them, and GPTQModel writes them for symmetric weights as well.
 
 Lin et al. 2023, arXiv:2306.00978; ``dequantize_gemm`` of AutoAWQ.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from regraft.errors import Problem
-from regraft.numerics.arrays import Bytes, Floats
+from regraft.numerics.arrays import Bytes
 from regraft.quant.bitsandbytes import not_finite
 from regraft.quant.fitting import DAMAGED, Unfit, is_count, misfits, unsupported
 from regraft.quant.grid import Codes, Levels

@@ -1,4 +1,4 @@
-"""Do the stored tensors of a quantized weight fit each other, and the config: shared words for it."""
+"""Whether the parts of a quantized weight fit each other and the config: words for it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Codes in 32-bit words: streams of bits along a row or down a column, and AWQ's order of nibbles.
 
-GPTQ, AWQ and compressed-tensors all fill little-endian words from the lowest bit on. 2, 4 and 8 bits
-divide a word; 3-bit codes run on from word to word, 32 of them in three words. So eight codes are
-always ``bits`` whole bytes, and a stream is taken eight codes at a time: one uint64 of eight codes,
-one to a byte, for ``bits`` bytes.
+GPTQ, AWQ and compressed-tensors all fill little-endian words from the lowest bit on. 2, 4 and 8
+bits divide a word; 3-bit codes run on from word to word, 32 of them in three words. So eight codes
+are always ``bits`` whole bytes, and a stream is taken eight codes at a time: one uint64 of eight
+codes, one to a byte, for ``bits`` bytes.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def words_of(codes: Bytes, bits: int) -> Words:
 
 @njit(**ENTRY)
 def unpack_columns(words: Any, width_: int, bits: int, out: Any) -> None:
-    """Set codes ``(in, width)`` of words ``(in * bits / 32, width)``, flat; each column a stream."""
+    """Set codes (n, width) of words (n * bits / 32, width), flat; each column is a stream."""
     width, mask = np.uintp(width_), np.uint32((1 << bits) - 1)
     for i in range(np.uintp(out.shape[0]) // width):
         bit = np.int64(i) * bits
@@ -134,7 +134,7 @@ def unpack_columns(words: Any, width_: int, bits: int, out: Any) -> None:
 
 @njit(**ENTRY)
 def pack_columns(codes: Any, width_: int, bits: int, out: Any) -> None:
-    """Set words of codes, as :func:`unpack_columns` reads them; bits that are left over are zero."""
+    """Set words of codes, as :func:`unpack_columns` reads them; bits left over are zero."""
     width, mask = np.uintp(width_), np.uint32((1 << bits) - 1)
     out[:] = 0
     for i in range(np.uintp(codes.shape[0]) // width):
@@ -234,15 +234,20 @@ def unpack_awq_rows(words: Any, width_: int, out: Any) -> None:
 
 
 def window(
-    read: Read, spec: TensorSpec, rows: tuple[int, int], columns: tuple[int, int], dtype: Any
-) -> npt.NDArray[Any]:
+    read: Read, spec: TensorSpec, rows: tuple[int, int], columns: tuple[int, int], dtype: Any,
+    width: int | None = None,
+) -> npt.NDArray[Any]:  # fmt: skip
     """Return a part of a stored matrix, as ``dtype``: one read if it is contiguous, or row by row.
 
     Args:
+        read: reads stored tensors.
         spec: a matrix; a vector is one of one column.
         rows, columns: half-open ranges, inside of it.
+        dtype: what it is seen as.
+        width: items of ``dtype`` in a row, where they are not the tensor's own.
     """
-    width = spec.shape[1] if len(spec.shape) > 1 else 1
+    if width is None:
+        width = spec.shape[1] if len(spec.shape) > 1 else 1
     height, count, item = rows[1] - rows[0], columns[1] - columns[0], np.dtype(dtype).itemsize
     out = np.empty((height, count), dtype)
     raw = out.reshape(-1).view(np.uint8).reshape(height, count * item)
