@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import (
+    pack_to_int32,
+    unpack_from_int32,
+)
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 
@@ -189,6 +193,23 @@ def test_scales_in_float32_make_what_the_model_is(tmp_path: Path, dtype: torch.d
     tensors, values = compress((33, 96), "float-quantized", weights, torch.float32)
     config = config_of("float-quantized", weights)
     check(tmp_path, tensors, config, values.to(dtype), NAMES[dtype])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_of_inputs_in_any_order(tmp_path: Path, bits: int, symmetric: bool) -> None:
+    # the library cannot do this any more: its values of a weight in the natural order, shuffled
+    weights = {**args_of(bits, "int", "group", group_size=16), "symmetric": symmetric}
+    tensors, values = compress((24, 64), "pack-quantized", weights, torch.bfloat16)
+    order = torch.randperm(64)
+    codes = unpack_from_int32(tensors["m.weight_packed"], bits, torch.Size((24, 64)))
+    tensors["m.weight_packed"] = pack_to_int32(codes[:, order].contiguous(), bits)
+    tensors["m.weight_g_idx"] = (order // 16).int()
+    config = config_of("pack-quantized", weights)
+    check(tmp_path, tensors, config, values[:, order].contiguous())
+    unset = {**tensors, "m.weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}
+    unset["m.weight_packed"] = pack_to_int32(codes.contiguous(), bits)
+    check(tmp_path, unset, config, values)
 
 
 def test_a_model_of_several_formats(tmp_path: Path) -> None:

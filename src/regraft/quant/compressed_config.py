@@ -98,8 +98,8 @@ class Scheme:
         """Return the columns of a weight; by its groups or else its words, if nothing says it."""
         if seen.inputs is not None:
             return seen.inputs
-        if self.strategy in ("group", "tensor_group"):
-            return seen.scales[-1] * self.group_size
+        if self.strategy in ("group", "tensor_group") and len(seen.scales) == 2:
+            return seen.scales[1] * self.group_size
         return seen.width * 32 // self.bits
 
     def fits(self, seen: Seen) -> bool:
@@ -218,10 +218,10 @@ def _trouble(group: Any, weights: Any) -> tuple[str, object] | None:
 def _scheme(group: Mapping[str, Any], weights: Mapping[str, Any], overall: Any) -> Scheme:
     """Return a group that was found to be readable."""
     form = group.get("format") or (overall if overall in FORMATS else None)
-    targets = group.get("targets")
+    targets, size = group.get("targets"), weights.get("group_size", 0)
     return Scheme(
         form, _lower(weights.get("type", "int")), int(weights.get("num_bits", 8)),
-        _strategy(weights), weights.get("group_size") or 0, _block(weights) or _BLOCK,
+        _strategy(weights), int(size) if is_count(size) else 0, _block(weights) or _BLOCK,
         bool(weights.get("symmetric", True)),
         tuple(map(str, targets)) if isinstance(targets, list) else (),
     )  # fmt: skip

@@ -318,7 +318,7 @@ def _formats(stored: Stored, parts: Mapping[str, TensorSpec]) -> tuple[str, ...]
     codes, scales = parts["codes"], parts["scales"]
     ending = codes.name.rpartition(".")[2]
     formats = _KINDS.get((ending, codes.dtype, scales.dtype))
-    if formats and len(codes.shape) == 2 and codes.numel and len(scales.shape) <= 2:
+    if formats and len(codes.shape) == 2 and len(scales.shape) <= 2 and codes.numel * scales.numel:
         return formats
     raise Unfit(
         [

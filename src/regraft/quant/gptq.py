@@ -86,8 +86,11 @@ class Gptq:
         low, high = int(groups.min()), int(groups.max()) + 1
         scales = scales_of(read, weight.parts["scales"], (low, high), outputs)
         zeros = self._zeros(weight, (low, high), outputs, read)
+        if not weight.as_stored:
+            scales, zeros = transposed(scales), transposed(zeros)
         if not regular:
-            scales, zeros = scales[groups - low], zeros[groups - low]
+            axis = 0 if weight.as_stored else 1
+            scales, zeros = scales.take(groups - low, axis), zeros.take(groups - low, axis)
         codes = self._codes(weight, inputs, outputs, read)
         run, first = (self.group_size, inputs[0] % self.group_size) if regular else (1, 0)
         levels = LEVELS[self.bits]
@@ -97,8 +100,8 @@ class Gptq:
                 row_run=run, first_row=first,
             )  # fmt: skip
         return Codes(
-            codes, at.height, at.width, levels, transposed(scales).ravel(),
-            transposed(zeros).ravel(), scales.shape[0], run, first=first,
+            codes, at.height, at.width, levels, scales.ravel(), zeros.ravel(), scales.shape[1],
+            run, first=first,
         )  # fmt: skip
 
     def _codes(

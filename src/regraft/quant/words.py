@@ -21,6 +21,12 @@ from regraft.tensors import TensorSpec
 
 Words = npt.NDArray[np.uint32]
 
+_SHORT = 8 * 2**10
+"""Bytes of a stored row that are read faster than they are skipped, once they are in memory."""
+
+_BUFFER = 256 * 2**10
+"""Bytes of short rows that are read at a time."""
+
 _TILE = 16
 """Words to a cache line: what is transposed together."""
 
@@ -251,13 +257,28 @@ def window(
     height, count, item = rows[1] - rows[0], columns[1] - columns[0], np.dtype(dtype).itemsize
     out = np.empty((height, count), dtype)
     raw = out.reshape(-1).view(np.uint8).reshape(height, count * item)
-    begin = (rows[0] * width + columns[0]) * item
+    line, begin = width * item, (rows[0] * width + columns[0]) * item
     if count == width or height == 1:
         read(spec, begin, raw.reshape(-1))
-    else:
+    elif line > _SHORT:
         for i in range(height):
-            read(spec, begin + i * width * item, raw[i])
+            read(spec, begin + i * line, raw[i])
+    else:
+        _read_lines(read, spec, rows[0] * line, line, columns[0] * item, raw)
     return out
+
+
+def _read_lines(
+    read: Read, spec: TensorSpec, begin: int, line: int, skip: int, out: npt.NDArray[np.uint8]
+) -> None:
+    """Set ``out`` to a part of each line, whole lines being read: many, for one call."""
+    height, count = out.shape
+    each = max(1, _BUFFER // line)
+    buffer = np.empty((min(each, height), line), np.uint8)
+    for i in range(0, height, each):
+        lines = buffer[: min(each, height - i)]
+        read(spec, begin + i * line, lines.reshape(-1))
+        out[i : i + each] = lines[:, skip : skip + count]
 
 
 STORED_AS: dict[str, Any] = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
