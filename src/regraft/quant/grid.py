@@ -344,10 +344,9 @@ def _one_by_one(
         part = np.float32(np.float32(w - was) / np.float32(there - was))
         moves = drawn[of + j] < part
         mask = np.uint8(-np.int8(moves))
-        new = (code & ~mask) | (other & mask)
-        out[at + j] = new
+        out[at + j] = (code & ~mask) | (other & mask)
         before[of + j] = was
-        after[of + j] = _stored(_value(levels[new], zero, scale, post), kind)
+        after[of + j] = there if moves else was
         far[of + j] = np.uint8(not (part <= np.float32(1)))
 
 
