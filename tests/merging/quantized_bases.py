@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,76 @@ def fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: codes[:rows, :columns], f"{name}_scale_inv": scales}
 
 
+def grouped(weight: torch.Tensor, groups: torch.Tensor) -> tuple[np.ndarray, ...]:
+    """Return codes 0 to 15 (in, out), zeros and scales (groups, out), of inputs in groups."""
+    turned, count = weight.float().T, int(groups.max()) + 1
+    ends = [turned[groups == g].aminmax(dim=0) for g in range(count)]
+    low, high = torch.stack([e.min for e in ends]), torch.stack([e.max for e in ends])
+    scales = ((high.clamp(min=0) - low.clamp(max=0)) / 15).half()
+    zeros = (-low.clamp(max=0) / scales).round().clamp(1, 15)
+    codes = (turned / scales[groups] + zeros[groups]).round().clamp(0, 15)
+    return codes.int().numpy(), zeros.int().numpy(), scales.numpy()
+
+
+def words(codes: np.ndarray, order: Sequence[int] = range(8)) -> torch.Tensor:
+    """Return 4-bit codes in words along the last dimension, nibble by nibble."""
+    eights = codes.reshape(*codes.shape[:-1], -1, 8)[..., list(order)].astype(np.uint32)
+    packed = (eights << (4 * np.arange(8, dtype=np.uint32))).sum(-1).astype(np.uint32)
+    return torch.from_numpy(packed.view(np.int32).copy())
+
+
+def gptq(*, ordered: bool) -> Quantize:
+    """Return what quantizes to GPTQ's 4 bits (v2), with groups of 8 inputs in order or not."""
+
+    def quantize(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        count = weight.shape[1]
+        groups = torch.arange(count) // 8
+        if not ordered:
+            groups = groups[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+        codes, zeros, scales = grouped(weight, groups)
+        module = name.removesuffix(".weight")
+        return {
+            f"{module}.qweight": words(codes.T).T, f"{module}.qzeros": words(zeros),
+            f"{module}.scales": torch.from_numpy(scales), f"{module}.g_idx": groups.int(),
+        }  # fmt: skip
+
+    return quantize
+
+
+def awq(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantize to AWQ with groups of 8 inputs."""
+    codes, zeros, scales = grouped(weight, torch.arange(weight.shape[1]) // 8)
+    module, order = name.removesuffix(".weight"), (0, 2, 4, 6, 1, 3, 5, 7)
+    return {
+        f"{module}.qweight": words(codes, order), f"{module}.qzeros": words(zeros, order),
+        f"{module}.scales": torch.from_numpy(scales),
+    }  # fmt: skip
+
+
+def packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantize to compressed-tensors' packed 4 bits with groups of 8 inputs."""
+    codes, zeros, scales = grouped(weight, torch.arange(weight.shape[1]) // 8)
+    return {
+        f"{name}_packed": words(codes.T.copy()), f"{name}_zero_point": words(zeros).T,
+        f"{name}_scale": torch.from_numpy(scales.T.copy()).bfloat16(),
+        f"{name}_shape": torch.tensor(weight.shape),
+    }  # fmt: skip
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": False},
     "fp4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "gptq-4bit": {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True,
+                  "checkpoint_format": "gptq_v2"},
+    "awq-4bit": {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"},
+    "pack-quantized-4bit": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "int", "symmetric": False, "strategy": "group",
+            "group_size": 8}}},
+    },
     "fp8": {"quant_method": "fp8", "weight_block_size": [8, 16], "activation_scheme": "dynamic"},
 }  # fmt: skip
 
@@ -71,6 +136,10 @@ BASES: dict[str, tuple[str, Quantize]] = {
     "fp4, double": ("fp4", four_bit("fp4", nested=True)),
     "int8": ("int8", int8),
     "fp8": ("fp8", fp8),
+    "gptq": ("gptq-4bit", gptq(ordered=True)),
+    "gptq, any order": ("gptq-4bit", gptq(ordered=False)),
+    "awq": ("awq-4bit", awq),
+    "compressed-tensors": ("pack-quantized-4bit", packed),
 }
 """Kinds of bases: the name of their config, and what quantizes a weight."""
 

@@ -344,11 +344,35 @@ def _one_by_one(
         part = np.float32(np.float32(w - was) / np.float32(there - was))
         moves = drawn[of + j] < part
         mask = np.uint8(-np.int8(moves))
-        new = (code & ~mask) | (other & mask)
-        out[at + j] = new
+        out[at + j] = (code & ~mask) | (other & mask)
         before[of + j] = was
-        after[of + j] = _stored(_value(levels[new], zero, scale, post), kind)
+        after[of + j] = there if moves else was
         far[of + j] = np.uint8(not (part <= np.float32(1)))
+
+
+@njit(**INNER)
+def _each_by_its_own(
+    codes: Any, at: Any, n: Any, padded: Any, rank: Any, levels: Any, zeros: Any, scales: Any,
+    line: Any, post: Any, kind: int, values: Any, drawn: Any, out: Any, before: Any, after: Any,
+    far: Any,
+) -> None:  # fmt: skip
+    """As :func:`_one_by_one`, for values with a scale each; those of a negative one are far."""
+    has_zeros = zeros.shape[0] > 0
+    for j in range(n):
+        code, w, scale = codes[at + j], values[at + j], scales[line + j]
+        zero = zeros[line + j] if has_zeros else np.float32(0)
+        was = _stored(_value(levels[code], zero, scale, post), kind)
+        up = np.uintp(w > was)
+        other = padded[np.uintp(rank[code]) + up + up]
+        there = _stored(_value(levels[other], zero, scale, post), kind)
+        part = np.float32(np.float32(w - was) / np.float32(there - was))
+        turned = scale < np.float32(0)
+        moves = (drawn[j] < part) & (not turned)
+        mask = np.uint8(-np.int8(moves))
+        out[at + j] = (code & ~mask) | (other & mask)
+        before[j] = was
+        after[j] = there if moves else was
+        far[j] = np.uint8((not (part <= np.float32(1))) | turned)
 
 
 @njit(**INNER)
@@ -401,7 +425,14 @@ def requantize(
             end = min(begin + block, columns)
             index = np.uint64(index0) + np.uint64(i) * np.uint64(index_ld) + np.uint64(begin)
             _draws(rounding, np.uint64(key), index, drawn, end - begin)
-            for t in range((first + begin) // run, (first + end + run - one) // run):
+            last = (first + end + run - one) // run
+            if run == one:
+                _each_by_its_own(
+                    codes, i * columns + begin, end - begin, padded, rank, levels, zeros, scales,
+                    line + begin, post, kind, values, drawn, out, before, after, far,
+                )  # fmt: skip
+                last = np.uintp(0)
+            for t in range((first + begin) // run, last):
                 low = max(t * run, first + begin) - first
                 n = min((t + one) * run - first, end) - low
                 at, of = i * columns + low, low - begin

@@ -10,16 +10,21 @@ from regraft.errors import FormatError, Problem, UnsupportedError
 from regraft.quant.weight import Found, QuantizedWeight, Stored
 
 METHODS: dict[str, tuple[str, ...]] = {
+    "awq": ("regraft.quant.awq",),
     "bitsandbytes": ("regraft.quant.bitsandbytes", "regraft.quant.int8"),
+    "compressed-tensors": ("regraft.quant.compressed_tensors",),
     "fbgemm_fp8": ("regraft.quant.fp8",),
     "fp8": ("regraft.quant.fp8",),
+    "gptq": ("regraft.quant.gptq",),
     "mxfp4": ("regraft.quant.mxfp4",),
 }
 """Modules whose ``find`` looks for the weights of a ``quant_method``."""
 
 _MARKS = {
     "bitsandbytes": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".SCB"),
+    "compressed-tensors": (".weight_packed",),
     "fp8": (".weight_scale_inv",),
+    "gptq": (".g_idx",),
     "mxfp4": ("_proj_blocks",),
 }
 """How the tensors of a method end, which tells it where there is no config."""

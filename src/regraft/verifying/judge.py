@@ -363,25 +363,28 @@ class _Bench:
                 yield _Made(tile, result, result)
                 continue
             source = self._rooms.get(f"source{use}", tile.read)
-            read(tile.read_at, source)
             weights = Weights.of_bytes(source, step.source.dtype)
             coder = coder_of(self._plan, step)
             if coder is None:
+                read(tile.read_at, source)
                 maths.run(tile, weights, Weights.of_bytes(result, step.dtype), sums)
             else:
-                self._encode(coder, maths, tile, weights, result, sums)
+                self._encode(coder, maths, tile, source, result, sums)
             yield _Made(tile, result, source)
         maths.release()
 
     def _encode(
-        self, coder: Coder, maths: StepMath, tile: Tile, weights: Weights, result: Bytes,
-        sums: Sums,
+        self, coder: Coder, maths: StepMath, tile: Tile, source: Bytes, result: Bytes, sums: Sums,
     ) -> None:  # fmt: skip
-        """Fill a result with the codes of a tile."""
+        """Fill a source with the base's values of a tile, as their codes lie; a result with codes.
+
+        A square weight does not show by its shape which way it lies, so it is the coder's.
+        """
         if not isinstance(self._source, DequantizingSource):
             raise TypeError("codes come from a quantized base")
         at = block_of(tile)
-        block = self._source.codes(coder.weight, at)
+        block = self._source.decode(coder.weight, at, source)
+        weights = Weights.of_bytes(source, coder.weight.dtype)
         values = self._rooms.get("values", 4 * block.codes.size).view(np.float32)
         maths.run(tile, weights, Weights.of_floats(values), sums)
         codes = coder.codes(block, at, values, np.zeros(2, np.float64))
