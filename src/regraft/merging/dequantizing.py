@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from regraft.deltas.weights import Bytes, Weights
-from regraft.merging.quantized import as_stored
 from regraft.merging.source import Source
 from regraft.quant.grid import Codes, values_of
 from regraft.quant.weight import Block, Decoder, QuantizedWeight
@@ -34,7 +33,10 @@ class DequantizingSource:
     """Gives quantized weights as plain ones; a :class:`regraft.merging.source.Source`."""
 
     def __init__(self, weights: Mapping[str, QuantizedWeight], packed: Source) -> None:
-        """Take the weights by their logical name, and what their stored tensors are read from."""
+        """Take the weights by their logical name, and what their stored tensors are read from.
+
+        Weights are given the way that they are seen: as in the model, or as their codes lie.
+        """
         self._weights, self._packed = weights, packed
 
     def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
@@ -43,8 +45,6 @@ class DequantizingSource:
             self._packed.read(spec, offset, buffer)
             return
         weight, item, done = self._weights[spec.name], spec.itemsize, 0
-        if spec.shape != weight.shape:
-            weight = as_stored(weight)
         for block in blocks_of(weight, offset // item, buffer.size // item):
             size = block.height * block.width * item
             self._fill(weight, block, buffer[done : done + size])

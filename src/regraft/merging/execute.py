@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from regraft.merging.ledger import Closing, Ledger
 from regraft.merging.making import Gathering, Gatherings
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan, Step
-from regraft.merging.quantized import Quantization
+from regraft.merging.quantized import Quantization, as_stored
+from regraft.merging.quantizing import KEEP
 from regraft.merging.receipt import TensorRecord
 from regraft.merging.run import Buffers, Other, StepRun
 from regraft.merging.source import FileSource, Source
@@ -129,13 +130,12 @@ class _Queue:
         opener = task.open_source
         self._plain = FileSource(files)
         self._stored = opener(files, self._store) if opener else self._plain
-        self._source = seen_through(task.plan.quantization, self._stored)
+        self._source = plain_source(task.plan, self._stored)
         there = task.plan.trained_on
         self._trained_on = there and seen_through(there.quantization, self._plain)
         self._ledger = Ledger(len(done), place, patch, self._flush)
         steps = [job.step for job in jobs if job.step is not None]
-        self._codes = {s.made.name: s for s in steps if s.made and s.codes_of is not None}
-        self._made_left = Counter(s.made.name for s in steps if s.made)
+        self._codes, self._made_left = made_steps(steps)
         self._gatherings = Gatherings()
         self._gate = _Gate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
         self._lock = threading.Lock()
@@ -348,11 +348,27 @@ def is_stored(step: Step) -> bool:
     return step.coded is not None or not step.source.is_virtual
 
 
+def plain_source(plan: Plan, stored: Source) -> Source:
+    """Return what gives the plain weights that a plan's steps read, the way they see them."""
+    quantization = plan.quantization
+    if quantization is not None and plan.options.get("quantize") == KEEP:
+        turned = {name: as_stored(weight) for name, weight in quantization.weights.items()}
+        return DequantizingSource(turned, stored)
+    return seen_through(quantization, stored)
+
+
 def seen_through(quantization: Quantization | None, stored: Source) -> Source:
     """Return what gives a base's plain weights, from what gives its stored tensors."""
     if quantization is None:
         return stored
     return DequantizingSource(quantization.weights, stored)
+
+
+def made_steps(steps: Iterable[Step]) -> tuple[dict[str, Step], Counter[str]]:
+    """Return, for each weight that is put into a format, what makes its codes, and its tensors."""
+    made = [(step.made.name, step) for step in steps if step.made is not None]
+    codes = {name: step for name, step in made if step.codes_of is not None}
+    return codes, Counter(name for name, _ in made)
 
 
 def coder_of(plan: Plan, step: Step) -> Coder | None:

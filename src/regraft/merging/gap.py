@@ -32,9 +32,13 @@ class TrainedOn:
     quantization: Quantization | None
 
     def spec(self, step: Step) -> TensorSpec | None:
-        """Return the tensor that a step's source is to be compared with; None for none."""
+        """Return the tensor that a step's source is to be compared with; None for none.
+
+        A weight that is seen as its codes lie, transposed, is compared with none.
+        """
         spec = self.base.tensors.get(step.source.name)
-        compared = bool(step.segments) and step.source_adapter is None
+        turned = step.coded is not None and step.coded.as_stored
+        compared = bool(step.segments) and step.source_adapter is None and not turned
         return spec if compared and spec is not None and spec.shape == step.source.shape else None
 
     def check(self, steps: Sequence[Step]) -> None:

@@ -59,11 +59,13 @@ def _by_names(stored: Stored) -> str | None:
     for method, endings in _MARKS.items():
         if any(name.endswith(endings) for name in stored.tensors):
             return method
-    if stored.config:
+    packed = [name for name in stored.tensors if name.endswith((".qweight", ".qzeros"))]
+    if stored.config or packed:
         raise UnsupportedError(
             "the base is quantized by an unnamed method",
             where=stored.where,
             expected=f"a quant_method: {', '.join(sorted(METHODS))}",
+            found=repr(packed[0][:80]) if packed else "",
             hint="Name the 16-bit base the quantized one was made from",
         )
     return None

@@ -24,13 +24,14 @@ from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
 from regraft.merging.bases import see
-from regraft.merging.coding import Coder, block_of
+from regraft.merging.coding import Coder, block_of, noise_key
 from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.events import Progress
-from regraft.merging.execute import FACTOR_CACHE, coder_of, seen_through
+from regraft.merging.execute import FACTOR_CACHE, coder_of, made_steps, plain_source
 from regraft.merging.factors import FactorStore
-from regraft.merging.plan import Plan, Step
+from regraft.merging.making import Gathering, Gatherings
+from regraft.merging.plan import Made, Plan, Step
 from regraft.merging.planning import Choices, make_plan
 from regraft.merging.quantized import see_through
 from regraft.merging.source import FileSource
@@ -205,7 +206,8 @@ def _find_swapped(
     bench: _Bench, subjects: Sequence[_Subject], answers: dict[str, Diagnosis | None]
 ) -> None:
     """Among tensors that are something else, find those that hold what belongs to another."""
-    odd = [s for s in subjects if s.step.coded is None and _is_odd(answers[s.step.name])]
+    plain = [s for s in subjects if s.step.coded is None and s.step.made is None]
+    odd = [s for s in plain if _is_odd(answers[s.step.name])]
     if not 2 <= len(odd) <= _MOST_SWAPPED:
         return
     samples = [(subject.step, *bench.sample(subject)) for subject in odd]
@@ -256,7 +258,9 @@ class _Bench:
         choices: Choices,
     ) -> None:  # fmt: skip
         self._files, self._base, self._plan = files, base, plan
-        self._source = seen_through(plan.quantization, FileSource(files))
+        self._source = plain_source(plan, FileSource(files))
+        self._codes, self._made_left = made_steps(plan.steps)
+        self._gatherings = Gatherings()
         self._adapters, self._choices = adapters, choices
         self._store = FactorStore(files, FACTOR_CACHE)
         needed = max((step.factor_bytes for step in plan.steps), default=0)
@@ -278,12 +282,18 @@ class _Bench:
         """Return what is to be said of one tensor."""
         with self._gate.holding(subject.step.factor_bytes):
             same, spread = self._compare(subject)
+            self._release_made(subject.step)
             if same:
                 return Diagnosis("exact", 0.0)
-            if subject.step.dtype not in WORKING_DTYPES or subject.step.coded is not None:
-                verdict = "other" if is_touched(subject.step) else "changed"
+            coded = subject.step.coded is not None or subject.step.made is not None
+            if subject.step.dtype not in WORKING_DTYPES or coded:
+                verdict = "other" if self._is_touched(subject.step) else "changed"
                 return Diagnosis(verdict, note="its bytes are others")  # type: ignore[arg-type]
             return self._diagnose(subject, spread)
+
+    def _is_touched(self, step: Step) -> bool:
+        """Whether an adapter has a say in a tensor, or in the weight that it is a part of."""
+        return is_touched(step if step.made is None else self._codes[step.made.name])
 
     def _diagnose(self, subject: _Subject, spread: float) -> Diagnosis:
         answer = self._in_dtype(subject, subject.place.dtype, spread)
@@ -355,6 +365,9 @@ class _Bench:
             source = self._source if step.source_adapter is None else FileSource(self._files)
             source.read(step.source, offset, buffer)
 
+        if step.made is not None:
+            yield from self._make(step, step.made, use)
+            return
         maths = StepMath(step, self._store, read, self._tile_bytes)
         for tile in tiles_of(step, self._tile_bytes):
             result = self._rooms.get(f"result{use}", tile.write)
@@ -372,6 +385,47 @@ class _Bench:
                 self._encode(coder, maths, tile, source, result, sums)
             yield _Made(tile, result, source)
         maths.release()
+
+    def _make(self, step: Step, made: Made, use: str) -> Iterator[_Made]:
+        """Do a step of a weight that is put into a format."""
+        codes = self._codes[made.name]
+        source = self._source if step.source_adapter is None else FileSource(self._files)
+
+        def read(offset: int, buffer: Bytes) -> None:
+            source.read(codes.source, offset, buffer)
+
+        def begin() -> Gathering:
+            math = StepMath(codes, self._store, read, self._tile_bytes)
+            return Gathering(
+                codes, made.maker, made.name, made.shape, math, source, self._tile_bytes
+            )
+
+        gathering = self._gatherings.of(made.name, begin)
+        widest = max(tile.read for tile in tiles_of(codes, self._tile_bytes))
+        raw = self._rooms.get(f"source{use}", widest)
+        room = self._rooms.get("values", 4 * widest // codes.source.itemsize)
+        small = gathering.gathered(raw, room)
+        options = self._plan.options
+        key = noise_key(options["seed"], made.name)
+        for tile in tiles_of(step, self._tile_bytes):
+            if step.codes_of is None:
+                result = small[made.role][tile.read_at : tile.read_at + tile.read]
+            else:
+                weights, values = gathering.values(tile, raw[: tile.read], room, np.zeros(4))
+                result = gathering.encode(
+                    tile, weights, values, options["rounding"], key, np.zeros(2)
+                )
+            yield _Made(tile, result, raw[: tile.read])
+
+    def _release_made(self, step: Step) -> None:
+        """Let go of a weight's scales with the last of its tensors."""
+        if step.made is None:
+            return
+        with self._lock:
+            self._made_left[step.made.name] -= 1
+            last = not self._made_left[step.made.name]
+        if last:
+            self._gatherings.release(step.made.name)
 
     def _encode(
         self, coder: Coder, maths: StepMath, tile: Tile, source: Bytes, result: Bytes, sums: Sums,
