@@ -88,9 +88,11 @@ def test_the_report_is_told_as_json(tmp_path: Path) -> None:
     assert report.tensors == len(read_header(tmp_path / "s" / "adapter_model.safetensors").tensors)
 
 
-def test_progress_reaches_its_total(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [None, 2])
+def test_progress_reaches_its_total(tmp_path: Path, rank: int | None) -> None:
     events: list[regraft.ProgressEvent] = []
-    regraft.shrink(write_adapter(tmp_path / "a"), tmp_path / "s", progress=events.append)
+    adapter = write_adapter(tmp_path / "a")
+    regraft.shrink(adapter, tmp_path / "s", rank=rank, progress=events.append)
     assert [e.stage for e in events][:: len(events) - 1] == ["read", "finish"]
     told = [e for e in events if e.stage == "shrink"]
     assert [e.done for e in told] == sorted(e.done for e in told)

@@ -55,6 +55,10 @@ class Told:
         """Begin at nothing of ``total`` bytes."""
         self._progress, self._total, self._done = progress, total, 0
 
+    def expect(self, nbytes: int) -> None:
+        """Correct the total: this is what is left to do."""
+        self._total = self._done + nbytes
+
     def add(self, nbytes: int, tensor: str = "") -> None:
         """Account for bytes, and for the tensor that they finish."""
         self._done += nbytes

@@ -118,6 +118,7 @@ def shrink(
         with typed_os_errors(job.files.root):
             sides = sum(path.stat().st_size for path in job.sides.values())
         check_space(place, _size(items) + sides)
+        told.expect(sum(item.nbytes for item in items))
         _write(job, items, ranks, files, place, told, overwrite=overwrite, progress=progress)
     return _report(job, str(place), items, modules, outcomes, time.perf_counter() - started)
 
