@@ -150,7 +150,7 @@ def _check_wanted(stored: Checkpoint, quantization: Quantization | None, choices
             "the model is not quantized", where=stored.source,
             hint="There is nothing to do; to change its dtype, merge with --dtype",
         )  # fmt: skip
-    if resolved(choices.quantize, quantization) == KEEP:
+    if resolved(choices.quantize, quantization, double_quant=choices.double_quant) == KEEP:
         raise UnsupportedError(
             "the model is in this format already", where=stored.source,
             found=str(choices.quantize), hint="There is nothing to do",

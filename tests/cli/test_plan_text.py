@@ -34,6 +34,7 @@ def plan(steps: list[dict[str, Any]], **parts: Any) -> dict[str, Any]:
     }
     return {
         "base": "base",
+        "quantized": [],
         "adapters": [],
         "out": "out",
         "dtype": None,

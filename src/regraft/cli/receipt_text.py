@@ -68,11 +68,13 @@ def _moved(totals: Totals) -> str:
 
 def _formats(receipt: Receipt) -> str:
     """Return what a quantized base is, and what became of it."""
-    if not receipt.base_formats:
-        return ""
     options = receipt.options
-    into = f"kept, rounded {options['rounding']}" if options.get("quantize") else "dequantized"
-    return f"{', '.join(receipt.base_formats)}: {into}"
+    format = options.get("quantize")
+    how = f"rounded {options['rounding']}" if format else ""
+    into = f"kept, {how}" if format == "keep" else f"{format}, {how}" if format else "dequantized"
+    if receipt.base_formats:
+        return f"{', '.join(receipt.base_formats)}: {into}"
+    return into if format else ""
 
 
 def _survived(totals: Totals) -> str:

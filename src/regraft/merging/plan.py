@@ -285,13 +285,27 @@ class Plan:
             "converted": actions["convert"],
             "replaced": actions["replace"],
             "added": actions["add"],
-            "parameters": sum(math.prod(step.shape) for step in self.steps),
+            "parameters": sum(map(self._parameters, self.steps)),
             "bytes_read": sum(map(self._read_bytes, self.steps)) + sum(adapter_bytes.values()),
             "bytes_written": self.nbytes,
         }
 
+    def _parameters(self, step: Step) -> int:
+        """Return the parameters of the model that a step writes: codes count, scales do not."""
+        if step.codes_of is not None:
+            return step.source.numel
+        if step.made is not None:
+            return 0
+        owner = self.quantization.owners.get(step.name) if self.quantization is not None else None
+        if self.quantization is None or owner is None or step.source.is_virtual:
+            return math.prod(step.shape)
+        weight = self.quantization.weights[owner]  # of which a part is copied
+        return math.prod(weight.shape) if step.name == weight.codes.name else 0
+
     def _read_bytes(self, step: Step) -> int:
         """Return what a step reads of its source: of a quantized weight, what is stored of it."""
+        if step.made is not None and step.codes_of is None:
+            return 0  # it was read for the codes
         if step.source.is_virtual and self.quantization is not None:
             parts = self.quantization.weights[step.source.name].parts
             return sum(spec.nbytes for spec in parts.values())

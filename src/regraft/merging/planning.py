@@ -90,11 +90,15 @@ def settled(choices: Choices, quantization: Quantization | None) -> Choices:
     Not, if not asked for, where weights are put into another format: nothing in the output tells
     of what they were, so an undo would be a copy of them.
     """
-    format = resolved(choices.quantize, quantization)
+    format = _format(choices, quantization)
     undo = format in (None, KEEP) if choices.undo is None else choices.undo
     return replace(
         choices, quantize=format, undo=undo, keep_adapters=choices.keep_adapters and undo
     )
+
+
+def _format(choices: Choices, quantization: Quantization | None) -> str | None:
+    return resolved(choices.quantize, quantization, double_quant=choices.double_quant)
 
 
 def parse_dtype(name: str | None) -> str | None:
@@ -141,7 +145,7 @@ def make_plan(
         MemoryCapError: a step cannot fit under the cap.
     """
     transposed: frozenset[str] = frozenset()
-    choices = replace(choices, quantize=resolved(choices.quantize, quantization))
+    choices = replace(choices, quantize=_format(choices, quantization))
     if choices.quantize == KEEP:
         kept = kept_format(base, quantization)
         base, transposed = turned(base, kept), kept.transposed

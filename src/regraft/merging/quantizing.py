@@ -33,11 +33,15 @@ Plain = Callable[[str], Step]
 """Gives the step that a tensor has in a merge into plain values."""
 
 
-def resolved(quantize: str | None, quantization: Quantization | None) -> str | None:
+def resolved(
+    quantize: str | None, quantization: Quantization | None, *, double_quant: bool = False
+) -> str | None:
     """Return ``keep`` where the format asked for is the one that the base has."""
-    if quantization is not None and quantization.formats == (quantize,):
-        return KEEP
-    return quantize
+    if quantization is None or quantization.formats != (quantize,):
+        return quantize
+    codecs = [weight.codec for weight in quantization.weights.values()]
+    plain = any(getattr(codec, "nested", None) is None for codec in codecs)
+    return quantize if double_quant and plain else KEEP
 
 
 def kept_format(base: Checkpoint, quantization: Quantization | None) -> Quantization:
