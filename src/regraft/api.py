@@ -57,7 +57,8 @@ def merge(
     """Merge adapters into a base checkpoint; write a plain Hugging Face model to ``out``.
 
     Args:
-        base: a folder, a single ``.safetensors`` file, or a Hub id ``org/name[@revision]``.
+        base: a folder, a single ``.safetensors`` or ``.gguf`` file, or a Hub id
+            ``org/name[@revision]``; plain or quantized.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
         out: the folder to make; it appears whole or not at all.
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
@@ -76,8 +77,8 @@ def merge(
             the 4-bit version of this one. It changes no byte: the receipt says for each tensor how
             far apart the two are, against the delta.
         undo: keep in ``out/regraft/undo`` what :func:`unmerge` and :func:`swap` need. By default
-            it is kept, unless plain weights are put into another format: that would take a copy of
-            them.
+            it is kept, unless weights are put into another quantized format: that would take a copy
+            of them.
         keep_adapter: keep a copy of the adapters there too; else they have to be given then.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
