@@ -57,12 +57,16 @@ def merge(
     """Merge adapters into a base checkpoint; write a plain Hugging Face model to ``out``.
 
     Args:
-        base: a folder, a single ``.safetensors`` file, or a Hub id ``org/name[@revision]``.
+        base: a folder, a single ``.safetensors`` or ``.gguf`` file, or a Hub id
+            ``org/name[@revision]``; plain or quantized.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
         out: the folder to make; it appears whole or not at all.
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
             weight becomes a plain one of the dtype that its format computes in.
         shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
+        max_memory: cap on resident memory, whatever the size of the model.
+        threads: worker threads; by default three more than there are cores at hand.
+        overwrite: replace ``out``, once the new one is complete, if it holds a model already.
         quantize: ``"keep"``: a quantized base stays in its format, with its scales. Or the format
             that linear layers are put into: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"fp8"``.
         rounding: how values become codes: ``"stochastic"``, which keeps the deltas on average (by
@@ -72,12 +76,9 @@ def merge(
         trained_on: the base that the adapters were trained on, where it is another one, such as
             the 4-bit version of this one. It changes no byte: the receipt says for each tensor how
             far apart the two are, against the delta.
-        max_memory: cap on resident memory, whatever the size of the model.
-        threads: worker threads; by default three more than there are cores at hand.
-        overwrite: replace ``out``, once the new one is complete, if it holds a model already.
         undo: keep in ``out/regraft/undo`` what :func:`unmerge` and :func:`swap` need. By default
-            it is kept, unless plain weights are put into another format: that would take a copy of
-            them.
+            it is kept, unless weights are put into another quantized format: that would take a copy
+            of them.
         keep_adapter: keep a copy of the adapters there too; else they have to be given then.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.

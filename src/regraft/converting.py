@@ -43,7 +43,8 @@ def dequantize(
     The values are those that the format's own library computes, byte for byte.
 
     Args:
-        base: a folder, a single ``.safetensors`` file, or a Hub id ``org/name[@revision]``.
+        base: a folder, a single ``.safetensors`` or ``.gguf`` file, or a Hub id
+            ``org/name[@revision]``.
         out: the folder to make; it appears whole or not at all.
         dtype: dtype of all floating-point tensors; by default a quantized weight gets the one that
             its format computes in, and the others keep theirs.
@@ -87,8 +88,8 @@ def quantize(
 ) -> Receipt:
     """Write a model with its linear layers quantized, as transformers does when it loads one.
 
-    Embeddings and the output head stay as they are. Codes and scales of ``nf4`` and ``fp4`` are
-    those of bitsandbytes, byte for byte.
+    Embeddings and the output head stay as they are. Rounded to nearest, codes and scales of
+    ``nf4`` and ``fp4`` are those that bitsandbytes makes on a CPU, byte for byte.
 
     Args:
         base: a folder, a single ``.safetensors`` file, or a Hub id ``org/name[@revision]``. Of a

@@ -47,7 +47,7 @@ def command(
 ) -> None:
     """Merge LoRA adapters into a base checkpoint.
 
-    BASE is a folder, a .safetensors (or .bin) file, or a Hub id such as org/name@revision; an
+    BASE is a folder, a .safetensors, .bin or .gguf file, or a Hub id such as org/name@revision; an
     ADAPTER is the same, in PEFT's format, and =WEIGHT multiplies its scale. Several adapters add
     up in float32 before the one rounding. OUT loads with transformers and without PEFT. It carries
     a receipt of what was done to each tensor, and what `regraft unmerge` needs to take it back. A

@@ -99,8 +99,8 @@ overwrite = click.option(
 undo = click.option(
     "--undo/--no-undo",
     default=None,
-    help="Keep in OUT what `regraft unmerge` and `swap` need.  [default: undo, but not where plain "
-    "weights are put into a quantized format]",
+    help="Keep in OUT what `regraft unmerge` and `swap` need.  [default: undo, but not where "
+    "weights are put into another quantized format]",
 )
 
 keep_adapter = click.option(
