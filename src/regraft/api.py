@@ -20,6 +20,7 @@ from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan, settled
 from regraft.merging.quantized import check_scales
+from regraft.merging.quantizing import KEEP
 from regraft.merging.recipe import (
     AdapterArg,
     Coding,
@@ -243,7 +244,11 @@ def check(
 def call_of(verb: str, base: str, made: Plan) -> str:
     """Return the Python call that carries a plan out, for its receipt."""
     adapters = ", ".join(repr((a.source, a.weight)) for a in made.adapters)
-    usual = {"dtype": None, "shard_size": None, "undo": True, "rounding": "stochastic", "seed": 0}
+    format = made.options.get("quantize")
+    usual = {
+        "dtype": None, "shard_size": None, "undo": format in (None, KEEP), "seed": 0,
+        "rounding": "stochastic" if format == KEEP else "nearest", "double_quant": False,
+    }  # fmt: skip
     chosen = "".join(f", {n}={v!r}" for n, v in made.options.items() if v != usual.get(n))
     return f"regraft.{verb}({base!r}, [{adapters}], {made.out!r}{chosen})"
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.api import call_of
 from regraft.errors import UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
@@ -136,8 +135,21 @@ def _convert(
     check_output(out, inputs, overwrite=overwrite)
     check_space(out, made.disk_bytes)
     made = replace(made, disk={"needed": made.disk_bytes + SLACK_BYTES, "free": free_bytes(out)})
-    return _build(made, out, command or call_of(verb, stored.source, made), started, progress,
+    called = command or _call_of(verb, stored.source, made)
+    return _build(made, out, called, started, progress,
                   overwrite=overwrite)  # fmt: skip
+
+
+def _call_of(verb: str, base: str, made: Plan) -> str:
+    """Return the Python call that converts a model so, for its receipt."""
+    options = dict(made.options)
+    first = [repr(base), repr(made.out)]
+    if format := options.pop("quantize", None):
+        first.append(repr(format))
+    usual = {"dtype": None, "shard_size": None, "undo": False, "rounding": "nearest", "seed": 0}
+    usual |= {"double_quant": False}
+    chosen = [f"{n}={v!r}" for n, v in options.items() if v != usual.get(n)]
+    return f"regraft.{verb}({', '.join([*first, *chosen])})"
 
 
 def _check_wanted(stored: Checkpoint, quantization: Quantization | None, choices: Choices) -> None:

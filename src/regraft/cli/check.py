@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Would it merge? All problems at once.")
 @options.base_and_adapters
 @options.dtype
+@options.quantize
 @options.max_memory
 @options.token
 @options.as_json

@@ -17,7 +17,9 @@ FEW_FILES = 8
 def render(inspection: Inspection) -> str:
     """Return what :func:`regraft.inspect` found, as text."""
     revision = f" at {inspection.revision}" if inspection.revision else ""
-    title = f"{inspection.source}{revision}: {_KINDS[inspection.kind]}"
+    merged = inspection.merge
+    kind = "a converted model" if merged and not merged.adapters else _KINDS[inspection.kind]
+    title = f"{inspection.source}{revision}: {kind}"
     rows = [
         *(_merge_rows(inspection.merge) if inspection.merge else []),
         *(_model_rows(inspection.model) if inspection.model else []),
@@ -67,6 +69,8 @@ def _model_rows(model: ModelFacts) -> list[tuple[str, str]]:
 
 
 def _merge_rows(merge: MergeFacts) -> list[tuple[str, str]]:
+    if not merge.adapters:
+        return [("made from", merge.base), ("on", f"{merge.created} by regraft {merge.regraft}")]
     rows = [("merged from", merge.base)]
     rows += [("with", name + _times(weight)) for name, weight in merge.adapters]
     rows += [("on", f"{merge.created} by regraft {merge.regraft}")]

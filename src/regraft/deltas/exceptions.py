@@ -58,8 +58,9 @@ def put_back(units: Units, first: int, last: int, kept: Kept, codes: Bytes) -> N
             continue
         count = int(kept.counts[unit])
         records = kept.payload[at : at + 3 * count].reshape(-1, 3)
-        places = np.ascontiguousarray(records[:, :2]).view("<u2").ravel()
-        codes[begin + places[places < end - begin]] = records[places < end - begin, 2]
+        places = np.ascontiguousarray(records[:, :2]).view("<u2").ravel().astype(np.int64)
+        inside = places < end - begin
+        codes[begin + places[inside]] = records[inside, 2]
         at += 3 * count
 
 

@@ -201,11 +201,10 @@ class Receipt:
     @property
     def quiet(self) -> bool:
         """Whether there are adapters, and they changed (nearly) nothing."""
-        return (
-            bool(self.adapters)
-            and self.totals.added == 0
-            and self.totals.changed_share < QUIET_SHARE
-        )
+        totals = self.totals
+        unchanged = totals.added == 0 and totals.changed_share < QUIET_SHARE
+        # Of codes, what survived is said, and how more of it would.
+        return bool(self.adapters) and unchanged and totals.survived is None
 
     @property
     def quiet_warning(self) -> str:

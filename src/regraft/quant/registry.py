@@ -51,7 +51,7 @@ def method_of(stored: Stored) -> str | None:
         where=stored.where,
         expected=", ".join(sorted(METHODS)),
         found=f"quantization {method[:80]!r}",
-        hint="Name the 16-bit base the quantized one was made from",
+        hint="Dequantize it with its own library, or name the 16-bit base that it was made from",
     )
 
 
