@@ -181,7 +181,12 @@ def test_check_says_yes_with_0(run: Run, fake_api: FakeApi) -> None:
     assert "256 MiB at most" in result.stdout
     assert result.stderr == "warning: odd base\n"
     assert check.arguments == ("base", ["a=2", "b"])
-    assert check.named == {"dtype": "float32", "max_memory": "512MiB", "token": None}
+    assert check.named == {
+        "dtype": "float32",
+        "quantize": None,
+        "max_memory": "512MiB",
+        "token": None,
+    }
 
 
 def test_check_says_no_with_1_and_lists_every_problem_on_stdout(
