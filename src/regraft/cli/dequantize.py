@@ -12,14 +12,7 @@ from regraft.cli.output import Output
 
 @click.command(short_help="Write a quantized model as a plain one.")
 @click.argument("base", metavar="MODEL")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(),
-    metavar="OUT",
-    required=True,
-    help="Folder to make. It appears whole or not at all.",
-)
+@options.out
 @options.dtype
 @options.shard_size
 @options.max_memory

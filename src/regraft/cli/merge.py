@@ -12,13 +12,7 @@ from regraft.cli.output import Output
 
 @click.command(short_help="Merge adapters into a base checkpoint.")
 @options.base_and_adapters
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(),
-    metavar="OUT",
-    help="Folder to make. It appears whole or not at all.",
-)
+@options.folder_to_make(required=False)
 @options.dtype
 @options.shard_size
 @options.quantize

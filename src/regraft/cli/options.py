@@ -35,6 +35,22 @@ def base_and_adapters(function: Function) -> Function:
     return click.argument("base", metavar="BASE")(function)
 
 
+def folder_to_make(
+    metavar: str = "OUT", *, required: bool = True
+) -> Callable[[Function], Function]:
+    """Return the option ``-o``, the folder that a command makes."""
+    return click.option(
+        "-o",
+        "--out",
+        type=click.Path(),
+        metavar=metavar,
+        required=required,
+        help="Folder to make. It appears whole or not at all.",
+    )
+
+
+out = folder_to_make()
+
 dtype = click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -14,14 +14,7 @@ FORMATS = ("nf4", "fp4", "int8", "fp8")
 
 @click.command(short_help="Write a model with its linear layers quantized.")
 @click.argument("base", metavar="MODEL")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(),
-    metavar="OUT",
-    required=True,
-    help="Folder to make. It appears whole or not at all.",
-)
+@options.out
 @click.option(
     "--to",
     type=click.Choice(FORMATS),

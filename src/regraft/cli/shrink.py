@@ -12,14 +12,7 @@ from regraft.cli.output import Output
 
 @click.command(short_help="Make an adapter smaller, and say how far off it then is.")
 @click.argument("adapter", metavar="ADAPTER")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(),
-    metavar="OUT",
-    required=True,
-    help="Folder to make. It appears whole or not at all.",
-)
+@options.out
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

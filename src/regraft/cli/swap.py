@@ -13,14 +13,7 @@ from regraft.cli.output import Output
 @click.command(short_help="Take the merged adapters out and merge others, in one pass.")
 @click.argument("merged", metavar="MERGED")
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(),
-    metavar="OUT",
-    required=True,
-    help="Folder to make. It appears whole or not at all.",
-)
+@options.out
 @click.option(
     "--merged-adapter",
     "merged_adapters",

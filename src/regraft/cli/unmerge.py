@@ -12,14 +12,7 @@ from regraft.cli.output import Output
 
 @click.command(short_help="Get the base back, byte for byte.")
 @click.argument("merged", metavar="MERGED")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(),
-    metavar="BASE",
-    required=True,
-    help="Folder to make. It appears whole or not at all.",
-)
+@options.folder_to_make("BASE")
 @click.option(
     "--adapter",
     "adapters",
