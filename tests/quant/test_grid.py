@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from regraft.numerics.conversions import BF16, F16, F32
 from regraft.quant import bitsandbytes, int8
-from regraft.quant.grid import NO_ZEROS, Codes, Levels, codes_for, nearest_codes, noise_bits
+from regraft.quant.grid import NO_ZEROS, Codes, Levels
+from regraft.quant.rounding import codes_for, nearest_codes, noise_bits
 from regraft.testing.codecs import Weights
 
 E4M3 = Levels.of(np.arange(256, dtype=np.uint8).view("int8").astype(np.float32) / 7)

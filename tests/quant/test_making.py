@@ -32,6 +32,7 @@ from regraft.quant import grid
 from regraft.quant.making import MAKERS, Maker, Making, dynamic_map
 from regraft.quant.making_kernels import torch_sum
 from regraft.quant.registry import find_weights
+from regraft.quant.rounding import codes_for
 from regraft.quant.weight import Block
 from regraft.testing.codecs import check_codec, stored
 
@@ -393,9 +394,7 @@ def test_stochastic_rounding_keeps_the_mean(kind: str, settings_: dict[str, Any]
     whole = Block((0, shape[0]), (0, shape[1]))
     start = making.start_codes(whole, weight.ravel())
     sums = np.zeros(2)
-    codes = grid.codes_for(
-        start, KINDS["F32"], weight.ravel(), "stochastic", 5, (0, shape[1]), sums
-    )
+    codes = codes_for(start, KINDS["F32"], weight.ravel(), "stochastic", 5, (0, shape[1]), sums)
     rounded = np.empty(weight.size, np.float32)
     done = grid.Codes(**{**vars(start), "codes": codes})
     grid.values_of(done, np.empty(0, np.uint16), rounded, KINDS["F32"])

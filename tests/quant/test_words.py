@@ -11,6 +11,7 @@ import pytest
 from regraft.numerics.arrays import Bytes
 from regraft.numerics.conversions import KINDS
 from regraft.quant import grid
+from regraft.quant.rounding import codes_for
 from regraft.quant.weight import ROUNDINGS
 from regraft.quant.words import (
     codes_down,
@@ -107,7 +108,7 @@ def test_a_scale_for_each_value_is_as_good_as_one_for_several(
         x32 = np.zeros(codes.size if kind == KINDS["F32"] else 0, np.float32)
         grid.values_of(block, x16, x32, kind)
         sums = np.zeros(2, np.float64)
-        new = grid.codes_for(block, kind, changes, rounding, 7, (0, columns), sums)
+        new = codes_for(block, kind, changes, rounding, 7, (0, columns), sums)
         assert (new != codes).any()
         results.append((x16.tobytes(), x32.tobytes(), new.tobytes()))
     assert results[0] == results[1]

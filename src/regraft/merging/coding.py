@@ -18,7 +18,8 @@ from regraft.errors import FormatError
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.tiles import Tile
 from regraft.numerics.conversions import KINDS
-from regraft.quant.grid import Codes, codes_for, nearest_codes, values_of
+from regraft.quant.grid import Codes, values_of
+from regraft.quant.rounding import codes_for, nearest_codes
 from regraft.quant.weight import Block, QuantizedWeight, Read
 from regraft.tensors import DTYPES, TensorSpec
 

@@ -18,8 +18,9 @@ from regraft.merging.compute import StepMath
 from regraft.merging.plan import Step
 from regraft.merging.source import Source
 from regraft.merging.tiles import Tile, tiles_of
-from regraft.quant.grid import account, codes_for, values_of
+from regraft.quant.grid import values_of
 from regraft.quant.making import Maker, Making
+from regraft.quant.rounding import account, codes_for
 from regraft.quant.weight import Block
 
 
@@ -116,7 +117,7 @@ class Gathering:
             rounding: of :data:`regraft.quant.weight.ROUNDINGS`.
             key: says which random bits rounding takes.
             coded: added to: what survived of the delta and the noise, as in
-                :func:`regraft.quant.grid.requantize`, for a step with deltas.
+                :func:`regraft.quant.rounding.requantize`, for a step with deltas.
         """
         at = Block(tile.rows, tile.columns)
         if rounding == "nearest" and not self.step.segments:

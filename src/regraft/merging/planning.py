@@ -168,6 +168,25 @@ def make_plan(
     if trained_on is not None:
         trained_on.check(steps)
     threads, tile, memory = fit_memory(steps, choices, undone, compare=trained_on is not None)
+    if made is not None:
+        check_made(steps, base, made.format)
+        updates |= made.config(steps, base.config or {})
+    elif choices.quantize is None and quantization is not None:
+        updates |= dict.fromkeys(removed(base.config or {}))
+    warnings = [
+        *matching.warnings, *_notes(adapters, ties), *_note_left_out(index, left_out),
+        *(quantization.warnings if quantization is not None else ()),
+        *_notes_of_base(adapters, quantized=bool(quantization or trained_on)),
+    ]  # fmt: skip
+    return Plan(
+        base, tuple(adapters), tuple(shards), updates, _options(choices), memory, threads, tile,
+        tuple(warnings), out=str(out) if out else None, quantization=quantization,
+        trained_on=trained_on,
+    )  # fmt: skip
+
+
+def _options(choices: Choices) -> dict[str, Any]:
+    """Return the choices that decide the bytes, as the receipt has them."""
     options: dict[str, Any] = {
         "dtype": choices.dtype and DTYPES[choices.dtype].config_name,
         "shard_size": choices.shard_size,
@@ -176,22 +195,9 @@ def make_plan(
     if choices.quantize is not None:
         options |= {"quantize": choices.quantize, "rounding": _rounding(choices)}
         options |= {"seed": choices.seed}
-    if made is not None:
+    if choices.quantize not in (None, KEEP):
         options["double_quant"] = choices.double_quant
-        check_made(steps, base, made.format)
-        updates |= made.config(steps, base.config or {})
-    elif choices.quantize is None and quantization is not None:
-        updates |= dict.fromkeys(removed(base.config or {}))
-    return Plan(
-        base, tuple(adapters), tuple(shards), updates, options, memory, threads, tile,
-        (
-            *matching.warnings, *_notes(adapters, ties), *_note_left_out(index, left_out),
-            *(quantization.warnings if quantization is not None else ()),
-            *_notes_of_base(adapters, quantized=bool(quantization or trained_on)),
-        ),
-        out=str(out) if out else None, quantization=quantization,
-        trained_on=trained_on,
-    )  # fmt: skip
+    return options
 
 
 def _rounding(choices: Choices) -> str:

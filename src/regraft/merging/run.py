@@ -25,7 +25,8 @@ from regraft.merging.receipt import TensorRecord
 from regraft.merging.source import Source
 from regraft.merging.tiles import Tile
 from regraft.merging.writer import BLOCK, OutputFile
-from regraft.quant.grid import NOISE, SURVIVED, Codes
+from regraft.quant.grid import Codes
+from regraft.quant.rounding import NOISE, SURVIVED
 from regraft.tensors import TensorSpec
 
 Other = tuple[TensorSpec, Source]

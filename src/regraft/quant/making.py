@@ -166,7 +166,7 @@ class Making:
     def start_codes(self, at: Block, values: Floats) -> Codes:
         """Return a block rounded to nearest, with its scales as they are read back.
 
-        From there :func:`regraft.quant.grid.codes_for` rounds to the grid, and ``codec.pack``
+        From there :func:`regraft.quant.rounding.codes_for` rounds to the grid, and ``codec.pack``
         makes bytes.
         """
         raise NotImplementedError

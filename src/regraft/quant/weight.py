@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from regraft.quant.grid import Codes
 
 ROUNDINGS = ("nearest", "stochastic")
-"""How values become codes; see :func:`regraft.quant.grid.requantize`."""
+"""How values become codes; see :func:`regraft.quant.rounding.requantize`."""
 
 FORMATS = ("nf4", "fp4", "int8", "fp8")
 """Formats that plain weights can be put into; see :mod:`regraft.quant.making`."""

@@ -18,6 +18,7 @@ from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import read_header
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant import grid
+from regraft.quant.rounding import codes_for
 from regraft.quant.weight import ROUNDINGS, Block, Decoder, QuantizedWeight, Read, Stored
 from regraft.tensors import TensorSpec, nbytes_of
 
@@ -134,7 +135,7 @@ def _check_keeping(weight: QuantizedWeight, block: grid.Codes, at: Block) -> Non
     grid.values_of(block, *view.arguments)
     for rounding in ROUNDINGS:
         sums = np.zeros(2, np.float64)
-        kept = grid.codes_for(
+        kept = codes_for(
             block, view.kind, np.ascontiguousarray(view.floats()), rounding, 7, (0, at.width), sums
         )
         assert np.array_equal(kept, block.codes)
