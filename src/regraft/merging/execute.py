@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regraft.deltas.weights import Bytes
 from regraft.errors import MismatchError, Problem, RegraftError
@@ -22,7 +23,6 @@ from regraft.merging.factors import FactorStore
 from regraft.merging.jobs import Done, Job, Target, jobs_of
 from regraft.merging.keep import Keep, KeepRun, keep_tiles
 from regraft.merging.ledger import Closing, Ledger
-from regraft.merging.making import Gathering, Gatherings
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan, Step
 from regraft.merging.quantized import Quantization, as_stored
@@ -33,6 +33,9 @@ from regraft.merging.source import FileSource, Source
 from regraft.merging.tiles import Tile, tiles_of
 from regraft.merging.workplace import Workplace
 from regraft.merging.writer import OutputFile
+
+if TYPE_CHECKING:
+    from regraft.merging.making import Gathering, Gatherings
 
 FACTOR_CACHE = 32 * 2**20
 """Bytes of decoded adapter tensors kept for the next step that asks for them."""
@@ -136,7 +139,7 @@ class _Queue:
         self._ledger = Ledger(len(done), place, patch, self._flush)
         steps = [job.step for job in jobs if job.step is not None]
         self._codes, self._made_left = made_steps(steps)
-        self._gatherings = Gatherings()
+        self._gatherings: Gatherings | None = None
         self._gate = _Gate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
         self._lock = threading.Lock()
         self._outputs: dict[str, OutputFile] = {}
@@ -200,6 +203,10 @@ class _Queue:
         made = step.made
         if made is None:
             return None
+        from regraft.merging.making import Gathering, Gatherings  # compiled; few merges need it
+
+        if self._gatherings is None:
+            self._gatherings = Gatherings()
         codes, tile_bytes = self._codes[made.name], self._task.plan.tile_bytes
 
         def make() -> Gathering:
@@ -265,7 +272,7 @@ class _Queue:
         with self._lock:
             self._made_left[step.made.name] -= 1
             last = not self._made_left[step.made.name]
-        if last:
+        if last and self._gatherings is not None:
             self._gatherings.release(step.made.name)
 
     def _close_output(self, active: _Active) -> None:
@@ -293,7 +300,8 @@ class _Queue:
             active = list(self._active.values())
         self._gate.open()
         self._ledger.stop()
-        self._gatherings.fail()
+        if self._gatherings is not None:
+            self._gatherings.fail()
         for each in active:
             each.run.fail()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from blake3 import blake3
@@ -18,7 +19,6 @@ from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.factors import FactorStore, not_finite
 from regraft.merging.gap import gap_square
-from regraft.merging.making import Gathering
 from regraft.merging.patch import FACTORS, STREAMS, UNITS, packed, section
 from regraft.merging.plan import Step, kept_name
 from regraft.merging.receipt import TensorRecord
@@ -28,6 +28,9 @@ from regraft.merging.writer import BLOCK, OutputFile
 from regraft.quant.grid import Codes
 from regraft.quant.rounding import NOISE, SURVIVED
 from regraft.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from regraft.merging.making import Gathering
 
 Other = tuple[TensorSpec, Source]
 """A tensor of another base, and what it is read from."""
