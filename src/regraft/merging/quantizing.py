@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from regraft.adapters.settings import RESAVE
 from regraft.errors import Problem, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
+from regraft.merging.linear import is_linear, plain_modules
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Work
 from regraft.merging.plan import Made, Segment, Step
 from regraft.merging.quantized import CONFIG_KEYS, Quantization, as_stored
 from regraft.merging.receipt import Action
-from regraft.names import Piece
-from regraft.names.conv1d import is_conv1d
 from regraft.quant.weight import FORMATS
 from regraft.tensors import WORKING_DTYPES
 
 KEEP = "keep"
 """What ``quantize`` is for the base's own format."""
-
-_NO_LINEAR = re.compile(
-    r"\w*embed\w*|wte|wpe|shared|\w*position\w*|token_type\w*|relative_attention_bias|router|gate"
-)
-"""Last parts of modules with two axes that are no linear layers: embeddings, and what chooses
-experts."""
 
 Plain = Callable[[str], Step]
 """Gives the step that a tensor has in a merge into plain values."""
@@ -154,38 +146,29 @@ class MadeSteps:
             return False
         if step.source.dtype not in WORKING_DTYPES or step.shape != step.source.shape:
             return False
-        linear = self._is_linear(step.name)
+        linear = is_linear(self.index, step.name)
         return linear and bool(self._maker(step.source.dtype).fits(step.shape))
 
-    def _is_linear(self, name: str) -> bool:
-        names, module = self.index.names, name.removesuffix(".weight")
-        pieces = names.pieces(name)
-        if len(pieces) != 1 or pieces[0] != Piece(pieces[0].parameter):
-            return False
-        current = pieces[0].parameter.removesuffix(".weight")
-        prefix = f"{names.base_model_prefix}."
-        known = [names.input_embedding, names.output_embedding]
-        ends = {end.removeprefix(prefix) for end in known if end} | {"lm_head"}
-        kind = (self.index.base.config or {}).get("model_type")
-        conv1d = is_conv1d(kind if isinstance(kind, str) else None, module)
-        found = {module.removeprefix(prefix), current.removeprefix(prefix)}
-        return not (found & ends or conv1d or _NO_LINEAR.fullmatch(module.rpartition(".")[2]))
-
-    def config(self, steps: Iterable[Step], before: Mapping[str, Any]) -> dict[str, Any]:
+    def config(self, steps: Sequence[Step], before: Mapping[str, Any]) -> dict[str, Any]:
         """Return what changes in the config: the format, and which modules stay plain."""
-        plain = [
-            step.name.removesuffix(".weight")
-            for step in steps
-            if step.made is None and len(step.shape) == 2 and step.name.endswith(".weight")
-        ]
         dtypes = [step.source.dtype for step in steps if step.made is not None]
-        said = self._maker(max(set(dtypes), key=dtypes.count)).config()
-        head = self.index.names.output_embedding or "lm_head"
-        modules = sorted({*plain, head})
+        said = self._maker(max(sorted(set(dtypes)), key=dtypes.count)).config()
         key = "modules_to_not_convert" if "modules_to_not_convert" in said else None
-        said[key or "llm_int8_skip_modules"] = modules
+        said[key or "llm_int8_skip_modules"] = self._left_plain(steps)
         gone: dict[str, Any] = dict.fromkeys(key for key in CONFIG_KEYS if key in before)
         return gone | {"quantization_config": said}
+
+    def _left_plain(self, steps: Sequence[Step]) -> list[str]:
+        """Return the modules that transformers must not quantize."""
+        made = [step.made.name for step in steps if step.made is not None]
+        within = {name[:at] for name in made for at in range(len(name)) if name[at] == "."}
+        found = {self.index.names.output_embedding or "lm_head"}
+        for step in steps:
+            if step.made is None:
+                modules = set(plain_modules(self.index, step.name, step.shape))
+                inside = len(modules & within) > 0
+                found |= {step.name.removesuffix(".weight")} if inside else modules
+        return sorted(found)
 
 
 def check_made(steps: Iterable[Step], base: Checkpoint, format: str) -> None:
