@@ -4,13 +4,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench torture docs clean help
+.PHONY: demo test check bench bench-quantized bench-qlora torture docs clean help
 
 help:
 	@echo "make demo    train a small adapter on a real model, merge it, compare (under 3 minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   measure against PEFT and a plain copy; writes docs/benchmarks.md"
+	@echo "make bench-quantized  work on 4-bit models against PEFT and bitsandbytes; writes its page"
+	@echo "make bench-qlora      what survives of a QLoRA adapter, on a real model; writes its page"
 	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (an hour)"
 	@echo "make docs    check that the docs are in step with the code"
 
@@ -39,6 +41,12 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PY) benchmarks/run.py
+
+bench-quantized: $(VENV)/.dev
+	$(PY) benchmarks/quantized.py
+
+bench-qlora: $(VENV)/.model
+	$(PY) benchmarks/qlora.py
 
 # Inputs and outputs of some gigabytes lie in .torture; the figures are left there as JSON.
 torture: $(VENV)/.dev

@@ -51,9 +51,9 @@ def copy_figure(pairs: Pairs) -> Figure:
     ratios = [merge / copy for merge, copy in zip(merges, copies, strict=True)]
     value = median(ratios)
     detail = (
-        f"merge {_spread(merges)}, copy {_spread(copies)}; ratios {min(ratios):.2f} to "
+        f"merge {spread(merges)}, copy {spread(copies)}; ratios {min(ratios):.2f} to "
         f"{max(ratios):.2f}, ratio of the medians {median(merges) / median(copies):.2f}; "
-        f"CPU time {_cpu(pairs.merges)} against {_cpu(pairs.copies)}; {_runs(len(ratios), 'pair')}"
+        f"CPU time {cpu(pairs.merges)} against {cpu(pairs.copies)}; {runs(len(ratios), 'pair')}"
     )
     name = "merge against `cp -r` and a sync of the copy, median ratio"
     return Figure(name, value, f"{value:.2f} x", "at most 1.0 x", value <= COPY_LIMIT, detail)
@@ -83,9 +83,9 @@ def _ratio_figure(
     ratios = [value / plain for value, plain in zip(values, plains, strict=True)]
     value = median(ratios)
     detail = (
-        f"{_spread(values)} against {_spread(plains)}; ratios {min(ratios):.2f} to "
-        f"{max(ratios):.2f}; CPU time {_cpu(samples)}; peak {_mib(_peak(samples))} MiB; "
-        f"{_runs(len(values), 'round')}"
+        f"{spread(values)} against {spread(plains)}; ratios {min(ratios):.2f} to "
+        f"{max(ratios):.2f}; CPU time {cpu(samples)}; peak {mib(peak(samples))} MiB; "
+        f"{runs(len(values), 'round')}"
     )
     return Figure(
         name + ", median ratio", value, f"{value:.2f} x", f"at most {limit:g} x", value <= limit,
@@ -96,8 +96,8 @@ def _ratio_figure(
 def peft_figure(peft: Sequence[Sample], merges: Sequence[Sample]) -> Figure:
     theirs, ours = seconds_of(peft), seconds_of(merges)
     value = median(theirs) / median(ours)
-    peaks = f"{_mib(_peak(peft))} MiB at peak against {_mib(_peak(merges))} MiB"
-    detail = f"PEFT {_spread(theirs)}, regraft {_spread(ours)}; {peaks}; {_runs(len(peft), 'run')}"
+    peaks = f"{mib(peak(peft))} MiB at peak against {mib(peak(merges))} MiB"
+    detail = f"PEFT {spread(theirs)}, regraft {spread(ours)}; {peaks}; {runs(len(peft), 'run')}"
     name = "merge against PEFT, times faster"
     return Figure(name, value, f"{value:.1f} x", "at least 10 x", value >= PEFT_LIMIT, detail)
 
@@ -105,15 +105,15 @@ def peft_figure(peft: Sequence[Sample], merges: Sequence[Sample]) -> Figure:
 def peak_figure(merges: Sequence[Sample]) -> Figure:
     value = max(sample.peak_bytes for sample in merges)
     smallest = min(sample.peak_bytes for sample in merges)
-    detail = f"largest of {_runs(len(merges), 'run')}; the smallest is {_mib(smallest)} MiB"
+    detail = f"largest of {runs(len(merges), 'run')}; the smallest is {mib(smallest)} MiB"
     name = "peak resident memory of a merge"
-    return Figure(name, value, f"{_mib(value)} MiB", "at most 400 MiB", value <= PEAK_LIMIT, detail)
+    return Figure(name, value, f"{mib(value)} MiB", "at most 400 MiB", value <= PEAK_LIMIT, detail)
 
 
 def growth_figure(merges: Sequence[Sample], large: Sample, scale: int) -> Figure:
-    usual = _peak(merges)
+    usual = peak(merges)
     value = large.peak_bytes / usual - 1
-    detail = f"{_mib(large.peak_bytes)} MiB against {_mib(usual)} MiB; {large.seconds:.1f} s"
+    detail = f"{mib(large.peak_bytes)} MiB against {mib(usual)} MiB; {large.seconds:.1f} s"
     passed = abs(value) <= GROWTH_LIMIT
     return Figure(growth_name(scale), value, f"{value:+.1%}", "within 10%", passed, detail)
 
@@ -126,17 +126,17 @@ def time_figure(name: str, samples: Sequence[Sample], limit: float) -> Figure:
     values = seconds_of(samples)
     value = median(values)
     extent = f"{min(values):.2f} to {max(values):.2f} s"
-    detail = f"{extent}; CPU time {_cpu(samples)}; {_runs(len(values), 'run')}"
+    detail = f"{extent}; CPU time {cpu(samples)}; {runs(len(values), 'run')}"
     return Figure(name, value, f"{value:.2f} s", f"under {limit:g} s", value < limit, detail)
 
 
-def compile_figure(runs: Sequence[tuple[Sample, Sample]]) -> Figure:
-    values = [first.seconds - second.seconds for first, second in runs]
-    firsts = seconds_of([first for first, _ in runs])
+def compile_figure(pairs: Sequence[tuple[Sample, Sample]]) -> Figure:
+    values = [first.seconds - second.seconds for first, second in pairs]
+    firsts = seconds_of([first for first, _ in pairs])
     value = median(values)
-    cpu = median(first.cpu_seconds - second.cpu_seconds for first, second in runs)
-    runs_text = _runs(len(runs), "run")
-    detail = f"first run {_spread(firsts)}, less the second; CPU time {cpu:.1f} s; {runs_text}"
+    used = median(first.cpu_seconds - second.cpu_seconds for first, second in pairs)
+    count = runs(len(pairs), "run")
+    detail = f"first run {spread(firsts)}, less the second; CPU time {used:.1f} s; {count}"
     passed = value < COMPILE_LIMIT
     name = "compilation, once after installing"
     return Figure(name, value, f"{value:.2f} s", f"under {COMPILE_LIMIT:g} s", passed, detail)
@@ -147,24 +147,24 @@ def missing(name: str, target: str, why: str) -> Figure:
     return Figure(name, None, "not measured", target, None, why)
 
 
-def _peak(samples: Sequence[Sample]) -> float:
+def peak(samples: Sequence[Sample]) -> float:
     return median(sample.peak_bytes for sample in samples)
 
 
-def _mib(nbytes: float) -> str:
+def mib(nbytes: float) -> str:
     return f"{nbytes / 2**20:.0f}"
 
 
-def _cpu(samples: Sequence[Sample]) -> str:
+def cpu(samples: Sequence[Sample]) -> str:
     return f"{median(sample.cpu_seconds for sample in samples):.2g} s"
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     middle = f"{median(values):.1f} s"
     return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
 
 
-def _runs(count: int, unit: str) -> str:
+def runs(count: int, unit: str) -> str:
     return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 
@@ -198,9 +198,9 @@ def section(figures: Sequence[Figure], machine: Mapping[str, str], command: str)
     return f"{table(figures)}\n\n{facts}\n- command: `{command}`\n"
 
 
-def write_page(path: Path, content: str) -> None:
+def write_page(path: Path, content: str, introduction: str | None = None) -> None:
     """Put the section into the page, which is begun if there is none."""
-    page = path.read_text("utf-8") if path.exists() else INTRODUCTION
+    page = path.read_text("utf-8") if path.exists() else introduction or INTRODUCTION
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(replaced(page, content), encoding="utf-8")
 

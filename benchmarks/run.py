@@ -124,9 +124,9 @@ def work_folder(chosen: Path | None) -> tuple[Path, bool]:
     return Path(tempfile.mkdtemp(prefix="run-", dir=parent)), True
 
 
-def clean(work: Path, ours: bool) -> None:
+def clean(work: Path, ours: bool, more: Sequence[str] = ()) -> None:
     """Remove what was measured; of a folder that was here before, only what a run puts there."""
-    for name in ("out", "merged", "numba", "tiny", "70b", "scale1", f"scale{SCALE}"):
+    for name in ("out", "merged", "numba", "tiny", "70b", "scale1", f"scale{SCALE}", *more):
         shutil.rmtree(work / name, ignore_errors=True)
     if ours:
         shutil.rmtree(work, ignore_errors=True)

@@ -51,3 +51,14 @@ def test_a_new_table_replaces_the_old_one_and_nothing_else(monkeypatch: pytest.M
     assert page.startswith("# Title\n\ntext\n\n")
     again = report.replaced(page + "after", "new")
     assert again == page.replace("old", "new") + "after"
+
+
+def test_work_on_four_bits_is_measured(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    script = str(BENCHMARKS / "quantized.py")
+    options = ["--small", "--work", str(tmp_path / "work"), "--page", str(page)]
+    subprocess.run([sys.executable, script, *options], check=True, stdout=subprocess.DEVNULL)
+    text = page.read_text("utf-8")
+    assert "| merge out of 4 bits against" in text
+    assert "| nf4 to bfloat16 on one thread |" in text
+    assert not list((tmp_path / "work").iterdir())
