@@ -26,8 +26,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from regraft.deltas.weights import Weights
 from regraft.numerics.arrays import Bytes, Floats
-from regraft.quant.grid import codes_for, values_of
+from regraft.quant.grid import values_of
 from regraft.quant.making import MAKERS, Maker
+from regraft.quant.rounding import codes_for
 from regraft.quant.weight import Block, QuantizedWeight
 from regraft.tensors import TensorSpec, nbytes_of
 
