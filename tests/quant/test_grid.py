@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from regraft.numerics.conversions import BF16, F16, F32
 from regraft.quant import bitsandbytes, int8
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
-from regraft.quant.rounding import codes_for, nearest_codes, noise_bits
+from regraft.quant.rounding import (
+    codes_for,
+    codes_of_levels,
+    looks_up,
+    nearest_codes,
+    noise_bits,
+)
 from regraft.testing.codecs import Weights
 
 E4M3 = Levels.of(np.arange(256, dtype=np.uint8).view("int8").astype(np.float32) / 7)
@@ -110,6 +116,8 @@ def test_a_level_is_nearest_to_itself(drawn: tuple[Codes, np.ndarray, int]) -> N
         zero = float(block.zeros[at]) if block.zeros.size else 0.0
         exact[i] = level(block.levels, int(code), zero, float(block.scales[at]), kind)
     found = nearest_codes(block, exact)
+    if looks_up(block):
+        assert np.array_equal(codes_of_levels(block, kind), found)
     for i, (code, near) in enumerate(zip(block.codes, found, strict=True)):
         row, column = divmod(i, block.columns)
         at = row * block.scale_width + (block.first + column) // block.run

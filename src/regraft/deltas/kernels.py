@@ -57,6 +57,7 @@ __all__ = [
     "convert",
     "merge_rows",
     "square_sums",
+    "widen",
 ]
 
 
@@ -197,6 +198,12 @@ def square_sums(
                 for j in range(n):
                     merged[of + j] = fma(scale, acc[of + j], merged[of + j])
                 _add_squares(merged, of, out, start if by_column else i + q, by_column, n)
+
+
+@njit(**ENTRY)
+def widen(x16: Any, x32: Any, kind: int, out: Any) -> None:
+    """Set ``out``, float32, to weights as they are."""
+    decode(x16, x32, kind, ZERO, out, ZERO, np.uintp(out.shape[0]))
 
 
 @njit(**ENTRY)

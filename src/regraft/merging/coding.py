@@ -19,9 +19,9 @@ from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.tiles import Tile
 from regraft.numerics.conversions import KINDS
 from regraft.quant.grid import Codes, values_of
-from regraft.quant.rounding import codes_for, nearest_codes
+from regraft.quant.rounding import codes_for, codes_of_levels, looks_up, nearest_codes
 from regraft.quant.weight import Block, QuantizedWeight, Read
-from regraft.tensors import DTYPES, TensorSpec
+from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 
 Again = Callable[[Tile, Weights, Weights], None]
 """Does the merge of a tile: from weights to float32 values, with factors that are known already."""
@@ -129,15 +129,15 @@ def can_be_told(weight: QuantizedWeight) -> bool:
 
 
 def told_codes(
-    weight: QuantizedWeight, begin: int, size: int, values: ValuesOf, read: Read
+    weight: QuantizedWeight, begin: int, size: int, values: ValuesOf | None, read: Read
 ) -> Bytes:
     """Return the stored bytes of a weight that its values speak for.
 
     Args:
         weight: the weight.
         begin, size: the range of its stored codes, in bytes.
-        values: gives its values.
-        read: reads its other stored tensors; its codes are not read.
+        values: gives its values; None for those that its codes stand for.
+        read: reads its other stored tensors; its codes are read only where values are not given.
     """
 
     def read_rest(spec: TensorSpec, offset: int, buffer: Bytes) -> None:
@@ -147,10 +147,29 @@ def told_codes(
             read(spec, offset, buffer)
 
     at = rows_holding(weight, begin, size)
+    if values is None:
+        return _cut(weight, at, _told_of_itself(weight, at, read), begin, size)
     raw = values(at)
     block = weight.grid.block(weight, at, read_rest)
     floats = np.ascontiguousarray(Weights.of_bytes(raw, weight.dtype).floats())
-    packed = weight.grid.pack(weight, at, nearest_codes(block, floats))
+    return _cut(weight, at, nearest_codes(block, floats), begin, size)
+
+
+def _told_of_itself(weight: QuantizedWeight, at: Block, read: Read) -> Bytes:
+    """Return the codes that are nearest to what a block's codes stand for."""
+    block = weight.grid.block(weight, at, read)
+    kind = KINDS[weight.dtype]
+    if looks_up(block):
+        return codes_of_levels(block, kind)
+    raw = np.empty(nbytes_of(weight.dtype, (at.height, at.width)), np.uint8)
+    values_of(block, *Weights.of_bytes(raw, weight.dtype).arguments)
+    floats = np.ascontiguousarray(Weights.of_bytes(raw, weight.dtype).floats())
+    return nearest_codes(block, floats)
+
+
+def _cut(weight: QuantizedWeight, at: Block, codes: Bytes, begin: int, size: int) -> Bytes:
+    """Return a range of the stored bytes out of a block's codes."""
+    packed = weight.grid.pack(weight, at, codes)
     offset = weight.grid.place(weight, at)[0]
     return packed[begin - offset : begin - offset + size]
 

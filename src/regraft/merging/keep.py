@@ -16,7 +16,7 @@ from blake3 import blake3
 from regraft.deltas import planes
 from regraft.deltas.weights import Bytes, Weights
 from regraft.formats.reading import FilePool
-from regraft.merging.coding import can_be_told, told_codes
+from regraft.merging.coding import ValuesOf, can_be_told, told_codes
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.patch import CHUNKS, PLANES, packed, section
 from regraft.merging.plan import Plan
@@ -186,19 +186,24 @@ class KeepRun:
         if keep.adapter is not None:
             return adapter_prediction(keep, keep.adapter, begin, piece.size, self._files)
         if keep.coded is not None:
-            weight = keep.coded
-            seen = DequantizingSource({weight.name: weight}, self._source)
-
-            def values(at: Block) -> Bytes:
-                through = keep.through or weight.dtype
-                there = converted(seen.values(weight, at), weight.dtype, through)
-                return converted(there, through, weight.dtype)
-
-            return told_codes(weight, begin, piece.size, values, self._source.read)
+            return told_codes(keep.coded, begin, piece.size, self._values(keep), self._source.read)
         if keep.through is not None:
             there = converted(piece, keep.original.dtype, keep.through)
             return converted(there, keep.through, keep.original.dtype)
         return np.zeros(piece.size, np.uint8)
+
+    def _values(self, keep: Keep) -> ValuesOf | None:
+        """Return what gives the values that an undo will have; None for the codes' own."""
+        weight, through = keep.coded, keep.through
+        if weight is None or through is None:
+            return None
+        seen = DequantizingSource({weight.name: weight}, self._source)
+
+        def values(at: Block) -> Bytes:
+            there = converted(seen.values(weight, at), weight.dtype, through)
+            return converted(there, through, weight.dtype)
+
+        return values
 
     def fail(self) -> None:
         """Wake whoever waits for a tile that will never come."""

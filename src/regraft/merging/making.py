@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from regraft.deltas import kernels
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.merging.compute import StepMath
 from regraft.merging.plan import Step
@@ -59,7 +60,10 @@ class Gathering:
         self._source.read(self.step.source, tile.read_at, raw)
         weights = Weights.of_bytes(raw, self.step.source.dtype)
         values = room[: 4 * raw.size // self.step.source.itemsize].view(np.float32)
-        self.math.run(tile, weights, Weights.of_floats(values), sums)
+        if self.step.segments:
+            self.math.run(tile, weights, Weights.of_floats(values), sums)
+        else:
+            kernels.widen(*weights.arguments, values)
         return weights, values
 
     def gathered(self, raw: Bytes, room: Bytes) -> Mapping[str, Bytes]:

@@ -353,6 +353,57 @@ def nearest(
                 _halve(values, at, n, inverse, zero, middles, half, order, out, places)
 
 
+@njit(**ENTRY)
+def nearest_of_levels(
+    codes: Any, row_count: int, column_count: int, levels: Any, post: Any, scales: Any, zeros: Any,
+    scale_width: int, run_: int, row_run: int, first_: int, first_row: int, order: Any,
+    middles: Any, kind: int, out: Any,
+) -> None:  # fmt: skip
+    """Set the codes that :func:`nearest` gives of what codes stand for, for tables of 16.
+
+    What becomes of a code is looked up once for a scale, and not for each element.
+
+    Args:
+        codes, ..., first_row: as :attr:`Codes.arguments`.
+        order, middles: as in :class:`Levels`; 15 middles.
+        kind: the dtype of the weights.
+        out: uint8, the codes.
+    """
+    columns, run, first = np.uintp(column_count), np.uintp(run_), np.uintp(first_)
+    has_zeros, near = zeros.shape[0] > 0, np.empty(16, np.uint8)
+    values, one = np.empty(16, np.float32), np.uintp(1)
+    for i in range(np.uintp(row_count)):
+        line = np.uintp((np.int64(i) + first_row) // row_run) * np.uintp(scale_width)
+        for t in range((first + columns + run - one) // run):
+            low = max(t * run, first) - first
+            high = min((t + one) * run - first, columns)
+            zero = zeros[line + t] if has_zeros else np.float32(0)
+            full = np.float32(scales[line + t] * post)
+            inverse = np.float32(0) if full == 0 else np.float32(np.float32(1) / full)
+            for c in range(np.uintp(16)):
+                values[c] = stored(value_of(levels[c], zero, scales[line + t], post), kind)
+            _count_below(values, np.uintp(0), np.uintp(16), inverse, zero, middles, near)
+            for c in range(np.uintp(16)):
+                near[c] = order[near[c]]
+            at = i * columns + low
+            for j in range(high - low):
+                out[at + j] = near[codes[at + j] & np.uint8(15)]
+
+
+def looks_up(block: Codes) -> bool:
+    """Whether :func:`nearest_of_levels` can be used, and is worth it."""
+    levels = block.levels
+    return levels.values.size == 16 and levels.middles.size == 15 and block.run >= 16
+
+
+def codes_of_levels(block: Codes, kind: int) -> Bytes:
+    """Return what :func:`nearest_codes` gives of a block's own values, for tables of 16."""
+    out = np.empty(block.codes.size, np.uint8)
+    levels = block.levels
+    nearest_of_levels(*block.arguments, levels.order, levels.middles, kind, out)
+    return out
+
+
 def nearest_codes(block: Codes, values: Floats) -> Bytes:
     """Return codes near values on a block's grid, whatever its own codes; see :func:`nearest`."""
     out = np.empty(values.size, np.uint8)
