@@ -1,4 +1,4 @@
-"""Kill merge, unmerge and swap wherever they call the system, and see what is left.
+"""Kill merge, unmerge, swap and the rest wherever they call the system; see what is left.
 
     python scripts/torture_kills.py --every-call           kill, ENOSPC and EIO at every call
     python scripts/torture_kills.py --signals 50           Ctrl-C and SIGTERM at random moments
@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,11 @@ from regraft.tensors import parse_size
 
 PREFIX = "base_model.model."
 INPUTS = "../../inputs"
-COMMANDS = ("merge", "overwrite", "unmerge", "swap")
+COMMANDS = (
+    "merge", "overwrite", "unmerge", "swap", "merge-out", "merge-keep", "merge-nf4", "quantize",
+    "dequantize", "unmerge-keep", "swap-keep",
+)  # fmt: skip
+"""What is interrupted; from the fifth on, quantized weights are read, kept or made."""
 WRITES = (
     "pwrite64", "write", "fsync", "fallocate", "ftruncate", "mkdir", "rename", "renameat2",
     "unlink", "unlinkat", "rmdir",
@@ -123,9 +128,13 @@ def write_small_inputs(folder: Path) -> None:
     write_base(folder / "base", weights, 3)
     write_adapter(folder / "adapter", weights, "layers.6.weight", 1)
     write_adapter(folder / "other", weights, "layers.1.weight", 2)
+    write_adapter(folder / "lora", weights, None, 3)
     regraft.merge(folder / "base", folder / "adapter", folder / "merged")
     regraft.merge(folder / "base", folder / "other", folder / "old", undo=False)
     (folder / "old" / "notes.txt").write_text("of the old one")
+    regraft.quantize(folder / "base", folder / "nf4", "nf4", double_quant=True)
+    shutil.rmtree(folder / "nf4" / "regraft")
+    regraft.merge(folder / "nf4", folder / "lora", folder / "kept", quantize="keep")
 
 
 # -- looking ---------------------------------------------------------------------------------------
@@ -216,14 +225,22 @@ class Inline:
 def call(setting: Setting) -> None:
     """Run a command on the small inputs, in the current folder."""
     threads = 1 if setting.inline else None
-    base, adapter, merged = (f"{INPUTS}/{name}" for name in ("base", "adapter", "merged"))
-    if setting.command == "unmerge":
-        regraft.unmerge(merged, "out", threads=threads)
-    elif setting.command == "swap":
-        regraft.swap(merged, f"{INPUTS}/other", "out", threads=threads)
-    else:
-        overwrite = setting.command == "overwrite"
-        regraft.merge(base, adapter, "out", threads=threads, overwrite=overwrite)
+    at = {name: f"{INPUTS}/{name}" for name in ("base", "adapter", "merged", "other", "nf4",
+                                                 "lora", "kept")}  # fmt: skip
+    calls: dict[str, Callable[..., object]] = {
+        "merge": partial(regraft.merge, at["base"], at["adapter"]),
+        "overwrite": partial(regraft.merge, at["base"], at["adapter"], overwrite=True),
+        "unmerge": partial(regraft.unmerge, at["merged"]),
+        "swap": partial(regraft.swap, at["merged"], at["other"]),
+        "merge-out": partial(regraft.merge, at["nf4"], at["adapter"]),
+        "merge-keep": partial(regraft.merge, at["nf4"], at["lora"], quantize="keep", seed=7),
+        "merge-nf4": partial(regraft.merge, at["base"], at["adapter"], quantize="nf4", undo=True),
+        "quantize": partial(regraft.quantize, at["base"], to="int8"),
+        "dequantize": partial(regraft.dequantize, at["nf4"]),
+        "unmerge-keep": partial(regraft.unmerge, at["kept"]),
+        "swap-keep": partial(regraft.swap, at["kept"], at["lora"], quantize="keep", seed=8),
+    }
+    calls[setting.command](out="out", threads=threads)
 
 
 def child(setting: Setting, case: Path) -> int:

@@ -5,6 +5,7 @@
 The cases are those of ``tests/faithful``: architectures times features of PEFT's LoRA. Each is
 merged into a base of three dtypes, into an output of four, and un-merged; in one combination of
 each case the adapter is also swapped for itself at another weight and compared with a fresh merge.
+Then the same of quantized bases: each kind, into plain values, kept in its codes, and made anew.
 It ends with 1 when a byte differs.
 """
 
@@ -20,6 +21,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def run_share(share: tuple[int, int, int]) -> tuple[Counter[str], list[str]]:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    counts, failures = Counter[str](), list[str]()
+    counts, failures = run_quantized(number, processes, every)
     with tempfile.TemporaryDirectory(prefix="regraft-undo-") as folder:
         workshop = tests.Workshop(Path(folder))
         for case in tests.CASES[::every][number::processes]:
@@ -65,6 +67,47 @@ def run_share(share: tuple[int, int, int]) -> tuple[Counter[str], list[str]]:
                 what = f"{case.id}, {dtype} to {out_dtype or 'the same'}"
                 failures += _attempt(workshop, case, dtype, out_dtype, what, counts, place == 0)
     return counts, failures
+
+
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "plain": {}, "float32": {"dtype": "float32"}, "float16": {"dtype": "float16"},
+    "kept, stochastic": {"quantize": "keep", "seed": 3},
+    "kept, nearest": {"quantize": "keep", "rounding": "nearest"},
+    "nf4": {"quantize": "nf4", "undo": True},
+}  # fmt: skip
+"""What a quantized base is merged into."""
+
+
+def run_quantized(
+    number: int, processes: int, every: int
+) -> tuple[Counter[str], list[str]]:  # fmt: skip
+    """Merge into quantized bases and un-merge, each kind by each output by each adapter."""
+    bases, coding = (import_module(f"merging.{n}") for n in ("quantized_bases", "test_coding"))
+    counts, failures = Counter[str](), list[str]()
+    matrix = list(product(bases.BASES, coding.CASES, OUTPUTS))[::every][number::processes]
+    for kind, case, output in matrix:
+        with tempfile.TemporaryDirectory(prefix="regraft-undo-") as place:
+            folder = Path(place)
+            base = bases.write_quantized(folder / "base", kind, coding.BIASES)
+            try:
+                _quantized(base, coding.CASES[case](folder), folder, OUTPUTS[output])
+                counts["quantized, merged and un-merged"] += 1
+            except Exception as error:  # whatever it is, it is a failure to be counted
+                what = f"{type(error).__name__}: {str(error)[:200]}"
+                failures.append(f"{kind}, {case}, {output}: {what}")
+    return counts, failures
+
+
+def _quantized(base: Path, adapters: Any, folder: Path, output: dict[str, Any]) -> None:
+    """Merge, un-merge, and swap; fail if a byte differs."""
+    import regraft
+
+    undo = import_module("merging.test_undo")
+    regraft.merge(base, adapters, folder / "out", **output)
+    undo.assert_restores(base, folder / "out", folder)
+    regraft.swap(folder / "out", adapters, folder / "swapped", quantize="keep")
+    regraft.merge(base, adapters, folder / "fresh", quantize="keep")
+    assert undo.comparable(folder / "swapped") == undo.comparable(folder / "fresh"), "swap differs"
 
 
 def _attempt(

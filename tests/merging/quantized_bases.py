@@ -144,10 +144,13 @@ BASES: dict[str, tuple[str, Quantize]] = {
 """Kinds of bases: the name of their config, and what quantizes a weight."""
 
 
-def write_quantized(folder: Path, kind: str, **config: Any) -> Path:
-    """Write the toy llama quantized, in two files with an index."""
+def write_quantized(
+    folder: Path, kind: str, extra: toys.Tensors | None = None, **config: Any
+) -> Path:
+    """Write the toy llama (with ``extra`` tensors) quantized, in two files with an index."""
     method, quantize = BASES[kind]
-    plain = toys.write_base(folder.parent / f"{folder.name}-plain")
+    weights = toys.llama_tensors() | dict(extra or {})
+    plain = toys.write_base(folder.parent / f"{folder.name}-plain", weights)
     tensors: dict[str, torch.Tensor] = {}
     for name, array in load_file(plain / "model.safetensors").items():
         weight = torch.from_numpy(np.asarray(array, np.float32)).bfloat16()

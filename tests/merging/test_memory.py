@@ -17,6 +17,8 @@ from merging import toys
 from merging.processes import python
 from regraft.errors import MemoryCapError
 from regraft.memory import peak_memory
+from regraft.quant.bitsandbytes import NF4
+from regraft.quant.making import MAKERS
 from regraft.tensors import TensorSpec, nbytes_of
 
 MIB = 2**20
@@ -25,8 +27,9 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import regraft
-name, *arguments, cap, threads = sys.argv[1:]
-done = getattr(regraft, name)(*arguments, max_memory=cap, threads=int(threads))
+name, *arguments, cap, threads, options = sys.argv[1:]
+call = getattr(regraft, name)
+done = call(*arguments, max_memory=cap, threads=int(threads), **json.loads(options))
 lines = Path("/proc/self/status").read_text().splitlines()
 (peak,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 reported = done.peak_memory if name == "unmerge" else done.totals.peak_memory
@@ -55,9 +58,9 @@ def peak_of(base: Path, adapter: Path, out: Path, cap: int, threads: str = "3") 
     return peak_of_call("merge", base, adapter, out, cap=cap, threads=threads)
 
 
-def peak_of_call(name: str, *arguments: Path, cap: int, threads: str = "3") -> int:
+def peak_of_call(name: str, *arguments: Path, cap: int, threads: str = "3", **options: Any) -> int:
     """Do what is named in a fresh process; return the most memory it ever had, in bytes."""
-    done = python(MEASURE, name, *arguments, str(cap), threads)
+    done = python(MEASURE, name, *arguments, str(cap), threads, json.dumps(options))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["reported"] <= found["peak"]
@@ -248,3 +251,96 @@ def test_memory_is_told_where_the_system_does_not_list_it(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "read_text", read_text)
     assert usual // 2 < peak_memory() < 8 * usual
+
+
+# -- quantized weights -----------------------------------------------------------------------------
+
+
+def write_quantized_sparse(folder: Path, kind: str, rows: int, columns: int) -> Path:
+    """Write one huge weight in codes that are all zeros, with scales that are zeros too."""
+    name = "layers.0.big.weight"
+    if kind == "int8":
+        parts = {name: ("I8", (rows, columns)), "layers.0.big.SCB": ("F32", (rows,))}
+        write_sparse(folder, parts)
+        settings: dict[str, Any] = {"load_in_8bit": True}
+    else:
+        maker = MAKERS["nf4"](dtype="BF16")
+        found = {o.name: (o.dtype, o.shape) for o in maker.outputs(name, (rows, columns))}
+        write_sparse(folder, found)
+        with (folder / "model.safetensors").open("r+b") as file:
+            for role, data in (
+                ("quant_map", NF4.values.tobytes()),
+                ("quant_state.bitsandbytes__nf4", maker.state((rows, columns), None)),
+            ):
+                file.seek(_spec(folder / "model.safetensors", f"{name}.{role}").start)
+                file.write(data)
+        settings = {"load_in_4bit": True}
+    config = {"dtype": "bfloat16", "quantization_config": settings | {"quant_method": BNB}}
+    toys.write_json(folder / "config.json", config)
+    return folder
+
+
+BNB = "bitsandbytes"
+WIDE = 1_100_001
+"""Columns of a row that no tile can hold."""
+
+
+@pytest.fixture(scope="module")
+def _coded(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Have the kernels of quantized weights compiled, too."""
+    folder = tmp_path_factory.mktemp("coded")
+    adapter = toys.write_adapter(folder / "a")
+    for to in ("nf4", "int8"):
+        regraft.quantize(toys.write_base(folder / f"b{to}"), folder / to, to)
+        regraft.merge(folder / to, adapter, folder / f"k{to}", quantize="keep")
+        regraft.dequantize(folder / to, folder / f"d{to}")
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "dequantize": {}, "merge out": {"undo": False}, "merge keep": {"quantize": "keep"},
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("_coded")
+@pytest.mark.parametrize(("kind", "rows", "columns"), [
+    ("nf4", 11_000, 16_384), ("nf4", 140, WIDE), ("int8", 140, WIDE),
+])  # fmt: skip
+def test_quantized_weights_larger_than_the_cap(
+    tmp_path: Path, kind: str, rows: int, columns: int
+) -> None:
+    """Out, kept, and back; also where a row is more than a tile and ends inside a byte."""
+    cap = 288 * MIB
+    base = write_quantized_sparse(tmp_path / "base", kind, rows, columns)
+    factors = toys.lora("layers.0.big", rows, columns, 2)
+    adapter = toys.write_adapter(tmp_path / "a", factors, r=2, target_modules=["big"])
+    assert 2 * rows * columns > cap
+    for name, options in CALLS.items():
+        verb = name.partition(" ")[0]
+        inputs = [base] if verb == "dequantize" else [base, adapter]
+        peak = peak_of_call(verb, *inputs, tmp_path / name, cap=cap, **options)
+        assert peak <= cap, name
+    assert peak_of_call("unmerge", tmp_path / "merge keep", tmp_path / "back", cap=cap) <= cap
+    found, expected = (
+        np.memmap(tmp_path / folder / "model.safetensors", np.uint8, "r")
+        for folder in ("back", "base")
+    )
+    assert np.array_equal(found[: 64 * MIB], expected[: 64 * MIB])
+
+
+@pytest.mark.usefixtures("_coded")
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_plain_weights_larger_than_the_cap_are_quantized_within_it(tmp_path: Path, to: str) -> None:
+    cap = 288 * MIB
+    base = write_sparse(tmp_path / "base", {"layers.0.big.weight": ("BF16", (140, WIDE))})
+    assert peak_of_call("quantize", base, tmp_path / "out", cap=cap, to=to) <= cap
+
+
+def test_rows_that_cannot_be_cut_are_counted(tmp_path: Path) -> None:
+    """Codes of two rows share a byte, so that both have to be in memory at once."""
+    base = write_quantized_sparse(tmp_path / "base", "nf4", 4, 4_000_001)
+    factors = toys.lora("layers.0.big", 4, 4_000_001, 2)
+    adapter = toys.write_adapter(tmp_path / "a", factors, r=2, target_modules=["big"])
+    with pytest.raises(MemoryCapError, match="--max-memory") as caught:
+        regraft.plan(base, adapter, quantize="keep", max_memory="288MiB")
+    (needed,) = re.findall(r"--max-memory (\d+MiB)", caught.value.problems[0].hint)
+    assert regraft.plan(base, adapter, quantize="keep", max_memory=needed).threads == 1

@@ -31,6 +31,7 @@ from regraft.merging.quantizing import (
 )
 from regraft.merging.receipt import Action
 from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
+from regraft.merging.tiles import smallest_tile
 from regraft.names import NameMap, class_for_task
 from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES
 
@@ -525,12 +526,15 @@ def fit_memory(
     tiles += TO_COMPARE * compare
     coded = any(step.codes_of is not None for step in [*steps, *back.values()])
     tiles += TO_ENCODE * coded
+    rows = [smallest_tile(step) for step in steps]
+    rows += [smallest_tile(step, backwards=True) for step in back.values()]
+    least = max(SMALLEST_TILE, -(-max(rows) // 4096) * 4096)
     for threads in range(wanted, 0, -1):
-        tile = min(LARGEST_TILE, (choices.max_memory - fixed) // (tiles * threads))
+        tile = min(max(LARGEST_TILE, least), (choices.max_memory - fixed) // (tiles * threads))
         tile -= tile % 4096  # whole values, and whole blocks of the disk
-        if tile >= SMALLEST_TILE:
+        if tile >= least:
             return threads, tile, fixed + tiles * threads * tile
-    needed = fixed + tiles * SMALLEST_TILE
+    needed = fixed + tiles * least
     raise MemoryCapError(
         "one step needs more memory than allowed",
         where=largest.name,

@@ -339,15 +339,21 @@ class _Coded(_Restorer):
         return weight.grid.place(weight, Block((0, rows), (0, weight.matrix[1])))[1]
 
     def read(self, offset: int, buffer: Bytes, scratch: threading.local) -> None:
-        """Restore a range of the stored bytes, whole rows at a time."""
+        """Restore a range of the stored bytes, whole rows at a time, few of them.
+
+        What a code takes on its way is many times its own size.
+        """
         del scratch
         weight, each, size = self._coder.weight, self.rows(self._step), self.grain(self._step)
         height, width = weight.matrix
         low, high = offset // size * each, -(-(offset + buffer.size) // size) * each
-        at = Block((low, min(high, height)), (0, width))
-        packed = weight.grid.pack(weight, at, self._codes(at))
-        skip = offset - weight.grid.place(weight, at)[0]
-        buffer[:] = packed[skip : skip + buffer.size]
+        some = max(buffer.size // 4 // width // each * each, each)
+        for first in range(low, min(high, height), some):
+            at = Block((first, min(first + some, high, height)), (0, width))
+            packed = weight.grid.pack(weight, at, self._codes(at))
+            begin = weight.grid.place(weight, at)[0] - offset
+            start, stop = max(begin, 0), min(begin + packed.size, buffer.size)
+            buffer[start:stop] = packed[start - begin : stop - begin]
 
     def _codes(self, at: Block) -> Bytes:
         tile = Tile(0, "rows", at.rows, at.columns, 0, 0, 0, 0)

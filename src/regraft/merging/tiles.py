@@ -135,6 +135,18 @@ def needs_whole_rows(step: Step) -> bool:
     )
 
 
+def smallest_tile(step: Step, *, backwards: bool = False) -> int:
+    """Return the bytes that have to be read at a time: rows that cannot be split.
+
+    Backwards, codes are always told from whole rows.
+    """
+    if not needs_whole_rows(step) and not (backwards and step.coded is not None):
+        return 0
+    height, width = step.matrix
+    rows = min(math.lcm(step.units.rows, row_grain(step)), height)
+    return rows * width * step.source.itemsize
+
+
 def row_grain(step: Step) -> int:
     """Return how many rows have to stay together for their codes to be whole bytes."""
     weight = step.codes_of
