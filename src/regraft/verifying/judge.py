@@ -12,6 +12,7 @@ import contextlib
 import math
 import mmap
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,12 +25,13 @@ from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
 from regraft.merging.bases import see
-from regraft.merging.coding import Coder, block_of
+from regraft.merging.coding import Coder, block_of, noise_key
 from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.events import Progress
 from regraft.merging.execute import FACTOR_CACHE, coder_of, seen_through
 from regraft.merging.factors import FactorStore
+from regraft.merging.making import Gathering, Gatherings
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, make_plan
 from regraft.merging.quantized import see_through
@@ -205,7 +207,8 @@ def _find_swapped(
     bench: _Bench, subjects: Sequence[_Subject], answers: dict[str, Diagnosis | None]
 ) -> None:
     """Among tensors that are something else, find those that hold what belongs to another."""
-    odd = [s for s in subjects if s.step.coded is None and _is_odd(answers[s.step.name])]
+    plain = [s for s in subjects if s.step.coded is None and s.step.made is None]
+    odd = [s for s in plain if _is_odd(answers[s.step.name])]
     if not 2 <= len(odd) <= _MOST_SWAPPED:
         return
     samples = [(subject.step, *bench.sample(subject)) for subject in odd]
@@ -266,6 +269,9 @@ class _Bench:
         self._own = threading.local()
         self._solo: dict[int, dict[str, Step]] = {}
         self._lock = threading.Lock()
+        self._gatherings = Gatherings()
+        self._codes = {s.made.name: s for s in plan.steps if s.made and s.codes_of is not None}
+        self._left = Counter(step.made.name for step in plan.steps if step.made)
 
     @property
     def _rooms(self) -> _Rooms:
@@ -280,8 +286,10 @@ class _Bench:
             same, spread = self._compare(subject)
             if same:
                 return Diagnosis("exact", 0.0)
-            if subject.step.dtype not in WORKING_DTYPES or subject.step.coded is not None:
-                verdict = "other" if is_touched(subject.step) else "changed"
+            step = subject.step
+            if step.dtype not in WORKING_DTYPES or step.coded or step.made:
+                whole = self._codes[step.made.name] if step.made else step
+                verdict = "other" if is_touched(whole) else "changed"
                 return Diagnosis(verdict, note="its bytes are others")  # type: ignore[arg-type]
             return self._diagnose(subject, spread)
 
@@ -387,10 +395,48 @@ class _Bench:
         codes = coder.codes(block, at, values, np.zeros(2, np.float64))
         result[:] = coder.weight.grid.pack(coder.weight, at, codes)
 
+    def _put(self, step: Step) -> Iterator[_Made]:
+        """Do a step whose result is a part of a weight that is put into a format."""
+        assert step.made is not None
+        name, rounding = step.made.name, self._plan.options["rounding"]
+        codes = self._codes[name]
+        gathering = self._gatherings.of(name, lambda: self._gathering(codes))
+        sizes = [tile.read for tile in tiles_of(codes, self._tile_bytes)]
+        raw = self._rooms.get("source", max(sizes))
+        room = self._rooms.get("values", 4 * raw.size // codes.source.itemsize)
+        small = gathering.gathered(raw, room)
+        key = noise_key(self._plan.options["seed"], name)
+        for tile in tiles_of(step, self._tile_bytes):
+            if step.made.role != "codes":
+                part = small[step.made.role][tile.read_at : tile.read_at + tile.read]
+                yield _Made(tile, part, part)
+                continue
+            mine = raw[: tile.read]
+            weights, values = gathering.values(tile, mine, room, np.zeros(4, np.float64))
+            packed = gathering.encode(tile, weights, values, rounding, key, np.zeros(2, np.float64))
+            yield _Made(tile, packed, mine)
+        with self._lock:
+            self._left[name] -= 1
+            last = not self._left[name]
+        if last:
+            self._gatherings.release(name)
+
+    def _gathering(self, codes: Step) -> Gathering:
+        made = codes.made
+        assert made is not None
+        source = self._source if codes.source_adapter is None else FileSource(self._files)
+
+        def read(offset: int, buffer: Bytes) -> None:
+            source.read(codes.source, offset, buffer)
+
+        maths = StepMath(codes, self._store, read, self._tile_bytes)
+        return Gathering(codes, made.maker, made.name, made.shape, maths, source, self._tile_bytes)
+
     def _compare(self, subject: _Subject) -> tuple[bool, float]:
         """Return whether a tensor is the merge, bit for bit, and the delta's root mean square."""
         sums, same = np.zeros(4, np.float64), True
-        for made in self._done(subject.step, sums):
+        done = self._done(subject.step, sums) if not subject.step.made else self._put(subject.step)
+        for made in done:
             stored = self._stored(subject, made.tile.write_at, made.tile.write)
             same = same and _same_bytes(made.result, stored)
         squares = float(sums[1]) / max(subject.step.source.numel, 1)
