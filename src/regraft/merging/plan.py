@@ -173,7 +173,7 @@ class Step:
         return views + [patch.values for patch in self.patches]
 
 
-SCALE_BYTES = 24
+SCALE_BYTES = 20
 """What a scale takes while a weight is put into a format: a few float32."""
 
 
