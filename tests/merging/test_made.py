@@ -13,7 +13,7 @@ import transformers
 from bitsandbytes import functional
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
@@ -21,6 +21,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 import regraft
 from faithful.harness import load_complete
 from merging import toys
+from merging.test_undo import assert_restores
 from regraft.errors import UnsupportedError
 from regraft.testing import zoo
 
@@ -247,3 +248,28 @@ def test_the_list_of_plain_modules_does_not_grow_with_the_experts(tmp_path: Path
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     experts = [name for name in settings["llm_int8_skip_modules"] if "experts" in name]
     assert experts == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+
+
+# -- verified and undone ---------------------------------------------------------------------------
+
+
+MADE: list[dict[str, Any]] = [
+    {"quantize": "nf4", "double_quant": True}, {"quantize": "int8", "rounding": "stochastic"},
+    {"quantize": "int8", "dtype": "float32"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", MADE, ids=str)
+def test_what_was_made_is_verified_and_undone(tmp_path: Path, options: dict[str, Any]) -> None:
+    base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "adapter")
+    out = tmp_path / "out"
+    regraft.merge(base, adapter, out, undo=True, **options)
+    report = regraft.verify(out, base=base, adapters=[adapter])
+    assert report.verdict == "exact", report
+    assert_restores(base, out, tmp_path)
+    weights = load_file(out / "model.safetensors")
+    weights[f"{toys.Q0}.weight"][2] ^= 1
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    edited = regraft.verify(out, base=base, adapters=[adapter])
+    assert edited.verdict != "exact"
+    assert [t.name for t in edited.tensors if t.verdict != "exact"] == [f"{toys.Q0}.weight"]

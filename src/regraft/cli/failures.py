@@ -87,7 +87,8 @@ def _regraft(error: RegraftError) -> Failure:
 def _click(error: click.ClickException) -> Failure:
     context = getattr(error, "ctx", None)
     hint = f"See '{context.command_path} --help'" if context else ""
-    problem = Problem(error.format_message().rstrip("."), hint=hint)
+    message = " ".join(error.format_message().split())  # some choices come one a line
+    problem = Problem(message.rstrip("."), hint=hint)
     usage = context.get_usage() if context else ""
     return Failure(UsageError.__name__, UsageError.exit_code, (problem,), usage=usage)
 

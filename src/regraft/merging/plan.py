@@ -48,6 +48,13 @@ class Made:
     maker: Maker
     weight: QuantizedWeight
 
+    @property
+    def scale_bytes(self) -> int:
+        """What its scales take in memory meanwhile."""
+        outputs = self.maker.outputs(self.name, self.shape)
+        scales = [math.prod(o.shape) for o in outputs if o.role in ("absmax", "scales")]
+        return SCALE_BYTES * sum(scales)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -148,8 +155,8 @@ class Step:
         """Upper bound of the memory its factors take while it is worked on."""
         raw = {v.spec.name: v.spec.numel * 4 for v in self._views() if v.spec is not None}
         widest = max((_packed_bytes(segment) for segment in self.segments), default=0)
-        scales = SCALE_BYTES * self.source.numel if self.made is not None else 0
-        return sum(raw.values()) + widest + _factorization_bytes(self) + int(scales)
+        scales = self.made.scale_bytes if self.made is not None else 0
+        return sum(raw.values()) + widest + _factorization_bytes(self) + scales
 
     @property
     def adapter_tensors(self) -> tuple[tuple[Path, str], ...]:
@@ -166,9 +173,8 @@ class Step:
         return views + [patch.values for patch in self.patches]
 
 
-SCALE_BYTES = 12 / 64
-"""What the scales of a weight take for each of its values while it is put into a format: three
-float32 for a block of 64."""
+SCALE_BYTES = 20
+"""What a scale takes while a weight is put into a format: a few float32."""
 
 
 def kept_name(step: Step) -> str:

@@ -122,7 +122,7 @@ def _coding(coding: Coding) -> tuple[str | None, str | None, int, bool]:
             hint="A merge into plain values rounds to nearest; see --dtype",
         )  # fmt: skip
     if not 0 <= coding.seed < 2**63:
-        raise UsageError("seed has to be a whole number from 0 on", where="--seed")
+        raise UsageError("seed has to be a whole number from 0 to 2^63 - 1", where="--seed")
     if coding.double_quant and coding.quantize not in ("nf4", "fp4"):
         raise UsageError(
             "only scales of 4-bit formats are quantized", where="--double-quant",

@@ -267,7 +267,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(float(np.float32(value)))
+    return type(value) in (int, float) and abs(value) <= float(np.finfo(np.float32).max)
 
 
 def _size_problems(weight: QuantizedWeight, codec: FourBit) -> list[Problem]:

@@ -138,6 +138,7 @@ def find(stored: Stored) -> Found:
     block = _block_of(stored)
     for name, codes in stored.tensors.items():
         scales = scales_of(stored, name)
+        problems += _several_scales(stored, name) if codes.dtype == "F8_E4M3" else []
         if codes.dtype == "F8_E4M3" and scales is not None:
             run = run_of(codes.shape, scales, block)
             parts = {"codes": codes, "scales": scales}
@@ -155,11 +156,24 @@ def find(stored: Stored) -> Found:
 
 def scales_of(stored: Stored, name: str) -> TensorSpec | None:
     """Return the scales of a weight, None for none."""
+    return next((stored.tensors[key] for key in _scale_names(stored, name)), None)
+
+
+def _scale_names(stored: Stored, name: str) -> list[str]:
     module = name.removesuffix(".weight")
-    for pattern in _SCALES:
-        if spec := stored.tensors.get(pattern.format(name=name, module=module)):
-            return spec
-    return None
+    names = [pattern.format(name=name, module=module) for pattern in _SCALES]
+    return [key for key in names if key in stored.tensors]
+
+
+def _several_scales(stored: Stored, name: str) -> list[Problem]:
+    """Return the problem of a weight whose scales are there under several names."""
+    names = _scale_names(stored, name)
+    if len(names) < 2:
+        return []
+    return [
+        Problem("an FP8 weight has scales under several names",
+                f"{stored.where}, tensor {name!r}", "one of them", ", ".join(names), _DAMAGED)
+    ]  # fmt: skip
 
 
 def _block_of(stored: Stored) -> tuple[int, int] | None:

@@ -86,6 +86,7 @@ def find_weights(stored: Stored) -> tuple[str | None, Found]:
     weights = tuple(weight for found in finds for weight in found.weights)
     if not problems and not weights:
         problems = [_nothing_found(stored, method)]
+    problems = problems or _shared(stored, weights)
     _raise(problems)
     return method, Found(weights, (), tuple(name for found in finds for name in found.skipped))
 
@@ -93,6 +94,22 @@ def find_weights(stored: Stored) -> tuple[str | None, Found]:
 def _finder(module: str) -> Callable[[Stored], Found]:
     find: Callable[[Stored], Found] = import_module(module).find
     return find
+
+
+def _shared(stored: Stored, weights: Iterable[QuantizedWeight]) -> list[Problem]:
+    """Return stored tensors that are a part of two weights."""
+    owners: dict[str, str] = {}
+    problems = []
+    for weight in weights:
+        for spec in weight.parts.values():
+            other = owners.setdefault(spec.name, weight.name)
+            if other != weight.name:
+                problems.append(
+                    Problem("a tensor is a part of two quantized weights",
+                            f"{stored.where}, tensor {spec.name!r}", "one weight",
+                            f"{other} and {weight.name}", "Download the model again")
+                )  # fmt: skip
+    return problems
 
 
 def _nothing_found(stored: Stored, method: str) -> Problem:
