@@ -30,6 +30,8 @@ class Rows:
         left, right, right_ld, table, scales: the packed deltas.
         factors: DoRA's factors of all deltas.
         unit_row: rows between the first row of the tile's first unit and the run.
+        zeros: whether the weights are values of codes; see
+            :func:`regraft.deltas.usual.merge_usual`.
     """
 
     source: Weights
@@ -45,6 +47,7 @@ class Rows:
     scales: Floats
     factors: Floats
     unit_row: int
+    zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def merge(run: Rows, sums: Sums, keeping: Encoder | None) -> None:
         if keeping is not None:
             units = keeping.units
             streams_of = (*keeping.arguments, run.unit_row, units.rows, units.parts)
-        merge_usual(*_usual_arguments(run), sums, *streams_of, *scratch())
+        merge_usual(*_usual_arguments(run), sums, *streams_of, run.zeros, *scratch())
         return
     kernels.merge_rows(*_arguments(run), sums)
     if keeping is not None:
@@ -169,7 +172,7 @@ class Decoder:
         streams_of = (self.state.ravel(), self._kept.payload, run.unit_row)
         cut = (self._units.rows, self._units.parts)
         if is_usual(run.source.kind, run.merged.kind, run.table):
-            restore_usual(*_usual_arguments(run), *streams_of, *cut, *scratch())
+            restore_usual(*_usual_arguments(run), *streams_of, *cut, run.zeros, *scratch())
         else:
             inverse.invert_rows(*_arguments(run), *streams_of, *cut, False)
 

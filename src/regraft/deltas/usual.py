@@ -109,6 +109,12 @@ def _exponent_field(bits: Any) -> Any:
 
 
 @njit(inline="always")
+def _is_far_coarser(predicted: Any, merged: Any) -> Any:
+    """Whether a merged bfloat16 says nothing of a weight that is no zero: it is all delta."""
+    return _exponent_field(merged) - _exponent_field(predicted) > np.int32(7)
+
+
+@njit(inline="always")
 def _lowest(predicted: Any, width: Any) -> Any:
     """Return the lowest of 2 ** width candidates, in units of the prediction's spacing."""
     mantissa = np.int32(predicted & np.uint32(0x7FFFFF))
@@ -121,7 +127,7 @@ def _lowest(predicted: Any, width: Any) -> Any:
 @njit(**INNER)
 def _number(
     acc: Any, of: Any, scale: Any, x16: Any, y16: Any, start: Any, index: Any, found: Any,
-    number: Any, width: Any,
+    number: Any, width: Any, zeros: bool,
 ) -> None:  # fmt: skip
     for i in range(found):
         j = index[i]
@@ -141,7 +147,7 @@ def _number(
         fits = which >= 0 and which < (np.int32(1) << min(bits, np.int32(8)))
         # Finer weights than the prediction's spacing are not numbered, but for zero.
         fits = fits and (not finer or shift == 0 or weight == 0) and weight != np.uint32(0x8000)
-        if not _is_coarser(predicted, merged):
+        if not _is_coarser(predicted, merged) or (zeros and bits > 7):
             number[i], width[i] = 0, -1
         elif bits > 7:
             number[i] = np.uint64(1) if weight == 0 else np.uint64(weight) << np.uint64(1)
@@ -181,8 +187,19 @@ def _set(
 
 
 @njit(**INNER)
-def _mark(acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, need: Any, n: Any) -> None:
+def _mark(
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, need: Any, n: Any, zeros: bool
+) -> None:
     """Mark the weights of a row of which anything has to be kept: one pass without a branch."""
+    if zeros:
+        for j in range(n):
+            merged = np.uint32(y16[at + j]) << np.uint32(16)
+            predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
+            wide = _is_far_coarser(predicted, merged)
+            expected = np.uint32(0) if wide else _rounded(predicted)
+            coarser = np.uint8(_is_coarser(predicted, merged)) & np.uint8(not wide)
+            need[of + j] = np.uint8(expected != np.uint32(x16[at + j])) | coarser
+        return
     for j in range(n):
         merged = np.uint32(y16[at + j]) << np.uint32(16)
         predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
@@ -194,17 +211,28 @@ def _mark(acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, need: Any,
 def _keep_row(
     acc: Any, of: Any, scale: Any, x16: Any, x32: Any, y16: Any, at: Any, state: Any, stream: Any,
     unit: Any, place: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
+    zeros: bool,
 ) -> None:  # fmt: skip
     """Keep what is needed of a row of bfloat16 weights that got one plain delta."""
     found = select(need, need64, of, index, n)
     if found:
-        _number(acc, of, scale, x16, y16, at, index, found, number, width)
+        _number(acc, of, scale, x16, y16, at, index, found, number, width, zeros)
         write(number, width, index, found, x16, x32, BF16, at, state, unit, stream, place)
 
 
 @njit(**INNER)
-def _expect(acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, need: Any, n: Any) -> None:
+def _expect(
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, need: Any, n: Any, zeros: bool
+) -> None:
     """Set a row's weights to what is expected, and mark those of which more was kept."""
+    if zeros:
+        for j in range(n):
+            merged = np.uint32(y16[at + j]) << np.uint32(16)
+            predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
+            wide = _is_far_coarser(predicted, merged)
+            x16[at + j] = np.uint16(np.uint32(0) if wide else _rounded(predicted))
+            need[of + j] = np.uint8(_is_coarser(predicted, merged)) & np.uint8(not wide)
+        return
     for j in range(n):
         merged = np.uint32(y16[at + j]) << np.uint32(16)
         predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
@@ -232,7 +260,7 @@ def _restore_row(
 def merge_usual(
     x16: Any, y16: Any, row_count: int, column_count: int, left: Any, right: Any, right_ld: int,
     first_row: int, first_column: int, rank_: int, scale: Any, sums: Any, state: Any, stream: Any,
-    unit_row: int, rows_per_unit: int, units_per_row: int,
+    unit_row: int, rows_per_unit: int, units_per_row: int, zeros: bool,
     acc: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, no32: Any,
 ) -> None:  # fmt: skip
     """Write ``round(W + delta)`` for a tile; keep what an undo needs, if there is a state for it.
@@ -244,6 +272,8 @@ def merge_usual(
         sums: as in :func:`regraft.deltas.kernels.merge_rows`; added to.
         state, stream, ..., units_per_row: as in :func:`regraft.deltas.inverse.invert_rows`; an
             empty state where nothing is to be kept.
+        zeros: whether a weight of which the merged value says nothing is expected to be zero, as
+            among values of codes very many are, rather than kept as a plain weight.
     """
     keeping = state.shape[0] > 0
     rows, columns = np.uintp(row_count), np.uintp(column_count)
@@ -263,14 +293,14 @@ def merge_usual(
                 at, of = (i + q) * columns + start, q * block
                 _finish(acc, of, scale, x16, y16, at, sums, n)
                 if keeping:
-                    _mark(acc, of, scale, x16, y16, at, need, n)
+                    _mark(acc, of, scale, x16, y16, at, need, n, zeros)
             # By now the marks have left the processor's store buffer, and are read at once.
             for q in range(min(np.uintp(ROWS), rows - i) if keeping else ZERO):
                 at, of = (i + q) * columns + start, q * block
                 unit, place = unit_of(unit_row, i + q, start, columns, rows_per_unit, units_per_row)
                 _keep_row(
                     acc, of, scale, x16, no32, y16, at, state, stream, unit, place, number, width,
-                    need, need64, index, n,
+                    need, need64, index, n, zeros,
                 )  # fmt: skip
 
 
@@ -278,7 +308,7 @@ def merge_usual(
 def restore_usual(
     x16: Any, y16: Any, row_count: int, column_count: int, left: Any, right: Any, right_ld: int,
     first_row: int, first_column: int, rank_: int, scale: Any, state: Any, stream: Any,
-    unit_row: int, rows_per_unit: int, units_per_row: int,
+    unit_row: int, rows_per_unit: int, units_per_row: int, zeros: bool,
     acc: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, no32: Any,
 ) -> None:  # fmt: skip
     """Restore a tile's weights from its merged values ``y16``; else as :func:`merge_usual`."""
@@ -297,7 +327,7 @@ def restore_usual(
             product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, n)
             for q in range(min(np.uintp(ROWS), rows - i)):
                 at, of = (i + q) * columns + start, q * block
-                _expect(acc, of, scale, x16, y16, at, need, n)
+                _expect(acc, of, scale, x16, y16, at, need, n, zeros)
             for q in range(min(np.uintp(ROWS), rows - i)):
                 at, of = (i + q) * columns + start, q * block
                 unit, place = unit_of(unit_row, i + q, start, columns, rows_per_unit, units_per_row)

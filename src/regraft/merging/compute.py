@@ -133,7 +133,8 @@ class StepMath:
             packed = self._factors(prepared).of(segment)
             rows = None if known else (low, high)
             factors = self._dora_factors(segment, packed, rows, weights, prepared)
-            run = run_of(segment, low, tile, weights, merged, packed, factors)
+            zeros = self._step.source.is_virtual
+            run = run_of(segment, low, tile, weights, merged, packed, factors, zeros=zeros)
             merge(run, sums, keeping)
 
     def _replace_rows(
@@ -272,7 +273,7 @@ _NONE: Floats = np.empty(0, np.float32)
 
 def run_of(
     segment: Segment, low: int, tile: Tile, source: Weights, merged: Weights, packed: Packed,
-    factors: Floats = _NONE,
+    factors: Floats = _NONE, *, zeros: bool = False,
 ) -> Rows:  # fmt: skip
     """Return the rows from ``low`` of a tile that lie in a segment, as the kernels take them."""
     width = tile.columns[1] - tile.columns[0]
@@ -280,6 +281,7 @@ def run_of(
     return Rows(
         source, merged, rows, width, low - segment.rows[0], tile.columns[0], packed.left,
         packed.right, packed.right_ld, packed.table, packed.scales, factors, low - tile.rows[0],
+        zeros,
     )  # fmt: skip
 
 

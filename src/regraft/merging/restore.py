@@ -282,7 +282,9 @@ class _Restorer:
                 packed, factors = self._segments.of(segment), self._dora_factors(segment)
             else:
                 packed, factors = pack(segment, []), joined([])
-            decoder.restore(run_of(segment, low, tile, source, result, packed, factors))
+            zeros = self._step.source.is_virtual
+            run = run_of(segment, low, tile, source, result, packed, factors, zeros=zeros)
+            decoder.restore(run)
         decoder.finish(raw)
 
     def _kept_of(self, tile: Tile) -> tuple[int, int, Kept]:
