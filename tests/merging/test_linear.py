@@ -21,7 +21,8 @@ CLASSES = (
     "Blip2ForConditionalGeneration", "CanineForSequenceClassification", "DeepseekV32ForCausalLM",
     "FalconForCausalLM", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel", "MambaForCausalLM",
     "MarkupLMForTokenClassification", "ModernBertDecoderForCausalLM", "MusicgenForCausalLM",
-    "Qwen2MoeForCausalLM", "SiglipModel", "T5ForConditionalGeneration", "WhisperForCausalLM",
+    "Qwen2MoeForCausalLM", "Qwen2_5OmniForConditionalGeneration", "SiglipModel",
+    "T5ForConditionalGeneration", "WhisperForCausalLM",
 )  # fmt: skip
 
 
@@ -70,6 +71,7 @@ def test_what_is_left_is_named_so_that_transformers_leaves_it(name: str) -> None
     taken = {n for n in shapes if n.endswith(".weight") and len(shapes[n]) == 2}
     taken = {n for n in taken if is_linear(index, n)}
     plain = {m for n, s in shapes.items() if n not in taken for m in plain_modules(index, n, s)}
+    plain.add(index.names.output_embedding or "lm_head")
     kept = HfQuantizer.get_modules_to_not_convert(model, sorted(plain), model._keep_in_fp32_modules)
     for module_name, module in matrices(model):
         if type(module) is nn.Linear and f"{module_name}.weight" in shapes:

@@ -16,10 +16,11 @@ from regraft.names.conv1d import is_conv1d
 
 _NO_LINEAR = re.compile(
     r"\w*embed\w*|\w*_emb|wte|wpe|shared|\w*position\w*|token_type\w*|\w*_token|pe_k|router|gate"
-    r"|relative_attention_bias|bias_values",
+    r"|relative_attention_bias|bias_values|lm_head",
     re.IGNORECASE,
 )
-"""Last parts of modules that are no linear layers: embeddings, and what chooses experts."""
+"""Last parts of modules that stay plain: embeddings, what chooses experts, and output heads, also
+those of parts: a head's name in the list of plain modules is one for all that end so."""
 
 _KEPT = re.compile(
     r".*\.DenseReluDense\.wo|.*\.(indexer|compressor)\..*|.*\.o_a_proj|(.*\.)?qformer\..*"
@@ -70,7 +71,7 @@ def _is_head(index: BaseIndex, modules: set[str]) -> bool:
     ends = {end.removeprefix(prefix) for end in known if end}
     found = {module.removeprefix(prefix) for module in modules}
     inside = any(module.startswith(f"{end}.") for module in found for end in ends)
-    return inside or bool(found & (ends | {"lm_head"}))
+    return inside or bool(found & ends)
 
 
 def model_types(config: Mapping[str, Any]) -> set[str]:
