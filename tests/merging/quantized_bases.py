@@ -122,6 +122,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "awq-4bit": {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"},
     "pack-quantized-4bit": {
         "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "quantization_status": "compressed", "ignore": ["lm_head"],
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
             "num_bits": 4, "type": "int", "symmetric": False, "strategy": "group",
             "group_size": 8}}},

@@ -182,8 +182,8 @@ def test_kept_codes_are_those_that_the_rule_gives(
 
 
 LOADS = ("nf4", "nf4, double", "nf4, blocks of 128", "fp4, double", "int8")
-"""Kinds that transformers keeps quantized on a CPU. GPTQ and AWQ need GPTQModel, fp8 needs a GPU, and
-packed zeros of compressed-tensors it does not load, of the base either (5.23)."""
+"""Kinds that transformers keeps quantized on a CPU. GPTQ and AWQ need GPTQModel, fp8 a GPU; packed
+zeros of compressed-tensors it does not load, those of the base neither (5.23)."""
 
 
 @pytest.mark.parametrize("kind", LOADS)
