@@ -10,6 +10,7 @@ from functools import cached_property
 
 from regraft.formats.checkpoint import Checkpoint
 from regraft.names import NameMap, Piece
+from regraft.names.conv1d import is_conv1d
 from regraft.tensors import TensorSpec
 
 # Looking for similar names is slow; a hostile file could have every name differ from the others.
@@ -75,6 +76,11 @@ class BaseIndex:
             if target not in self.by_parameter and self.holding(source):
                 ties[target] = source
         return ties
+
+    def is_conv1d(self, module: str) -> bool | None:
+        """Whether a module stores its weight as (in, out); None when the model is not known."""
+        kind = (self.base.config or {}).get("model_type")
+        return is_conv1d(kind if isinstance(kind, str) else None, module)
 
     def holding(self, parameter: str) -> tuple[Held, ...]:
         """Return the tensors of a parameter, whether or not the base has its model's prefix."""

@@ -13,7 +13,6 @@ from regraft.deltas.views import ONE, Delta, Feature, View, matrix_view
 from regraft.errors import Problem
 from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.names import Piece
-from regraft.names.conv1d import is_conv1d
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 MAX_EXPERTS = 2**16
@@ -222,9 +221,7 @@ def _is_transposed(
         return held.piece.transposed and not sliced
     normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
     if normal == flipped == shape:
-        module = wanted.parameter.removesuffix(".weight")
-        kind = (index.base.config or {}).get("model_type")
-        known = is_conv1d(kind if isinstance(kind, str) else None, module)
+        known = index.is_conv1d(wanted.parameter.removesuffix(".weight"))
         conv1d = place.owner.settings.fan_in_fan_out if known is None else known
         return conv1d != held.piece.transposed
     return shape == flipped and shape != normal

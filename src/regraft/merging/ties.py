@@ -172,3 +172,23 @@ def output_rows(work: Work) -> int:
     height = work.source.shape[0] if work.source.shape else 1
     beyond = {i for patch in work.patches for i in patch.indices if i >= height}
     return height + len(beyond)
+
+
+def on_both_sides(index: BaseIndex, matching: Matching) -> dict[str, Work]:
+    """Return the works of a matching in which both sides of each tie have a work of their own.
+
+    This is for a model in memory, where the sides of a tie can differ without anything being
+    written.
+    """
+    works = dict(matching.works)
+    for source in dict.fromkeys(index.aliases.values()):
+        aliases = [target for target, owner in index.aliases.items() if owner == source]
+        stored = index.holding(source)[0].spec
+        for alias in aliases:
+            _share(matching, alias, stored.name)
+        own = matching.works.get(stored.name)
+        if own is not None:
+            works[stored.name] = own
+        for alias in aliases:
+            works[alias] = _part(matching.tied.get(alias), own, alias, stored)
+    return works

@@ -1,0 +1,1 @@
+"""Live models: adapters on a torch model that is running. The one room that needs torch."""

@@ -1,0 +1,166 @@
+"""A running model seen as a checkpoint: its parameters by name, as adapters are matched with them.
+
+Adapters are matched with a live model by the code that matches them with files. What it is given
+are the model's own parameters, under their own names, so nothing is renamed on this side; an
+adapter's names still are, from whatever version of transformers they come.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.formats.checkpoint import Checkpoint
+from regraft.merging.lookup import BaseIndex, Found, Held
+from regraft.names import NameMap, Piece
+from regraft.names.architecture import Config
+from regraft.tensors import BY_CONFIG_NAME, VIRTUAL, TensorSpec, nbytes_of
+
+IN_MEMORY = Path("memory")
+"""Stands for the file of a tensor that lies in no file."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the safetensors name of a torch dtype, ``"?"`` for one it does not have."""
+    found = BY_CONFIG_NAME.get(str(dtype).removeprefix("torch."))
+    return found.name if found else "?"
+
+
+def spec_of(name: str, shape: Iterable[int], dtype: torch.dtype) -> TensorSpec:
+    """Return the description of a tensor in memory."""
+    kind, sizes = dtype_name(dtype), tuple(shape)
+    size = nbytes_of(kind, sizes) if kind != "?" else 0
+    return TensorSpec(name, kind, sizes, IN_MEMORY, VIRTUAL, size)
+
+
+class LiveBase:
+    """A model's parameters, and where each lies in its module tree.
+
+    Attributes:
+        parameters: module path and attribute by parameter name; both sides of a tie.
+        tied: parameters that are another one's, which is named.
+        checkpoint: the parameters as a checkpoint; of a tie one side.
+        index: the same, by every name an adapter may use.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.config = config_of(model)
+        first: dict[int, str] = {}
+        self.tied: dict[str, str] = {}
+        tensors: dict[str, TensorSpec] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owner = first.setdefault(id(parameter), name)
+            if owner != name:
+                self.tied[name] = owner
+            else:
+                tensors[name] = self._spec(name, parameter)
+        self.checkpoint = Checkpoint(
+            root=IN_MEMORY,
+            source=_source_of(model),
+            revision=None,
+            shards=(),
+            tensors=tensors,
+            config=self.config,
+            index_metadata=None,
+            container="safetensors",
+            single_file=False,
+        )
+        names = NameMap.for_config(self.config, _architecture(model))
+        self.index = LiveIndex(self.checkpoint, names, self)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model is gone")
+        return model
+
+    def owner(self, parameter: str) -> tuple[str, nn.Module, str]:
+        """Return the module path, the module and the attribute of a parameter."""
+        path, _, leaf = parameter.rpartition(".")
+        return path, self.modules[path], leaf
+
+    def _spec(self, name: str, parameter: torch.Tensor) -> TensorSpec:
+        """Return a parameter's description; of a quantized one that of its plain weight."""
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and getattr(state, "shape", None) is not None:
+            return spec_of(name, state.shape, state.dtype)
+        if type(parameter).__name__ == "Int8Params":
+            return spec_of(name, parameter.shape, _dtype_of(self._model()))
+        return spec_of(name, parameter.shape, parameter.dtype)
+
+
+class LiveIndex(BaseIndex):
+    """The parameters of a live model by every name they can be asked for."""
+
+    def __init__(self, base: Checkpoint, names: NameMap, live: LiveBase) -> None:
+        self._live = live
+        super().__init__(base, names)
+
+    def _pieces(self, name: str) -> tuple[Piece, ...]:
+        return (Piece(name),)
+
+    def _exact(self, name: str) -> Found | None:
+        spec = self.base.tensors.get(name)
+        return Found(Piece(name), (Held(spec, Piece(name)),)) if spec is not None else None
+
+    def _absent_ties(self) -> dict[str, str]:
+        return dict(self._live.tied)
+
+    def is_conv1d(self, module: str) -> bool | None:
+        """Whether a module stores its weight as (in, out): here it can be looked at."""
+        found = self._live.modules.get(module)
+        return is_conv1d(found) if found is not None else None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, which stores its weight as (in, out)."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers")
+        for cls in type(module).__mro__
+    )
+
+
+def config_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return a model's configuration as ``config.json`` would have it; None if it has none."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return None
+    return dict(config.to_dict())
+
+
+def _architecture(model: nn.Module) -> str | None:
+    return type(model).__name__ if config_of(model) is not None else None
+
+
+def _source_of(model: nn.Module) -> str:
+    config: Config | None = config_of(model)
+    name = (config or {}).get("_name_or_path") or getattr(model, "name_or_path", None)
+    return str(name or type(model).__name__)
+
+
+def _dtype_of(model: nn.Module | None) -> torch.dtype:
+    """Return the dtype that a model computes in, as its plain floating-point weights have it."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters() if model is not None else ():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda d: counts[d]) if counts else torch.float16
+
+
+def without_memory(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return tensor descriptions that point to no file."""
+    return {n: replace(s, path=IN_MEMORY, start=VIRTUAL) for n, s in specs.items()}
