@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regraft.errors import (
         AccessError,
         AdapterError,
+        BaseMismatchWarning,
         BusyError,
         DiskSpaceError,
         EnvironmentShortfall,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.saving import save
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -63,6 +65,7 @@ _HOME = {
     "clean": "regraft.undoing",
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
+    "save": "regraft.runtime.saving",
     "shrink": "regraft.shrinking.verb",
     "DiffReport": "regraft.verifying.diff",
     "ShrinkReport": "regraft.shrinking.report",
@@ -71,6 +74,7 @@ _HOME = {
         (
             "AccessError",
             "AdapterError",
+            "BaseMismatchWarning",
             "BusyError",
             "DiskSpaceError",
             "EnvironmentShortfall",
@@ -103,6 +107,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "diff",
     "shrink",
     "clean",
+    "save",
     "CheckReport",
     "DiffReport",
     "Inspection",
@@ -129,6 +134,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "RegraftError",
     "UnsupportedError",
     "UsageError",
+    "BaseMismatchWarning",
     "__version__",
 ]
 
