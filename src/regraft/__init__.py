@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.handle import Adapters, attach, handle_of
     from regraft.runtime.saving import save
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
@@ -67,6 +68,9 @@ _HOME = {
     "diff": "regraft.verifying.diff",
     "save": "regraft.runtime.saving",
     "shrink": "regraft.shrinking.verb",
+    "attach": "regraft.runtime.handle",
+    "handle_of": "regraft.runtime.handle",
+    "Adapters": "regraft.runtime.handle",
     "DiffReport": "regraft.verifying.diff",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
@@ -107,6 +111,9 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "diff",
     "shrink",
     "clean",
+    "attach",
+    "handle_of",
+    "Adapters",
     "save",
     "CheckReport",
     "DiffReport",
