@@ -151,19 +151,18 @@ class _Maker:
         self._add_magnitude(path, path, module, (size[1],))
 
     def _adapt_convolution(self, path: str, module: Any) -> None:
-        rank = self._settings.rank_of(path)
-        if rank % module.groups or (module.groups > 1 and self._settings.use_dora):
-            self._refuse(path, f"a convolution in {module.groups} groups with rank {rank}",
-                         "Choose a rank that the groups divide, without DoRA")  # fmt: skip
+        if module.groups > 1:
+            self._refuse(path, f"a convolution in {module.groups} groups cannot be adapted",
+                         "Leave it out, with exclude_modules")  # fmt: skip
             return
         ones = (1,) * len(module.kernel_size)
-        self._add_pair(path, path, (module.in_channels, *module.kernel_size),
-                       (module.out_channels, *ones), path, groups=module.groups)  # fmt: skip
+        inputs, outputs = (module.in_channels, *module.kernel_size), (module.out_channels, *ones)
+        self._add_pair(path, path, inputs, outputs, path)
         self._add_magnitude(path, path, module, (1, module.out_channels, *ones))
 
     def _add_pair(
         self, key: str, named: str, inputs: tuple[int, ...], outputs: tuple[int, ...], owner: str,
-        *, experts: int = 1, groups: int = 1,
+        *, experts: int = 1,
     ) -> None:  # fmt: skip
         """Add A and B.
 
@@ -174,17 +173,14 @@ class _Maker:
             outputs: the channels that come out, and the ones that follow B's rank.
             owner: the module whose device they are on.
             experts: of a stack.
-            groups: of a convolution.
         """
         rank = self._settings.rank_of(named)
         a = torch.empty(rank * experts, *inputs)
-        b = torch.zeros(outputs[0], rank * experts // groups, *outputs[1:])
+        b = torch.zeros(outputs[0], rank * experts, *outputs[1:])
         if self._start in ("pissa", "olora"):
             a, b = self._factors_of_weight(owner, rank, named)
-        elif self._start == "gaussian":
-            nn.init.normal_(a, std=1 / rank, generator=self._generator)
         else:
-            self._as_linear(a)
+            self._fill(a, rank)
         bias = torch.zeros(outputs[0]) if self._settings.lora_bias else None
         if self._start is False:
             self._as_linear(b)
@@ -195,6 +191,13 @@ class _Maker:
         self._add(f"{key}.lora_B.weight", b, owner)
         if bias is not None:
             self._add(f"{key}.lora_B.bias", bias, owner)
+
+    def _fill(self, a: Tensor, rank: int) -> None:
+        """Fill A of a linear layer with its first values."""
+        if self._start == "gaussian":
+            nn.init.normal_(a, std=1 / rank, generator=self._generator)
+        else:
+            self._as_linear(a)
 
     def _as_linear(self, tensor: Tensor) -> None:
         """Fill a weight as torch fills that of a new linear layer or convolution."""
@@ -209,8 +212,12 @@ class _Maker:
         module = self._base.modules[path]
         weight = getattr(module, "weight", None)
         start = str(self._start)
-        if kind_of(module) not in (LINEAR, CONV1D) or not isinstance(weight, Tensor):
-            raise UnsupportedError(f"init_lora_weights={start!r} is for linear layers", where=path)
+        kinds = (LINEAR, CONV1D) if start == "pissa" else (LINEAR,)  # PEFT's OLoRA turns none
+        if kind_of(module) not in kinds or not isinstance(weight, Tensor):
+            raise UnsupportedError(
+                f"init_lora_weights={start!r} is for linear layers", where=path,
+                found=type(module).__name__,
+            )  # fmt: skip
         if not weight.is_floating_point():
             raise UnsupportedError(
                 f"init_lora_weights={start!r} needs plain weights", where=path,
@@ -343,13 +350,19 @@ class _Maker:
         return self._settings.ensure_weight_tying and f"{path}.weight" in self._base.tied
 
     def _tie_head(self) -> None:
-        """Give modules tied to an adapted embedding its factors, as views: they stay one."""
+        """Give modules tied to an adapted embedding its factors, as views: they stay one.
+
+        They begin as the factors of a linear layer do, as with PEFT.
+        """
         if not self._settings.ensure_weight_tying:
             return
         for name, owner in self._base.tied.items():
             head, embedding = (PREFIX + n.removesuffix(".weight") for n in (name, owner))
             b = self._tensors.get(f"{embedding}.lora_embedding_B")
             if b is not None and kind_of(self._base.owner(name)[1]) is LINEAR:
+                first = torch.empty(b.shape[::-1])
+                self._fill(first, len(first))
+                b.data.copy_(first.t())
                 self._tensors[f"{head}.lora_A.weight"] = b.t()
                 a = self._tensors[f"{embedding}.lora_embedding_A"]
                 self._tensors[f"{head}.lora_B.weight"] = a.t()
