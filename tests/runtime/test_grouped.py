@@ -203,22 +203,27 @@ def test_ranks_between_two_powers_of_two_are_one_bucket() -> None:
     ],
 )
 def test_rows_that_lie_well_are_not_moved(rows: list[int | None], size: int, run: bool) -> None:
-    layout = lay_out(rows, range(4))
-    assert layout is not None
+    (layout,) = lay_out([8, 8, 8, 8], rows)
     assert (layout.size, layout.is_run) == (size, run)
 
 
+def test_ranks_are_kept_apart_only_where_that_is_cheaper() -> None:
+    interleaved = lay_out([8, 16], [0, 1, 0, 1])
+    assert [layout.rank for layout in interleaved] == [16]
+    far_apart = lay_out([8, 512], [0, 1, 0, 0])
+    assert [layout.rank for layout in far_apart] == [8, 512]
+
+
 @given(st.lists(st.none() | st.integers(0, 5), max_size=40))
-def test_a_layout_holds_each_row_once_and_pads_little(rows: list[int | None]) -> None:
-    layout = lay_out(rows, range(6))
+def test_layouts_hold_each_row_once_and_pad_little(rows: list[int | None]) -> None:
+    layouts = lay_out([4, 8, 8, 16, 64, 200], rows)
     wanted = [row for row, number in enumerate(rows) if number is not None]
-    if layout is None:
-        assert not wanted
-        return
-    assert sorted(row for row in layout.places if row >= 0) == wanted
-    for place, row in enumerate(layout.places):
-        assert row < 0 or rows[row] == layout.owners[place // layout.size]
-    assert len(layout.places) <= 2 * len(wanted)
+    assert sorted(row for lay in layouts for row in lay.places if row >= 0) == wanted
+    for layout in layouts:
+        for place, row in enumerate(layout.places):
+            assert row < 0 or rows[row] == layout.owners[place // layout.size]
+        held = sum(row >= 0 for row in layout.places)
+        assert len(layout.places) <= 2 * held
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ adapters there are; a loop over adapters would take as many small products as th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -20,10 +20,13 @@ Pair = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r); the scale is in B."""
 
 CHUNK_COST = 0.25
-"""What a chunk costs by itself (its factors are read), in rows."""
+"""What a chunk costs by itself (its factors are read), as a share of what a row costs."""
 
-GATHER_COST = 0.5
-"""What it costs to take a row from its place and to put its result back, in rows."""
+GATHER_COST = 20.0
+"""What it costs to take a row from its place and to put its result back, in ranks of one row."""
+
+PART_COST = 8.0
+"""What a further batched product costs by itself, in ranks of one row."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Layout:
     """How the rows of one bucket are laid out in chunks.
 
     Attributes:
+        rank: what the pairs are padded to.
         size: rows of each chunk.
         owners: the pair that each chunk is for.
         places: the row of the batch in each place of each chunk; a place to spare has row -1.
     """
 
+    rank: int
     size: int
     owners: tuple[int, ...]
     places: tuple[int, ...]
@@ -53,9 +58,9 @@ class Layout:
 
     @property
     def cost(self) -> float:
-        """What it costs, in rows."""
+        """What it costs, in ranks of one row."""
         moved = 0.0 if self.is_run else GATHER_COST * len(self.places)
-        return len(self.places) + CHUNK_COST * len(self.owners) + moved
+        return self.rank * (len(self.places) + CHUNK_COST * len(self.owners)) + moved
 
 
 def rank_buckets(ranks: Sequence[int]) -> list[list[int]]:
@@ -70,25 +75,42 @@ def rank_buckets(ranks: Sequence[int]) -> list[list[int]]:
     return [buckets[key] for key in sorted(buckets)]
 
 
-def lay_out(rows: Sequence[int | None], members: Iterable[int]) -> Layout | None:
-    """Return the cheapest layout of the rows that use one of ``members``; None if no row does.
+def lay_out(ranks: Sequence[int], rows: Sequence[int | None]) -> tuple[Layout, ...]:
+    """Return the cheapest layouts that together hold all rows; each is for a range of ranks.
+
+    Neighbouring buckets of ranks become one where padding costs less than to pick rows apart.
 
     Args:
+        ranks: of the pairs.
         rows: the pair that each row of the batch uses.
-        members: the pairs of one bucket.
     """
-    wanted = set(members)
-    groups: dict[int, list[int]] = {}
+    used = {number for number in rows if number is not None}
+    buckets = [[n for n in bucket if n in used] for bucket in rank_buckets(ranks)]
+    buckets = [bucket for bucket in buckets if bucket]
+    best: list[tuple[float, tuple[Layout, ...]]] = [(0.0, ())]  # by the number of buckets done
+    for last in range(1, len(buckets) + 1):
+        choices = []
+        for first in range(last):
+            layout = _one_layout(ranks, rows, sum(buckets[first:last], []))
+            cost, before = best[first]
+            choices.append((cost + layout.cost + PART_COST, (*before, layout)))
+        best.append(min(choices, key=lambda choice: choice[0]))
+    return best[-1][1]
+
+
+def _one_layout(ranks: Sequence[int], rows: Sequence[int | None], members: list[int]) -> Layout:
+    """Return the cheapest single layout of the rows that use one of ``members``."""
+    groups: dict[int, list[int]] = {number: [] for number in members}
     for row, number in enumerate(rows):
-        if number is not None and number in wanted:
-            groups.setdefault(number, []).append(row)
-    if not groups:
-        return None
+        if number in groups:
+            groups[number].append(row)
+    rank = max(ranks[number] for number in members)
     longest = max(len(group) for group in groups.values())
-    return min((_in_chunks(groups, n) for n in range(1, longest + 1)), key=lambda lay: lay.cost)
+    sizes = range(1, longest + 1)
+    return min((_in_chunks(groups, rank, size) for size in sizes), key=lambda lay: lay.cost)
 
 
-def _in_chunks(groups: dict[int, list[int]], size: int) -> Layout:
+def _in_chunks(groups: dict[int, list[int]], rank: int, size: int) -> Layout:
     """Cut groups into chunks; chunks are in the order of their first rows."""
     chunks = [
         (group[at : at + size], number)
@@ -97,7 +119,7 @@ def _in_chunks(groups: dict[int, list[int]], size: int) -> Layout:
     ]
     chunks.sort()
     places = [row for chunk, _ in chunks for row in [*chunk, *[-1] * (size - len(chunk))]]
-    return Layout(size, tuple(number for _, number in chunks), tuple(places))
+    return Layout(rank, size, tuple(number for _, number in chunks), tuple(places))
 
 
 class GroupedLora:
@@ -120,8 +142,7 @@ class GroupedLora:
         _check(pairs, rows)
         self.pairs, self.rows = tuple(pairs), tuple(rows)
         self._trained = any(t.requires_grad for pair in pairs for t in pair)
-        members = rank_buckets([a.shape[0] for a, _ in pairs])
-        layouts = [lay for lay in (lay_out(rows, bucket) for bucket in members) if lay is not None]
+        layouts = lay_out([a.shape[0] for a, _ in pairs], rows)
         with torch.inference_mode(False):  # what is made here has to serve in training too
             self._parts = [_Part(self.pairs, layout) for layout in layouts]
         self._on_gpu = None if self._trained else on_gpu.grouped(self.pairs, self.rows)
