@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.handle import Adapters, attach, handle_of
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -64,6 +65,9 @@ _HOME = {
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
     "shrink": "regraft.shrinking.verb",
+    "attach": "regraft.runtime.handle",
+    "handle_of": "regraft.runtime.handle",
+    "Adapters": "regraft.runtime.handle",
     "DiffReport": "regraft.verifying.diff",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
@@ -103,6 +107,9 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "diff",
     "shrink",
     "clean",
+    "attach",
+    "handle_of",
+    "Adapters",
     "CheckReport",
     "DiffReport",
     "Inspection",

@@ -12,11 +12,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regraft.deltas.views import Delta
 from regraft.merging.match import Work
-from regraft.runtime.kinds import Tensor, shadow
+from regraft.runtime.kinds import shadow
 from regraft.runtime.matching import Tensors
 from regraft.runtime.plain import plain_weight
 from regraft.runtime.residuals import residual_pair
@@ -86,13 +86,26 @@ class ComputedWeight:
         if delta.is_residual:
             part = part.to(value.dtype).float()
         if delta.magnitude is not None:
-            magnitude = self.tensors.matrix(delta.adapter, delta.magnitude).reshape(-1)
-            axis = 0 if delta.by_column else 1
-            factor = magnitude.to(part).div(part.detach().norm(dim=axis))
-            part = part * factor.unsqueeze(axis)
+            part = part * self.dora_factor(delta).float().unsqueeze(0 if delta.by_column else 1)
         if (low, high) != (0, rows.shape[0]):
             part = torch.cat((rows[:low].float(), part, rows[high:].float()))
         return part if value.dtype == torch.float32 else part.to(value.dtype)
+
+    def dora_factor(self, delta: Delta, module: nn.Module | None = None) -> Tensor:
+        """Return m / |W + s B A|, one value per output channel (Liu et al. 2024, equation 5).
+
+        W is the base's own. The norm is a constant to gradients (the paper's section 4.3).
+        """
+        if delta.magnitude is None:
+            raise ValueError("only DoRA has a factor")
+        plain = plain_weight(module or self.module, self.leaf, self.name)
+        magnitude = self.tensors.matrix(delta.adapter, delta.magnitude).reshape(-1)
+        with torch.no_grad():
+            rows = plain.reshape(plain.shape[0], -1)[slice(*delta.rows)].float()
+            left, right = self.pair(delta, rows.device)
+            grown = torch.addmm(rows, left.float(), right.float(), alpha=delta.scale)
+            norm = grown.norm(dim=0 if delta.by_column else 1)
+        return magnitude.to(norm.device) / norm.to(magnitude.dtype)
 
     def pair(self, delta: Delta, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return a delta's factors as the stored weight has them."""

@@ -70,7 +70,9 @@ def attach(
     adapters = Adapters(model)
     try:
         if isinstance(adapter, str | Path):
-            adapters.load_adapter(adapter, name, is_trainable=is_trainable, dtype=dtype, token=token)
+            adapters.load_adapter(
+                adapter, name, is_trainable=is_trainable, dtype=dtype, token=token
+            )
         elif adapter is not None:
             adapters.add_adapter(name, adapter)
         if adapter is not None:

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from regraft.runtime import scopes
-from regraft.runtime.kinds import Tensor
 from regraft.runtime.live_base import LiveBase
 
 
@@ -161,7 +160,7 @@ class RootBefore:
     def __init__(self, state: State) -> None:
         self.state = state
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         """Check the batch."""
         if self.state.in_tasks:
             scopes.refresh_mirror()
@@ -186,7 +185,7 @@ class RootAfter:
     def __init__(self, state: State) -> None:
         self.state = state
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Note the scopes with the outputs."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return

@@ -10,13 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from regraft.runtime.live_base import is_conv1d, is_linear_without_weight
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ CONVOLUTION = Kind(
     factors=_conv_factors,
     down=_conv_down,
     up=_conv_up,
-    channels=lambda m, vector: vector.reshape(-1, *(1,) * len(m.kernel_size)),  # type: ignore[arg-type]
+    channels=lambda m, vector: vector.reshape(-1, *(1,) * len(m.kernel_size)),
     base=_convolve,
 )
 
@@ -161,7 +158,8 @@ def shadow(module: nn.Module, changes: dict[str, Tensor]) -> Any:
         module: the module.
         changes: parameters by name, those of submodules with their path.
     """
-    twin: Any = type(module).__new__(type(module))
+    cls: Any = type(module)
+    twin = cls.__new__(cls)
     twin.__dict__.update(module.__dict__)
     twin.__dict__.pop("forward", None)
     twin.__dict__["_parameters"] = dict(module._parameters)

@@ -91,7 +91,6 @@ def _suspects(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     return [k for k, t in tensors if not torch.isfinite(torch.sum(t, dtype=torch.float32))]
 
 
-
 def prepared(
     adapter: LiveAdapter,
     base: LiveBase,

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regraft.deltas.views import Delta, RowPatch
 from regraft.errors import MismatchError, Problem
 from regraft.merging.match import Work
 from regraft.runtime.computed import READS_ITS_CHILDREN, ComputedWeight, Replacement
-from regraft.runtime.kinds import EMBEDDING, LINEAR, Kind, Tensor, kind_of
+from regraft.runtime.kinds import EMBEDDING, LINEAR, Kind, kind_of
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, Tensors, match_live, weighted
 from regraft.runtime.plain import plain_weight
@@ -119,20 +119,17 @@ class _Builder:
         norms = any(d.magnitude is not None and d.by_column != kind.by_column for d in work.deltas)
         return not partial and not norms
 
-    def _steps(
-        self, kind: Kind, module: nn.Module, leaf: str, name: str, work: Work
-    ) -> list[Step]:
+    def _steps(self, kind: Kind, module: nn.Module, leaf: str, name: str, work: Work) -> list[Step]:
         if leaf == "bias":
             return [Shift(kind, self._vector(delta)) for delta in work.deltas]
         weight = ComputedWeight(module, leaf, name, work, self._tensors)
         steps: list[Step] = []
-        for number, delta in enumerate(work.deltas):
+        for delta in work.deltas:
             low_rank = self._low_rank(kind, module, weight, delta)
             if delta.magnitude is None:
                 steps.append(low_rank)
             else:
-                before = list(work.deltas[:number])
-                steps.append(self._dora(module, weight, before, delta, low_rank))
+                steps.append(self._dora(module, weight, delta, low_rank))
         return joined(steps) + [self._rows(kind, patch) for patch in work.patches]
 
     def _vector(self, delta: Delta) -> Callable[[], Tensor]:
@@ -160,14 +157,11 @@ class _Builder:
         )  # fmt: skip
 
     def _dora(
-        self, module: nn.Module, weight: ComputedWeight, before: list[Delta], delta: Delta,
-        low_rank: LowRank,
-    ) -> Dora:  # fmt: skip
+        self, module: nn.Module, weight: ComputedWeight, delta: Delta, low_rank: LowRank
+    ) -> Dora:
         adapter = self._tensors.adapters[delta.adapter]
-        norms = DoraFactor(module, weight, before, delta, trained=adapter.is_trainable)
-        return Dora(
-            low_rank, norms, lambda: plain_weight(module, weight.leaf, weight.name)
-        )
+        factor = DoraFactor(module, weight, delta, trained=adapter.is_trainable)
+        return Dora(low_rank, factor, lambda: plain_weight(module, weight.leaf, weight.name))
 
     def _rows(self, kind: Kind, patch: RowPatch) -> Step:
         def values() -> Tensor:
@@ -190,15 +184,15 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 class DoraFactor:
-    """Gives m / |W + deltas|, one value per output channel; kept where nothing is trained."""
+    """Gives m / |W + s B A|, one value per output channel; kept where nothing is trained.
+
+    W is the base's own weight, whatever other adapters answer with this one.
+    """
 
     def __init__(
-        self, module: nn.Module, weight: ComputedWeight, before: Sequence[Delta], delta: Delta,
-        *, trained: bool,
-    ) -> None:  # fmt: skip
-        self._module, self._weight = module, weight
-        self._before, self._delta = before, delta
-        self._trained = trained
+        self, module: nn.Module, weight: ComputedWeight, delta: Delta, *, trained: bool
+    ) -> None:
+        self._module, self._weight, self._delta = module, weight, delta
         self._kept: Tensor | None = None if trained else self._compute()
         self._seen = self._version()
 
@@ -218,32 +212,7 @@ class DoraFactor:
         return self._kept
 
     def _compute(self) -> Tensor:
-        """Return the factor; the norm is a constant to gradients (the paper's section 4.3)."""
-        weight, delta = self._weight, self._delta
-        view = delta.magnitude
-        if view is None:
-            raise ValueError("only DoRA has a factor")
-        magnitude = weight.tensors.matrix(delta.adapter, view).reshape(-1)
-        with torch.no_grad():
-            norm = self._norm()
-        return magnitude.to(norm.device) / norm.to(magnitude.dtype)
-
-    def _norm(self) -> Tensor:
-        weight = self._weight
-        plain = plain_weight(self._module, weight.leaf, weight.name)
-        rows = plain.reshape(plain.shape[0], -1).float()
-        for each in self._before:
-            rows = _grown(rows, each, *weight.pair(each, rows.device))
-        low, high = self._delta.rows
-        left, right = weight.pair(self._delta, rows.device)
-        full = rows[low:high] + (left.float() @ right.float()) * self._delta.scale
-        return full.norm(dim=0 if self._delta.by_column else 1)
-
-
-def _grown(rows: Tensor, delta: Delta, left: Tensor, right: Tensor) -> Tensor:
-    grown = rows.clone()
-    grown[delta.rows[0] : delta.rows[1]] += (left.float() @ right.float()) * delta.scale
-    return grown
+        return self._weight.dora_factor(self._delta, self._module)
 
 
 def joined(steps: list[Step]) -> list[Step]:
@@ -264,7 +233,8 @@ def _can_join(first: LowRank, second: LowRank) -> bool:
         return False
     if first.dropout or second.dropout or first.kind.name not in ("linear", "Conv1D"):
         return False
-    return pairs[0][0].dtype == pairs[1][0].dtype
+    same: bool = pairs[0][0].dtype == pairs[1][0].dtype
+    return same
 
 
 def _join(first: LowRank, second: LowRank) -> LowRank:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regraft.errors import UsageError
-from regraft.runtime.kinds import Tensor
 from regraft.runtime.operations import Operations
 from regraft.runtime.steps import run
 
@@ -198,7 +197,9 @@ def _take(value: Any, axis: int, length: int, index: Tensor) -> Any:
             return value.index_select(each, index)
         if value.dim() > each and length and value.shape[each] % length == 0:
             many = value.shape[each] // length  # attention masks: heads of a row together
-            spread = (index.unsqueeze(1) * many + torch.arange(many, device=index.device)).reshape(-1)
+            spread = (index.unsqueeze(1) * many + torch.arange(many, device=index.device)).reshape(
+                -1
+            )
             return value.index_select(each, spread)
     return value
 
@@ -208,6 +209,8 @@ def _join(parts: Sequence[Any], axis: int, back: Tensor) -> Any:
         return torch.cat(list(parts), axis).index_select(axis, back)
     if isinstance(parts[0], tuple):
         axes = [axis, *[0] * (len(parts[0]) - 1)]  # attention: the weights have rows first
-        joined = (_join(each, at, back) for each, at in zip(zip(*parts, strict=True), axes, strict=True))
+        joined = (
+            _join(each, at, back) for each, at in zip(zip(*parts, strict=True), axes, strict=True)
+        )
         return tuple(joined)
     return parts[0]

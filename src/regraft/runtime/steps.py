@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from regraft.runtime.kinds import Kind, Tensor
+from regraft.runtime.kinds import Kind
 
 Pair = tuple[Tensor, Tensor]
 """A and B of a delta, as the layer's kind takes them."""
