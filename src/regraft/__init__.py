@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
     from regraft.runtime.cache import AdapterCache, CacheStats
+    from regraft.runtime.handle import Adapters, attach, handle_of
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -65,6 +66,9 @@ _HOME = {
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
     "shrink": "regraft.shrinking.verb",
+    "attach": "regraft.runtime.handle",
+    "handle_of": "regraft.runtime.handle",
+    "Adapters": "regraft.runtime.handle",
     "AdapterCache": "regraft.runtime.cache",
     "CacheStats": "regraft.runtime.cache",
     "DiffReport": "regraft.verifying.diff",
@@ -106,6 +110,9 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "diff",
     "shrink",
     "clean",
+    "attach",
+    "handle_of",
+    "Adapters",
     "AdapterCache",
     "CacheStats",
     "CheckReport",

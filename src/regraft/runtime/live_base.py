@@ -53,6 +53,7 @@ class LiveBase:
         self._model = weakref.ref(model)
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.config = config_of(model)
+        self._paths = {id(module): path for path, module in reversed(self.modules.items())}
         first: dict[int, str] = {}
         self.tied: dict[str, str] = {}
         tensors: dict[str, TensorSpec] = {}
@@ -62,6 +63,7 @@ class LiveBase:
                 self.tied[name] = owner
             else:
                 tensors[name] = self._spec(name, parameter)
+        tensors |= self._without_weight()
         self.checkpoint = Checkpoint(
             root=IN_MEMORY,
             source=_source_of(model),
@@ -92,6 +94,21 @@ class LiveBase:
         """Return the module path, the module and the attribute of a parameter."""
         path, _, leaf = parameter.rpartition(".")
         return path, self.modules[path], leaf
+
+    def canonical(self, path: str) -> str:
+        """Return the first path of the module that a path leads to."""
+        return self._paths[id(self.modules[path])]
+
+    def _without_weight(self) -> dict[str, TensorSpec]:
+        """Return the weights of linear layers that are quantized in a way of their own."""
+        dtype = _dtype_of(self._model())
+        found = {}
+        for path, module in self.modules.items():
+            if is_linear_without_weight(module):
+                name = f"{path}.weight"
+                shape: Any = (module.out_features, module.in_features)
+                found[name] = spec_of(name, shape, dtype)
+        return found
 
     def _spec(self, name: str, parameter: torch.Tensor) -> TensorSpec:
         """Return a parameter's description; of a quantized one that of its plain weight."""
@@ -132,6 +149,13 @@ def is_conv1d(module: nn.Module) -> bool:
         cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers")
         for cls in type(module).__mro__
     )
+
+
+def is_linear_without_weight(module: nn.Module) -> bool:
+    """Whether a module is a quantized linear layer that has sizes but no weight of its own."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    has_weight = isinstance(getattr(module, "weight", None), torch.Tensor)
+    return all(isinstance(size, int) for size in sizes) and not has_weight
 
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
