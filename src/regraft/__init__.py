@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.cache import AdapterCache, CacheStats
     from regraft.runtime.handle import Adapters, attach, handle_of
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
@@ -68,6 +69,8 @@ _HOME = {
     "attach": "regraft.runtime.handle",
     "handle_of": "regraft.runtime.handle",
     "Adapters": "regraft.runtime.handle",
+    "AdapterCache": "regraft.runtime.cache",
+    "CacheStats": "regraft.runtime.cache",
     "DiffReport": "regraft.verifying.diff",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
@@ -110,6 +113,8 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "attach",
     "handle_of",
     "Adapters",
+    "AdapterCache",
+    "CacheStats",
     "CheckReport",
     "DiffReport",
     "Inspection",
