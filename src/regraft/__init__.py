@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.cache import AdapterCache, CacheStats
     from regraft.runtime.handle import Adapters, attach, handle_of
     from regraft.runtime.saving import save
     from regraft.shrinking.report import ShrinkReport
@@ -71,6 +72,8 @@ _HOME = {
     "attach": "regraft.runtime.handle",
     "handle_of": "regraft.runtime.handle",
     "Adapters": "regraft.runtime.handle",
+    "AdapterCache": "regraft.runtime.cache",
+    "CacheStats": "regraft.runtime.cache",
     "DiffReport": "regraft.verifying.diff",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
@@ -114,6 +117,8 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "attach",
     "handle_of",
     "Adapters",
+    "AdapterCache",
+    "CacheStats",
     "save",
     "CheckReport",
     "DiffReport",

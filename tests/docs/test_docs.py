@@ -43,6 +43,7 @@ DESCRIBED = {
     "regraft.merging.receipt": ("Receipt", "InputRecord", "TensorRecord", "Totals"),
     "regraft.merging.leftovers": ("Leftover",),
     "regraft.merging.report": ("CheckReport", "UnmergeReport"),
+    "regraft.runtime.cache": ("CacheStats",),
     "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
     "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),
