@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regraft.errors import (
         AccessError,
         AdapterError,
+        BaseMismatchWarning,
         BusyError,
         DiskSpaceError,
         EnvironmentShortfall,
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.cache import AdapterCache, CacheStats
     from regraft.runtime.handle import Adapters, attach, handle_of
+    from regraft.runtime.saving import save
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -64,10 +67,13 @@ _HOME = {
     "clean": "regraft.undoing",
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
+    "save": "regraft.runtime.saving",
     "shrink": "regraft.shrinking.verb",
     "attach": "regraft.runtime.handle",
     "handle_of": "regraft.runtime.handle",
     "Adapters": "regraft.runtime.handle",
+    "AdapterCache": "regraft.runtime.cache",
+    "CacheStats": "regraft.runtime.cache",
     "DiffReport": "regraft.verifying.diff",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
@@ -75,6 +81,7 @@ _HOME = {
         (
             "AccessError",
             "AdapterError",
+            "BaseMismatchWarning",
             "BusyError",
             "DiskSpaceError",
             "EnvironmentShortfall",
@@ -110,6 +117,9 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "attach",
     "handle_of",
     "Adapters",
+    "AdapterCache",
+    "CacheStats",
+    "save",
     "CheckReport",
     "DiffReport",
     "Inspection",
@@ -136,6 +146,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "RegraftError",
     "UnsupportedError",
     "UsageError",
+    "BaseMismatchWarning",
     "__version__",
 ]
 
