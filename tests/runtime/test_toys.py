@@ -39,7 +39,6 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "bias-all": ("mlp", lora(["lin0"], bias="all")),
     "bias-lora-only": ("mlp", lora(["lin0"], bias="lora_only")),
     "lora-bias": ("mlp", lora(["lin0", "lin1"], lora_bias=True)),
-    "lora-bias-on-no-bias": ("mlp-without-bias", lora(["lin0"], lora_bias=True)),
     "whole": ("mlp", lora(["lin0"], modules_to_save=["lin1"])),
     "dropout": ("mlp", lora(["lin0"], lora_dropout=0.4)),
     "layers": (
@@ -60,7 +59,7 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "conv1d-of-gpt2-bias": ("embedded", lora(["conv1d", "lin0"], bias="all")),
     "everything": ("embedded", lora(["emb", "conv1d", "lin0"])),
     **{
-        f"{toy}{name}": (toy, lora(["conv", "wrapped"], **fields))
+        f"{toy}{name}": (toy, lora(["conv", "same"], **fields))
         for toy in ("conv1d", "conv2d", "conv3d")
         for name, fields in {
             "": {},
@@ -71,7 +70,6 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "conv2d-lora-bias": ("conv2d", lora(["conv"], lora_bias=True)),
     "conv2d-bias": ("conv2d", lora(["conv"], bias="lora_only")),
     "conv2d-whole": ("conv2d", lora(["lin0"], modules_to_save=["conv"])),
-    "grouped": ("grouped", lora(["conv"])),
     "attention": ("attention", lora(["mha"])),
     "attention-rslora": ("attention-batch-first", lora(["mha"], use_rslora=True)),
     "attention-beside-linear": ("attention-batch-first", lora(["mha", "lin0"])),

@@ -24,7 +24,7 @@ class Mlp(nn.Module):
 
 
 class DeepMlp(nn.Module):
-    """Blocks in a list, called by keyword."""
+    """Blocks in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class DeepMlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (batch, 4) of (batch, 10)."""
         for layer in self.layers:
-            x = x + layer["down"](torch.tanh(layer["up"](input=x)))
+            x = x + layer["down"](torch.tanh(layer["up"](x)))
         return self.head(self.norm(x))
 
 
@@ -59,16 +59,16 @@ class Embedded(nn.Module):
 class Convolutions(nn.Module):
     """A convolution over one, two or three axes, then a linear layer."""
 
-    def __init__(self, axes: int, groups: int = 1) -> None:
+    def __init__(self, axes: int, groups: int = 1, padding_mode: str = "zeros") -> None:
         super().__init__()
         kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         self.conv = kinds[axes - 1](4, 6, 3, stride=2, padding=1, groups=groups)
-        self.wrapped = kinds[axes - 1](6, 6, 3, padding=1, padding_mode="circular", bias=False)
+        self.same = kinds[axes - 1](6, 6, 3, padding=1, padding_mode=padding_mode, bias=False)
         self.lin0 = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (batch, 3) of (batch, 4, ...)."""
-        x = torch.tanh(self.wrapped(torch.tanh(self.conv(x))))
+        x = torch.tanh(self.same(torch.tanh(self.conv(x))))
         return self.lin0(x.flatten(2).mean(2))
 
 
@@ -152,6 +152,7 @@ TOYS = {
     "conv1d": Toy(lambda: Convolutions(1), (4, 9)),
     "conv2d": Toy(lambda: Convolutions(2), (4, 8, 9)),
     "conv3d": Toy(lambda: Convolutions(3), (4, 5, 6, 7)),
+    "circular": Toy(lambda: Convolutions(2, padding_mode="circular"), (4, 8, 9)),
     "grouped": Toy(lambda: Convolutions(2, groups=2), (4, 8, 9)),
     "attention": Toy(lambda: Attention(batch_first=False), (5, 12)),
     "attention-batch-first": Toy(lambda: Attention(batch_first=True), (5, 12)),
