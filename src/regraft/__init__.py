@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regraft.errors import (
         AccessError,
         AdapterError,
+        BaseMismatchWarning,
         BusyError,
         DiskSpaceError,
         EnvironmentShortfall,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from regraft.merging.report import CheckReport, UnmergeReport
     from regraft.runtime.cache import AdapterCache, CacheStats
     from regraft.runtime.handle import Adapters, attach, handle_of
+    from regraft.runtime.saving import save
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -65,6 +67,7 @@ _HOME = {
     "clean": "regraft.undoing",
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
+    "save": "regraft.runtime.saving",
     "shrink": "regraft.shrinking.verb",
     "attach": "regraft.runtime.handle",
     "handle_of": "regraft.runtime.handle",
@@ -78,6 +81,7 @@ _HOME = {
         (
             "AccessError",
             "AdapterError",
+            "BaseMismatchWarning",
             "BusyError",
             "DiskSpaceError",
             "EnvironmentShortfall",
@@ -115,6 +119,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "Adapters",
     "AdapterCache",
     "CacheStats",
+    "save",
     "CheckReport",
     "DiffReport",
     "Inspection",
@@ -141,6 +146,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "RegraftError",
     "UnsupportedError",
     "UsageError",
+    "BaseMismatchWarning",
     "__version__",
 ]
 

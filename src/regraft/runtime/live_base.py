@@ -20,6 +20,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
+from regraft.runtime.quantized import plain_form, remembered
 from regraft.tensors import BY_CONFIG_NAME, VIRTUAL, TensorSpec, nbytes_of
 
 IN_MEMORY = Path("memory")
@@ -47,6 +48,8 @@ class LiveBase:
         tied: parameters that are another one's, which is named.
         checkpoint: the parameters as a checkpoint; of a tie one side.
         index: the same, by every name an adapter may use.
+        quantized: names of the parameters that are quantized.
+        scales: those of 4-bit ones that a forward pass on this CPU would lose, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,6 +59,7 @@ class LiveBase:
         self._paths = {id(module): path for path, module in reversed(self.modules.items())}
         first: dict[int, str] = {}
         self.tied: dict[str, str] = {}
+        self.quantized: list[str] = []
         tensors: dict[str, TensorSpec] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owner = first.setdefault(id(parameter), name)
@@ -64,6 +68,7 @@ class LiveBase:
             else:
                 tensors[name] = self._spec(name, parameter)
         tensors |= self._without_weight()
+        self.scales = remembered({name: self.owner(name)[1:] for name in self.quantized})
         self.checkpoint = Checkpoint(
             root=IN_MEMORY,
             source=_source_of(model),
@@ -112,12 +117,12 @@ class LiveBase:
 
     def _spec(self, name: str, parameter: torch.Tensor) -> TensorSpec:
         """Return a parameter's description; of a quantized one that of its plain weight."""
-        state = getattr(parameter, "quant_state", None)
-        if state is not None and getattr(state, "shape", None) is not None:
-            return spec_of(name, state.shape, state.dtype)
-        if type(parameter).__name__ == "Int8Params":
-            return spec_of(name, parameter.shape, _dtype_of(self._model()))
-        return spec_of(name, parameter.shape, parameter.dtype)
+        form = plain_form(parameter)
+        if form is None:
+            return spec_of(name, parameter.shape, parameter.dtype)
+        shape, dtype = form
+        self.quantized.append(name)
+        return spec_of(name, shape, dtype or _dtype_of(self._model()))
 
 
 class LiveIndex(BaseIndex):
@@ -177,7 +182,10 @@ def _source_of(model: nn.Module) -> str:
 
 
 def _dtype_of(model: nn.Module | None) -> torch.dtype:
-    """Return the dtype that a model computes in, as its plain floating-point weights have it."""
+    """Return the dtype that a model computes in: as it says, or as most of its weights have it."""
+    named = getattr(model, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
     counts: dict[torch.dtype, int] = {}
     for parameter in model.parameters() if model is not None else ():
         if parameter.is_floating_point():
