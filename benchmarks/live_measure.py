@@ -219,17 +219,13 @@ def merging(inputs: Inputs, sizes: Sizes) -> Merging:
     before = copy.deepcopy(model)
     theirs = PeftModel.from_pretrained(copy.deepcopy(model), inputs.adapters[name], name).eval()
     adapters = regraft.attach(model, inputs.adapters[name], name=name)
-    sizes_seen: list[int] = []
+    kept: list[int] = []
 
     def merge() -> None:
-        adapters.merge_adapter(name)
-
-    def unmerge() -> None:
-        sizes_seen.append(adapters.undo_bytes)
-        adapters.unmerge_adapter()
+        kept.append(adapters.merge_adapter(name).undo_bytes)
 
     merges = {
-        "merge, regraft": Job(merge, after=unmerge),
+        "merge, regraft": Job(merge, after=adapters.unmerge_adapter),
         "merge, peft": Job(lambda: theirs.merge_adapter([name]), after=theirs.unmerge_adapter),
     }
     unmerges = {
@@ -240,10 +236,10 @@ def merging(inputs: Inputs, sizes: Sizes) -> Merging:
     adapted = {n for n, _ in theirs.get_base_model().named_parameters() if ".base_layer." in n}
     return Merging(
         times,
-        2 * (sizes.rounds + 2),
+        len(kept),
         {"regraft": changed(before, model), "peft": changed(before, theirs.get_base_model())},
         sum(p.numel() for n, p in before.named_parameters() if _wrapped(n) in adapted),
-        max(sizes_seen),
+        max(kept),
         sum(p.numel() * p.element_size() for p in before.parameters()),
     )
 
