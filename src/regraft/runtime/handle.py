@@ -7,11 +7,10 @@ PEFT's names.
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,19 @@ import torch
 from torch import nn
 
 from regraft.errors import UsageError
-from regraft.runtime import loading, scopes
+from regraft.runtime import loading, merged, scopes
+from regraft.runtime.cache import AdapterCache
 from regraft.runtime.hooks import Hooks, State
+from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
-from regraft.runtime.operations import Operations, operations_of
+from regraft.runtime.merged import MergeReport
+from regraft.runtime.operations import operations_of
 from regraft.runtime.selection import Named, Rows, Selection
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 """Adapters that answer together: a name, names, names with weights; None for no adapter."""
 
-_KEPT_MIXES = 64
 _numbers = itertools.count(1)
 _attached: weakref.WeakKeyDictionary[nn.Module, Adapters] = weakref.WeakKeyDictionary()
 
@@ -41,6 +42,7 @@ def attach(
     *,
     is_trainable: bool = False,
     dtype: torch.dtype | str | None = None,
+    cache: AdapterCache | None = None,
     token: str | None = None,
 ) -> Adapters:
     """Put adapters on a running model, without a wrapper.
@@ -52,6 +54,7 @@ def attach(
         name: what it is called from now on.
         is_trainable: whether an adapter that is loaded goes on in training.
         dtype: of the adapter's tensors; by default as they are stored.
+        cache: keeps adapters that are loaded within a cap; without one all stay in memory.
         token: Hub token; by default the one the machine is logged in with.
 
     Returns:
@@ -67,7 +70,7 @@ def attach(
             "this model has adapters attached already", where=type(model).__name__,
             hint="Use that handle's load_adapter, or regraft.handle_of(model) to find it",
         )  # fmt: skip
-    adapters = Adapters(model)
+    adapters = Adapters(model, cache)
     try:
         if isinstance(adapter, str | Path):
             adapters.load_adapter(
@@ -95,21 +98,20 @@ class Adapters:
     this thread or asyncio task alone, by :meth:`using`, :meth:`rows` and :meth:`disable_adapter`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cache: AdapterCache | None = None) -> None:
         self.base = LiveBase(model)
         self._state = State(next(_numbers))
         self._hooks = Hooks(self.base, self._state)
-        self._adapters: dict[str, LiveAdapter] = {}
-        self._selections: dict[str, Selection] = {}
-        self._mixes: OrderedDict[Named, Selection] = OrderedDict()
-        self._lock = threading.RLock()
+        self._library = Library(cache)
+        self._default: Chosen | None = None
+        self._merged: _Merged | None = None
         self._frozen: list[nn.Parameter] = []
         _attached[model] = self
 
     def __repr__(self) -> str:
-        active = ", ".join(f"{n}" if w == 1 else f"{n}={w:g}" for n, w in self._default_names)
-        names = ", ".join(self._adapters) or "none"
-        return f"Adapters({names}; active: {active or 'none'})"
+        names = ", ".join(self.names) or "none"
+        merged = f"; merged: {_listed(self._merged.names)}" if self._merged else ""
+        return f"Adapters({names}; active: {_listed(self._default_names)}{merged})"
 
     @property
     def model(self) -> nn.Module:
@@ -119,16 +121,23 @@ class Adapters:
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters, in the order in which they came."""
-        return tuple(self._adapters)
+        return self._library.names
 
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that answer here: in this thread or task, if a scope says so, or for all."""
+        if self._merged is not None:
+            return self.merged_adapters
         selection = self._state.selection()
         if isinstance(selection, Rows):
             parts = [each.names for each in selection.distinct if each is not None]
             return list(dict.fromkeys(name for names in parts for name, _ in names))
         return [name for name, _ in selection.names] if selection is not None else []
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are in the weights now."""
+        return [name for name, _ in self._merged.names] if self._merged is not None else []
 
     @property
     def _default_names(self) -> Named:
@@ -141,13 +150,8 @@ class Adapters:
         Raises:
             UsageError: there is none of this name.
         """
-        if name not in self._adapters:
-            raise UsageError(
-                "there is no adapter of this name", where=repr(name),
-                expected=" or ".join(map(repr, self._adapters)) or "one that was loaded",
-                hint="load_adapter(source, name) loads one",
-            )  # fmt: skip
-        return self._adapters[name]
+        with self._library.choose([name]) as chosen:
+            return chosen[name].adapter
 
     # -- adapters come and go --------------------------------------------------------------------
 
@@ -159,8 +163,10 @@ class Adapters:
         is_trainable: bool = False,
         dtype: torch.dtype | str | None = None,
         token: str | None = None,
-    ) -> LiveAdapter:
+    ) -> None:
         """Load an adapter beside the others; which ones answer stays as it is.
+
+        With a cache it is looked at now, and read when it is first used.
 
         Args:
             source: a folder or a Hub id ``org/name[@revision]``.
@@ -172,13 +178,27 @@ class Adapters:
         Raises:
             UsageError: the name is taken.
             RegraftError: it cannot be read, or does not fit the model. Nothing has changed then.
-        """
-        self._check_new(name)
-        files = loading.open_files(source, token)
-        adapter = loading.load(name, files, loading.describe(files))
-        return self._take(loading.prepared(adapter, self.base, dtype, is_trainable=is_trainable))
 
-    def add_adapter(self, name: str, config: Any) -> LiveAdapter:
+        Warns:
+            BaseMismatchWarning: it was trained on another base, by the fingerprint it carries.
+        """
+        self._library.check_new(name)
+        files = loading.open_files(source, token)
+        adapter = loading.describe(files)
+
+        def read() -> Held:
+            live = loading.load(name, files, adapter)
+            return self._held(loading.prepared(live, self.base, dtype, is_trainable=is_trainable))
+
+        if self._library.cache is None or is_trainable:
+            self._take(read())
+        else:
+            operations_of(self.base, [(loading.without_values(name, files, adapter), 1.0)])
+            size = sum(spec.nbytes for spec in files.tensors.values())
+            self._library.register(name, read, size)
+        loading.check_base(name, files, self.base)
+
+    def add_adapter(self, name: str, config: Any) -> None:
         """Make a new adapter to be trained; which ones answer stays as it is.
 
         Args:
@@ -192,29 +212,19 @@ class Adapters:
         """
         from regraft.runtime.training import as_config, new_adapter
 
-        self._check_new(name)
-        return self._take(new_adapter(self.base, as_config(config), name))
+        self._library.check_new(name)
+        self._take(self._held(new_adapter(self.base, as_config(config), name)))
 
-    def _check_new(self, name: str) -> None:
-        if name in self._adapters:
-            raise UsageError(
-                "there is an adapter of this name already", where=repr(name),
-                hint="Choose another name, or delete_adapter(name) first",
-            )  # fmt: skip
-
-    def _take(self, adapter: LiveAdapter) -> LiveAdapter:
-        with self._lock:
-            self._check_new(adapter.name)
-            operations = operations_of(self.base, [(adapter, 1.0)])
-            self._cover(operations)
-            self._adapters[adapter.name] = adapter
-            self._selections[adapter.name] = Selection(((adapter.name, 1.0),), operations)
-            if adapter.is_trainable:
-                self._freeze_base()
-        return adapter
-
-    def _cover(self, operations: Operations) -> None:
+    def _held(self, adapter: LiveAdapter) -> Held:
+        """Find out what an adapter does here, and see to the modules that it needs."""
+        operations = operations_of(self.base, [(adapter, 1.0)])
         self._hooks.cover(operations.steps, operations.replacements)
+        return Held(adapter, Selection(((adapter.name, 1.0),), operations))
+
+    def _take(self, held: Held) -> None:
+        self._library.add(held)
+        if held.adapter.is_trainable:
+            self._freeze_base()
 
     def _freeze_base(self) -> None:
         """Let nothing but adapters be trained; undone by :meth:`detach`."""
@@ -222,37 +232,35 @@ class Adapters:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 self._frozen.append(parameter)
+        self._hooks.keep_gradients()
 
     def delete_adapter(self, name: str) -> None:
         """Let go of an adapter.
 
         Raises:
-            UsageError: there is none of this name, or it answers now.
+            UsageError: there is none of this name, or it answers or is merged now.
         """
-        self.adapter(name)
-        with self._lock:
-            if name in self.active_adapters or name in dict(self._default_names):
-                raise UsageError(
-                    "this adapter answers now", where=repr(name),
-                    hint="Choose another one with set_adapter(name), or None, and then delete it",
-                )  # fmt: skip
-            del self._adapters[name], self._selections[name]
-            for mix in [mix for mix in self._mixes if name in dict(mix)]:
-                del self._mixes[mix]
+        self._library.check_known([name])
+        busy = {*self.active_adapters, *dict(self._default_names), *self.merged_adapters}
+        if name in busy:
+            raise UsageError(
+                "this adapter answers now", where=repr(name),
+                hint="Choose another one with set_adapter(name), or None, and then delete it",
+            )  # fmt: skip
+        self._library.remove(name)
 
     def detach(self) -> nn.Module:
         """Take everything off the model and return it: as it was before :func:`attach`."""
-        with self._lock:
-            self._hooks.remove()
-            self._state.default = None
-            self._adapters.clear()
-            self._selections.clear()
-            self._mixes.clear()
-            for parameter in self._frozen:
-                parameter.requires_grad_(True)
-            self._frozen.clear()
-            model = self.model
-            _attached.pop(model, None)
+        if self._merged is not None:
+            self.unmerge_adapter()
+        self._hooks.remove()
+        self._choose(None)
+        self._library.clear()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+        model = self.model
+        _attached.pop(model, None)
         return model
 
     unload = detach
@@ -269,7 +277,38 @@ class Adapters:
             UsageError: a name is unknown.
             MismatchError: they cannot go together.
         """
-        self._state.default = self.selection(adapters)
+        self._check_unmerged()
+        self._choose(adapters)
+
+    def _choose(self, adapters: Choice) -> None:
+        chosen, before = self._chosen(adapters), self._default
+        self._state.default, self._default = chosen.selection, chosen
+        chosen.keep()
+        if before is not None:
+            before.release()
+
+    def _chosen(self, adapters: Choice) -> Chosen:
+        """Return a choice of adapters, which stay in memory until it is released."""
+        parts = named(adapters)
+        chosen = self._library.choose([name for name, _ in parts])
+        try:
+            chosen.selection = self._selection(parts, chosen)
+        except BaseException:
+            chosen.release()
+            raise
+        return chosen
+
+    def _selection(self, parts: Named, chosen: Mapping[str, Held]) -> Selection | None:
+        if not parts:
+            return None
+        if len(parts) == 1 and parts[0][1] == 1.0:
+            return chosen[parts[0][0]].selection
+        return self._library.mix(parts, lambda: self._mix(parts, chosen))
+
+    def _mix(self, parts: Named, chosen: Mapping[str, Held]) -> Selection:
+        operations = operations_of(self.base, [(chosen[n].adapter, w) for n, w in parts])
+        self._hooks.cover(operations.steps, operations.replacements)
+        return Selection(parts, operations)
 
     @contextmanager
     def using(self, adapters: Choice) -> Iterator[None]:
@@ -281,7 +320,8 @@ class Adapters:
         Raises:
             UsageError, MismatchError: as :meth:`set_adapter`.
         """
-        with self._scope(self.selection(adapters)):
+        self._check_unmerged()
+        with self._chosen(adapters) as chosen, self._scope(chosen.selection):
             yield
 
     @contextmanager
@@ -294,19 +334,39 @@ class Adapters:
                 ``num_beams`` or ``num_return_sequences`` of ``generate``.
 
         Raises:
-            UsageError: a name is unknown; in the block, a batch of another length.
+            UsageError: no row or an unknown name; in the block, a batch of another length.
+            MismatchError: adapters of one row cannot go together.
         """
-        chosen = [self.selection(each) for each in adapters for _ in range(repeats)]
-        distinct = tuple(dict.fromkeys(chosen))
-        number = {selection: at for at, selection in enumerate(distinct)}
-        with self._scope(Rows(distinct, tuple(number[each] for each in chosen))):
-            yield
+        self._check_unmerged()
+        of_row = [named(each) for each in adapters]
+        if not of_row or repeats < 1:
+            raise UsageError(
+                "no rows were named", where="rows()", hint="Name an adapter or None for each row"
+            )
+        names = dict.fromkeys(name for parts in of_row for name, _ in parts)
+        with self._library.choose(list(names)) as chosen:
+            distinct = {parts: self._selection(parts, chosen) for parts in of_row}
+            number = {parts: at for at, parts in enumerate(distinct)}
+            places = tuple(number[parts] for parts in of_row for _ in range(repeats))
+            with self._scope(Rows(tuple(distinct.values()), places)):
+                yield
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Let the base alone answer in a block, in this thread or asyncio task."""
-        with self._scope(None):
-            yield
+        """Let the base alone answer in a block, in this thread or asyncio task.
+
+        Adapters that are merged are taken out of the weights for the block, for all threads, and
+        merged again after it.
+        """
+        merged = self._merged
+        if merged is not None:
+            merged.work.unmerge()
+        try:
+            with self._scope(None):
+                yield
+        finally:
+            if merged is not None:
+                merged.work.carry_out(to_the_end=True)
 
     @contextmanager
     def _scope(self, selection: Selection | Rows | None) -> Iterator[None]:
@@ -315,40 +375,119 @@ class Adapters:
         with scopes.scope(self._state.key, selection):
             yield
 
-    def selection(self, adapters: Choice) -> Selection | None:
-        """Return what a choice of adapters stands for; None for no adapter.
+    # -- merged into the weights -----------------------------------------------------------------
+
+    def merge_adapter(
+        self,
+        adapters: Choice = None,
+        *,
+        rounding: str | None = None,
+        seed: int = 0,
+        dequantize: bool = False,
+    ) -> MergeReport:
+        """Merge adapters into the model's weights, in place: the bits of the merge on files.
+
+        The model then runs as fast as the base, with these adapters, for all threads; nobody must
+        run it meanwhile. :meth:`unmerge_adapter` gives the base's exact bits back.
+
+        Args:
+            adapters: which ones; by default those that answer here.
+            rounding: how values become codes where the base is quantized: ``stochastic``, which
+                keeps the deltas on average (the default), or ``nearest``.
+            seed: which random bits that takes.
+            dequantize: put plain layers in the place of quantized ones.
 
         Raises:
-            UsageError: a name is unknown, or a weight is no finite number.
-            MismatchError: they cannot go together.
+            UsageError: adapters are merged already, or there is none to merge.
+            RegraftError: they cannot be merged; the model is then as before.
         """
-        if isinstance(adapters, str):
-            self.adapter(adapters)
-            return self._selections[adapters]
-        parts = named(adapters)
-        for name, _ in parts:
-            self.adapter(name)
-        if len(parts) == 1 and parts[0][1] == 1.0:
-            return self._selections[parts[0][0]]
-        return self._mix(parts) if parts else None
+        self._check_unmerged()
+        parts = named(adapters) if adapters is not None else self._active_mix()
+        if not parts:
+            raise UsageError("no adapter answers here, so none can be merged", hint="Name one")
+        with self._library.choose([name for name, _ in parts]) as chosen:
+            weighted = [(chosen[name].adapter, weight) for name, weight in parts]
+            work = merged.merge(
+                self.base, weighted, rounding=rounding, seed=seed, dequantize=dequantize
+            )
+        self._merged = _Merged(parts, work)
+        self._state.is_merged = True
+        return work.report
 
-    def _mix(self, parts: Named) -> Selection:
-        with self._lock:
-            if parts not in self._mixes:
-                chosen = [(self._adapters[name], weight) for name, weight in parts]
-                operations = operations_of(self.base, chosen)
-                self._cover(operations)
-                self._mixes[parts] = Selection(parts, operations)
-            self._mixes.move_to_end(parts)
-            while len(self._mixes) > _KEPT_MIXES:
-                self._mixes.popitem(last=False)
-            return self._mixes[parts]
+    def unmerge_adapter(self) -> None:
+        """Take the merged adapters out of the weights again: every bit is what it was.
+
+        Raises:
+            UsageError: nothing is merged.
+            MismatchError: the weights were changed meanwhile by others.
+        """
+        if self._merged is None:
+            raise UsageError("no adapter is merged", hint="merge_adapter(name) merges one")
+        self._merged.work.unmerge()
+        self._merged = None
+        self._state.is_merged = False
+
+    def swap_adapter(self, merged_adapter: Choice, adapter: Choice) -> MergeReport:
+        """Take one merged adapter (or mix) out of the weights, and merge another one.
+
+        Args:
+            merged_adapter: what is merged now.
+            adapter: what is to be merged.
+
+        Raises:
+            UsageError: something else is merged, or nothing.
+            RegraftError: the other one cannot be merged; the model is then merged as before.
+        """
+        there = self._merged
+        if there is None or named(merged_adapter) != there.names:
+            raise UsageError(
+                "this is not what is merged", where=repr(merged_adapter),
+                expected=_listed(there.names) if there is not None else "nothing is merged",
+            )  # fmt: skip
+        parts = named(adapter)
+        with self._library.choose([name for name, _ in parts]) as chosen:
+            weighted = [(chosen[name].adapter, weight) for name, weight in parts]
+            work = merged.swap(there.work, weighted)
+        self._merged = _Merged(parts, work)
+        return work.report
+
+    def merge_and_unload(
+        self,
+        adapters: Choice = None,
+        *,
+        rounding: str | None = None,
+        seed: int = 0,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """Merge adapters for good and take everything else off; return the model.
+
+        Arguments and errors are those of :meth:`merge_adapter`; what is merged already stays.
+        """
+        if self._merged is None:
+            self.merge_adapter(adapters, rounding=rounding, seed=seed, dequantize=dequantize)
+        if self._merged is not None:
+            self._merged.work.forget()
+        self._merged = None
+        return self.detach()
+
+    def _active_mix(self) -> Named:
+        selection = self._state.selection()
+        if isinstance(selection, Rows):
+            raise UsageError("rows have adapters of their own here", hint="Name those to be merged")
+        return selection.names if selection is not None else ()
+
+    def _check_unmerged(self) -> None:
+        if self._merged is not None:
+            raise UsageError(
+                "adapters are merged into the weights", where=_listed(self._merged.names),
+                hint="Call unmerge_adapter() first, or swap_adapter(merged, other)",
+            )  # fmt: skip
 
     # -- training --------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what is trained: all trainable tensors of all adapters, with PEFT's names."""
-        for adapter in self._adapters.values():
+        for adapter in self._library.resident():
             for key, tensor in adapter.tensors.items():
                 if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
                     yield f"{adapter.name}.{key}", tensor
@@ -359,7 +498,20 @@ class Adapters:
             yield parameter
 
 
-def named(adapters: Sequence[str] | Mapping[str, float] | None) -> Named:
+@dataclass(frozen=True)
+class _Merged:
+    """What is in the weights: adapters with their weights, and the way back."""
+
+    names: Named
+    work: merged.Merged
+
+
+def _listed(names: Named) -> str:
+    shown = [repr(name) if weight == 1 else f"{name!r}: {weight:g}" for name, weight in names]
+    return ", ".join(shown) or "none"
+
+
+def named(adapters: Choice) -> Named:
     """Return adapters by name with their weights.
 
     Raises:
@@ -367,6 +519,8 @@ def named(adapters: Sequence[str] | Mapping[str, float] | None) -> Named:
     """
     if adapters is None:
         return ()
+    if isinstance(adapters, str):
+        return ((adapters, 1.0),)
     if not isinstance(adapters, Mapping):
         if len(set(adapters)) < len(adapters):
             raise UsageError(

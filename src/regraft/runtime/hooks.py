@@ -9,6 +9,7 @@ adapters; a pickled model is the plain one.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -107,6 +108,7 @@ class Hooks:
         self._base, self._state = base, state
         self._outputs: dict[str, RemovableHandle] = {}
         self._forwards: dict[str, Forward] = {}
+        self._keeping = False
         model = base.model
         self._root = [
             model.register_forward_pre_hook(RootBefore(state), with_kwargs=True),
@@ -130,6 +132,19 @@ class Hooks:
         forward = Forward(self._state, path, module, module.__dict__.get("forward"))
         module.forward = forward
         return forward
+
+    def keep_gradients(self) -> None:
+        """Let gradients reach adapters through checkpoints of a frozen model.
+
+        torch's reentrant checkpointing gives no gradients to what is inside of one if nothing
+        that goes in requires them; a frozen model's embeddings do not.
+        """
+        model: Any = self._base.model
+        find = getattr(model, "get_input_embeddings", None)
+        embeddings = find() if find is not None else None
+        if isinstance(embeddings, nn.Module) and not self._keeping:
+            self._keeping = True
+            self._root.append(embeddings.register_forward_hook(GradientHook(model)))
 
     def remove(self) -> None:
         """Leave the model as it was before."""
@@ -195,6 +210,26 @@ class RootAfter:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RootAfter:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+class GradientHook:
+    """Lets an embedding's output require gradients where the model checkpoints its layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """Mark the output."""
+        model = self._model()
+        wanted = getattr(model, "is_gradient_checkpointing", False) and module.training
+        if wanted and torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_(True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientHook:
         return self
 
     def __reduce__(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from torch import nn
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
+from regraft.errors import BaseMismatchWarning
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
 from regraft.merging.factors import not_finite
 from regraft.merging.planning import parse_dtype
+from regraft.runtime.fingerprint import KEY, compare
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, adapter_of
 from regraft.tensors import BY_CONFIG_NAME, DTYPES, TensorSpec
@@ -138,3 +141,25 @@ def device_of(base: LiveBase) -> torch.device:
         if parameter.device.type != "meta":
             sizes[parameter.device] = sizes.get(parameter.device, 0) + parameter.numel()
     return max(sizes, key=lambda d: sizes[d]) if sizes else torch.device("cpu")
+
+
+def without_values(name: str, files: AdapterFiles, adapter: Adapter) -> LiveAdapter:
+    """Return an adapter whose tensors have shapes and no values, to see whether it fits."""
+    tensors = {
+        key: torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
+        for key, spec in files.tensors.items()
+    }
+    return LiveAdapter(name, dict(files.config), adapter, tensors)
+
+
+def check_base(name: str, files: AdapterFiles, base: LiveBase) -> None:
+    """Warn if an adapter carries the fingerprint of another base."""
+    carried = files.metadata.get(KEY)
+    if carried is None or compare(carried, base) != "another":
+        return
+    trained_on = files.config.get("base_model_name_or_path") or "another base"
+    message = (
+        f"adapter {name!r} was trained on other weights than this model has: on {trained_on}, "
+        f"and this is {base.checkpoint.source}. It may answer nonsense here"
+    )
+    warnings.warn(message, BaseMismatchWarning, stacklevel=4)

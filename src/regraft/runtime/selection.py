@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import UsageError
+from regraft.runtime.grouped import GroupedLora
 from regraft.runtime.operations import Operations
-from regraft.runtime.steps import run
+from regraft.runtime.steps import Dora, LowRank, Step, quick_dtype, run
 
 Named = tuple[tuple[str, float], ...]
 """Adapters by name with their weights, in their order."""
@@ -113,32 +114,131 @@ def wrong_length(batch: int, rows: int) -> UsageError:
 
 
 class MixedSteps:
-    """The steps of one module for a batch whose rows have different mixes."""
+    """The steps of one module for a batch whose rows have different mixes.
+
+    Low-rank steps on linear layers, DoRA's included, are computed for all rows together; whatever
+    else there is, mix by mix.
+    """
 
     def __init__(self, rows: Rows, path: str) -> None:
         self._rows, self._path = rows, path
-        self.wanted = any(
-            each is not None and path in each.operations.steps for each in rows.distinct
-        )
+        self._steps = [
+            None if each is None else each.operations.steps.get(path) for each in rows.distinct
+        ]
+        self._single = [steps[0] if steps and len(steps) == 1 else None for steps in self._steps]
+        self._together: dict[torch.dtype, Together] = {}
+        self.wanted = any(steps is not None for steps in self._steps)
 
     def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Return the output with each row's steps done to it."""
-        if x.shape[0] == 1 and len(self._rows.of_row) > 1:
-            count = len(self._rows.of_row)  # what is the same for all rows, such as positions
-            x, out = x.expand(count, *x.shape[1:]), out.expand(count, *out.shape[1:])
-        return self._by_group(module, x, out)
+        count = len(self._rows.of_row)
+        if x.shape[0] == 1 and count > 1:  # what is the same for all rows, such as positions
+            x = x.expand(count, *x.shape[1:])
+            out = out.expand(count, *out.shape[1:]).contiguous()
+        self._rows.places(x.shape[0])
+        if self._can_go_together(module):
+            return self._group(x, out)(module, x, out)
+        return self._by_mix(module, x, out)
 
-    def _by_group(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    def _can_go_together(self, module: nn.Module) -> bool:
+        """Whether all that is to be done is one low-rank step a mix, without dropout now."""
+        for steps, single in zip(self._steps, self._single, strict=True):
+            step = single.delta if isinstance(single, Dora) else single
+            if steps is None:
+                continue
+            if not isinstance(step, LowRank) or step.rows is not None or not step.kind.in_place:
+                return False
+            if step.dropout and module.training:
+                return False
+        return True
+
+    def _group(self, x: Tensor, out: Tensor) -> Together:
+        trained = torch.is_grad_enabled() and any(
+            step is not None and is_trained(step) for step in self._single
+        )
+        if trained:
+            return Together(self._single, self._rows.of_row, None, out.device)
+        dtype = quick_dtype(x, out)
+        if dtype not in self._together:
+            found = Together(self._single, self._rows.of_row, dtype, out.device)
+            self._together[dtype] = found
+        return self._together[dtype]
+
+    def _by_mix(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         result = out.clone()
         for number, places in self._rows.groups(x.shape[0]):
             selection = self._rows.distinct[number]
-            if selection is None or self._path not in selection.operations.steps:
+            if selection is None or self._steps[number] is None:
                 continue
             index = torch.tensor(places, device=out.device)
             part = selection.after(self._path, module, x[index], out[index])
             if part is not None:
                 result = result.index_copy(0, index, part)
         return result
+
+
+def is_trained(step: Step) -> bool:
+    """Whether a low-rank step's factors are being trained."""
+    inner = step.delta if isinstance(step, Dora) else step
+    return isinstance(inner, LowRank) and inner.factors.trained
+
+
+class Together:
+    """One low-rank step for each row of a batch, or none, computed for all rows at once.
+
+    Args:
+        steps: the different steps; None for none.
+        of_row: which of them each row has.
+        dtype: of the computation; None for that of the factors.
+        device: where the layer computes.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step | None], of_row: Sequence[int], dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        pairs: list[tuple[Tensor, Tensor]] = []
+        number, doras = dict[int, int](), dict[int, Dora]()
+        for at, step in enumerate(steps):
+            if isinstance(step, Dora):
+                doras[at] = step
+            inner = step.delta if isinstance(step, Dora) else step
+            if isinstance(inner, LowRank):
+                number[at] = len(pairs)
+                pairs.append(_scaled(inner, dtype, device))
+        rows = [number.get(of) for of in of_row]
+        self._count = len(of_row)
+        self._grouped = GroupedLora(pairs, rows)
+        self._doras = [(row, doras[of]) for row, of in enumerate(of_row) if of in doras]
+        self._dora_rows = torch.tensor([row for row, _ in self._doras], device=device)
+
+    def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with each row's step done to it."""
+        shape = out.shape
+        if shape[0] != self._count:  # rows that were flattened into tokens
+            x = x.reshape(self._count, -1, *x.shape[1:])
+            out = out.reshape(self._count, -1, *shape[1:])
+        out = self._grouped(x, out)
+        if self._doras:
+            out = self._with_factors(module, out)
+        return out.reshape(shape)
+
+    def _with_factors(self, module: nn.Module, out: Tensor) -> Tensor:
+        """Scale the channels of the rows that have DoRA; the bias is not scaled."""
+        factors = torch.stack([dora.factor(out.device) for _, dora in self._doras])
+        factors = factors.reshape(len(self._doras), *(1,) * (out.dim() - 2), -1)
+        mine = out.index_select(0, self._dora_rows)
+        bias = getattr(module, "bias", None)
+        scaled = mine * factors if bias is None else (mine - bias) * factors + bias
+        return out.index_copy(0, self._dora_rows, scaled.to(out.dtype))
+
+
+def _scaled(
+    step: LowRank, dtype: torch.dtype | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    a, b = step.factors.on(device)
+    a, b = (a, b) if dtype is None else (a.to(dtype), b.to(dtype))
+    return a, b * step.scale
 
 
 class MixedReplacement:
