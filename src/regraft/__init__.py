@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.merged_loading import load_merged
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -64,6 +65,7 @@ _HOME = {
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
     "shrink": "regraft.shrinking.verb",
+    "load_merged": "regraft.runtime.merged_loading",
     "DiffReport": "regraft.verifying.diff",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
@@ -103,6 +105,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "diff",
     "shrink",
     "clean",
+    "load_merged",
     "CheckReport",
     "DiffReport",
     "Inspection",
