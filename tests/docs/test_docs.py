@@ -132,7 +132,7 @@ def test_every_documented_signature_has_all_parameters() -> None:
     text = read(DOCS / "reference-python.md")
     verbs = (
         *("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "shrink"),
-        "clean",
+        *("clean", "load_merged"),
     )
     for verb in verbs:
         match = re.search(rf"^regraft\.{verb}\((.*?)\) ->", text, re.M | re.DOTALL)
