@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regraft.errors import (
         AccessError,
         AdapterError,
+        BaseMismatchWarning,
         BusyError,
         DiskSpaceError,
         EnvironmentShortfall,
@@ -37,7 +38,10 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.cache import AdapterCache, CacheStats
+    from regraft.runtime.handle import Adapters, attach, handle_of
     from regraft.runtime.merged_loading import load_merged
+    from regraft.runtime.saving import save
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -64,8 +68,14 @@ _HOME = {
     "clean": "regraft.undoing",
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
+    "save": "regraft.runtime.saving",
     "shrink": "regraft.shrinking.verb",
     "load_merged": "regraft.runtime.merged_loading",
+    "attach": "regraft.runtime.handle",
+    "handle_of": "regraft.runtime.handle",
+    "Adapters": "regraft.runtime.handle",
+    "AdapterCache": "regraft.runtime.cache",
+    "CacheStats": "regraft.runtime.cache",
     "DiffReport": "regraft.verifying.diff",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
@@ -73,6 +83,7 @@ _HOME = {
         (
             "AccessError",
             "AdapterError",
+            "BaseMismatchWarning",
             "BusyError",
             "DiskSpaceError",
             "EnvironmentShortfall",
@@ -106,6 +117,12 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "shrink",
     "clean",
     "load_merged",
+    "attach",
+    "handle_of",
+    "Adapters",
+    "AdapterCache",
+    "CacheStats",
+    "save",
     "CheckReport",
     "DiffReport",
     "Inspection",
@@ -132,6 +149,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "RegraftError",
     "UnsupportedError",
     "UsageError",
+    "BaseMismatchWarning",
     "__version__",
 ]
 

@@ -43,6 +43,7 @@ DESCRIBED = {
     "regraft.merging.receipt": ("Receipt", "InputRecord", "TensorRecord", "Totals"),
     "regraft.merging.leftovers": ("Leftover",),
     "regraft.merging.report": ("CheckReport", "UnmergeReport"),
+    "regraft.runtime.cache": ("CacheStats",),
     "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
     "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),
@@ -132,7 +133,7 @@ def test_every_documented_signature_has_all_parameters() -> None:
     text = read(DOCS / "reference-python.md")
     verbs = (
         *("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "shrink"),
-        *("clean", "load_merged"),
+        *("clean", "save", "load_merged"),
     )
     for verb in verbs:
         match = re.search(rf"^regraft\.{verb}\((.*?)\) ->", text, re.M | re.DOTALL)

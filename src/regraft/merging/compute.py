@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from regraft.deltas import kernels
 from regraft.deltas.residual import FACTORIZATIONS
-from regraft.deltas.units import Encoder, Rows, merge
+from regraft.deltas.units import Encoder, merge
 from regraft.deltas.views import Delta, View
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
+from regraft.merging.backwards import Backwards
 from regraft.merging.factors import (
-    FactorStore,
+    Factors,
     Packed,
     Pair,
     SegmentFactors,
@@ -23,6 +24,7 @@ from regraft.merging.factors import (
     pack,
 )
 from regraft.merging.plan import Segment, Step
+from regraft.merging.runs import covered, run_of
 from regraft.merging.tiles import Tile
 
 ReadSource = Callable[[int, Bytes], None]
@@ -45,9 +47,7 @@ class Prepared:
 class StepMath:
     """The arithmetic of one step; safe to use from several threads."""
 
-    def __init__(
-        self, step: Step, store: FactorStore, read: ReadSource, scratch_bytes: int
-    ) -> None:
+    def __init__(self, step: Step, store: Factors, read: ReadSource, scratch_bytes: int) -> None:
         self._step, self._store, self._read = step, store, read
         self._scratch_bytes = scratch_bytes
         self._lock = threading.Lock()
@@ -105,6 +105,17 @@ class StepMath:
                 found = prepared.column_factors if delta.by_column else prepared.row_factors
                 kept.append(found[id(delta)])
         return kept
+
+    def backwards(self) -> Backwards:
+        """Return what takes the step back, once all its tiles are done."""
+        prepared = self._prepare()
+        dora = prepared.row_factors | prepared.column_factors
+        return Backwards(self._step, self._store, prepared.residuals, dora)
+
+    def release_factors(self) -> None:
+        """Let go of the packed factors, which can be made again."""
+        with self._lock:
+            self._segments = None
 
     def release(self) -> None:
         """Let go of everything kept for the step's tiles."""
@@ -190,7 +201,7 @@ class StepMath:
                     line[kernels.LEFT], packed.right, line[kernels.RIGHT], delta.rank,
                     np.float32(delta.scale), low - segment.rows[0], False, squares,
                 )  # fmt: skip
-                magnitude = self._store.matrix(delta.magnitude).ravel()
+                magnitude = self._store.matrix(delta.magnitude, delta.adapter).ravel()
                 here = slice(low - delta.rows[0], high - delta.rows[0])
                 own[here] = _ratio(magnitude[here], squares)
             factors.append(own[segment.rows[0] - delta.rows[0] : segment.rows[1] - delta.rows[0]])
@@ -215,7 +226,7 @@ class StepMath:
                 height = delta.rows[1] - delta.rows[0]
                 prepared.row_factors[id(delta)] = np.zeros(height, np.float32)
         for patch in self._step.patches:
-            values = self._store.matrix(patch.values)
+            values = self._store.matrix(patch.values, patch.adapter)
             prepared.patches.update(zip(patch.indices, values, strict=True))
         return prepared
 
@@ -248,41 +259,7 @@ class StepMath:
                 *weights.arguments, rows, width, left, 0, right, 0, delta.rank,
                 np.float32(delta.scale), first, True, squares,
             )  # fmt: skip
-        return _ratio(self._store.matrix(magnitude).ravel(), squares)
-
-
-def covered(
-    segments: Sequence[Segment], first: int, last: int
-) -> Iterator[tuple[Segment, int, int]]:
-    """Yield rows ``first`` to ``last`` piece by piece; what no segment covers has no deltas."""
-    done = first
-    for segment in segments:
-        low, high = max(segment.rows[0], first), min(segment.rows[1], last)
-        if low >= high:
-            continue
-        if done < low:
-            yield Segment((done, low), ()), done, low
-        yield segment, low, high
-        done = high
-    if done < last:
-        yield Segment((done, last), ()), done, last
-
-
-_NONE: Floats = np.empty(0, np.float32)
-
-
-def run_of(
-    segment: Segment, low: int, tile: Tile, source: Weights, merged: Weights, packed: Packed,
-    factors: Floats = _NONE, *, zeros: bool = False,
-) -> Rows:  # fmt: skip
-    """Return the rows from ``low`` of a tile that lie in a segment, as the kernels take them."""
-    width = tile.columns[1] - tile.columns[0]
-    rows = (source.x16.size or source.x32.size) // width
-    return Rows(
-        source, merged, rows, width, low - segment.rows[0], tile.columns[0], packed.left,
-        packed.right, packed.right_ld, packed.table, packed.scales, factors, low - tile.rows[0],
-        zeros,
-    )  # fmt: skip
+        return _ratio(self._store.matrix(magnitude, delta.adapter).ravel(), squares)
 
 
 def _ratio(magnitude: Floats, squares: Sums) -> Floats:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,13 @@ from regraft.tensors import TensorSpec
 Key = tuple[Path, str]
 
 
+class Factors(Protocol):
+    """Gives the tensors of the adapters of a merge; safe to use from several threads."""
+
+    def matrix(self, view: View, adapter: int) -> Floats:
+        """Return a view's matrix, contiguous; ``adapter`` is the number of the one it is of."""
+
+
 class FactorStore:
     """Tensors of the adapters as float32, kept while they are likely to be asked for again."""
 
@@ -33,12 +41,13 @@ class FactorStore:
         self._lock = threading.Lock()
         self.digests: dict[Key, str] = {}
 
-    def matrix(self, view: View) -> Floats:
-        """Return a view's matrix, contiguous.
+    def matrix(self, view: View, adapter: int) -> Floats:
+        """Return a view's matrix, contiguous; the view's file says which adapter's it is.
 
         Raises:
             AdapterError: the tensor holds NaN or infinity.
         """
+        del adapter
         if view.spec is None:
             return np.ones(view.result, np.float32)
         whole = self._tensor(view.spec).reshape(view.shape)
@@ -118,7 +127,7 @@ class Packed:
 class SegmentFactors:
     """The packed deltas of a step's segments: made once for all threads, the last one kept."""
 
-    def __init__(self, store: FactorStore, residuals: Mapping[int, Pair]) -> None:
+    def __init__(self, store: Factors, residuals: Mapping[int, Pair]) -> None:
         """Take the factors of residuals, by the ``id`` of their delta."""
         self._store, self._residuals = store, residuals
         self._lock = threading.Lock()
@@ -139,11 +148,11 @@ class SegmentFactors:
         return Pair(np.ascontiguousarray(pair.left[low:high]), pair.right)
 
 
-def factors_of(delta: Delta, store: FactorStore) -> Pair:
+def factors_of(delta: Delta, store: Factors) -> Pair:
     """Return the factors that an adapter holds for a delta."""
     if delta.left is None or delta.right is None:
         raise ValueError(f"a {delta.feature} residual has no stored factors")
-    return Pair(store.matrix(delta.left), store.matrix(delta.right))
+    return Pair(store.matrix(delta.left, delta.adapter), store.matrix(delta.right, delta.adapter))
 
 
 def pack(segment: Segment, pairs: Sequence[Pair]) -> Packed:

@@ -375,7 +375,7 @@ def _shards(
     if choices.quantize == KEEP and quantization is not None:
         base = replace(base, shards=quantization.stored.shards)
         kept = KeptSteps(
-            works, quantization, lambda n: _step(n, base, works.get(n), choices), _segments
+            works, quantization, lambda n: _step(n, base, works.get(n), choices), segments_of
         )
         files = [[kept.step(n) for n in s.tensors if n not in left_out] for s in base.shards]
         known = {*quantization.weights}
@@ -445,12 +445,13 @@ def _step(name: str, base: Checkpoint, work: Work | None, choices: Choices) -> S
     dtype = _output_dtype(stored, choices)
     shape = (output_rows(work), *work.source.shape[1:]) if work.source.shape else ()
     return Step(
-        name, _action(work), work.source, work.source_adapter, dtype, shape,
-        _segments(work), tuple(work.patches),
+        name, action_of(work), work.source, work.source_adapter, dtype, shape,
+        segments_of(work), tuple(work.patches),
     )  # fmt: skip
 
 
-def _action(work: Work) -> Action:
+def action_of(work: Work) -> Action:
+    """Return what a work does to its tensor, for the receipt."""
     if work.base is None:
         return "add"
     if work.deltas or work.patches:
@@ -471,7 +472,7 @@ def _main_dtype(base: Checkpoint, fallback: str) -> str:
     return max(bytes_of, key=lambda d: bytes_of[d]) if bytes_of else fallback
 
 
-def _segments(work: Work) -> tuple[Segment, ...]:
+def segments_of(work: Work) -> tuple[Segment, ...]:
     """Cut the rows wherever a delta begins or ends, so that each piece has one list of deltas."""
     if not work.deltas:
         return ()

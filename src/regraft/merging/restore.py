@@ -12,23 +12,15 @@ import numpy as np
 from regraft.deltas import planes
 from regraft.deltas.cutting import UNIT_COLUMNS, Offsets, Units
 from regraft.deltas.exceptions import ITEM, put_back
-from regraft.deltas.units import Counts, Decoder, Kept, Lengths, merge, sizes_of
-from regraft.deltas.views import Delta
+from regraft.deltas.units import Counts, Kept, Lengths, sizes_of
 from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.formats.reading import FilePool
+from regraft.merging.backwards import Backwards
 from regraft.merging.coding import Coder, ValuesOf, told_codes
-from regraft.merging.compute import covered, run_of
-from regraft.merging.factors import (
-    FactorStore,
-    Pair,
-    SegmentFactors,
-    factor_count,
-    joined,
-    pack,
-)
+from regraft.merging.factors import FactorStore, Pair
 from regraft.merging.keep import Keep, adapter_prediction, converted
 from regraft.merging.patch import CHUNKS, FACTORS, PLANES, STREAMS, UNITS, PatchReader, section
-from regraft.merging.plan import Segment, Step
+from regraft.merging.plan import Step
 from regraft.merging.quantized import virtual
 from regraft.merging.tiles import Tile, row_grain
 from regraft.quant.weight import Block, QuantizedWeight, Read
@@ -204,8 +196,7 @@ class _Restorer:
         self._counts: Counts = np.frombuffer(raw, np.uint16, offset=4 * self._units.count)
         item = original.itemsize if step.coded is None else ITEM
         self._ends = np.cumsum(sizes_of(self._units, self._lengths, self._counts, item))
-        residuals, self._dora = self._factors()
-        self._segments = SegmentFactors(store, residuals)
+        self._backwards = Backwards(step, store, *self._factors())
 
     def _factors(self) -> tuple[dict[int, Pair], dict[int, Floats]]:
         """Return factors of residuals and of DoRA, by the ``id`` of their delta."""
@@ -266,26 +257,9 @@ class _Restorer:
             first = rows[1] * width if high == width else row * width + high
 
     def _restore(self, tile: Tile, raw: Bytes, scratch: threading.local) -> None:
-        units, item = self._units, self._original.itemsize
-        merged = self._read_merged(tile, scratch)
-        first, last, kept = self._kept_of(tile)
-        decoder = Decoder(units, first, last, kept, item)
+        kept = self._kept_of(tile)[2]
         weights = Weights.of_bytes(raw, self._original.dtype)
-        width = tile.columns[1] - tile.columns[0]
-        for segment, low, high in covered(self._step.segments, *tile.rows):
-            start, count = (low - tile.rows[0]) * width, (high - low) * width
-            source, result = weights.cut(start, count), merged.cut(start, count)
-            if not segment.deltas and source.kind == result.kind:
-                source.take(result, np.zeros(4, np.float64))
-                continue
-            if segment.deltas:
-                packed, factors = self._segments.of(segment), self._dora_factors(segment)
-            else:
-                packed, factors = pack(segment, []), joined([])
-            zeros = self._step.source.is_virtual
-            run = run_of(segment, low, tile, source, result, packed, factors, zeros=zeros)
-            decoder.restore(run)
-        decoder.finish(raw)
+        self._backwards.restore(tile, self._read_merged(tile, scratch), weights, raw, kept)
 
     def _kept_of(self, tile: Tile) -> tuple[int, int, Kept]:
         """Return the units of a tile and what was kept of them."""
@@ -293,16 +267,6 @@ class _Restorer:
         begin = int(self._ends[first - 1]) if first else 0
         payload = self._patch.part(section(self._name, STREAMS), begin, int(self._ends[last - 1]))
         return first, last, Kept(payload, self._lengths[first:last], self._counts[first:last])
-
-    def _dora_factors(self, segment: Segment) -> Floats:
-        return joined([self._factor(delta, segment) for delta in segment.deltas if delta.magnitude])
-
-    def _factor(self, delta: Delta, segment: Segment) -> Floats:
-        own = self._dora[id(delta)]
-        if delta.by_column:
-            return own
-        first = segment.rows[0] - delta.rows[0]
-        return own[first : first + factor_count(delta, segment, 0)]
 
     def _read_merged(self, tile: Tile, scratch: threading.local) -> Weights:
         """Read the merged values of a tile into the thread's own memory."""
@@ -361,7 +325,7 @@ class _Coded(_Restorer):
         tile = Tile(0, "rows", at.rows, at.columns, 0, 0, 0, 0)
         weight = self._coder.weight
         block = weight.grid.block(weight, at, self._read_part)
-        codes = np.array(self._coder.before(block, at, tile, self._again), np.uint8)
+        codes = np.array(self._coder.before(block, at, tile, self._backwards.again), np.uint8)
         put_back(self._units, *self._kept_of(tile), codes)
         return codes
 
@@ -371,16 +335,3 @@ class _Coded(_Restorer):
             self._files.read_into(self._merged, offset, buffer.data)
         else:
             self._base(spec, offset, buffer)
-
-    def _again(self, tile: Tile, source: Weights, result: Weights) -> None:
-        """Do the merge of a tile; a :data:`regraft.merging.coding.Again`."""
-        width = tile.columns[1] - tile.columns[0]
-        sums = np.zeros(4, np.float64)
-        for segment, low, high in covered(self._step.segments, *tile.rows):
-            start, count = (low - tile.rows[0]) * width, (high - low) * width
-            weights, merged = source.cut(start, count), result.cut(start, count)
-            if not segment.deltas:
-                merged.take(weights, sums)
-                continue
-            packed, factors = self._segments.of(segment), self._dora_factors(segment)
-            merge(run_of(segment, low, tile, weights, merged, packed, factors), sums, None)

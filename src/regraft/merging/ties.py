@@ -6,7 +6,7 @@ weights, so a faithful merge writes both and says ``tie_word_embeddings: false``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,8 @@ def _settle(
     own = matching.works.get(stored.name)
     if not any(alias in matching.tied for alias in aliases) and not (own and _is_private(own)):
         return
-    if problem := _cannot_part(index, aliases, matching, own, config):
+    names = [a for a in aliases if a in matching.tied] or [own.name if own else aliases[0]]
+    if problem := cannot_part(index, aliases, names, config):
         matching.problems.append(problem)
         return
     for alias in aliases:
@@ -122,15 +123,18 @@ def _part(tied: Work | None, own: Work | None, alias: str, stored: TensorSpec) -
     return work
 
 
-def _cannot_part(
-    index: BaseIndex,
-    aliases: list[str],
-    matching: Matching,
-    own: Work | None,
-    config: dict[str, Any],
+def cannot_part(
+    index: BaseIndex, aliases: Iterable[str], names: Iterable[str], config: Mapping[str, Any]
 ) -> Problem | None:
+    """Return what stands against parting the sides of a tie; None for nothing.
+
+    Args:
+        index: the base.
+        aliases: every parameter that is tied to the same one.
+        names: the sides that are changed, for the message.
+        config: the base's.
+    """
     output = f"{index.names.output_embedding or 'lm_head'}.weight"
-    names = [a for a in aliases if a in matching.tied] or [own.name if own else aliases[0]]
     where = ", ".join(names)
     hint = "Train it with ensure_weight_tying=True, or leave the tied embeddings out"
     if any(alias != output for alias in aliases):

@@ -20,6 +20,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
+from regraft.runtime.quantized import plain_form, remembered
 from regraft.tensors import BY_CONFIG_NAME, VIRTUAL, TensorSpec, nbytes_of
 
 IN_MEMORY = Path("memory")
@@ -47,14 +48,18 @@ class LiveBase:
         tied: parameters that are another one's, which is named.
         checkpoint: the parameters as a checkpoint; of a tie one side.
         index: the same, by every name an adapter may use.
+        quantized: names of the parameters that are quantized.
+        scales: those of 4-bit ones that a forward pass on this CPU would lose, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.config = config_of(model)
+        self._paths = {id(module): path for path, module in reversed(self.modules.items())}
         first: dict[int, str] = {}
         self.tied: dict[str, str] = {}
+        self.quantized: list[str] = []
         tensors: dict[str, TensorSpec] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owner = first.setdefault(id(parameter), name)
@@ -62,6 +67,8 @@ class LiveBase:
                 self.tied[name] = owner
             else:
                 tensors[name] = self._spec(name, parameter)
+        tensors |= self._without_weight()
+        self.scales = remembered({name: self.owner(name)[1:] for name in self.quantized})
         self.checkpoint = Checkpoint(
             root=IN_MEMORY,
             source=_source_of(model),
@@ -93,14 +100,29 @@ class LiveBase:
         path, _, leaf = parameter.rpartition(".")
         return path, self.modules[path], leaf
 
+    def canonical(self, path: str) -> str:
+        """Return the first path of the module that a path leads to."""
+        return self._paths[id(self.modules[path])]
+
+    def _without_weight(self) -> dict[str, TensorSpec]:
+        """Return the weights of linear layers that are quantized in a way of their own."""
+        dtype = _dtype_of(self._model())
+        found = {}
+        for path, module in self.modules.items():
+            if is_linear_without_weight(module):
+                name = f"{path}.weight"
+                shape: Any = (module.out_features, module.in_features)
+                found[name] = spec_of(name, shape, dtype)
+        return found
+
     def _spec(self, name: str, parameter: torch.Tensor) -> TensorSpec:
         """Return a parameter's description; of a quantized one that of its plain weight."""
-        state = getattr(parameter, "quant_state", None)
-        if state is not None and getattr(state, "shape", None) is not None:
-            return spec_of(name, state.shape, state.dtype)
-        if type(parameter).__name__ == "Int8Params":
-            return spec_of(name, parameter.shape, _dtype_of(self._model()))
-        return spec_of(name, parameter.shape, parameter.dtype)
+        form = plain_form(parameter)
+        if form is None:
+            return spec_of(name, parameter.shape, parameter.dtype)
+        shape, dtype = form
+        self.quantized.append(name)
+        return spec_of(name, shape, dtype or _dtype_of(self._model()))
 
 
 class LiveIndex(BaseIndex):
@@ -134,6 +156,13 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
+def is_linear_without_weight(module: nn.Module) -> bool:
+    """Whether a module is a quantized linear layer that has sizes but no weight of its own."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    has_weight = isinstance(getattr(module, "weight", None), torch.Tensor)
+    return all(isinstance(size, int) for size in sizes) and not has_weight
+
+
 def config_of(model: nn.Module) -> dict[str, Any] | None:
     """Return a model's configuration as ``config.json`` would have it; None if it has none."""
     config = getattr(model, "config", None)
@@ -153,7 +182,10 @@ def _source_of(model: nn.Module) -> str:
 
 
 def _dtype_of(model: nn.Module | None) -> torch.dtype:
-    """Return the dtype that a model computes in, as its plain floating-point weights have it."""
+    """Return the dtype that a model computes in: as it says, or as most of its weights have it."""
+    named = getattr(model, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
     counts: dict[torch.dtype, int] = {}
     for parameter in model.parameters() if model is not None else ():
         if parameter.is_floating_point():

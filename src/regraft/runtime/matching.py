@@ -91,7 +91,7 @@ def match_live(base: LiveBase, adapters: Sequence[Adapter]) -> dict[str, Work]:
 
 
 def _grown(works: Mapping[str, Work]) -> list[Problem]:
-    """Return the problems of embeddings that the adapters make longer: here that is not possible."""
+    """Return the problems of embeddings that would become longer: here that is not possible."""
     problems = []
     for work in works.values():
         if work.base is None or not work.base.shape:

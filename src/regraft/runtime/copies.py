@@ -1,0 +1,74 @@
+"""The adapters of a merge in memory, as they were when it was made.
+
+They are copied, because an undo has to compute with what the merge computed with: training goes on,
+and adapters are deleted. A copy is small beside the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from regraft.adapters.model import Adapter
+from regraft.deltas.views import View
+from regraft.deltas.weights import Bytes, Floats
+from regraft.merging.factors import not_finite
+from regraft.runtime.live_base import spec_of
+from regraft.runtime.matching import LiveAdapter, Tensors, weighted
+from regraft.runtime.weights import bytes_of
+from regraft.tensors import TensorSpec
+
+
+class Copies:
+    """Copies of adapters on the CPU; a :class:`regraft.merging.factors.Factors`.
+
+    Attributes:
+        adapters: the adapters, with their tensors copied.
+        weights: the factor on the scale of each.
+    """
+
+    def __init__(self, adapters: Sequence[tuple[LiveAdapter, float]]) -> None:
+        """Copy adapters, each with its weight.
+
+        Raises:
+            AdapterError: one holds NaN or infinity.
+        """
+        self.adapters = tuple(_copied(adapter) for adapter, _ in adapters)
+        self.weights = tuple(weight for _, weight in adapters)
+        self._tensors = Tensors(self.adapters)
+
+    @property
+    def descriptions(self) -> list[Adapter]:
+        """What the adapters are, their weights included."""
+        pairs = zip(self.adapters, self.weights, strict=True)
+        return [weighted(a.adapter, a.adapter.weight * weight) for a, weight in pairs]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the copies take."""
+        return sum(adapter.nbytes for adapter in self.adapters)
+
+    def matrix(self, view: View, adapter: int) -> Floats:
+        """Return a view's matrix, contiguous."""
+        values = self._tensors.matrix(adapter, view).to(torch.float32)
+        return np.ascontiguousarray(values.numpy())
+
+    def read(self, adapter: int, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
+        """Fill a buffer with bytes of a whole tensor."""
+        whole = self._tensors.whole(adapter, spec.name).contiguous()
+        buffer[:] = bytes_of(whole)[offset : offset + buffer.size]
+
+
+def _copied(adapter: LiveAdapter) -> LiveAdapter:
+    tensors = {}
+    for key, tensor in adapter.tensors.items():
+        tensors[key] = tensor.detach().to("cpu", copy=True)
+        bad = tensor.numel() - int(torch.isfinite(tensors[key]).sum())
+        if bad:
+            spec = spec_of(key, tensor.shape, tensor.dtype)
+            raise not_finite(replace(spec, path=Path(adapter.name)), bad)
+    return LiveAdapter(adapter.name, adapter.config, adapter.adapter, tensors, adapter.metadata)
