@@ -21,8 +21,12 @@ from regraft.testing.adapters import live_logits, perturb
 from runtime.live import distance, no_trace
 from runtime.toys import TOYS
 
-SERVED = ("t5-tied-lm-head", "t5-tied-encoder-side")
-"""What no checkpoint could say, a running model can: the two sides of its tie differ."""
+SERVED = (
+    *("t5-tied-lm-head", "t5-tied-encoder-side"),
+    *("grouped-convolution", "lora-bias-without-a-bias", "lora-bias-on-the-head"),
+)
+"""What no checkpoint could say, a running model can: the two sides of a tie differ, a layer has a
+bias that the architecture does not know, a grouped convolution reads all channels."""
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -39,7 +43,19 @@ def test_what_cannot_be_merged_into_files_can_be_served(name: str, workshop: Wor
         adapters.detach()
 
 
-@pytest.mark.parametrize("name", ["grouped-convolution", "pissa-with-dora"])
+@pytest.mark.parametrize("name", ["grouped-convolution", "lora-bias-without-a-bias"])
+def test_what_can_only_be_served_is_not_merged(name: str, workshop: Workshop) -> None:
+    architecture, config, module = IMPOSSIBLE[name]
+    base = workshop.base(architecture)
+    model, inputs = zoo.load_base(base), zoo.example_inputs(architecture)
+    adapters = attach(model, workshop.adapter(base, config))
+    before = zoo.logits(model, inputs)
+    with pytest.raises(regraft.MismatchError, match=module):
+        adapters.merge_adapter()
+    assert (zoo.logits(model, inputs) == before).all()
+
+
+@pytest.mark.parametrize("name", ["pissa-with-dora"])
 def test_what_cannot_be_served_is_refused_by_name(name: str, workshop: Workshop) -> None:
     architecture, config, module = IMPOSSIBLE[name]
     base = workshop.base(architecture)
