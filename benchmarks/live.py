@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny models, little of all, no page")
     parser.add_argument("--json", action="store_true", help="print every sample as JSON on stdout")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--rounds", type=int, help="rounds of each (7, quick 2)")
+    parser.add_argument("--rounds", type=int, help="rounds of short things (7, quick 2)")
     parser.add_argument("--work", type=Path, help="folder for the models (a fresh one in .bench)")
     parser.add_argument("--page", type=Path, help=f"page to write (docs/{PAGE.name}; quick: none)")
     options = parser.parse_args(arguments)

@@ -87,7 +87,7 @@ def cached(inputs: Inputs, sizes: Sizes) -> Cached:
     ids = models.prompt(sizes.small, 1, 8)
     model = models.load_base(inputs.base, torch.float32)
     expected = answers(model, inputs.adapters, ids)
-    plain = _plain(inputs, sizes, model)
+    plain = _plain(inputs, model, expected, ids, min(sizes.requests, 500))
     total = sum(_adapter_bytes(path) for path in inputs.adapters.values())
     cache = regraft.AdapterCache(max(total // CAP_SHARE, 2 * total // len(inputs.names)))
     adapters = regraft.attach(model, cache=cache)
@@ -96,7 +96,9 @@ def cached(inputs: Inputs, sizes: Sizes) -> Cached:
         adapters.load_adapter(path, name=name)
     seconds = (time.perf_counter() - started) / len(inputs.names)
     resident = resident_bytes()
-    hits, misses, wrong = _requests(adapters, cache, model, expected, ids, sizes.requests)
+    hits, misses, wrong = _requests(
+        adapters, expected, ids, sizes.requests, lambda: cache.stats().misses
+    )
     stats = cache.stats()
     return Cached(
         len(inputs.names), sizes.requests, total, cache.max_bytes, stats.peak_bytes,
@@ -106,11 +108,10 @@ def cached(inputs: Inputs, sizes: Sizes) -> Cached:
 
 def _requests(
     adapters: Any,
-    cache: regraft.AdapterCache,
-    model: Any,
     expected: Mapping[str, torch.Tensor],
     ids: torch.Tensor,
     count: int,
+    misses: Callable[[], int] = lambda: 0,
 ) -> tuple[list[float], list[float], int]:
     """Return the seconds of scopes with a hit, and with a miss, and how many answers are wrong."""
     chance, names = random.Random(0), list(expected)
@@ -118,31 +119,29 @@ def _requests(
     wrong = 0
     for _ in range(count):
         name = chance.choice(names)
-        missed = cache.stats().misses
+        missed = misses()
         taken = -time.perf_counter()
         with adapters.using(name):
             taken += time.perf_counter()
-            wrong += not is_right(logits(model, ids), expected[name])
+            wrong += not is_right(logits(adapters.model, ids), expected[name])
             taken -= time.perf_counter()
         taken += time.perf_counter()
-        seconds[cache.stats().misses - missed].append(taken)
+        seconds[misses() - missed].append(taken)
     return seconds[0], seconds[1], wrong
 
 
-def _plain(inputs: Inputs, sizes: Sizes, model: Any) -> list[float]:
-    """Return the seconds of scopes on a handle without a cache."""
+def _plain(
+    inputs: Inputs, model: Any, expected: Mapping[str, torch.Tensor], ids: torch.Tensor, count: int
+) -> list[float]:
+    """Return the seconds of scopes on a handle without a cache, and a few adapters."""
     adapters = regraft.attach(model)
-    names = inputs.names[: sizes.threads]
-    for name in names:
+    few = dict(list(expected.items())[:8])
+    for name in few:
         adapters.load_adapter(inputs.adapters[name], name=name)
-    found = []
-    for number in range(min(sizes.requests, 1000)):
-        started = time.perf_counter()
-        with adapters.using(names[number % len(names)]):
-            pass
-        found.append(time.perf_counter() - started)
+    seconds, _, wrong = _requests(adapters, few, ids, count)
+    assert not wrong
     adapters.detach()
-    return found
+    return seconds
 
 
 def _adapter_bytes(path: Path) -> int:
@@ -196,6 +195,8 @@ def threaded(inputs: Inputs, sizes: Sizes) -> Threaded:
         peft.set_adapter(name)
         return logits(peft, ids)
 
+    for call in (ours, theirs):
+        assert all(is_right(call(name), expected[name]) for name in chosen)
     found = {
         who: _run(call, list(chosen), expected, sizes.calls // len(chosen))
         for who, call in (("regraft", ours), ("peft", theirs))

@@ -18,7 +18,7 @@ from peft import PeftModel
 import live_models as models
 import regraft
 from live_models import Sizes
-from live_timing import Job, Times, in_turns
+from live_timing import Job, Times, in_turns, there_and_back
 
 MIX = 8
 """Adapters, and rows, of a mixed batch."""
@@ -219,31 +219,23 @@ def merging(inputs: Inputs, sizes: Sizes) -> Merging:
     before = copy.deepcopy(model)
     theirs = PeftModel.from_pretrained(copy.deepcopy(model), inputs.adapters[name], name).eval()
     adapters = regraft.attach(model, inputs.adapters[name], name=name)
-    sizes_seen: list[int] = []
+    kept: list[int] = []
 
     def merge() -> None:
-        adapters.merge_adapter(name)
+        kept.append(adapters.merge_adapter(name).undo_bytes)
 
-    def unmerge() -> None:
-        sizes_seen.append(adapters.undo_bytes)
-        adapters.unmerge_adapter()
-
-    merges = {
-        "merge, regraft": Job(merge, after=unmerge),
-        "merge, peft": Job(lambda: theirs.merge_adapter([name]), after=theirs.unmerge_adapter),
+    pairs = {
+        "regraft": (merge, adapters.unmerge_adapter),
+        "peft": (lambda: theirs.merge_adapter([name]), theirs.unmerge_adapter),
     }
-    unmerges = {
-        "unmerge, regraft": Job(adapters.unmerge_adapter, before=merge),
-        "unmerge, peft": Job(theirs.unmerge_adapter, before=lambda: theirs.merge_adapter([name])),
-    }
-    times = in_turns(merges, sizes.rounds) | in_turns(unmerges, sizes.rounds)
+    times = there_and_back(pairs, ("merge", "unmerge"), sizes.slow_rounds)
     adapted = {n for n, _ in theirs.get_base_model().named_parameters() if ".base_layer." in n}
     return Merging(
         times,
-        2 * (sizes.rounds + 2),
+        len(kept),
         {"regraft": changed(before, model), "peft": changed(before, theirs.get_base_model())},
         sum(p.numel() for n, p in before.named_parameters() if _wrapped(n) in adapted),
-        max(sizes_seen),
+        max(kept),
         sum(p.numel() * p.element_size() for p in before.parameters()),
     )
 
@@ -291,7 +283,7 @@ def load_merged(inputs: Inputs, sizes: Sizes) -> Times:
         held: list[Any] = []
         jobs[name] = Job(_into(held, load), after=_dropped(held))
         jobs[f"{name}, first pass"] = Job(_into(held, _used(load, ids)), after=_dropped(held))
-    return in_turns(jobs, sizes.rounds)
+    return in_turns(jobs, sizes.slow_rounds)
 
 
 def _used(load: Callable[[], Any], ids: torch.Tensor) -> Callable[[], Any]:

@@ -32,6 +32,7 @@ class Sizes:
         shape: the model.
         rank: of its adapters.
         rounds: how often each thing is timed.
+        slow_rounds: the same for merges and for loading whole models.
         prompts: batches and tokens of the forward passes over prompts.
         cached: tokens in the cache of the forward passes over one token.
         small: the model for the cache and the threads.
@@ -44,6 +45,7 @@ class Sizes:
     shape: ModelShape = LLAMA_1B
     rank: int = 16
     rounds: int = 7
+    slow_rounds: int = 3
     prompts: tuple[tuple[int, int], ...] = ((1, 128), (4, 64))
     cached: int = 64
     small: ModelShape = SMALL
@@ -54,7 +56,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    shape=TINY, rank=4, rounds=2, prompts=((1, 8), (2, 4)), cached=4, small=TINY,
+    shape=TINY, rank=4, rounds=2, slow_rounds=2, prompts=((1, 8), (2, 4)), cached=4, small=TINY,
     cached_adapters=12, requests=40, threads=4, calls=40,
 )  # fmt: skip
 

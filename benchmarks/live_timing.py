@@ -44,6 +44,28 @@ def in_turns(jobs: Mapping[str, Job], rounds: int) -> Times:
     return times
 
 
+def there_and_back(
+    pairs: Mapping[str, tuple[Callable[[], Any], Callable[[], Any]]],
+    what: tuple[str, str],
+    rounds: int,
+) -> Times:
+    """Time two calls of which the second undoes the first, after a round that does not count.
+
+    Returns:
+        Times by ``"WHAT, NAME"``.
+    """
+    times: Times = {f"{each}, {name}": [] for name in pairs for each in what}
+    names = list(pairs)
+    for number in range(rounds + 1):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            for each, call in zip(what, pairs[name], strict=True):
+                seconds = _sample(Job(call), 1)
+                if number:
+                    times[f"{each}, {name}"].append(seconds)
+    return times
+
+
 def _calls(job: Job) -> int:
     """Run a job to warm it up, and return how many calls make a sample."""
     _sample(job, 1)
