@@ -447,3 +447,47 @@ def test_where_folders_cannot_be_swapped_a_kill_leaves_no_mix(tmp_path: Path) ->
         else:
             without += 1
     assert without > 0
+
+
+# -- what is attached ------------------------------------------------------------------------------
+
+
+def test_an_attached_model_and_its_handle_are_saved_by_the_active_adapter(tmp_path: Path) -> None:
+    model = make_model("llama")
+    adapters = regraft.attach(model, regraft.LoraConfig(target_modules=["q_proj"]), "first")
+    adapters.add_adapter("second", regraft.LoraConfig(target_modules=["v_proj"]))
+    regraft.save(model, tmp_path / "model")
+    regraft.save(adapters, tmp_path / "handle")
+    regraft.save(adapters, tmp_path / "second", name="second")
+    assert content(tmp_path / "model").keys() == content(tmp_path / "handle").keys()
+    paths = [tmp_path / folder / WEIGHTS for folder in ("model", "handle", "second")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert all("v_proj" in key for key in load_file(paths[2]))
+    adapters.set_adapter(["first", "second"])
+    with pytest.raises(UsageError, match="several adapters"):
+        regraft.save(model, tmp_path / "none")
+
+
+def test_another_base_is_told_when_the_adapter_comes_back(tmp_path: Path) -> None:
+    model = make_model("llama")
+    regraft.attach(model, regraft.LoraConfig(target_modules=["q_proj"]), "mine")
+    regraft.save(model, tmp_path)
+    other = make_model("llama")
+    for parameter in other.parameters():
+        parameter.data = parameter.data.roll(1, -1)
+    with pytest.warns(regraft.BaseMismatchWarning, match="trained on other weights"):
+        regraft.attach(other, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", regraft.BaseMismatchWarning)
+        regraft.attach(make_model("llama"), tmp_path)
+        regraft.attach(make_model("llama").bfloat16(), tmp_path)
+
+
+def test_the_fingerprint_is_of_the_base_and_not_of_what_was_merged_into_it(tmp_path: Path) -> None:
+    made_on = peft_model()
+    regraft.save(made_on, tmp_path / "a")
+    model = make_model("llama")
+    adapters = regraft.attach(model, tmp_path / "a", "a")
+    adapters.merge_adapter("a")
+    regraft.save(adapters, tmp_path / "b", name="a")
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
