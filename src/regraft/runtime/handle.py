@@ -498,6 +498,30 @@ class Adapters:
             yield parameter
 
 
+    def for_trainer(self, name: str | None = None) -> nn.Module:
+        """Return what to give to ``transformers.Trainer(model=...)`` to train an adapter.
+
+        It is of the model's class and runs in its modules; see
+        :func:`regraft.runtime.trainer.trainer_model`.
+
+        Args:
+            name: the adapter to train; by default the only one that is trainable.
+
+        Raises:
+            UsageError: no adapter is trainable, several are, or the one to train does not answer.
+        """
+        from regraft.runtime.trainer import trainer_model
+
+        twin: nn.Module = trainer_model(self, name)
+        return twin
+
+    def save_pretrained(self, folder: str | Path, name: str | None = None, **options: Any) -> Path:
+        """Save an adapter in PEFT's format; see :func:`regraft.save`, which takes the options."""
+        from regraft.runtime.saving import save
+
+        return save(self, folder, name=name, **options)
+
+
 @dataclass(frozen=True)
 class _Merged:
     """What is in the weights: adapters with their weights, and the way back."""
