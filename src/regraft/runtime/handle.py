@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft.adapters.model import Adapter
 from regraft.errors import UsageError
+from regraft.formats.checkpoint import AdapterFiles
 from regraft.runtime import loading, merged, scopes
 from regraft.runtime.cache import AdapterCache
 from regraft.runtime.hooks import Hooks, State
@@ -185,18 +187,31 @@ class Adapters:
         self._library.check_new(name)
         files = loading.open_files(source, token)
         adapter = loading.describe(files)
-
-        def read() -> Held:
-            live = loading.load(name, files, adapter)
-            return self._held(loading.prepared(live, self.base, dtype, is_trainable=is_trainable))
-
         if self._library.cache is None or is_trainable:
-            self._take(read())
+            live = loading.load(name, files, adapter)
+            live = loading.prepared(live, self.base, dtype, is_trainable=is_trainable)
+            self._take(self._held(live))
         else:
-            operations_of(self.base, [(loading.without_values(name, files, adapter), 1.0)])
-            size = sum(spec.nbytes for spec in files.tensors.values())
-            self._library.register(name, read, size)
+            self._register(name, files, adapter, dtype)
         loading.check_base(name, files, self.base)
+
+    def _register(
+        self, name: str, files: AdapterFiles, adapter: Adapter, dtype: torch.dtype | str | None
+    ) -> None:
+        """Let the cache read an adapter when it is used; hooks come now, while nobody uses it."""
+        outline = loading.without_values(name, files, adapter, dtype)
+        self._held(outline)
+
+        def read() -> LiveAdapter:
+            return loading.load(name, files, adapter)
+
+        def place(live: LiveAdapter) -> Held:
+            return self._held(loading.prepared(live, self.base, dtype))
+
+        if loading.device_of(self.base).type == "cpu":
+            self._library.register(name, lambda: place(read()), outline.nbytes)
+        else:
+            self._library.register(name, read, outline.nbytes, place)
 
     def add_adapter(self, name: str, config: Any) -> None:
         """Make a new adapter to be trained; which ones answer stays as it is.
