@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from regraft.merging.report import CheckReport, UnmergeReport
     from regraft.runtime.cache import AdapterCache, CacheStats
     from regraft.runtime.handle import Adapters, attach, handle_of
+    from regraft.runtime.merged_loading import load_merged
     from regraft.runtime.saving import save
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
@@ -69,6 +70,7 @@ _HOME = {
     "diff": "regraft.verifying.diff",
     "save": "regraft.runtime.saving",
     "shrink": "regraft.shrinking.verb",
+    "load_merged": "regraft.runtime.merged_loading",
     "attach": "regraft.runtime.handle",
     "handle_of": "regraft.runtime.handle",
     "Adapters": "regraft.runtime.handle",
@@ -114,6 +116,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "diff",
     "shrink",
     "clean",
+    "load_merged",
     "attach",
     "handle_of",
     "Adapters",

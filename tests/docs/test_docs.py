@@ -133,7 +133,7 @@ def test_every_documented_signature_has_all_parameters() -> None:
     text = read(DOCS / "reference-python.md")
     verbs = (
         *("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "shrink"),
-        *("clean", "save"),
+        *("clean", "save", "load_merged"),
     )
     for verb in verbs:
         match = re.search(rf"^regraft\.{verb}\((.*?)\) ->", text, re.M | re.DOTALL)

@@ -481,7 +481,7 @@ def _has_rows(step: Step) -> bool:
 
 
 def largest_tile(plan: Plan) -> int:
-    """Return the bytes of the largest tile: usually the tile size, more where a row may not be split."""
+    """Return the largest tile's bytes: the tile size, or more where a row may not be split."""
     widest = max(
         (step.matrix[1] * step.source.itemsize for step in plan.steps if _has_rows(step)), default=0
     )

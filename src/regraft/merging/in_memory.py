@@ -1,4 +1,4 @@
-"""Merging into memory: the same steps as a merge into files, with room of the caller's for a result.
+"""Merging into memory: the steps of a merge into files, with the caller's room for a result.
 
 Nothing is hashed, nothing is kept for an undo, and no file is written. The bytes are those of the
 merge into files, since the arithmetic is the same :class:`regraft.merging.compute.StepMath`.
@@ -7,7 +7,7 @@ merge into files, since the arithmetic is the same :class:`regraft.merging.compu
 from __future__ import annotations
 
 import threading
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Self
 
 import numpy as np
@@ -38,7 +38,7 @@ class MemoryMerge:
         self._stored = FileSource(self._files)
         self._plain = plain_source(plan, self._stored)
         self._pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="regraft")
-        self._own = threading.local()
+        self._own, self._ended = threading.local(), False
         self._buffer_bytes = largest_tile(plan)
 
     def __enter__(self) -> Self:
@@ -46,8 +46,9 @@ class MemoryMerge:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the threads end, then close the files."""
-        self._pool.shutdown(cancel_futures=True)
+        """Let the threads end, then close the files; whoever still asks for a tensor gets none."""
+        self._ended = True
+        self._pool.shutdown()
         self._files.close()
 
     def fill(self, step: Step, result: Bytes) -> None:
@@ -60,15 +61,25 @@ class MemoryMerge:
         source = self._plain if step.source_adapter is None else self._stored
         run = _Run(step, source, self._store, self._plan.tile_bytes, result)
         tiles = list(tiles_of(step, self._plan.tile_bytes, source.grain(step.source)))
-        futures = [self._pool.submit(lambda t=tile: run.work(t, self._buffer())) for tile in tiles]
-        done, left = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in left:
-            future.cancel()
-        wait(left)
-        sums = sum((future.result() for future in done if not future.cancelled()), np.zeros(4))
+        futures = [self._pool.submit(self._work, run, tile) for tile in tiles]
+        wait(futures)  # all of them, also after an error: they write into ``result``
+        if run.error is not None:
+            raise run.error
+        sums = sum((future.result() for future in futures), np.zeros(4))
         source.release(step.source)
         if sums[3]:
             raise overflow(step, int(sums[3]), self._plan.base.source)
+
+    def _work(self, run: _Run, tile: Tile) -> Sums:
+        if self._ended:
+            run.error = run.error or RuntimeError("a merge that has ended cannot go on")
+        if run.error is not None:
+            return np.zeros(4)
+        try:
+            return run.work(tile, self._buffer())
+        except BaseException as error:
+            run.error = run.error or error
+            raise
 
     def _buffer(self) -> Bytes:
         """Return the calling thread's memory for what it reads."""
@@ -86,12 +97,13 @@ class _Run:
     ) -> None:
         self._step, self._source, self._result = step, source, result
         self._math = StepMath(step, store, self._read, tile_bytes)
+        self.error: BaseException | None = None
 
     def _read(self, offset: int, buffer: Bytes) -> None:
         self._source.read(self._step.source, offset, buffer)
 
     def work(self, tile: Tile, buffer: Bytes) -> Sums:
-        """Compute one tile; return its sums, as :func:`regraft.deltas.kernels.merge_rows` has them."""
+        """Compute a tile; return its sums, those of :func:`regraft.deltas.kernels.merge_rows`."""
         sums: Sums = np.zeros(4, np.float64)
         result = self._result[tile.write_at : tile.write_at + tile.write]
         if tile.kind == "bytes":

@@ -53,7 +53,17 @@ def dequantized(model: nn.Module) -> list[Change]:
     config = getattr(model, "config", None)
     if "quantization_config" in getattr(config, "__dict__", {}):
         changes.append(Change(vars(config), "quantization_config", ABSENT))
+    conversions = vars(model).get("_weight_conversions")
+    if conversions is not None:  # done backwards when the model is saved
+        kept = [c for c in conversions if not _is_of_quantizer(c)]
+        changes.append(Change(vars(model), "_weight_conversions", kept))
     return changes
+
+
+def _is_of_quantizer(conversion: Any) -> bool:
+    """Whether transformers' conversion of weights on loading is one of bitsandbytes."""
+    operations = getattr(conversion, "operations", None) or ()
+    return any(type(op).__module__.endswith(".bitsandbytes") for op in operations)
 
 
 def plain_linear(layer: nn.Module, weight: nn.Parameter) -> nn.Linear:

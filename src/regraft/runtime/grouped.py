@@ -91,7 +91,7 @@ def lay_out(ranks: Sequence[int], rows: Sequence[int | None]) -> tuple[Layout, .
     for last in range(1, len(buckets) + 1):
         choices = []
         for first in range(last):
-            layout = _one_layout(ranks, rows, sum(buckets[first:last], []))
+            layout = _one_layout(ranks, rows, [n for bucket in buckets[first:last] for n in bucket])
             cost, before = best[first]
             choices.append((cost + layout.cost + PART_COST, (*before, layout)))
         best.append(min(choices, key=lambda choice: choice[0]))

@@ -145,6 +145,24 @@ CONVOLUTION = Kind(
 )
 
 
+def _dense_down(module: Any, x: Tensor, a: Tensor) -> Tensor:
+    """Convolve with an A that reads all channels, as PEFT's does on a grouped convolution."""
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[a.dim() - 3]
+    return convolve(x, a, None, module.stride, module.padding, module.dilation)
+
+
+GROUPED_CONVOLUTION = Kind(
+    "grouped convolution",
+    factors=lambda _m, left, right: (right, left),
+    down=_dense_down,
+    up=_conv_up,
+    channels=CONVOLUTION.channels,
+    base=_convolve,
+)
+"""A grouped convolution as PEFT adapts it: A is dense and B is grouped, so that there is no delta
+of the weight's shape, and nothing to merge."""
+
+
 # -- other weights in the same module --------------------------------------------------------------
 
 

@@ -142,6 +142,22 @@ class LiveIndex(BaseIndex):
     def _absent_ties(self) -> dict[str, str]:
         return dict(self._live.tied)
 
+    def find(self, name: str) -> tuple[Found, ...]:
+        """Return what a name means; the bias that a layer lacks too: one can be added to it."""
+        found = super().find(name)
+        if found or not name.endswith(".bias"):
+            return found
+        weights = super().find(f"{name.removesuffix('.bias')}.weight")
+        if len(weights) != 1 or len(weights[0].held) != 1:
+            return ()
+        spec = weights[0].held[0].spec
+        path, module, leaf = self._live.owner(weights[0].alias or spec.name)
+        if leaf != "weight" or getattr(module, "bias", module) is not None:
+            return ()
+        outputs = spec.shape[-1] if is_conv1d(module) else spec.shape[0]
+        bias = TensorSpec(f"{path}.bias", spec.dtype, (outputs,), IN_MEMORY, VIRTUAL, 0)
+        return (Found(Piece(bias.name), (Held(bias, Piece(bias.name)),)),)
+
     def is_conv1d(self, module: str) -> bool | None:
         """Whether a module stores its weight as (in, out): here it can be looked at."""
         found = self._live.modules.get(module)

@@ -108,6 +108,20 @@ def _grown(works: Mapping[str, Work]) -> list[Problem]:
     return problems
 
 
+def without_place(base: LiveBase, works: Mapping[str, Work]) -> list[Problem]:
+    """Return the problems of works on parameters that their layers do not have."""
+    missing = []
+    for name in works:
+        _, module, leaf = base.owner(name)
+        if not isinstance(getattr(module, leaf, None), torch.Tensor):
+            missing.append(name)
+    return [
+        Problem("this can be served as an adapter and not be merged", name, "a plain parameter",
+                "none in this layer", "Leave it unmerged, or train without lora_bias")
+        for name in missing
+    ]  # fmt: skip
+
+
 def _added(work: Work) -> Problem:
     return Problem(
         "the adapter holds a tensor that the model does not have", work.name,

@@ -93,6 +93,8 @@ def load_merged(
         check_scales(made.quantization)
     config, raw, rest = _config(made, kwargs)
     cls = _class_of(made, raw, config, model_class, rest)
+    if getattr(cls, "config_class", None) is type(config.get_text_config()):
+        config = config.get_text_config()  # the text model alone of one that sees, too
     rest.setdefault("generation_config", _generation_config(made))
     with MemoryMerge(made) as merge:
         loading = _Loading(merge)
@@ -100,7 +102,7 @@ def load_merged(
         result = loading.run(cls, config=config, state_dict=weights, device_map=device_map, **rest)
     model = result[0] if isinstance(result, tuple) else result
     model.config.name_or_path = model.name_or_path = str(base)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def _refuse(kwargs: Mapping[str, Any]) -> None:
@@ -137,7 +139,7 @@ def _plan(
 
 
 def _config(made: Plan, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Return the merged model's config, the same as JSON, and the arguments that it did not take."""
+    """Return the merged model's config, the same as JSON, and the arguments that are left."""
     from transformers import AutoConfig
 
     raw = updated_config(made.base.config or {}, made.config_updates)
@@ -166,16 +168,32 @@ def _class_of(
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return get_class_from_dynamic_module(raw["auto_map"][auto], str(made.base.root))
-    if wanted is not None:
-        return wanted
-    for name in [*(config.architectures or []), auto]:
-        if hasattr(transformers, str(name)):
-            return getattr(transformers, str(name))
+    names = config.architectures or [auto]
+    named = [getattr(transformers, name, None) for name in names] if wanted is None else [wanted]
+    for cls in filter(None, named):
+        return _of_auto(cls, config) if hasattr(cls, "_model_mapping") else cls
     raise UnsupportedError(
         "transformers does not have the class of this model", where=made.base.source,
-        found=", ".join(config.architectures or []) or "no class in the config",
+        found=", ".join(names),
         hint="Name it with model_class",
     )  # fmt: skip
+
+
+def _of_auto(auto: Any, config: Any) -> Any:
+    """Return the class that an auto class loads for a config; of several, the one it names.
+
+    Raises:
+        UsageError: the auto class has none.
+    """
+    if type(config) not in auto._model_mapping:
+        raise UsageError(
+            f"{auto.__name__} has no class for this model", found=type(config).__name__,
+            hint="Leave model_class out: the config names the class",
+        )  # fmt: skip
+    found = auto._model_mapping[type(config)]
+    classes = {cls.__name__: cls for cls in (found if isinstance(found, list | tuple) else [found])}
+    named = [classes[name] for name in config.architectures or [] if name in classes]
+    return (named or list(classes.values()))[0]
 
 
 def _generation_config(made: Plan) -> Any:
@@ -198,7 +216,7 @@ def _generation_config(made: Plan) -> Any:
 
 
 class _Loading:
-    """A loading that is under way; it keeps the first error, which transformers would report late."""
+    """A loading under way; it keeps the first error, which transformers would report late."""
 
     def __init__(self, merge: MemoryMerge) -> None:
         self._merge = merge

@@ -16,6 +16,7 @@ from regraft.runtime.kinds import EMBEDDING, LINEAR, Kind, kind_of
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, Tensors, match_live, weighted
 from regraft.runtime.plain import plain_weight
+from regraft.runtime.served import grouped_step, split
 from regraft.runtime.steps import Dora, Factors, LowRank, Shift, Step, TokenLogits, TokenRows
 
 Part = tuple[LiveAdapter, float]
@@ -46,14 +47,17 @@ def operations_of(base: LiveBase, parts: Sequence[Part]) -> Operations:
     Raises:
         MismatchError: they do not fit the model, or one another; every misfit is listed.
     """
-    adapters = [weighted(adapter.adapter, weight) for adapter, weight in parts]
-    works = match_live(base, adapters)
+    both = [split(base, weighted(adapter.adapter, weight)) for adapter, weight in parts]
+    works = match_live(base, [mergeable for mergeable, _ in both])
     tensors = Tensors([adapter for adapter, _ in parts])
     builder = _Builder(base, tensors)
     for name, work in works.items():
         builder.add(name, work)
     if builder.problems:
         raise MismatchError(builder.problems)
+    for (adapter, weight), (_, served) in zip(parts, both, strict=True):
+        for path, target in served:
+            builder.serve(path, grouped_step(adapter, weight, target))
     return builder.done()
 
 
@@ -85,6 +89,10 @@ class _Builder:
             )  # fmt: skip
             return
         self._replace(host, path, module, leaf, name, work)
+
+    def serve(self, path: str, step: Step) -> None:
+        """Add a step that stands for no change of a weight."""
+        self._result.steps.setdefault(self._base.canonical(path), []).append(step)
 
     def _host(self, path: str) -> str:
         """Return the module whose forward pass uses a module's parameters."""

@@ -57,13 +57,22 @@ def is_packed(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
+def has_lost_scales(state: Any) -> bool:
+    """Whether a state's scales are those of a packed weight.
+
+    They still are after ``state_dict()`` has turned the codes back.
+    """
+    return is_packed(state) or (not state.nested and state.absmax.dim() == 2)
+
+
 def remembered(parameters: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Scales]:
     """Return the scales that a forward pass would lose, by the parameter's name."""
     found = {}
     for name, (module, leaf) in parameters.items():
         state = getattr(getattr(module, leaf), "quant_state", None)
-        at_risk = getattr(module, "support_avx512bf16_for_cpu", False) and state is not None
-        if at_risk and not is_packed(state) and state.absmax.device.type == "cpu":
+        if state is None or has_lost_scales(state) or state.absmax.device.type != "cpu":
+            continue
+        if getattr(module, "support_avx512bf16_for_cpu", False):
             found[name] = Scales.of(state)
     return found
 
@@ -136,8 +145,7 @@ class LiveQuantized:
         """Return the codes, in the order that files have them in, to be read and written."""
         parameter = self.parameter
         if self._scales is not None:
-            if is_packed(parameter.quant_state):
-                _unpack(parameter, self._scales)
+            _unpack(parameter, self._scales)
             codes = plain(parameter)
             codes = codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)
         else:
@@ -229,7 +237,7 @@ def _four_bit(state: Any, scales: Scales) -> tuple[FourBit, dict[str, torch.Tens
 
 def _known(state: Any, scales: Scales | None) -> Scales:
     """Return a state's scales as whole as they are known."""
-    if not is_packed(state):
+    if not has_lost_scales(state):
         return Scales.of(state)
     if scales is not None and _are_of(scales, state):
         return scales
@@ -247,16 +255,19 @@ def _are_of(scales: Scales, state: Any) -> bool:
 
 
 def _unpack(parameter: Any, scales: Scales) -> None:
-    """Put codes and state of a packed weight back to what they were before a forward pass."""
+    """Put codes and scales back to what they were before a forward pass; nothing if none was."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = parameter.quant_state
-    codes_only = SimpleNamespace(
-        packing_format_for_cpu=True, original_nested=False, original_dtype=scales.dtype,
-        original_qshape=state.original_qshape,
-        original_storage_type=getattr(state, "original_storage_type", None),
-    )  # fmt: skip
-    parameter.data, _ = _convert_weight_packed_for_cpu_inverse(parameter.data, codes_only)
+    if not has_lost_scales(state):
+        return
+    if is_packed(state):
+        codes_only = SimpleNamespace(
+            packing_format_for_cpu=True, original_nested=False, original_dtype=scales.dtype,
+            original_qshape=state.original_qshape,
+            original_storage_type=getattr(state, "original_storage_type", None),
+        )  # fmt: skip
+        parameter.data, _ = _convert_weight_packed_for_cpu_inverse(parameter.data, codes_only)
     for field in fields(scales):
         setattr(state, field.name, getattr(scales, field.name))
     state.packing_format_for_cpu = False

@@ -52,7 +52,7 @@ def can_be_changed(out: Tensor, *others: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (out.requires_grad or any(t.requires_grad for t in others)):
         return False
-    return out.is_floating_point()
+    return bool(out.is_floating_point())
 
 
 FEW = 8
