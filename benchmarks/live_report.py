@@ -199,7 +199,8 @@ def thread_figures(found: Threaded) -> list[Figure]:
         f"PEFT with `set_adapter` in each thread: {theirs:,} of {found.calls['peft']:,}; "
         f"{speeds['regraft']:.0f} calls a second, PEFT {speeds['peft']:.0f}"
     )
-    name = f"wrong outputs of {found.threads} threads with an adapter each, {found.calls['regraft']:,} calls"
+    count = f"{found.calls['regraft']:,} calls"
+    name = f"wrong outputs of {found.threads} threads with an adapter each, {count}"
     return [Figure(name, ours, f"{ours:,}", "0", ours == 0, beside)]
 
 
