@@ -121,8 +121,20 @@ class Library:
             self._held[held.adapter.name] = held
             self._names[held.adapter.name] = False
 
-    def register(self, name: str, read: Callable[[], Held], nbytes: int) -> None:
+    def register(
+        self,
+        name: str,
+        read: Callable[[], Any],
+        nbytes: int,
+        place: Callable[[Any], Held] | None = None,
+    ) -> None:
         """Take an adapter that the cache reads when it is asked for.
+
+        Args:
+            name: what it is called.
+            read: reads it; without ``place`` it returns what is held.
+            nbytes: the bytes of its tensors.
+            place: brings what was read to the model's device.
 
         Raises:
             UsageError: its name is taken.
@@ -131,7 +143,7 @@ class Library:
             raise ValueError("there is no cache")
         with self._lock:
             self.check_new(name)
-            self.cache.register(name, read, nbytes)
+            self.cache.register(name, read, nbytes, place)
             self._names[name] = True
 
     def remove(self, name: str) -> None:

@@ -143,6 +143,23 @@ def device_of(base: LiveBase) -> torch.device:
     return max(sizes, key=lambda d: sizes[d]) if sizes else torch.device("cpu")
 
 
+def without_values(
+    name: str, files: AdapterFiles, adapter: Adapter, dtype: torch.dtype | str | None = None
+) -> LiveAdapter:
+    """Return an adapter whose tensors have shapes and no values, to see whether it fits.
+
+    They require gradients, so that nothing is computed from them beforehand.
+    """
+    wanted = torch_dtype(dtype)
+    tensors = {
+        key: torch.empty(spec.shape, dtype=wanted or TORCH_DTYPES[spec.dtype], device="meta")
+        for key, spec in files.tensors.items()
+    }
+    for tensor in tensors.values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    return LiveAdapter(name, dict(files.config), adapter, tensors)
+
+
 def check_base(name: str, files: AdapterFiles, base: LiveBase) -> None:
     """Warn if an adapter carries the fingerprint of another base."""
     carried = files.metadata.get(KEY)
