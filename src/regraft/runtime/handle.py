@@ -25,7 +25,7 @@ from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
 from regraft.runtime.merged import MergeReport
-from regraft.runtime.operations import operations_of
+from regraft.runtime.operations import check_fits, operations_of
 from regraft.runtime.selection import Named, Rows, Selection
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
@@ -193,7 +193,7 @@ class Adapters:
         if self._library.cache is None or is_trainable:
             self._take(read())
         else:
-            operations_of(self.base, [(loading.without_values(name, files, adapter), 1.0)])
+            check_fits(self.base, adapter)
             size = sum(spec.nbytes for spec in files.tensors.values())
             self._library.register(name, read, size)
         loading.check_base(name, files, self.base)
@@ -496,6 +496,30 @@ class Adapters:
         """Yield what is trained, for an optimizer."""
         for _, parameter in self.named_parameters():
             yield parameter
+
+
+    def for_trainer(self, name: str | None = None) -> nn.Module:
+        """Return what to give to ``transformers.Trainer(model=...)`` to train an adapter.
+
+        It is of the model's class and runs in its modules; see
+        :func:`regraft.runtime.trainer.trainer_model`.
+
+        Args:
+            name: the adapter to train; by default the only one that is trainable.
+
+        Raises:
+            UsageError: no adapter is trainable, several are, or the one to train does not answer.
+        """
+        from regraft.runtime.trainer import trainer_model
+
+        twin: nn.Module = trainer_model(self, name)
+        return twin
+
+    def save_pretrained(self, folder: str | Path, name: str | None = None, **options: Any) -> Path:
+        """Save an adapter in PEFT's format; see :func:`regraft.save`, which takes the options."""
+        from regraft.runtime.saving import save
+
+        return save(self, folder, name=name, **options)
 
 
 @dataclass(frozen=True)
