@@ -156,7 +156,7 @@ class _Builder:
             return kind.factors(module, left, right)
 
         adapter = self._tensors.adapters[delta.adapter]
-        trained = adapter.is_trainable and not delta.is_residual
+        trained = self._tensors.trained[delta.adapter] and not delta.is_residual
         whole = delta.rows == (0, weight.work.source.shape[0]) or kind is not LINEAR
         dropout = float(adapter.config.get("lora_dropout") or 0.0)
         return LowRank(
@@ -167,8 +167,8 @@ class _Builder:
     def _dora(
         self, module: nn.Module, weight: ComputedWeight, delta: Delta, low_rank: LowRank
     ) -> Dora:
-        adapter = self._tensors.adapters[delta.adapter]
-        factor = DoraFactor(module, weight, delta, trained=adapter.is_trainable)
+        trained = self._tensors.trained[delta.adapter]
+        factor = DoraFactor(module, weight, delta, trained=trained)
         return Dora(low_rank, factor, lambda: plain_weight(module, weight.leaf, weight.name))
 
     def _rows(self, kind: Kind, patch: RowPatch) -> Step:
