@@ -23,7 +23,9 @@ PROMPT = "> "
 @speaking.model_and_sampling
 @options.as_json
 @options.quiet
-def command(base: str, adapters: tuple[str, ...], as_json: bool, quiet: bool, **chosen: Any) -> None:
+def command(
+    base: str, adapters: tuple[str, ...], as_json: bool, quiet: bool, **chosen: Any
+) -> None:
     """Talk to a model, and switch, mix and load adapters meanwhile.
 
     BASE and the options are those of `regraft generate`. What you type is answered line by line;
@@ -70,7 +72,9 @@ class Chat:
             except KeyboardInterrupt:
                 self.output.note("\n/quit or Ctrl-D ends.")
             except RegraftError as error:
-                self.output.failure(explain(error))
+                failure = explain(error)
+                Output().failure(failure)
+                self.output.line(failure.to_json())
 
     def take(self, line: str) -> None:
         """Carry out a command, or answer."""
@@ -185,5 +189,7 @@ def parse_choice(text: str) -> dict[str, float]:
         except ValueError:
             raise UsageError(f"{weight!r} is not a weight", expected="NAME=0.5") from None
     if not found:
-        raise UsageError("/adapter needs a name", expected="/adapter NAME[=WEIGHT][,NAME...] | none")
+        raise UsageError(
+            "/adapter needs a name", expected="/adapter NAME[=WEIGHT][,NAME...] | none"
+        )
     return found

@@ -51,7 +51,7 @@ class Output:
     def stream(self, piece: str) -> None:
         """Print a piece of a line on stdout at once; nothing in JSON mode."""
         if not self.as_json:
-            _write(sys.stdout, piece, end="")
+            _write(sys.stdout, piece, end="", keep="\n\t")
 
     def line(self, payload: Mapping[str, Any]) -> None:
         """Print an object as one line of JSON on stdout; nothing but in JSON mode."""
@@ -162,14 +162,20 @@ def _problems(failure: Failure) -> str:
 
 
 def _write(
-    stream: TextIO, text: str, *, label: str = "", colour: str = "", end: str = "\n"
+    stream: TextIO,
+    text: str,
+    *,
+    label: str = "",
+    colour: str = "",
+    end: str = "\n",
+    keep: str = "\n",
 ) -> None:
     """Write ``text`` and ``end``, with a coloured label before it on a terminal."""
     prefix = f"{label}: " if label else ""
     if label and _has_colour(stream):
         prefix = click.style(prefix, fg=colour, bold=True)
     try:
-        stream.write(prefix + printable(text) + end)
+        stream.write(prefix + printable(text, keep) + end)
         stream.flush()
     except BrokenPipeError as error:
         _abandon(stream)

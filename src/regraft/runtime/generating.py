@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,6 @@ Messages = Sequence[Mapping[str, str]]
 
 OnText = Callable[[str], None]
 """Takes a piece of an answer as soon as it is there."""
-
-_NEEDED = ("torch", "transformers", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,9 @@ def open_speaker(
         MissingExtraError: a package is not installed.
         RegraftError: the model, its tokenizer or an adapter cannot be read, or do not fit.
     """
-    require(*_NEEDED, *(["bitsandbytes"] if load_in_4bit else []), why="generating")
+    require("torch", "transformers", why="generating")
+    if load_in_4bit:
+        require("bitsandbytes", "accelerate", why="loading in 4 bits")
     folder, wanted = _base_and_adapters(base, adapters, token)
     with quiet():
         model = _model(folder, load_in_4bit=load_in_4bit, dtype=dtype, device=device)
@@ -307,10 +308,14 @@ def _model(folder: Path, *, load_in_4bit: bool, dtype: str | None, device: str |
     _check_quantized(raw, load_in_4bit=load_in_4bit, gguf=bool(arguments))
     cls = getattr(transformers, auto_class_of(raw) if raw else "AutoModelForCausalLM")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    arguments |= {"dtype": dtype or "auto", "device_map": {"": where}}
+    arguments["dtype"] = dtype or "auto"
     if load_in_4bit:
         arguments["quantization_config"] = _nf4(raw, dtype)
+    if load_in_4bit or (where != "cpu" and find_spec("accelerate")):
+        arguments["device_map"] = {"": where}  # weights go there one by one
     model = cls.from_pretrained(str(place), **arguments)
+    if "device_map" not in arguments and where != "cpu":
+        model = model.to(where)
     if not model.can_generate():
         raise UnsupportedError(
             "this model does not generate text", where=str(folder), found=type(model).__name__
@@ -322,7 +327,7 @@ def _gguf(path: Path) -> tuple[Path, dict[str, Any]]:
     """Return the folder to load from, and what transformers has to know of a ``.gguf`` file."""
     if path.suffix != ".gguf":
         return path, {}
-    require("gguf", why="reading a .gguf file")
+    require("gguf", "accelerate", why="loading a .gguf file")
     return path.parent, {"gguf_file": path.name}
 
 
