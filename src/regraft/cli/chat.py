@@ -135,7 +135,7 @@ class Chat:
         words = rest.split()
         if len(words) not in (1, 2):
             raise UsageError("/load needs a path", expected="/load PATH [NAME]")
-        name = self.speaker.load(words[0], *words[1:], token=self.token)
+        name = self.speaker.load(words[0], words[1] if len(words) > 1 else None, self.token)
         self.output.note(f"loaded {name}; /adapter {name} switches to it")
 
     def clear(self, rest: str) -> None:
