@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from regraft._version import __version__
 
 if TYPE_CHECKING:
+    from regraft.adapters.lora_config import LoraConfig
     from regraft.api import check, merge, plan
     from regraft.converting import dequantize, quantize
     from regraft.errors import (
@@ -69,6 +70,7 @@ _HOME = {
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
     "save": "regraft.runtime.saving",
+    "LoraConfig": "regraft.adapters.lora_config",
     "shrink": "regraft.shrinking.verb",
     "load_merged": "regraft.runtime.merged_loading",
     "attach": "regraft.runtime.handle",
@@ -120,6 +122,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "attach",
     "handle_of",
     "Adapters",
+    "LoraConfig",
     "AdapterCache",
     "CacheStats",
     "save",

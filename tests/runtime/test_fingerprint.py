@@ -141,7 +141,7 @@ def test_weights_that_cannot_be_read_are_left_out() -> None:
     model = build().to("meta")
     base = LiveBase(model)
     assert fingerprint_of(parameters_of(base, base.checkpoint.tensors)) is None
-    assert compare(taken(build()), base) == "other precision"
+    assert compare(taken(build()), base) == "unknown"
 
 
 def test_it_is_small_and_says_the_same_each_time() -> None:
@@ -149,14 +149,21 @@ def test_it_is_small_and_says_the_same_each_time() -> None:
     assert len(taken(build())) < 6000
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"version": 2}', "[1]", '"x"'])
-def test_what_is_no_fingerprint_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="fingerprint"):
-        compare(text, LiveBase(build()))
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 2}', "[1]", '"x"', "[" * 100_000])
+def test_what_is_no_fingerprint_says_nothing(text: str) -> None:
+    assert compare(text, LiveBase(build())) == "unknown"
 
 
-def test_a_damaged_fingerprint_is_refused() -> None:
-    fields = json.loads(taken(build()))
-    for change in ({"values": "AAAA"}, {"values": "!"}, {"sampled": {}}, {"version": 9}):
-        with pytest.raises(ValueError, match="fingerprint"):
-            compare(json.dumps(fields | change), LiveBase(build()))
+BAD_SHAPES: tuple[Any, ...] = ([0], [-1, 4], ["a"], 3, [1.5], [10**30])
+
+
+def test_a_damaged_fingerprint_says_nothing() -> None:
+    model = build()
+    fields = json.loads(taken(model))
+    names = fields["sampled"]
+    for change in (
+        *({"values": "AAAA"}, {"values": "!"}, {"sampled": {}}, {"version": 9}, {"values": 1}),
+        *({"sampled": dict.fromkeys(names, shape)} for shape in BAD_SHAPES),
+    ):
+        found = compare(json.dumps(fields | change), LiveBase(model))
+        assert found in ("unknown", "another"), change

@@ -359,7 +359,7 @@ import torch
 from regraft.merging import output
 from regraft.runtime import adapter_files
 
-root, changes, inside = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
+changes = True
 
 def tensors(value):
     key = "base_model.model.q_proj."
@@ -385,32 +385,36 @@ def save_and_die(folder, steps):
     adapter_files.write_adapter(folder, config(2.0), tensors(2.0), card="Saved by")
     os._exit(0)
 
-outcomes = []
-for steps in range(1000):
-    folder = root / f"a{steps}"
-    adapter_files.write_adapter(folder, config(1.0), tensors(1.0))
-    (folder / "runs").mkdir()
-    (folder / "runs" / "log").write_text("kept")
-    if inside:
-        os.chdir(folder)
-    child = os.fork()
-    if child == 0:
-        save_and_die(folder, steps)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    outcomes.append(code)
-    if code != 9:
-        break
-print(json.dumps(outcomes))
+def run(root, inside):
+    for steps in range(1000):
+        folder = root / f"a{steps}"
+        adapter_files.write_adapter(folder, config(1.0), tensors(1.0))
+        (folder / "runs").mkdir()
+        (folder / "runs" / "log").write_text("kept")
+        os.chdir(folder if inside else root)
+        child = os.fork()
+        if child == 0:
+            save_and_die(folder, steps)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code != 9:
+            assert code == 0 and steps > 12, (code, steps)
+            return
+
+for mode in ("same", "changed", "inside"):
+    changes = mode != "same"
+    run(Path(sys.argv[1]) / mode, mode == "inside")
 """
 
 
-def killed_at_every_step(root: Path, *, changes: bool, inside: bool = False) -> list[int]:
-    done = python(KILLED, root, str(changes), str(inside))
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return folders of adapters whose replacement was killed at every step, by kind."""
+    root = tmp_path_factory.mktemp("killed")
+    for mode in ("same", "changed", "inside"):
+        (root / mode).mkdir()
+    done = python(KILLED, root)
     assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout)
-    assert outcomes[-1] == 0
-    assert len(outcomes) > 12
-    return list(range(len(outcomes)))
+    return root
 
 
 def alpha_and_value(folder: Path) -> tuple[float, float]:
@@ -421,11 +425,10 @@ def alpha_and_value(folder: Path) -> tuple[float, float]:
 
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_kill_at_any_step_leaves_the_old_adapter_or_the_new_one(
-    tmp_path: Path, changes: bool
+    killed: Path, changes: bool
 ) -> None:
-    seen = set()
-    for step in killed_at_every_step(tmp_path, changes=changes):
-        folder = tmp_path / f"a{step}"
+    seen, root = set(), killed / ("changed" if changes else "same")
+    for folder in sorted(root.glob("a*")):
         alpha, value = alpha_and_value(folder)
         assert alpha == (value if changes else 1)
         assert (folder / "runs" / "log").read_text() == "kept"
@@ -434,16 +437,59 @@ def test_a_kill_at_any_step_leaves_the_old_adapter_or_the_new_one(
         write_adapter(folder, config, tensors)  # goes on from whatever is left
         assert load_file(folder / WEIGHTS).keys() == tensors.keys()
     assert seen == {1.0, 2.0}
-    assert [path for path in tmp_path.iterdir() if "saving" in path.name] == []
+    assert [path for path in root.iterdir() if "saving" in path.name] == []
 
 
-def test_where_folders_cannot_be_swapped_a_kill_leaves_no_mix(tmp_path: Path) -> None:
+def test_where_folders_cannot_be_swapped_a_kill_leaves_no_mix(killed: Path) -> None:
     without = 0
-    for step in killed_at_every_step(tmp_path, changes=True, inside=True):
-        folder = tmp_path / f"a{step}"
+    for folder in (killed / "inside").glob("a*"):
         if (folder / CONFIG).exists():
             alpha, value = alpha_and_value(folder)
             assert alpha == value
         else:
             without += 1
     assert without > 0
+
+
+# -- what is attached ------------------------------------------------------------------------------
+
+
+def test_an_attached_model_and_its_handle_are_saved_by_the_active_adapter(tmp_path: Path) -> None:
+    model = make_model("llama")
+    adapters = regraft.attach(model, regraft.LoraConfig(target_modules=["q_proj"]), "first")
+    adapters.add_adapter("second", regraft.LoraConfig(target_modules=["v_proj"]))
+    regraft.save(model, tmp_path / "model")
+    regraft.save(adapters, tmp_path / "handle")
+    regraft.save(adapters, tmp_path / "second", name="second")
+    assert content(tmp_path / "model").keys() == content(tmp_path / "handle").keys()
+    paths = [tmp_path / folder / WEIGHTS for folder in ("model", "handle", "second")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert all("v_proj" in key for key in load_file(paths[2]))
+    adapters.set_adapter(["first", "second"])
+    with pytest.raises(UsageError, match="several adapters"):
+        regraft.save(model, tmp_path / "none")
+
+
+def test_another_base_is_told_when_the_adapter_comes_back(tmp_path: Path) -> None:
+    model = make_model("llama")
+    regraft.attach(model, regraft.LoraConfig(target_modules=["q_proj"]), "mine")
+    regraft.save(model, tmp_path)
+    other = make_model("llama")
+    for parameter in other.parameters():
+        parameter.data = parameter.data.roll(1, -1)
+    with pytest.warns(regraft.BaseMismatchWarning, match="trained on other weights"):
+        regraft.attach(other, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", regraft.BaseMismatchWarning)
+        regraft.attach(make_model("llama"), tmp_path)
+        regraft.attach(make_model("llama").bfloat16(), tmp_path)
+
+
+def test_the_fingerprint_is_of_the_base_and_not_of_what_was_merged_into_it(tmp_path: Path) -> None:
+    made_on = peft_model()
+    regraft.save(made_on, tmp_path / "a")
+    model = make_model("llama")
+    adapters = regraft.attach(model, tmp_path / "a", "a")
+    adapters.merge_adapter("a")
+    regraft.save(adapters, tmp_path / "b", name="a")
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,7 +43,7 @@ from regraft.runtime.live_base import LiveBase
 KEY = "regraft_base"
 """The key of a fingerprint in the header of an adapter's weights."""
 
-Verdict = Literal["same", "other precision", "another"]
+Verdict = Literal["same", "other precision", "another", "unknown"]
 
 PARAMETERS, VALUES = 16, 32
 STEP = 2.0**-8
@@ -108,17 +109,18 @@ def fingerprint_of(parameters: Mapping[str, Parameter]) -> str | None:
 def compare(fingerprint: str, base: LiveBase) -> Verdict:
     """Return what a base is to the one that a fingerprint was taken of.
 
-    ``"same"``: the values are equal. ``"other precision"``: they differ by rounding, or cannot be
-    read here, with names and shapes as they should be. ``"another"``: anything else.
+    ``"same"``: the values are equal. ``"other precision"``: they differ by rounding. ``"unknown"``:
+    they cannot be read here, with names and shapes as they should be, or this is no fingerprint
+    that this version knows. ``"another"``: anything else.
 
     Args:
         fingerprint: as :func:`fingerprint_of` made it.
         base: the base that is here, with no adapter merged into it.
-
-    Raises:
-        ValueError: it is no fingerprint, or one of a later version.
     """
-    sampled_there, values, coded = _parsed(fingerprint)
+    parsed = _parsed(fingerprint)
+    if parsed is None:
+        return "unknown"
+    sampled_there, values, coded = parsed
     here = parameters_of(base, (_name_in(base, name) for name in sampled_there))
     if len(here) < len(sampled_there):
         return "another"
@@ -133,7 +135,7 @@ def compare(fingerprint: str, base: LiveBase) -> Verdict:
             there.append(before)
             found.append(sampled(parameter))
     if not found:
-        return "other precision"
+        return "unknown"
     return verdict(np.concatenate(there), np.concatenate(found), coded=coded)
 
 
@@ -156,18 +158,22 @@ def verdict(there: np.ndarray, here: np.ndarray, *, coded: bool) -> Verdict:
     return "other precision" if close else "another"
 
 
-def _parsed(text: str) -> tuple[dict[str, Sequence[int]], list[np.ndarray], bool]:
-    """Return the shapes of the sampled parameters, their values, and whether they were coded."""
+def _parsed(text: str) -> tuple[dict[str, Sequence[int]], list[np.ndarray], bool] | None:
+    """Return the shapes of the sampled parameters, their values, and whether they were coded.
+
+    None for what is no fingerprint: it comes with the files of strangers.
+    """
     try:
         fields: Any = json.loads(text)
         version, shapes = fields["version"], dict(fields["sampled"])
         raw = np.frombuffer(base64.b64decode(fields["values"], validate=True), "<f4")
-        counts = [min(VALUES, int(np.prod(shape, dtype=np.int64))) for shape in shapes.values()]
+        counts = [min(VALUES, math.prod(shape)) for shape in shapes.values()]
         coded = bool(fields["coded"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError("not the fingerprint of a base") from error
-    if version != _VERSION or sum(counts) != raw.size or not counts:
-        raise ValueError("not a fingerprint that this version of regraft knows")
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        return None
+    good = all(isinstance(count, int) and count > 0 for count in counts)
+    if version != _VERSION or not counts or not good or sum(counts) != raw.size:
+        return None
     return shapes, np.split(raw, np.cumsum(counts)[:-1]), coded
 
 
@@ -229,7 +235,7 @@ def _is_readable(parameter: Parameter) -> bool:
 
 def sampled(parameter: Parameter) -> np.ndarray:
     """Return the values of a parameter at :func:`places_of` its shape: float32 ``(n,)``."""
-    numel = int(np.prod(shape_of(parameter), dtype=np.int64))
+    numel = math.prod(shape_of(parameter))
     with torch.no_grad():
         places = torch.from_numpy(places_of(numel)).to(parameter.weight.device)
         if _is_4bit(parameter):

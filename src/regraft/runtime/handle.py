@@ -25,7 +25,7 @@ from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
 from regraft.runtime.merged import MergeReport
-from regraft.runtime.operations import operations_of
+from regraft.runtime.operations import check_fits, operations_of
 from regraft.runtime.selection import Named, Rows, Selection
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
@@ -193,7 +193,7 @@ class Adapters:
         if self._library.cache is None or is_trainable:
             self._take(read())
         else:
-            operations_of(self.base, [(loading.without_values(name, files, adapter), 1.0)])
+            check_fits(self.base, adapter)
             size = sum(spec.nbytes for spec in files.tensors.values())
             self._library.register(name, read, size)
         loading.check_base(name, files, self.base)

@@ -232,9 +232,8 @@ class GradientHook:
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
         """Mark the output."""
-        model = self._model()
-        wanted = getattr(model, "is_gradient_checkpointing", False) and module.training
-        if wanted and torch.is_grad_enabled() and not output.requires_grad:
+        wanted = module.training and torch.is_grad_enabled() and not output.requires_grad
+        if wanted and is_checkpointing(self._model()):
             output.requires_grad_(True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientHook:
@@ -242,6 +241,14 @@ class GradientHook:
 
     def __reduce__(self) -> Any:
         return _nothing, ()
+
+
+def is_checkpointing(model: nn.Module | None) -> bool:
+    """Whether a transformers model computes parts of its forward pass again for gradients."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # newer name first
+        if hasattr(model, name):
+            return bool(getattr(model, name))
+    return False
 
 
 _BATCHED = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds",

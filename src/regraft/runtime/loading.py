@@ -143,15 +143,6 @@ def device_of(base: LiveBase) -> torch.device:
     return max(sizes, key=lambda d: sizes[d]) if sizes else torch.device("cpu")
 
 
-def without_values(name: str, files: AdapterFiles, adapter: Adapter) -> LiveAdapter:
-    """Return an adapter whose tensors have shapes and no values, to see whether it fits."""
-    tensors = {
-        key: torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
-        for key, spec in files.tensors.items()
-    }
-    return LiveAdapter(name, dict(files.config), adapter, tensors)
-
-
 def check_base(name: str, files: AdapterFiles, base: LiveBase) -> None:
     """Warn if an adapter carries the fingerprint of another base."""
     carried = files.metadata.get(KEY)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from regraft.adapters.model import Adapter
 from regraft.deltas.views import Delta, RowPatch
 from regraft.errors import MismatchError, Problem
 from regraft.merging.match import Work
@@ -21,6 +22,16 @@ from regraft.runtime.steps import Dora, Factors, LowRank, Shift, Step, TokenLogi
 
 Part = tuple[LiveAdapter, float]
 """An adapter and the weight on its scale."""
+
+
+def check_fits(base: LiveBase, adapter: Adapter) -> None:
+    """See whether an adapter fits a model, from its description alone.
+
+    Raises:
+        MismatchError: it does not; every misfit is listed.
+    """
+    mergeable, _ = split(base, adapter)
+    match_live(base, [mergeable])
 
 
 @dataclass(eq=False)

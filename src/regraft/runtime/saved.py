@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class Saved:
     tensors: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     base_format: str = ""
+
+    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Saved:
+        """Return the same with other tensors."""
+        return replace(self, tensors=tensors)
 
 
 def write_saved(
@@ -78,11 +82,12 @@ def saved_of(what: Any, name: str | None, revision: str | None) -> Saved:
 
 
 def _unwrapped(what: Any) -> Any:
-    """Return a model without what compiling or training in parallel puts around it."""
+    """Return a model without what compiling or training puts around it."""
     while isinstance(what, nn.Module):
         inner = getattr(what, "_orig_mod", None)
         if inner is None and type(what).__name__ in ("DistributedDataParallel", "DataParallel"):
             inner = what.module
+        inner = what.__dict__.get("_regraft_model", inner)  # of a twin for transformers' Trainer
         if not isinstance(inner, nn.Module):
             break
         what = inner
