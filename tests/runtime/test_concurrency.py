@@ -20,7 +20,7 @@ from regraft.runtime.handle import Adapters, attach
 from regraft.testing import zoo
 
 THREADS = 16
-CALLS = 40
+CALLS = 20
 CHOICES: list[Any] = ["a", "b", "c", None, {"a": 0.5, "c": -1.0}, ["a", "b"]]
 
 CONFIGS = {

@@ -42,6 +42,10 @@ class ComputedWeight:
     tensors: Tensors
     _residuals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Not in the call: torch.compile does not trace groupby.
+        self._stacks = [list(group) for _, group in groupby(self.work.deltas, _stack_key)]
+
     def __call__(self, module: nn.Module | None = None) -> Tensor:
         """Return the weight; of ``module`` if it is given, a copy of the one it was made for."""
         weight = plain_weight(module or self.module, self.leaf, self.name)
@@ -51,8 +55,8 @@ class ComputedWeight:
                 return found
             weight = found
         value = weight.detach() if not weight.requires_grad else weight
-        for _, deltas in groupby(self.work.deltas, _stack_key):
-            value = self._with(value, list(deltas))
+        for deltas in self._stacks:
+            value = self._with(value, deltas)
         return self._patched(value).reshape(weight.shape).to(weight.dtype)
 
     def _replaced(self, weight: Tensor) -> Tensor | None:

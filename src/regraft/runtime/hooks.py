@@ -9,6 +9,7 @@ adapters; a pickled model is the plain one.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -101,6 +102,12 @@ class Forward:
         return functools.partial, (type(self.module).forward, self.module)
 
 
+def forget_compiled() -> None:
+    """Let code be compiled anew: what was compiled before there were hooks does not notice them."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 class Hooks:
     """The hooks of one handle, and their removal."""
 
@@ -109,6 +116,7 @@ class Hooks:
         self._outputs: dict[str, RemovableHandle] = {}
         self._forwards: dict[str, Forward] = {}
         self._keeping = False
+        forget_compiled()
         model = base.model
         self._root = [
             model.register_forward_pre_hook(RootBefore(state), with_kwargs=True),

@@ -8,7 +8,8 @@ cannot ask it:
   have been seen :func:`refresh_mirror` is called before each forward pass.
 - The backward pass runs parts of the forward pass again under gradient checkpointing, maybe in
   another thread and after the scope has ended. Which scopes a forward pass had is noted with its
-  outputs (:func:`remember_for_backward`) and found again by the number of the backward pass.
+  outputs (:func:`remember_for_backward`) and found again by the number of the backward pass; where
+  that goes through several forward passes, by the number that autograd gave to the operation.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ Scopes = Mapping[int, Any]
 _NONE: Scopes = MappingProxyType({})
 _scopes: ContextVar[Scopes] = ContextVar("regraft_scopes", default=_NONE)
 _mirror = threading.local()
-_of_backward: dict[int, Scopes] = {}
+_of_backward: dict[int, dict[int, Scopes]] = {}
+"""By backward pass, then by the number of the last operation of each forward pass."""
+
+_MOST = 256
+"""So many backward passes are remembered: those that fail do not say that they have ended."""
 
 UNSET = object()
 """What :func:`find` returns where no scope says anything."""
@@ -48,8 +53,17 @@ def current() -> Scopes:
     if _of_backward:
         found = _of_backward.get(torch._C._current_graph_task_id())
         if found is not None:
-            return found
+            return _of_operation(found, torch._C._current_autograd_node())
     return _scopes.get()
+
+
+def _of_operation(passes: Mapping[int, Scopes], operation: Any) -> Scopes:
+    """Return the scopes of the forward pass that an operation is from.
+
+    Autograd numbers operations as they are recorded, so it is the first pass that ends after it.
+    """
+    number = operation._sequence_nr() if operation is not None else 0
+    return passes[min((last for last in passes if last >= number), default=max(passes))]
 
 
 @contextmanager
@@ -83,13 +97,18 @@ def refresh_mirror() -> None:
 def remember_for_backward(outputs: Iterable[torch.Tensor], scopes: Scopes) -> None:
     """Let whatever the backward pass from these outputs runs again see these scopes."""
 
+    last = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    number = max((operation._sequence_nr() for operation in last), default=0)
+
     def begin(_gradients: Any) -> None:
         task = torch._C._current_graph_task_id()
         if task not in _of_backward:
-            _of_backward[task] = scopes
+            _of_backward[task] = {}
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(lambda: _of_backward.pop(task, None))
+            while len(_of_backward) > _MOST:
+                _of_backward.pop(next(iter(_of_backward)), None)
+        _of_backward[task][number] = scopes
 
-    for output in outputs:
-        if output.grad_fn is not None:
-            output.grad_fn.register_prehook(begin)
+    for operation in last:
+        operation.register_prehook(begin)

@@ -60,8 +60,13 @@ class Rows:
         """Return a module's output with each row's steps done to it; None for none."""
         found = self._after.get(path)
         if found is None:
-            found = self._after[path] = MixedSteps(self, path)
+            found = self._make(path)
         return found(module, x, out) if found.wanted else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def _make(self, path: str) -> MixedSteps:
+        found = self._after[path] = MixedSteps(self, path)
+        return found
 
     def instead(self, path: str) -> Any | None:
         """Return what is called in the place of a module's forward pass, or None."""
@@ -159,10 +164,13 @@ class MixedSteps:
         if trained:
             return Together(self._single, self._rows.of_row, None, out.device)
         dtype = quick_dtype(x, out)
-        if dtype not in self._together:
-            found = Together(self._single, self._rows.of_row, dtype, out.device)
-            self._together[dtype] = found
-        return self._together[dtype]
+        found = self._together.get(dtype)
+        return self._make(dtype, out.device) if found is None else found
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def _make(self, dtype: torch.dtype, device: torch.device) -> Together:
+        found = self._together[dtype] = Together(self._single, self._rows.of_row, dtype, device)
+        return found
 
     def _by_mix(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         result = out.clone()
