@@ -304,12 +304,16 @@ class Adapters:
                 "no rows were named", where="rows()", hint="Name an adapter or None for each row"
             )
         names = dict.fromkeys(name for parts in of_row for name, _ in parts)
+        repeated = tuple(parts for parts in of_row for _ in range(repeats))
         with self._library.choose(list(names)) as chosen:
-            distinct = {parts: self._selection(parts, chosen) for parts in of_row}
-            number = {parts: at for at, parts in enumerate(distinct)}
-            places = tuple(number[parts] for parts in of_row for _ in range(repeats))
-            with self._scope(Rows(tuple(distinct.values()), places)):
+            rows = self._library.rows(repeated, lambda: self._rows(repeated, chosen))
+            with self._scope(rows):
                 yield
+
+    def _rows(self, of_row: Sequence[Named], chosen: Mapping[str, Held]) -> Rows:
+        distinct = {parts: self._selection(parts, chosen) for parts in of_row}
+        number = {parts: at for at, parts in enumerate(distinct)}
+        return Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
