@@ -257,7 +257,7 @@ def open_speaker(
     with quiet():
         model = _model(folder, load_in_4bit=load_in_4bit, dtype=dtype, device=device)
         tokenizer = _tokenizer([*_folders(wanted, token), folder])
-    from regraft.runtime.handle import attach
+    from regraft.runtime.attaching import attach
 
     speaker = Speaker(model, tokenizer, attach(model))
     weights = {speaker.load(source, token=token): weight for source, weight in wanted}
