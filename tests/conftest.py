@@ -6,6 +6,7 @@ numba looks only at the file that a compiled function is in, and not at what it 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import regraft
@@ -14,7 +15,12 @@ PACKAGE = Path(regraft.__file__).parent
 
 
 def pytest_configure() -> None:
-    """Remove stale kernels; several workers may be at it at once."""
+    """Remove stale kernels, and let triton's be interpreted where there is no processor for them.
+
+    Several workers may be at it at once. Triton asks when it is first imported, by whomever.
+    """
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     ground = _newest(PACKAGE / "numerics")
     for room in (PACKAGE / "deltas", PACKAGE / "quant"):
         newest = max(ground, _newest(room))
