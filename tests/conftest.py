@@ -13,14 +13,13 @@ import regraft
 
 PACKAGE = Path(regraft.__file__).parent
 
+if not Path("/dev/nvidiactl").exists():
+    # Without CUDA triton's kernels are interpreted. It asks once, when it is imported by whomever.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure() -> None:
-    """Remove stale kernels, and let triton's be interpreted where there is no processor for them.
-
-    Several workers may be at it at once. Triton asks when it is first imported, by whomever.
-    """
-    if not Path("/dev/nvidiactl").exists():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    """Remove stale kernels; several workers may be at it at once."""
     ground = _newest(PACKAGE / "numerics")
     for room in (PACKAGE / "deltas", PACKAGE / "quant"):
         newest = max(ground, _newest(room))
