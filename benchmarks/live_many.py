@@ -25,6 +25,9 @@ TOLERANCE = 1e-4
 CAP_SHARE = 8
 """The cache is this much smaller than all adapters together."""
 
+PEFT_SHARE = 10
+"""PEFT gets one in so many of the threads' calls: it is slow, and its share of wrong ones plain."""
+
 
 def logits(call: Any, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits of a forward pass."""
@@ -165,13 +168,14 @@ class Threaded:
     """Forward passes of threads with an adapter each.
 
     Attributes:
-        threads, calls: how many.
+        threads: how many.
+        calls: of all threads, by who answered.
         wrong: outputs that are not the adapter's, by who answered.
         seconds: of all calls together.
     """
 
     threads: int
-    calls: int
+    calls: dict[str, int]
     wrong: dict[str, int]
     seconds: dict[str, float]
 
@@ -197,15 +201,18 @@ def threaded(inputs: Inputs, sizes: Sizes) -> Threaded:
 
     for call in (ours, theirs):
         assert all(is_right(call(name), expected[name]) for name in chosen)
+    each = sizes.calls // len(chosen)
+    counts = {"regraft": each, "peft": max(each // PEFT_SHARE, 1)}
     found = {
-        who: _run(call, list(chosen), expected, sizes.calls // len(chosen))
+        who: _run(call, list(chosen), expected, counts[who])
         for who, call in (("regraft", ours), ("peft", theirs))
     }
     return Threaded(
-        len(chosen), sizes.calls // len(chosen) * len(chosen),
+        len(chosen),
+        {who: count * len(chosen) for who, count in counts.items()},
         {who: wrong for who, (wrong, _) in found.items()},
         {who: seconds for who, (_, seconds) in found.items()},
-    )  # fmt: skip
+    )
 
 
 def _run(

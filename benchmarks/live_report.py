@@ -194,12 +194,13 @@ def cache_figures(found: Cached) -> list[Figure]:
 def thread_figures(found: Threaded) -> list[Figure]:
     """Return how many outputs of threads were another adapter's."""
     ours, theirs = found.wrong["regraft"], found.wrong["peft"]
-    speeds = {who: found.calls / seconds for who, seconds in found.seconds.items()}
+    speeds = {who: found.calls[who] / seconds for who, seconds in found.seconds.items()}
     beside = (
-        f"PEFT with `set_adapter` in each thread: {theirs:,} ({theirs / found.calls:.0%}); "
+        f"PEFT with `set_adapter` in each thread: {theirs:,} of {found.calls['peft']:,}; "
         f"{speeds['regraft']:.0f} calls a second, PEFT {speeds['peft']:.0f}"
     )
-    name = f"wrong outputs of {found.threads} threads with an adapter each, {found.calls:,} calls"
+    count = f"{found.calls['regraft']:,} calls"
+    name = f"wrong outputs of {found.threads} threads with an adapter each, {count}"
     return [Figure(name, ours, f"{ours:,}", "0", ours == 0, beside)]
 
 

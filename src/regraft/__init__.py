@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.attaching import attach, handle_of
     from regraft.runtime.cache import AdapterCache, CacheStats
-    from regraft.runtime.handle import Adapters, attach, handle_of
+    from regraft.runtime.handle import Adapters as Adapters
     from regraft.runtime.merged_loading import load_merged
     from regraft.runtime.saving import save
     from regraft.shrinking.report import ShrinkReport
@@ -73,8 +74,8 @@ _HOME = {
     "LoraConfig": "regraft.adapters.lora_config",
     "shrink": "regraft.shrinking.verb",
     "load_merged": "regraft.runtime.merged_loading",
-    "attach": "regraft.runtime.handle",
-    "handle_of": "regraft.runtime.handle",
+    "attach": "regraft.runtime.attaching",
+    "handle_of": "regraft.runtime.attaching",
     "Adapters": "regraft.runtime.handle",
     "AdapterCache": "regraft.runtime.cache",
     "CacheStats": "regraft.runtime.cache",
@@ -105,6 +106,7 @@ _HOME = {
     ),
 }
 
+# ``Adapters`` is public too, but not listed: ``from regraft import *`` must not load torch.
 __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "merge",
     "unmerge",
@@ -121,7 +123,6 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "load_merged",
     "attach",
     "handle_of",
-    "Adapters",
     "LoraConfig",
     "AdapterCache",
     "CacheStats",
@@ -164,4 +165,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "Adapters"])

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from faithful.cases import lora
 from faithful.harness import Workshop
-from regraft.runtime.handle import Adapters, attach
+from regraft import Adapters, attach
 from regraft.testing import zoo
 from regraft.testing.adapters import perturb
 from runtime.live import distance

@@ -16,7 +16,7 @@ import torch
 
 from faithful.cases import TOY_CONVS, lora
 from faithful.harness import Workshop
-from regraft.runtime.handle import Adapters, attach
+from regraft import Adapters, attach
 from regraft.testing import zoo
 
 THREADS = 16

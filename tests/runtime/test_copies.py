@@ -13,7 +13,7 @@ import torch
 
 from faithful.cases import MIXTRAL_EXPERTS, TOY_CONVS, lora
 from faithful.harness import Workshop
-from regraft.runtime.handle import Adapters, attach
+from regraft import Adapters, attach
 from regraft.testing import zoo
 from runtime.live import assert_same_state, distance, state_of, tree_of
 

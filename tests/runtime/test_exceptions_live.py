@@ -15,7 +15,7 @@ import regraft
 from faithful.cases import lora
 from faithful.harness import Workshop, assert_visible
 from faithful.test_exceptions import IMPOSSIBLE
-from regraft.runtime.handle import attach
+from regraft import attach
 from regraft.testing import zoo
 from regraft.testing.adapters import live_logits, perturb
 from runtime.live import distance, no_trace

@@ -15,7 +15,7 @@ from faithful.cases import ULP_FLIPS
 from faithful.harness import Case, Workshop, assert_visible, expected_logits
 from faithful.test_architectures import CASES
 from faithful.test_exceptions import BY_HAND
-from regraft.runtime.handle import Adapters, attach
+from regraft import Adapters, attach
 from regraft.testing import zoo
 from runtime.live import assert_same_state, distance, no_trace, state_of, tree_of
 

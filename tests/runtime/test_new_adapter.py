@@ -331,3 +331,11 @@ def test_factors_of_the_weight_change_nothing_at_first(start: str) -> None:
         config = LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
         regraft.attach(model, config, "new")
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_are_the_adapters_own() -> None:
+    settings = {"target_modules": ["head"], "bias": "all", "modules_to_save": ["norm", "embed"]}
+    model, adapter = ours("toynet", settings)
+    there = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert len(adapter.tensors) > 8
+    assert [k for k, tensor in adapter.tensors.items() if tensor.data_ptr() in there] == []

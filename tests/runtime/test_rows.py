@@ -13,7 +13,7 @@ import regraft
 from faithful.cases import ATTENTION, MIXTRAL_EXPERTS, TOY_CONVS, lora
 from faithful.embedding_cases import TOKENS
 from faithful.harness import Workshop
-from regraft.runtime.handle import Adapters, attach
+from regraft import Adapters, attach
 from regraft.testing import zoo
 from runtime.live import distance
 

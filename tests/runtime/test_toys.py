@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from faithful.cases import lora
 from faithful.harness import assert_visible
-from regraft.runtime.handle import attach
+from regraft import attach
 from regraft.testing import zoo
 from regraft.testing.adapters import perturb
 from runtime.live import distance, no_trace

@@ -6,7 +6,12 @@ from importlib.util import find_spec
 
 from regraft.errors import MissingExtraError
 
-_INSTALL = {"bitsandbytes": "pip install bitsandbytes"}
+_INSTALL = {
+    "accelerate": "pip install accelerate",
+    "bitsandbytes": "pip install bitsandbytes",
+    "gguf": "pip install 'regraft[gguf]'",
+}
+"""How to install what the extra of torch does not bring."""
 
 
 def require(*names: str, why: str) -> None:

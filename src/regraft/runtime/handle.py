@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft.adapters.model import Adapter
 from regraft.errors import UsageError
+from regraft.formats.checkpoint import AdapterFiles
 from regraft.runtime import loading, merged, scopes
 from regraft.runtime.cache import AdapterCache
 from regraft.runtime.hooks import Hooks, State
@@ -25,74 +27,19 @@ from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
 from regraft.runtime.merged import MergeReport
-from regraft.runtime.operations import check_fits, operations_of
+from regraft.runtime.operations import operations_of
 from regraft.runtime.selection import Named, Rows, Selection
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 """Adapters that answer together: a name, names, names with weights; None for no adapter."""
 
 _numbers = itertools.count(1)
-_attached: weakref.WeakKeyDictionary[nn.Module, Adapters] = weakref.WeakKeyDictionary()
-
-
-def attach(
-    model: nn.Module,
-    adapter: Any = None,
-    name: str = "default",
-    *,
-    is_trainable: bool = False,
-    dtype: torch.dtype | str | None = None,
-    cache: AdapterCache | None = None,
-    token: str | None = None,
-) -> Adapters:
-    """Put adapters on a running model, without a wrapper.
-
-    Args:
-        model: a torch model: transformers' (16-bit, or bitsandbytes 8-bit or 4-bit), or any other.
-        adapter: an adapter's folder or Hub id ``org/name[@revision]``, which then answers; a
-            :class:`LoraConfig` (regraft's or PEFT's), for one to be trained; None for none yet.
-        name: what it is called from now on.
-        is_trainable: whether an adapter that is loaded goes on in training.
-        dtype: of the adapter's tensors; by default as they are stored.
-        cache: keeps adapters that are loaded within a cap; without one all stay in memory.
-        token: Hub token; by default the one the machine is logged in with.
-
-    Returns:
-        The handle. The model itself is used as before, and is as before in class, module tree and
-        ``state_dict()``.
-
-    Raises:
-        UsageError: the model has a handle already.
-        RegraftError: the adapter cannot be read, or does not fit; the model is then as before.
-    """
-    if model in _attached:
-        raise UsageError(
-            "this model has adapters attached already", where=type(model).__name__,
-            hint="Use that handle's load_adapter, or regraft.handle_of(model) to find it",
-        )  # fmt: skip
-    adapters = Adapters(model, cache)
-    try:
-        if isinstance(adapter, str | Path):
-            adapters.load_adapter(
-                adapter, name, is_trainable=is_trainable, dtype=dtype, token=token
-            )
-        elif adapter is not None:
-            adapters.add_adapter(name, adapter)
-        if adapter is not None:
-            adapters.set_adapter(name)
-    except BaseException:
-        adapters.detach()
-        raise
-    return adapters
-
-
-def handle_of(model: nn.Module) -> Adapters | None:
-    """Return the handle of a model, None if it has none."""
-    return _attached.get(model)
+ATTACHED: weakref.WeakKeyDictionary[nn.Module, Adapters] = weakref.WeakKeyDictionary()
+"""The handle of each model that has one."""
 
 
 class Adapters:
-    """The adapters of one live model; made by :func:`attach`.
+    """The adapters of one live model; made by :func:`regraft.attach`.
 
     Which of them answer is said for everyone by :meth:`set_adapter`, and for a block of code, in
     this thread or asyncio task alone, by :meth:`using`, :meth:`rows` and :meth:`disable_adapter`.
@@ -106,7 +53,7 @@ class Adapters:
         self._default: Chosen | None = None
         self._merged: _Merged | None = None
         self._frozen: list[nn.Parameter] = []
-        _attached[model] = self
+        ATTACHED[model] = self
 
     def __repr__(self) -> str:
         names = ", ".join(self.names) or "none"
@@ -185,18 +132,31 @@ class Adapters:
         self._library.check_new(name)
         files = loading.open_files(source, token)
         adapter = loading.describe(files)
-
-        def read() -> Held:
-            live = loading.load(name, files, adapter)
-            return self._held(loading.prepared(live, self.base, dtype, is_trainable=is_trainable))
-
         if self._library.cache is None or is_trainable:
-            self._take(read())
+            live = loading.load(name, files, adapter)
+            live = loading.prepared(live, self.base, dtype, is_trainable=is_trainable)
+            self._take(self._held(live))
         else:
-            check_fits(self.base, adapter)
-            size = sum(spec.nbytes for spec in files.tensors.values())
-            self._library.register(name, read, size)
+            self._register(name, files, adapter, dtype)
         loading.check_base(name, files, self.base)
+
+    def _register(
+        self, name: str, files: AdapterFiles, adapter: Adapter, dtype: torch.dtype | str | None
+    ) -> None:
+        """Let the cache read an adapter when it is used; hooks come now, while nobody uses it."""
+        outline = loading.without_values(name, files, adapter, dtype)
+        self._held(outline)
+
+        def read() -> LiveAdapter:
+            return loading.load(name, files, adapter)
+
+        def place(live: LiveAdapter) -> Held:
+            return self._held(loading.prepared(live, self.base, dtype))
+
+        if loading.device_of(self.base).type == "cpu":
+            self._library.register(name, lambda: place(read()), outline.nbytes)
+        else:
+            self._library.register(name, read, outline.nbytes, place)
 
     def add_adapter(self, name: str, config: Any) -> None:
         """Make a new adapter to be trained; which ones answer stays as it is.
@@ -250,7 +210,7 @@ class Adapters:
         self._library.remove(name)
 
     def detach(self) -> nn.Module:
-        """Take everything off the model and return it: as it was before :func:`attach`."""
+        """Take everything off the model and return it: as it was before ``attach``."""
         if self._merged is not None:
             self.unmerge_adapter()
         self._hooks.remove()
@@ -260,7 +220,7 @@ class Adapters:
             parameter.requires_grad_(True)
         self._frozen.clear()
         model = self.model
-        _attached.pop(model, None)
+        ATTACHED.pop(model, None)
         return model
 
     unload = detach
@@ -344,12 +304,16 @@ class Adapters:
                 "no rows were named", where="rows()", hint="Name an adapter or None for each row"
             )
         names = dict.fromkeys(name for parts in of_row for name, _ in parts)
+        repeated = tuple(parts for parts in of_row for _ in range(repeats))
         with self._library.choose(list(names)) as chosen:
-            distinct = {parts: self._selection(parts, chosen) for parts in of_row}
-            number = {parts: at for at, parts in enumerate(distinct)}
-            places = tuple(number[parts] for parts in of_row for _ in range(repeats))
-            with self._scope(Rows(tuple(distinct.values()), places)):
+            rows = self._library.rows(repeated, lambda: self._rows(repeated, chosen))
+            with self._scope(rows):
                 yield
+
+    def _rows(self, of_row: Sequence[Named], chosen: Mapping[str, Held]) -> Rows:
+        distinct = {parts: self._selection(parts, chosen) for parts in of_row}
+        number = {parts: at for at, parts in enumerate(distinct)}
+        return Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -496,6 +460,29 @@ class Adapters:
         """Yield what is trained, for an optimizer."""
         for _, parameter in self.named_parameters():
             yield parameter
+
+    def for_trainer(self, name: str | None = None) -> nn.Module:
+        """Return what to give to ``transformers.Trainer(model=...)`` to train an adapter.
+
+        It is of the model's class and runs in its modules; see
+        :func:`regraft.runtime.trainer.trainer_model`.
+
+        Args:
+            name: the adapter to train; by default the only one that is trainable.
+
+        Raises:
+            UsageError: no adapter is trainable, several are, or the one to train does not answer.
+        """
+        from regraft.runtime.trainer import trainer_model
+
+        twin: nn.Module = trainer_model(self, name)
+        return twin
+
+    def save_pretrained(self, folder: str | Path, name: str | None = None, **options: Any) -> Path:
+        """Save an adapter in PEFT's format; see :func:`regraft.save`, which takes the options."""
+        from regraft.runtime.saving import save
+
+        return save(self, folder, name=name, **options)
 
 
 @dataclass(frozen=True)

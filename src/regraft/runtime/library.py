@@ -6,16 +6,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from regraft.errors import UsageError
 from regraft.runtime.cache import AdapterCache
 from regraft.runtime.leases import Lease
 from regraft.runtime.matching import LiveAdapter
-from regraft.runtime.selection import Named, Selection
+from regraft.runtime.selection import Named, Rows, Selection
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 KEPT_MIXES = 64
 """How many mixes of adapters are kept, so that choosing one again costs nothing."""
+
+KEPT_ROWS = 2
+"""How many lists of rows are kept; each has copies of its adapters' factors, side by side."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Library:
         self._held: dict[str, Held] = {}
         self._names: dict[str, bool] = {}  # whether the cache keeps it
         self._mixes: OrderedDict[Named, Selection] = OrderedDict()
+        self._rows: OrderedDict[tuple[Named, ...], Rows] = OrderedDict()
         self._lock = threading.RLock()
 
     @property
@@ -121,8 +128,20 @@ class Library:
             self._held[held.adapter.name] = held
             self._names[held.adapter.name] = False
 
-    def register(self, name: str, read: Callable[[], Held], nbytes: int) -> None:
+    def register(
+        self,
+        name: str,
+        read: Callable[[], Any],
+        nbytes: int,
+        place: Callable[[Any], Held] | None = None,
+    ) -> None:
         """Take an adapter that the cache reads when it is asked for.
+
+        Args:
+            name: what it is called.
+            read: reads it; without ``place`` it returns what is held.
+            nbytes: the bytes of its tensors.
+            place: brings what was read to the model's device.
 
         Raises:
             UsageError: its name is taken.
@@ -131,7 +150,7 @@ class Library:
             raise ValueError("there is no cache")
         with self._lock:
             self.check_new(name)
-            self.cache.register(name, read, nbytes)
+            self.cache.register(name, read, nbytes, place)
             self._names[name] = True
 
     def remove(self, name: str) -> None:
@@ -142,6 +161,8 @@ class Library:
             self._held.pop(name, None)
             for mix in [mix for mix in self._mixes if name in dict(mix)]:
                 del self._mixes[mix]
+            for rows in [rows for rows in self._rows if any(name in dict(mix) for mix in rows)]:
+                del self._rows[rows]
 
     def clear(self) -> None:
         """Let go of all."""
@@ -166,12 +187,22 @@ class Library:
 
     def mix(self, parts: Named, make: Callable[[], Selection]) -> Selection:
         """Return what a mix does; kept, unless the cache might drop an adapter of it."""
-        if any(self._names[name] for name, _ in parts):
+        return self._kept(self._mixes, KEPT_MIXES, parts, [parts], make)
+
+    def rows(self, of_row: tuple[Named, ...], make: Callable[[], Rows]) -> Rows:
+        """Return what answers for each row; kept in the same way."""
+        return self._kept(self._rows, KEPT_ROWS, of_row, of_row, make)
+
+    def _kept(
+        self, kept: OrderedDict[K, V], most: int, key: K, mixes: Sequence[Named],
+        make: Callable[[], V],
+    ) -> V:  # fmt: skip
+        if any(self._names[name] for parts in mixes for name, _ in parts):
             return make()
         with self._lock:
-            if parts not in self._mixes:
-                self._mixes[parts] = make()
-            self._mixes.move_to_end(parts)
-            while len(self._mixes) > KEPT_MIXES:
-                self._mixes.popitem(last=False)
-            return self._mixes[parts]
+            if key not in kept:
+                kept[key] = make()
+            kept.move_to_end(key)
+            while len(kept) > most:
+                kept.popitem(last=False)
+            return kept[key]

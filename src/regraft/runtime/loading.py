@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +66,8 @@ def load(name: str, files: AdapterFiles, adapter: Adapter) -> LiveAdapter:
     with FilePool() as pool:
         pool.read_into(whole, 0, memoryview(raw.numpy()))
     tensors = {key: _view(raw, spec, begin) for key, spec in files.tensors.items()}
-    check_finite(tensors, files.tensors)
+    if not _is_finite(raw, specs):
+        check_finite(tensors, files.tensors)
     return LiveAdapter(name, dict(files.config), adapter, tensors, dict(files.metadata))
 
 
@@ -77,21 +78,31 @@ def _view(raw: torch.Tensor, spec: TensorSpec, begin: int) -> torch.Tensor:
     return part.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
 
 
+def _is_finite(raw: torch.Tensor, specs: Sequence[TensorSpec]) -> bool:
+    """Whether one look at all the memory shows that every value in it is finite."""
+    kinds = {spec.dtype for spec in specs}
+    if len(kinds) != 1 or sum(spec.nbytes for spec in specs) != raw.numel():
+        return False
+    return _sums_up(raw.view(TORCH_DTYPES[kinds.pop()]))
+
+
+def _sums_up(values: torch.Tensor) -> bool:
+    """Whether the sum of values is finite: quicker than to look at each, and rarely wrong."""
+    return bool(torch.isfinite(torch.sum(values, dtype=torch.float32)))
+
+
 def check_finite(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> None:
     """Refuse NaN and infinity.
 
     Raises:
         AdapterError: a tensor holds some; the first one is named.
     """
-    for key in _suspects(tensors.items()):
-        bad = int((~torch.isfinite(tensors[key])).sum())
+    for key, tensor in tensors.items():
+        if _sums_up(tensor):
+            continue
+        bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise not_finite(specs[key], bad)
-
-
-def _suspects(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Return the tensors whose sum is not finite; a sum is quicker than to look at each value."""
-    return [k for k, t in tensors if not torch.isfinite(torch.sum(t, dtype=torch.float32))]
 
 
 def prepared(
@@ -118,6 +129,8 @@ def prepared(
     for key, tensor in adapter.tensors.items():
         moved = tensor.to(device=device, dtype=wanted or tensor.dtype)
         tensors[key] = nn.Parameter(moved.clone()) if is_trainable else moved
+    if wanted is None:
+        return replace(adapter, tensors=tensors)
     described = adapter_of(adapter.name, adapter.config, tensors, adapter.adapter.source)
     return replace(adapter, tensors=tensors, adapter=described)
 
@@ -141,6 +154,23 @@ def device_of(base: LiveBase) -> torch.device:
         if parameter.device.type != "meta":
             sizes[parameter.device] = sizes.get(parameter.device, 0) + parameter.numel()
     return max(sizes, key=lambda d: sizes[d]) if sizes else torch.device("cpu")
+
+
+def without_values(
+    name: str, files: AdapterFiles, adapter: Adapter, dtype: torch.dtype | str | None = None
+) -> LiveAdapter:
+    """Return an adapter whose tensors have shapes and no values, to see whether it fits.
+
+    They require gradients, so that nothing is computed from them beforehand.
+    """
+    wanted = torch_dtype(dtype)
+    tensors = {
+        key: torch.empty(spec.shape, dtype=wanted or TORCH_DTYPES[spec.dtype], device="meta")
+        for key, spec in files.tensors.items()
+    }
+    for tensor in tensors.values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    return LiveAdapter(name, dict(files.config), adapter, tensors)
 
 
 def check_base(name: str, files: AdapterFiles, base: LiveBase) -> None:

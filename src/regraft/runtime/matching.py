@@ -139,6 +139,7 @@ class Tensors:
 
     def __init__(self, adapters: Sequence[LiveAdapter]) -> None:
         self.adapters = tuple(adapters)
+        self.trained = tuple(adapter.is_trainable for adapter in adapters)
 
     def whole(self, adapter: int, name: str) -> torch.Tensor:
         """Return a tensor by the name of its description."""

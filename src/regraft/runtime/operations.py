@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from regraft.adapters.model import Adapter
 from regraft.deltas.views import Delta, RowPatch
 from regraft.errors import MismatchError, Problem
 from regraft.merging.match import Work
@@ -22,16 +21,6 @@ from regraft.runtime.steps import Dora, Factors, LowRank, Shift, Step, TokenLogi
 
 Part = tuple[LiveAdapter, float]
 """An adapter and the weight on its scale."""
-
-
-def check_fits(base: LiveBase, adapter: Adapter) -> None:
-    """See whether an adapter fits a model, from its description alone.
-
-    Raises:
-        MismatchError: it does not; every misfit is listed.
-    """
-    mergeable, _ = split(base, adapter)
-    match_live(base, [mergeable])
 
 
 @dataclass(eq=False)
@@ -167,7 +156,7 @@ class _Builder:
             return kind.factors(module, left, right)
 
         adapter = self._tensors.adapters[delta.adapter]
-        trained = adapter.is_trainable and not delta.is_residual
+        trained = self._tensors.trained[delta.adapter] and not delta.is_residual
         whole = delta.rows == (0, weight.work.source.shape[0]) or kind is not LINEAR
         dropout = float(adapter.config.get("lora_dropout") or 0.0)
         return LowRank(
@@ -178,8 +167,8 @@ class _Builder:
     def _dora(
         self, module: nn.Module, weight: ComputedWeight, delta: Delta, low_rank: LowRank
     ) -> Dora:
-        adapter = self._tensors.adapters[delta.adapter]
-        factor = DoraFactor(module, weight, delta, trained=adapter.is_trainable)
+        trained = self._tensors.trained[delta.adapter]
+        factor = DoraFactor(module, weight, delta, trained=trained)
         return Dora(low_rank, factor, lambda: plain_weight(module, weight.leaf, weight.name))
 
     def _rows(self, kind: Kind, patch: RowPatch) -> Step:

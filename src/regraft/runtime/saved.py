@@ -19,7 +19,7 @@ from regraft.runtime.fingerprint import KEY, Parameter, fingerprint_of, paramete
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, match_live
 
-_HANDLE = "regraft.runtime.handle"
+_HANDLE = "regraft.runtime.attaching"
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _EMBEDDING_WRAPPER = ".base_layer."
 _UNTRAINED = ".original_module."

@@ -131,7 +131,7 @@ class MixedSteps:
             None if each is None else each.operations.steps.get(path) for each in rows.distinct
         ]
         self._single = [steps[0] if steps and len(steps) == 1 else None for steps in self._steps]
-        self._together: dict[torch.dtype, Together] = {}
+        self._together: dict[tuple[torch.dtype, torch.device], Together] = {}
         self.wanted = any(steps is not None for steps in self._steps)
 
     def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
@@ -164,12 +164,13 @@ class MixedSteps:
         if trained:
             return Together(self._single, self._rows.of_row, None, out.device)
         dtype = quick_dtype(x, out)
-        found = self._together.get(dtype)
+        found = self._together.get((dtype, out.device))
         return self._make(dtype, out.device) if found is None else found
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def _make(self, dtype: torch.dtype, device: torch.device) -> Together:
-        found = self._together[dtype] = Together(self._single, self._rows.of_row, dtype, device)
+        found = Together(self._single, self._rows.of_row, dtype, device)
+        self._together[dtype, device] = found
         return found
 
     def _by_mix(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:

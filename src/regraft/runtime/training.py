@@ -284,7 +284,7 @@ class _Maker:
                 continue
             adapted = self._adapted.get(path)
             key = f"{adapted}.base_layer.bias" if adapted is not None else f"{path}.bias"
-            self._add(key, bias, path)
+            self._add(key, bias.detach().clone(), path)
 
     def _copy_modules(self) -> None:
         """Add copies of the modules that are trained whole."""
@@ -296,7 +296,7 @@ class _Maker:
             if other is not None and PREFIX + other in self._tensors:
                 self._tensors[PREFIX + name] = self._tensors[PREFIX + other]
             else:
-                self._add(name, plain_weight(module, leaf, name), path)
+                self._add(name, plain_weight(module, leaf, name).detach().clone(), path)
 
     def _copy_rows(self) -> None:
         """Add the rows of embeddings that are trained."""
@@ -370,10 +370,10 @@ class _Maker:
     # -- keeping ---------------------------------------------------------------------------------
 
     def _add(self, key: str, value: Tensor, owner: str) -> None:
-        """Keep a tensor as a parameter in float32, on its module's device."""
+        """Keep a new tensor as a parameter in float32, on its module's device."""
         parameters = self._base.modules[owner].parameters()
         device = next((p.device for p in parameters if p.device.type != "meta"), self._device)
-        moved = value.detach().to(device=device, dtype=torch.float32, copy=True)
+        moved = value.detach().to(device=device, dtype=torch.float32)
         self._tensors[PREFIX + key] = nn.Parameter(moved.contiguous())
 
     def _refuse(self, where: str, what: str, hint: str) -> None:
