@@ -142,10 +142,9 @@ class GroupedLora:
         _check(pairs, rows)
         self.pairs, self.rows = tuple(pairs), tuple(rows)
         self._trained = any(t.requires_grad for pair in pairs for t in pair)
-        layouts = lay_out([a.shape[0] for a, _ in pairs], rows)
-        with torch.inference_mode(False):  # what is made here has to serve in training too
-            self._parts = [_Part(self.pairs, layout) for layout in layouts]
         self._on_gpu = None if self._trained else on_gpu.grouped(self.pairs, self.rows)
+        # The kernels read factors where they lie; a stack of them is made only if it is needed.
+        self._parts = self._stacks() if self._on_gpu is None else None
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
         """Return ``out`` plus each row's update; where no gradient is needed, in ``out`` itself.
@@ -160,11 +159,18 @@ class GroupedLora:
         if x.shape[0] != len(self.rows):
             raise ValueError(f"the batch has {x.shape[0]} rows, and {len(self.rows)} were assigned")
         in_place = not self._needs_grad(x, out)
-        if in_place and self._on_gpu is not None and not torch.compiler.is_compiling():
+        if in_place and self._on_gpu is not None and on_gpu.can_take(x, out):
             return self._on_gpu(x, out)
+        if self._parts is None:
+            self._parts = self._stacks()
         for part in self._parts:
             out = part.add(x, out, in_place)
         return out
+
+    def _stacks(self) -> list[_Part]:
+        layouts = lay_out([a.shape[0] for a, _ in self.pairs], self.rows)
+        with torch.inference_mode(False):  # what is made here has to serve in training too
+            return [_Part(self.pairs, layout) for layout in layouts]
 
     def __reduce__(self) -> tuple[type[GroupedLora], tuple[object, ...]]:
         """Copies are made anew: what is stacked or pointed to belongs to the original."""

@@ -33,6 +33,11 @@ def can_run(tensors: Sequence[Tensor]) -> bool:
     )
 
 
+def can_take(x: Tensor, out: Tensor) -> bool:
+    """Whether the kernels take a batch now; compiled code is better off with torch's products."""
+    return x.dtype in DTYPES and out.dtype in DTYPES and not torch.compiler.is_compiling()
+
+
 def grouped(
     pairs: Sequence[tuple[Tensor, Tensor]], rows: Sequence[int | None]
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
