@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from regraft.runtime.cache import AdapterCache, CacheStats
     from regraft.runtime.handle import Adapters as Adapters
     from regraft.runtime.merged_loading import load_merged
-    from regraft.runtime.saving import save
+    from regraft.runtime.saving.save import save
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -70,7 +70,7 @@ _HOME = {
     "clean": "regraft.undoing",
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
-    "save": "regraft.runtime.saving",
+    "save": "regraft.runtime.saving.save",
     "LoraConfig": "regraft.adapters.lora_config",
     "shrink": "regraft.shrinking.verb",
     "load_merged": "regraft.runtime.merged_loading",

@@ -44,7 +44,7 @@ DESCRIBED = {
     "regraft.merging.leftovers": ("Leftover",),
     "regraft.merging.report": ("CheckReport", "UnmergeReport"),
     "regraft.runtime.cache": ("CacheStats",),
-    "regraft.runtime.merged": ("MergeReport",),
+    "regraft.runtime.in_place.merge": ("MergeReport",),
     "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
     "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),

@@ -13,7 +13,8 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from regraft.runtime.fingerprint import (
+from regraft.runtime.live_base import LiveBase
+from regraft.runtime.saving.fingerprint import (
     Parameter,
     compare,
     fingerprint_of,
@@ -21,7 +22,6 @@ from regraft.runtime.fingerprint import (
     places_of,
     sampled,
 )
-from regraft.runtime.live_base import LiveBase
 from regraft.testing import zoo
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

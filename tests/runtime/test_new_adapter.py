@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import regraft
 from regraft.errors import MismatchError, UnsupportedError, UsageError
 from regraft.runtime.live_base import LiveBase
-from regraft.runtime.saved import of_live, write_saved
-from regraft.runtime.selecting import shortest_names
-from regraft.runtime.training import LoraConfig, as_config, new_adapter
+from regraft.runtime.saving.saved import of_live, write_saved
+from regraft.runtime.training.new_adapter import LoraConfig, as_config, new_adapter
+from regraft.runtime.training.selecting import shortest_names
 from regraft.testing.zoo import example_inputs, make_model
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import regraft
 from faithful.harness import assert_visible
-from regraft.runtime.plain import plain_weight
+from regraft.runtime.layers.plain import plain_weight
 from regraft.testing import zoo
 from regraft.testing.adapters import perturb
 from runtime.live import distance, traces_of, tree_of

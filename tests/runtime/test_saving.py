@@ -20,11 +20,11 @@ from merging.processes import python
 from regraft.errors import AdapterError, BusyError, OutputExistsError, UsageError
 from regraft.formats.checkpoint import open_adapter
 from regraft.formats.hub import locate
-from regraft.runtime.adapter_files import write_adapter
-from regraft.runtime.fingerprint import KEY
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, adapter_of
-from regraft.runtime.saved import of_live, write_saved
+from regraft.runtime.saving.files import write_adapter
+from regraft.runtime.saving.fingerprint import KEY
+from regraft.runtime.saving.saved import of_live, write_saved
 from regraft.testing import adapters as made
 from regraft.testing.zoo import make_base, make_model
 
@@ -357,7 +357,7 @@ import json, os, shutil, sys
 from pathlib import Path
 import torch
 from regraft.merging import output
-from regraft.runtime import adapter_files
+from regraft.runtime.saving import files
 
 changes = True
 

@@ -24,8 +24,8 @@ from transformers import (
 
 import regraft
 from regraft.errors import UsageError
-from regraft.runtime.trainer import trainer_model
-from regraft.runtime.training import LoraConfig
+from regraft.runtime.training.new_adapter import LoraConfig
+from regraft.runtime.training.trainer import trainer_model
 from regraft.testing import zoo
 from regraft.testing.zoo import make_model
 

@@ -20,14 +20,14 @@ from torch import nn
 from regraft.adapters.model import Adapter
 from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles
-from regraft.runtime import loading, merged, scopes
+from regraft.runtime import loading, scopes
 from regraft.runtime.cache import AdapterCache
 from regraft.runtime.hooks import Hooks, State
+from regraft.runtime.in_place.merge import Merged, MergeReport, merge, swap
+from regraft.runtime.layers.operations import operations_of
 from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
-from regraft.runtime.merged import MergeReport
-from regraft.runtime.operations import operations_of
 from regraft.runtime.selection import Named, Rows, Selection
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
@@ -170,7 +170,7 @@ class Adapters:
             UnsupportedError: the config asks for what regraft does not train.
             MismatchError: the config selects nothing in this model.
         """
-        from regraft.runtime.training import as_config, new_adapter
+        from regraft.runtime.training.new_adapter import as_config, new_adapter
 
         self._library.check_new(name)
         self._take(self._held(new_adapter(self.base, as_config(config), name)))
@@ -371,9 +371,7 @@ class Adapters:
             raise UsageError("no adapter answers here, so none can be merged", hint="Name one")
         with self._library.choose([name for name, _ in parts]) as chosen:
             weighted = [(chosen[name].adapter, weight) for name, weight in parts]
-            work = merged.merge(
-                self.base, weighted, rounding=rounding, seed=seed, dequantize=dequantize
-            )
+            work = merge(self.base, weighted, rounding=rounding, seed=seed, dequantize=dequantize)
         self._merged = _Merged(parts, work)
         self._state.is_merged = True
         return work.report
@@ -411,7 +409,7 @@ class Adapters:
         parts = named(adapter)
         with self._library.choose([name for name, _ in parts]) as chosen:
             weighted = [(chosen[name].adapter, weight) for name, weight in parts]
-            work = merged.swap(there.work, weighted)
+            work = swap(there.work, weighted)
         self._merged = _Merged(parts, work)
         return work.report
 
@@ -465,7 +463,7 @@ class Adapters:
         """Return what to give to ``transformers.Trainer(model=...)`` to train an adapter.
 
         It is of the model's class and runs in its modules; see
-        :func:`regraft.runtime.trainer.trainer_model`.
+        :func:`regraft.runtime.training.trainer.trainer_model`.
 
         Args:
             name: the adapter to train; by default the only one that is trainable.
@@ -473,14 +471,14 @@ class Adapters:
         Raises:
             UsageError: no adapter is trainable, several are, or the one to train does not answer.
         """
-        from regraft.runtime.trainer import trainer_model
+        from regraft.runtime.training.trainer import trainer_model
 
         twin: nn.Module = trainer_model(self, name)
         return twin
 
     def save_pretrained(self, folder: str | Path, name: str | None = None, **options: Any) -> Path:
         """Save an adapter in PEFT's format; see :func:`regraft.save`, which takes the options."""
-        from regraft.runtime.saving import save
+        from regraft.runtime.saving.save import save
 
         return save(self, folder, name=name, **options)
 
@@ -490,7 +488,7 @@ class _Merged:
     """What is in the weights: adapters with their weights, and the way back."""
 
     names: Named
-    work: merged.Merged
+    work: Merged
 
 
 def _listed(names: Named) -> str:

@@ -18,9 +18,9 @@ from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
 from regraft.merging.factors import not_finite
 from regraft.merging.planning import parse_dtype
-from regraft.runtime.fingerprint import KEY, compare
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, adapter_of
+from regraft.runtime.saving.fingerprint import KEY, compare
 from regraft.tensors import BY_CONFIG_NAME, DTYPES, TensorSpec
 
 TORCH_DTYPES = {

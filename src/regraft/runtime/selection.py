@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import UsageError
-from regraft.runtime.grouped import GroupedLora
-from regraft.runtime.operations import Operations
-from regraft.runtime.steps import Dora, LowRank, Step, quick_dtype, run
+from regraft.runtime.layers.grouped import GroupedLora
+from regraft.runtime.layers.operations import Operations
+from regraft.runtime.layers.steps import Dora, LowRank, Step, quick_dtype, run
 
 Named = tuple[tuple[str, float], ...]
 """Adapters by name with their weights, in their order."""

@@ -12,10 +12,10 @@ import numpy as np
 from torch import nn
 
 from regraft.adapters.model import Adapter, LoraTarget
-from regraft.runtime.kinds import GROUPED_CONVOLUTION
+from regraft.runtime.layers.kinds import GROUPED_CONVOLUTION
+from regraft.runtime.layers.steps import Factors, LowRank
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
-from regraft.runtime.steps import Factors, LowRank
 
 Served = list[tuple[str, LoraTarget]]
 """Module paths and what an adapter has for them."""

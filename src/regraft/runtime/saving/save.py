@@ -67,7 +67,7 @@ def _saved_module() -> Any:
         MissingExtraError: torch is not installed.
     """
     try:
-        return import_module("regraft.runtime.saved")
+        return import_module("regraft.runtime.saving.saved")
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

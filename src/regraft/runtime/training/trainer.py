@@ -22,7 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from regraft.errors import UsageError
 from regraft.formats.layout import ADAPTER_SAFE
 from regraft.runtime.matching import LiveAdapter
-from regraft.runtime.saved import of_live, write_saved
+from regraft.runtime.saving.saved import of_live, write_saved
 
 _PARAMETERS = "regraft_adapter"
 _CHECKPOINT, _WEIGHTS = "checkpoint-", "model.safetensors"

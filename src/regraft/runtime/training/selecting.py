@@ -11,7 +11,7 @@ from torch import nn
 from regraft.adapters.patterns import suffixes_of
 from regraft.adapters.settings import LoraSettings
 from regraft.errors import MismatchError, UsageError
-from regraft.runtime.kinds import CONV1D, LINEAR, kind_of
+from regraft.runtime.layers.kinds import CONV1D, LINEAR, kind_of
 from regraft.runtime.live_base import LiveBase
 
 ALL_LINEAR = "all-linear"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regraft.runtime.kinds import Kind
+from regraft.runtime.layers.kinds import Kind
 
 Pair = tuple[Tensor, Tensor]
 """A and B of a delta, as the layer's kind takes them."""

@@ -15,12 +15,12 @@ from regraft.adapters.lora_config import LoraConfig, as_config
 from regraft.adapters.settings import LoraSettings, read_settings
 from regraft.deltas.residual import FACTORIZATIONS
 from regraft.errors import MismatchError, Problem, UnsupportedError
-from regraft.runtime.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
+from regraft.runtime.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
+from regraft.runtime.layers.plain import plain_weight
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.loading import device_of
 from regraft.runtime.matching import LiveAdapter, adapter_of, match_live
-from regraft.runtime.plain import plain_weight
-from regraft.runtime.selecting import completed, modules_of, nothing_selected
+from regraft.runtime.training.selecting import completed, modules_of, nothing_selected
 
 __all__ = ["LoraConfig", "as_config", "new_adapter"]
 

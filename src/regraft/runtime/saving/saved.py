@@ -13,11 +13,11 @@ from torch import nn
 
 from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.card import hub_id
-from regraft.runtime.adapter_card import adapter_card
-from regraft.runtime.adapter_files import stored_specs, write_adapter
-from regraft.runtime.fingerprint import KEY, Parameter, fingerprint_of, parameters_of
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, match_live
+from regraft.runtime.saving.card import adapter_card
+from regraft.runtime.saving.files import stored_specs, write_adapter
+from regraft.runtime.saving.fingerprint import KEY, Parameter, fingerprint_of, parameters_of
 
 _HANDLE = "regraft.runtime.attaching"
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")

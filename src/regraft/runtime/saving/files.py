@@ -242,7 +242,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _may_replace_card(path: Path) -> bool:
     """Whether a card is absent, or one that a program made."""
-    from regraft.runtime.adapter_card import MARK, PEFT_MARK
+    from regraft.runtime.saving.card import MARK, PEFT_MARK
 
     try:
         text = path.read_text("utf-8", "replace")

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from regraft.deltas.views import Delta, RowPatch
 from regraft.errors import MismatchError, Problem
 from regraft.merging.match import Work
-from regraft.runtime.computed import READS_ITS_CHILDREN, ComputedWeight, Replacement
-from regraft.runtime.kinds import EMBEDDING, LINEAR, Kind, kind_of
+from regraft.runtime.layers.computed import READS_ITS_CHILDREN, ComputedWeight, Replacement
+from regraft.runtime.layers.kinds import EMBEDDING, LINEAR, Kind, kind_of
+from regraft.runtime.layers.plain import plain_weight
+from regraft.runtime.layers.served import grouped_step, split
+from regraft.runtime.layers.steps import Dora, Factors, LowRank, Shift, Step, TokenLogits, TokenRows
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, Tensors, match_live, weighted
-from regraft.runtime.plain import plain_weight
-from regraft.runtime.served import grouped_step, split
-from regraft.runtime.steps import Dora, Factors, LowRank, Shift, Step, TokenLogits, TokenRows
 
 Part = tuple[LiveAdapter, float]
 """An adapter and the weight on its scale."""

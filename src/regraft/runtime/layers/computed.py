@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from regraft.deltas.views import Delta
 from regraft.merging.match import Work
-from regraft.runtime.kinds import shadow
+from regraft.runtime.layers.kinds import shadow
+from regraft.runtime.layers.plain import plain_weight
+from regraft.runtime.layers.residuals import residual_pair
 from regraft.runtime.matching import Tensors
-from regraft.runtime.plain import plain_weight
-from regraft.runtime.residuals import residual_pair
 
 READS_ITS_CHILDREN = (nn.MultiheadAttention,)
 """Modules that use the weights of their submodules without calling them."""
