@@ -50,10 +50,12 @@ def task() -> str:
 def lesson(each: Lesson, folder: str) -> str:
     """Return the lines of Python with which one adapter is trained and saved."""
     settings = each.settings
-    config = f'LoraConfig(r={settings.rank}, target_modules="all-linear")'
+    sizes = f"r={settings.rank}, lora_alpha={settings.alpha}"
     return "\n" + code(
-        f'adapters = regraft.attach(model, regraft.{config}, "{each.name}")',
-        f"...  # {settings.steps} steps of {settings.batch} sentences on adapters.parameters()",
+        f'config = regraft.LoraConfig({sizes}, target_modules="all-linear")',
+        f'adapters = regraft.attach(model, config, "{each.name}")',
+        f"# {settings.steps} steps of {settings.batch} sentences: a plain loop on "
+        "adapters.parameters()",
         f'regraft.save(model, "{folder}")',
     )
 

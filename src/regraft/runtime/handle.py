@@ -497,7 +497,6 @@ class Adapters:
         for _, parameter in self.named_parameters():
             yield parameter
 
-
     def for_trainer(self, name: str | None = None) -> nn.Module:
         """Return what to give to ``transformers.Trainer(model=...)`` to train an adapter.
 
