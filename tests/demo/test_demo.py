@@ -224,7 +224,7 @@ def test_the_closing_table_has_sizes_times_and_memory() -> None:
 
 
 def test_the_story_says_it_when_bits_did_not_come_back() -> None:
-    assert "every bit is back" in story.back_in_memory(True, 9, 7, 1.0, 1000)
+    assert "every bit of all 9" in story.back_in_memory(True, 9, 7, 1.0, 1000)
     assert "NOT the base's" in story.back_in_memory(False, 9, 7, 1.0, 1000)
 
 

@@ -202,8 +202,20 @@ class _Demo:
         from regraft.demo.live import LiveModel
 
         self.say(story.heading(4, "The same adapters on the base in 4 bits (bitsandbytes, NF4)"))
+        self.say(
+            story.code(
+                "model = AutoModelForCausalLM.from_pretrained(..., "
+                'quantization_config=nf4, device_map="cpu")'
+            )
+        )
         model = LiveModel(base.path, self.folder, four_bits=True)
         answers = model.all_by_row(self.sentences)
+        self.say(
+            story.indented(
+                "and both attached as before, though they were trained on the base in 16 bits.",
+                f"All in one batch of {len(LESSONS) * len(self.sentences)} rows:",
+            )
+        )
         self.say(story.answered(self.sentences[:1], answers, self.right))
         self.say(self.score(answers))
         return answers, model.nbytes

@@ -122,8 +122,8 @@ def back_in_memory(restored: bool, tensors: int, changed: int, taken: float, und
     if not restored:
         return indented("The weights that came back are NOT the base's.")
     return indented(
-        f"{changed} of {tensors} tensors had been changed, and every bit is back, in "
-        f"{seconds(taken)}, with the help of {size(undo)} kept."
+        f"in {seconds(taken)}, with the help of {size(undo)} kept, the adapter included.",
+        f"{changed} tensors had been changed; now every bit of all {tensors} in state_dict() is back.",
     )
 
 
@@ -175,7 +175,7 @@ def figures(result: DemoResult) -> str:
     f = result.figures
     rows = [
         ("base", size(f.base_bytes), ""),
-        ("base in 4 bits", size(f.four_bits_bytes), "in memory, embeddings in float32"),
+        ("base in 4 bits", size(f.four_bits_bytes), "in memory; embeddings stay in float32"),
         *((f"adapter {name}", size(nbytes), "") for name, nbytes in f.adapter_bytes.items()),
         ("merged", size(f.merged_bytes), ""),
         ("kept to take it back", size(f.undo_bytes), percent(f.undo_bytes / f.merged_bytes)),
