@@ -123,7 +123,7 @@ def back_in_memory(restored: bool, tensors: int, changed: int, taken: float, und
         return indented("The weights that came back are NOT the base's.")
     return indented(
         f"in {seconds(taken)}, with the help of {size(undo)} kept, the adapter included.",
-        f"{changed} tensors had been changed; now every bit of all {tensors} in state_dict() is back.",
+        f"{changed} tensors had been changed; every bit of all {tensors} in state_dict() is back.",
     )
 
 
