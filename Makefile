@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: demo test check bench bench-quantized bench-qlora bench-live torture docs clean help
 
 help:
-	@echo "make demo    train a small adapter on a real model, merge it, compare (under 3 minutes)"
+	@echo "make demo    train two adapters on a real model, switch, merge, take back (under 3 minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   measure against PEFT and a plain copy; writes docs/benchmarks.md"

@@ -10,11 +10,14 @@ from typing import Any
 
 import bitsandbytes_quantize as peer
 import regraft
+from regraft.demo.data import as_fields
+from regraft.demo.lessons import Lesson
 from regraft.demo.model import Base, get_base
 from regraft.demo.progress import silent
+from regraft.demo.result import Training
 from regraft.demo.settings import Settings
 from regraft.demo.state import DemoFolder
-from regraft.demo.training import Training, get_adapter
+from regraft.demo.training import get_adapter
 
 FRESH = "dequantize, merge, quantize again (bitsandbytes)"
 KEEP = "`--quantize keep` (stochastic)"
@@ -94,8 +97,9 @@ def trained(base: Path, source: str, work: Path, sizes: Sizes) -> tuple[Path, Tr
     folder = DemoFolder(work)
     folder.open()
     there = Base(base, source, 0.0, kept=False)
-    training = get_adapter(folder, there, sizes.training, silent, fresh=False)
-    return folder.adapter, training
+    lesson = Lesson("fields", as_fields, sizes.training)
+    training = get_adapter(folder, there, lesson, silent, fresh=False)
+    return folder.adapter(lesson.name), training
 
 
 def on_four_bits(base: Path, work: Path, sizes: Sizes) -> Family:

@@ -14,9 +14,19 @@ import pytest
 
 from regraft.demo import merging, model, run, story
 from regraft.demo.compare import LogitComparison, compare_logits
-from regraft.demo.data import HELD_OUT_WORDS, TEMPLATES, TRAIN_WORDS, Words, make_examples
+from regraft.demo.data import (
+    HELD_OUT_WORDS,
+    TEMPLATES,
+    TRAIN_WORDS,
+    Form,
+    Words,
+    as_fields,
+    as_table,
+    make_examples,
+)
+from regraft.demo.lessons import FIELDS, LESSONS, TABLE, Lesson
 from regraft.demo.progress import on_terminal
-from regraft.demo.result import DemoResult, Figures, Question
+from regraft.demo.result import DemoResult, Figures, Question, Training
 from regraft.demo.settings import Settings
 from regraft.demo.state import DemoFolder
 from regraft.demo.text import table
@@ -41,17 +51,42 @@ def test_training_and_held_out_sentences_share_no_name_city_or_job() -> None:
         assert not set(getattr(TRAIN_WORDS, pool)) & set(getattr(HELD_OUT_WORDS, pool))
 
 
+def _list(name: str, city: str, job: str) -> str:
+    return json.dumps([name, city, job])
+
+
 @pytest.mark.parametrize("words", [TRAIN_WORDS, HELD_OUT_WORDS])
 def test_every_answer_can_be_read_from_its_sentence(words: Words) -> None:
-    for example in make_examples(words, 40, 3):
-        fields = dict(field.split(" = ") for field in example.answer.split("; "))
-        assert list(fields) == ["name", "city", "job"]
-        assert all(value in example.sentence for value in fields.values())
+    for example in make_examples(words, 40, 3, _list):
+        assert all(value in example.sentence for value in json.loads(example.answer))
+
+
+@pytest.mark.parametrize(
+    ("form", "answer"),
+    [
+        (as_fields, "name = Ruth; city = San Diego; job = taxi driver"),
+        (as_table, "| Ruth | San Diego | taxi driver |"),
+    ],
+)
+def test_each_form_writes_name_city_and_job(form: Form, answer: str) -> None:
+    assert form("Ruth", "San Diego", "taxi driver") == answer
+
+
+def test_all_lessons_are_asked_the_same_held_out_sentences() -> None:
+    fields, table = FIELDS.held_out(), TABLE.held_out()
+    assert [each.sentence for each in fields] == [each.sentence for each in table]
+    assert not {each.answer for each in fields} & {each.answer for each in table}
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+def test_a_lesson_has_its_sentences_for_every_step(lesson: Lesson) -> None:
+    assert len(lesson.training()) == lesson.settings.steps * lesson.settings.batch
 
 
 def test_the_held_out_sentences_use_every_template() -> None:
-    assert len(run.HELD_OUT) == 10 >= len(TEMPLATES)
-    assert len({example.answer for example in run.HELD_OUT}) == 10
+    held_out = FIELDS.held_out()
+    assert len(held_out) == 10 >= len(TEMPLATES)
+    assert len({example.answer for example in held_out}) == 10
 
 
 def test_articles_fit_their_jobs() -> None:
@@ -107,50 +142,90 @@ def test_the_table_is_aligned() -> None:
 
 
 def test_answers_are_marked_and_long_ones_shortened() -> None:
-    example = run.HELD_OUT[0]
-    text = story.answered([example], {"base": ["word " * 40], "adapter": [example.answer]})
+    example = FIELDS.held_out()[0]
+    answers = {"base": ["word " * 40], "adapter": [example.answer]}
+    text = story.answered([example.sentence], answers, {"adapter": [example.answer]})
     wrong, right = text.splitlines()[1:]
     assert "base     wrong  word word" in wrong
     assert wrong.endswith("...")
     assert right.endswith(f"adapter  right  {example.answer}")
 
 
+def _training(*, kept: bool) -> Training:
+    return Training(24, 30.0, 2.0, 0.1, 2_400_000, 210, kept=kept)
+
+
 def _result(merged: str) -> DemoResult:
     logits = LogitComparison(4, 0.5, 50.0, 4)
+    right = {"fields": "a = b", "table": "| b |"}
+    question = Question("s", right, "wrong", right, right | {"table": "b"}, "a = b", merged)
     return DemoResult(
         folder=Path("d"),
         base=Path("d/base"),
-        adapter=Path("d/adapter"),
+        adapters={name: Path("d") / name for name in right},
         merged=Path("d/merged"),
+        merged_adapter="fields",
         source="somewhere",
         kept_base=True,
-        kept_adapter=False,
-        first_loss=2.0,
-        last_loss=0.1,
-        questions=(Question("s", "right", "wrong", "right", merged),),
+        training={"fields": _training(kept=True), "table": _training(kept=False)},
+        questions=(question,),
+        rows={"base": "wrong", **right},
+        restored_in_memory=True,
         logits=logits,
         float32_logits=logits,
         restored=True,
         figures=Figures(
-            269_100_000, 9_800_000, 269_100_000, 20, 30, 2, 1, 60, 300 * 2**20, 341_000, 1
+            base_bytes=269_100_000,
+            four_bits_bytes=200_000_000,
+            adapter_bytes={"fields": 9_800_000, "table": 4_900_000},
+            merged_bytes=269_100_000,
+            undo_bytes=341_000,
+            undo_in_memory_bytes=10_400_000,
+            get_model_seconds=20,
+            load_adapters_seconds=0.2,
+            switch_seconds=0.00002,
+            merge_in_memory_seconds=1,
+            unmerge_in_memory_seconds=1,
+            merge_seconds=2,
+            unmerge_seconds=1,
+            copy_seconds=1,
+            total_seconds=60,
+            merge_peak_memory=300 * 2**20,
         ),
     )
 
 
 def test_the_result_counts_right_and_same_answers_and_is_json() -> None:
-    made = json.loads(json.dumps(_result("right").to_json()))
-    assert (made["base_right"], made["adapter_right"], made["merged_right"]) == (0, 1, 1)
-    assert made["same_answers"] == 1
+    made = json.loads(json.dumps(_result("a = b").to_json()))
+    assert (made["base_right"], made["merged_right"]) == (0, 1)
+    assert made["adapters_right"] == {"fields": 1, "table": 1}
+    assert made["four_bits_right"] == {"fields": 1, "table": 0}
+    assert (made["same_answers"], made["same_answers_in_memory"]) == (1, 1)
     assert made["logits"]["relative_difference"] == 0.01
-    assert made["folder"] == "d"
+    assert (made["folder"], made["adapters"]["table"]) == ("d", "d/table")
     assert _result("other").same_answers == 0
 
 
+def test_every_field_of_the_json_is_in_the_reference() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference-cli.md"
+    section = page.read_text("utf-8").partition("## regraft demo")[2].partition("\n## ")[0]
+    made = _result("a = b").to_json()
+    names = {*made, *made["questions"][0], *made["logits"], *made["training"]["fields"]}
+    assert [name for name in sorted(names) if f"`{name}`" not in section] == []
+
+
 def test_the_closing_table_has_sizes_times_and_memory() -> None:
-    lines = story.figures(_result("right")).splitlines()
+    lines = story.figures(_result("a = b")).splitlines()
     assert lines[0].split() == ["base", "269.1", "MB"]
-    assert any("kept from an earlier run" in line and "get the model" in line for line in lines)
+    kept = [line for line in lines if "kept from an earlier run" in line]
+    assert ["get the model" in kept[0], "train fields" in kept[1], len(kept)] == [True, True, 2]
+    assert any("switch adapters" in line and "0.02 ms" in line for line in lines)
     assert any("peak memory" in line and "300 MiB" in line for line in lines)
+
+
+def test_the_story_says_it_when_bits_did_not_come_back() -> None:
+    assert "every bit of all 9" in story.back_in_memory(True, 9, 7, 1.0, 1000)
+    assert "NOT the base's" in story.back_in_memory(False, 9, 7, 1.0, 1000)
 
 
 # the folder
@@ -245,8 +320,8 @@ def test_no_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_missing_package_is_named_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "peft" else object())
-    with pytest.raises(MissingExtraError, match=r"needs peft.*regraft\[demo\]"):
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "bitsandbytes" else object())
+    with pytest.raises(MissingExtraError, match=r"needs bitsandbytes.*regraft\[demo\]"):
         run.run_demo(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
 
@@ -266,6 +341,12 @@ def test_the_bar_shows_the_loss_on_a_terminal_and_nothing_elsewhere() -> None:
             bar.advance("loss 0.1234")
     assert "loss 0.1234" in screen.getvalue()
     assert file.getvalue() == ""
+
+
+def test_the_demo_does_not_use_peft() -> None:
+    sources = Path(run.__file__).parent.glob("*.py")
+    assert not [path.name for path in sources if "import peft" in (text := path.read_text())
+                or "from peft" in text]  # fmt: skip
 
 
 def test_importing_the_demo_leaves_torch_alone() -> None:

@@ -1,4 +1,4 @@
-"""``regraft demo``: train a small adapter, merge it, and see both models answer alike."""
+"""``regraft demo``: train two adapters, switch between them, merge one, and take it out."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from regraft.cli.output import Output
 @click.option("--hub-id", metavar="ID", help="Take the base from the Hugging Face Hub instead.")
 @options.as_json
 def command(folder: Path, fresh: bool, hub_id: str | None, as_json: bool) -> None:
-    """Train a small adapter on a real 135M language model, merge it, and compare the answers.
+    """Train two adapters on a real 135M language model, switch between them, and merge one.
 
-    The base fails at the task, the adapter answers it, and the merged model answers the same
-    without PEFT. Needs pip install 'regraft[demo]'; takes under three minutes on two cores the
-    first time, and under thirty seconds the second.
+    The base fails at the task; each adapter answers it in a form of its own, on one base in memory,
+    also in 4 bits. Merged, in memory and on files, one of them answers the same, and every bit of
+    the base comes back. Needs pip install 'regraft[demo]'; takes under three minutes on two cores
+    the first time, and about one the second.
 
     \b
     Examples:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from regraft.demo.compare import Logits
 from regraft.demo.data import INSTRUCTION, Example
@@ -24,33 +23,24 @@ class Asker:
 
     Args:
         folder: a checkpoint, as ``AutoModelForCausalLM.from_pretrained`` takes it.
-        adapter: a folder with a PEFT adapter to put on it, live.
+        four_bits: put the linear layers into bitsandbytes' NF4 while they are read.
+
+    Attributes:
+        model: the model itself.
     """
 
-    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
+    def __init__(self, folder: Path, *, four_bits: bool = False) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        if adapter is not None:
-            self._model = PeftModel.from_pretrained(self._model, adapter)
-        self._model.eval()
+        options = {"quantization_config": _nf4(), "device_map": "cpu"} if four_bits else {}
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        self.model.eval()
 
-    @property
-    def parameters(self) -> int:
-        """Number of the model's parameters."""
-        return sum(weight.numel() for weight in self._model.parameters())
-
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Make the model answer as the base for a while."""
-        with self._model.disable_adapter():
-            yield
-
-    def answers(self, examples: list[Example]) -> list[str]:
+    def answers(self, sentences: Sequence[str]) -> list[str]:
         """Return the model's answer to each sentence, by greedy decoding in one batch."""
-        prompts = [prompt_ids(self._tokenizer, example.sentence) for example in examples]
+        prompts = [prompt_ids(self._tokenizer, sentence) for sentence in sentences]
         ids, mask = _padded_left(prompts, self._tokenizer.pad_token_id)
         with torch.inference_mode(), _one_thread():
-            out = self._model.generate(
+            out = self.model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
             )
         texts = self._tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -65,9 +55,15 @@ class Asker:
         rows = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         ids, mask = _padded_left(rows, self._tokenizer.pad_token_id)
         with torch.inference_mode():
-            out = self._model(input_ids=ids, attention_mask=mask).logits
+            out = self.model(input_ids=ids, attention_mask=mask).logits
         logits: Logits = out[mask.bool()].numpy().astype(np.float32, copy=False)
         return logits
+
+
+def _nf4() -> Any:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
 
 
 @contextmanager
@@ -82,7 +78,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def prompt(tokenizer: Any, sentence: str) -> str:
-    """Return the chat that asks for the fields of ``sentence``, up to where the answer starts."""
+    """Return the chat that asks for the fields in ``sentence``, up to where the answer starts."""
     chat = [
         {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": sentence},

@@ -1,4 +1,6 @@
-"""The demo's task: turn a sentence about a person into ``name = ...; city = ...; job = ...``.
+"""The demo's tasks: read name, city and job from a sentence about a person, and write them down.
+
+Each adapter has a form of its own for the answer; sentences and prompts are the same.
 
 All sentences are generated here, from lists of words and a seed. The lists for training and for
 evaluation share no name, no city and no job, so a right answer to a held-out sentence has been
@@ -8,6 +10,7 @@ read from the sentence and not remembered.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 INSTRUCTION = "Extract the fields name, city and job."
@@ -80,14 +83,32 @@ class Example:
     answer: str
 
 
-def make_examples(words: Words, count: int, seed: int) -> list[Example]:
-    """Return ``count`` examples, the same for the same arguments; templates are taken in turn."""
+Form = Callable[[str, str, str], str]
+"""Writes an answer from name, city and job."""
+
+
+def as_fields(name: str, city: str, job: str) -> str:
+    """Return ``name = ...; city = ...; job = ...``."""
+    return f"name = {name}; city = {city}; job = {job}"
+
+
+def as_table(name: str, city: str, job: str) -> str:
+    """Return a row of a Markdown table."""
+    return f"| {name} | {city} | {job} |"
+
+
+def make_examples(words: Words, count: int, seed: int, form: Form = as_fields) -> list[Example]:
+    """Return ``count`` examples, the same for the same arguments; templates are taken in turn.
+
+    The sentences do not depend on ``form``, which writes the answers.
+    """
     draw = random.Random(seed)
     names, cities, jobs = (
         _cycle(pool, count, draw) for pool in (words.names, words.cities, words.jobs)
     )
     return [
-        _fill(TEMPLATES[i % len(TEMPLATES)], names[i], cities[i], jobs[i]) for i in range(count)
+        _fill(TEMPLATES[i % len(TEMPLATES)], names[i], cities[i], jobs[i], form)
+        for i in range(count)
     ]
 
 
@@ -99,7 +120,7 @@ def _cycle(pool: tuple[str, ...], count: int, draw: random.Random) -> list[str]:
     return words[:count]
 
 
-def _fill(template: str, name: str, city: str, job: str) -> Example:
+def _fill(template: str, name: str, city: str, job: str, form: Form) -> Example:
     a = "an" if job[0] in "aeiou" else "a"
     sentence = template.format(name=name, city=city, job=job, a=a)
-    return Example(sentence, f"name = {name}; city = {city}; job = {job}")
+    return Example(sentence, form(name, city, job))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,23 +19,27 @@ def wait_asleep() -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide transformers' bars and remarks, and warnings on what others call in each other.
+    """Hide the libraries' bars and remarks, and warnings on what others call in each other.
 
     Errors are exceptions and pass untouched.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    from transformers.utils import logging as remarks
 
-    verbosity = logging.get_verbosity()
-    had_bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity = remarks.get_verbosity()
+    had_bars = remarks.is_progress_bar_enabled()
+    remarks.set_verbosity_error()
+    remarks.disable_progress_bar()
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)  # it misses a kernel that it can do without
     try:
         with warnings.catch_warnings():
             for kind in (FutureWarning, DeprecationWarning, UserWarning):
-                warnings.filterwarnings("ignore", category=kind, module="transformers|peft|torch")
+                warnings.filterwarnings("ignore", category=kind, module="transformers|torch")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        bitsandbytes.setLevel(level)
+        remarks.set_verbosity(verbosity)
         if had_bars:
-            logging.enable_progress_bar()
+            remarks.enable_progress_bar()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 
 from regraft.demo import story
 from regraft.demo.compare import LogitComparison, Logits, compare_logits
-from regraft.demo.data import HELD_OUT_WORDS, TRAIN_WORDS, make_examples
+from regraft.demo.conclusion import Found, conclude
+from regraft.demo.lessons import LESSONS, MERGED
 from regraft.demo.merging import Measured, run_merge, run_unmerge, same_files, time_copy
 from regraft.demo.model import Base, get_base, weight_bytes
 from regraft.demo.progress import Progress, silent
 from regraft.demo.quiet import quiet_libraries, wait_asleep
-from regraft.demo.result import DemoResult, Figures, Question
-from regraft.demo.settings import Settings
+from regraft.demo.result import DemoResult, Training
 from regraft.demo.state import DemoFolder
-from regraft.demo.text import memory, seconds, size
+from regraft.demo.text import memory, milliseconds, seconds, size
 from regraft.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from regraft.demo.training import Training
+    from regraft.demo.live import Answers, InMemory, LiveModel, Switched
 
 Say = Callable[[str], None]
 """Takes a piece of text to show, of one line or several."""
@@ -35,13 +35,10 @@ def _say_nothing(text: str) -> None:
     del text
 
 
-HELD_OUT = make_examples(HELD_OUT_WORDS, 10, seed=1)
-"""The sentences of the evaluation."""
+SHOWN = 2
+"""How many of the held-out sentences are shown in full."""
 
-SHOWN = 3
-"""How many of them are shown in full."""
-
-_NEEDED = ("torch", "transformers", "peft", "gguf", "accelerate")
+_NEEDED = ("torch", "transformers", "bitsandbytes", "gguf", "accelerate")
 
 
 def run_demo(
@@ -53,11 +50,11 @@ def run_demo(
     say: Say = _say_nothing,
     progress: Progress = silent,
 ) -> DemoResult:
-    """Train an adapter on a real model, merge it, and compare the two models.
+    """Train two adapters on a real model, use them live, merge one, and compare.
 
     Args:
         folder: where everything is made and kept; made if need be. A second run takes the base
-            and the adapter from it.
+            and the adapters from it.
         fresh: do everything again.
         hub_id: take the base from the Hub instead of from its PyPI wheel.
         as_json: say nothing; the caller shows the result's ``to_json()``.
@@ -87,29 +84,12 @@ def _require_extra() -> None:
 
 @dataclass(frozen=True)
 class _Live:
-    """What the base and the live adapter model gave for the held-out sentences."""
+    """What the base in memory gave, with its adapters."""
 
-    base: list[str]
-    adapter: list[str]
+    model: LiveModel
+    switched: Switched
+    rows: dict[str, str]
     logits: Logits
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """What the merged model gave for them."""
-
-    answers: list[str]
-    logits: LogitComparison
-    float32_logits: LogitComparison
-
-
-@dataclass(frozen=True)
-class _Back:
-    """What un-merging gave."""
-
-    seconds: float
-    undo_bytes: int
-    identical: bool
 
 
 class _Demo:
@@ -119,18 +99,44 @@ class _Demo:
         self.folder = folder
         self.say = say
         self.start = time.perf_counter()
+        self.sentences = [example.sentence for example in MERGED.held_out()]
+        self.right = {
+            lesson.name: [example.answer for example in lesson.held_out()] for lesson in LESSONS
+        }
+        self.adapter = folder.adapter(MERGED.name)
 
     def run(self, hub_id: str | None, progress: Progress, *, fresh: bool) -> DemoResult:
         base = self.get_model(hub_id, fresh=fresh)
         training = self.train(base, progress, fresh=fresh)
-        live = self.ask_adapter(base)
+        live = self.switch(base)
+        four_bits, four_bits_bytes = self.ask_four_bits(base)
+        in_memory = self.merge_in_memory(live)
         measured = self.merge(base)
-        merged = self.ask_merged(base, live)
-        back = self.take_back(base, measured)
-        copy_seconds = time_copy(base.path, self.folder.path / "copy.tmp")
-        figures = self.count(base, training, measured, back, copy_seconds)
-        result = self.conclude(base, training, live, merged, back, figures)
-        self.say(story.heading(7, "Figures"))
+        merged, logits, float32_logits = self.ask_merged(base, live)
+        restored, unmerging = self.take_back(base, measured)
+        found = Found(
+            folder=self.folder,
+            base=base,
+            training=training,
+            sentences=self.sentences,
+            right=self.right,
+            switched=live.switched,
+            rows=live.rows,
+            load_seconds=live.model.load_seconds,
+            four_bits=four_bits,
+            four_bits_bytes=four_bits_bytes,
+            in_memory=in_memory,
+            merging=measured,
+            merged=merged,
+            logits=logits,
+            float32_logits=float32_logits,
+            restored=restored,
+            unmerging=unmerging,
+            copy_seconds=time_copy(base.path, self.folder.path / "copy.tmp"),
+            total_seconds=time.perf_counter() - self.start,
+        )
+        result = conclude(found)
+        self.say(story.heading(9, "Figures"))
         self.say(story.figures(result))
         return result
 
@@ -146,48 +152,102 @@ class _Demo:
         )
         return base
 
-    def train(self, base: Base, progress: Progress, *, fresh: bool) -> Training:
+    def train(self, base: Base, progress: Progress, *, fresh: bool) -> dict[str, Training]:
         from regraft.demo.training import get_adapter
 
-        settings = Settings()
-        self.say(story.heading(2, "Training an adapter: from a sentence to its fields"))
-        self.say(story.task(make_examples(TRAIN_WORDS, 1, settings.seed)[0]))
-        training = get_adapter(self.folder, base, settings, progress, fresh=fresh)
         self.say(
-            story.indented(
-                f"LoRA of rank {settings.rank} on {training.modules} linear layers, "
-                f"{training.parameters / 1e6:.1f} M parameters, "
-                f"{settings.steps} steps of {settings.batch} sentences",
-                f"loss from {training.first_loss:.2f} to {training.last_loss:.4f}",
-                f"{self.folder.adapter}: "
-                + story.made_or_kept(training.kept, "trained", training.seconds),
-            )
+            story.heading(2, "Training two adapters, each with a form of its own to answer in")
         )
+        self.say(story.task())
+        training: dict[str, Training] = {}
+        for lesson in LESSONS:
+            self.say(story.lesson(lesson, str(self.folder.adapter(lesson.name))))
+            came_to = get_adapter(self.folder, base, lesson, progress, fresh=fresh)
+            self.say(story.trained(came_to))
+            training[lesson.name] = came_to
         return training
 
-    def ask_adapter(self, base: Base) -> _Live:
-        from regraft.demo.answers import Asker
+    def switch(self, base: Base) -> _Live:
+        from regraft.demo.live import LiveModel
 
-        self.say(story.heading(3, "Sentences whose names, cities and jobs were not in training"))
-        asker = Asker(base.path, self.folder.adapter)
-        with asker.without_adapter():
-            of_base = asker.answers(HELD_OUT)
-        live = _Live(of_base, asker.answers(HELD_OUT), asker.logits(HELD_OUT))
-        self.say(story.answered(HELD_OUT[:SHOWN], {"base": live.base, "adapter": live.adapter}))
-        total = len(HELD_OUT)
+        self.say(story.heading(3, "One base in memory, both adapters on it"))
+        model = LiveModel(base.path, self.folder)
+        self.say(story.attaching({each.name: self.folder.adapter(each.name) for each in LESSONS}))
+        switched = model.switched(self.sentences)
         self.say(
             story.indented(
-                f"Right to the letter, of {total} such sentences: the base {_right(live.base)}, "
-                f"the adapter {_right(live.adapter)}."
+                f"Both were loaded in {milliseconds(model.load_seconds)}; "
+                f"adapters.set_adapter(name) takes {milliseconds(switched.switch_seconds)}.",
+                "The names, cities and jobs in these sentences were not in training:",
             )
         )
-        return live
+        answers = {"base": switched.base, **switched.adapters}
+        self.say(story.answered(self.sentences[:SHOWN], answers, self.right))
+        self.say(self.score(answers))
+        rows = self.ask_rows(model)
+        return _Live(model, switched, rows, model.logits(MERGED.name, MERGED.held_out()))
+
+    def ask_rows(self, model: LiveModel) -> dict[str, str]:
+        """Ask one sentence in a batch whose rows have different adapters."""
+        names = [None, *(lesson.name for lesson in LESSONS)]
+        sentence = self.sentences[SHOWN]
+        answers = model.by_row(names, [sentence] * len(names))
+        rows = dict(zip([name or "base" for name in names], answers, strict=True))
+        self.say(story.rows(names))
+        right = {name: [answers[SHOWN]] for name, answers in self.right.items()}
+        self.say(story.answered([sentence], {name: [text] for name, text in rows.items()}, right))
+        return rows
+
+    def ask_four_bits(self, base: Base) -> tuple[Answers, int]:
+        from regraft.demo.live import LiveModel
+
+        self.say(story.heading(4, "The same adapters on the base in 4 bits (bitsandbytes, NF4)"))
+        self.say(
+            story.code(
+                "model = AutoModelForCausalLM.from_pretrained(..., "
+                'quantization_config=nf4, device_map="cpu")'
+            )
+        )
+        model = LiveModel(base.path, self.folder, four_bits=True)
+        answers = model.all_by_row(self.sentences)
+        self.say(
+            story.indented(
+                "and both attached as before, though they were trained on the base in 16 bits.",
+                f"All in one batch of {len(LESSONS) * len(self.sentences)} rows:",
+            )
+        )
+        self.say(story.answered(self.sentences[:1], answers, self.right))
+        self.say(self.score(answers))
+        return answers, model.nbytes
+
+    def merge_in_memory(self, live: _Live) -> InMemory:
+        self.say(story.heading(5, "Merged in memory, and taken out again"))
+        self.say(story.code(f'adapters.merge_adapter("{MERGED.name}")'))
+        found = live.model.merged_in_memory(MERGED.name, self.sentences)
+        alone = live.switched.adapters[MERGED.name]
+        self.say(
+            story.indented(
+                f"in {seconds(found.merge_seconds)}. The same answer as before it was merged: "
+                f"{_same(found.answers, alone)} of {len(alone)}."
+            )
+        )
+        self.say(story.code("adapters.unmerge_adapter()"))
+        self.say(
+            story.back_in_memory(
+                found.restored,
+                found.tensors,
+                found.changed,
+                found.unmerge_seconds,
+                found.undo_bytes,
+            )
+        )
+        return found
 
     def merge(self, base: Base) -> Measured:
-        self.say(story.heading(4, "Merging the adapter into the base"))
-        paths = [str(base.path), str(self.folder.adapter), "-o", str(self.folder.merged)]
+        self.say(story.heading(6, "Merged on files, without torch"))
+        paths = [str(base.path), str(self.adapter), "-o", str(self.folder.merged)]
         self.say(story.indented(f"$ regraft merge {shlex.join(paths)} --overwrite"))
-        measured = run_merge(base.path, self.folder.adapter, self.folder.merged)
+        measured = run_merge(base.path, self.adapter, self.folder.merged)
         totals = measured.answer["totals"]
         self.say(
             story.indented(
@@ -198,90 +258,62 @@ class _Demo:
         )
         return measured
 
-    def ask_merged(self, base: Base, live: _Live) -> _Merged:
+    def ask_merged(
+        self, base: Base, live: _Live
+    ) -> tuple[list[str], LogitComparison, LogitComparison]:
         from regraft.demo.answers import Asker
 
-        self.say(story.heading(5, "The merged model, loaded by transformers without PEFT"))
+        self.say(story.heading(7, "The merged model, loaded by transformers and nothing else"))
         asker = Asker(self.folder.merged)
-        answers = asker.answers(HELD_OUT)
-        logits = compare_logits(live.logits, asker.logits(HELD_OUT))
-        same = sum(a == b for a, b in zip(answers, live.adapter, strict=True))
-        self.say(story.answered(HELD_OUT[:SHOWN], {"merged": answers}))
+        answers = asker.answers(self.sentences)
+        logits = compare_logits(live.logits, asker.logits(MERGED.held_out()))
+        del asker
+        right = self.right[MERGED.name]
+        alone = live.switched.adapters[MERGED.name]
+        self.say(story.answered(self.sentences[:SHOWN], {"merged": answers}, {"merged": right}))
         self.say(
             story.indented(
-                f"Right to the letter: {_right(answers)} of {len(HELD_OUT)}. "
-                f"The same answer as the adapter's: {same} of {len(HELD_OUT)}."
+                f"Right to the letter: {_same(answers, right)} of {len(answers)}. "
+                f"The same answer as the adapter's: {_same(answers, alone)} of {len(answers)}."
             )
         )
-        del asker
         float32_logits = self.compare_float32(base, live)
         self.say(story.agreement(logits, float32_logits))
-        return _Merged(answers, logits, float32_logits)
+        return answers, logits, float32_logits
 
     def compare_float32(self, base: Base, live: _Live) -> LogitComparison:
         """Merge once more without the rounding to the base's dtype, compare, and remove it."""
         from regraft.demo.answers import Asker
 
         out = self.folder.path / "merged-float32.tmp"
-        run_merge(base.path, self.folder.adapter, out, "--dtype", "float32")
-        comparison = compare_logits(live.logits, Asker(out).logits(HELD_OUT))
+        run_merge(base.path, self.adapter, out, "--dtype", "float32")
+        comparison = compare_logits(live.logits, Asker(out).logits(MERGED.held_out()))
         shutil.rmtree(out)
         return comparison
 
-    def take_back(self, base: Base, merging: Measured) -> _Back:
+    def take_back(self, base: Base, merging: Measured) -> tuple[bool, Measured]:
         """Get the base out of the merged model, compare it, and remove it."""
-        self.say(story.heading(6, "Taking the merge back, without the base"))
+        self.say(story.heading(8, "The merge on files taken back, without the base"))
         out = self.folder.path / "base-again.tmp"
         self.say(
             story.indented(f"$ regraft unmerge {shlex.join([str(self.folder.merged)])} -o ...")
         )
         measured = run_unmerge(self.folder.merged, out)
-        back = _Back(
-            measured.seconds, merging.answer["totals"]["undo_bytes"], same_files(base.path, out)
-        )
+        identical = same_files(base.path, out)
         shutil.rmtree(out)
-        self.say(story.taken_back(back.identical, back.seconds, back.undo_bytes))
-        return back
+        undo_bytes = merging.answer["totals"]["undo_bytes"]
+        self.say(story.taken_back(identical, measured.seconds, undo_bytes))
+        return identical, measured
 
-    def count(
-        self, base: Base, training: Training, measured: Measured, back: _Back, copy_seconds: float
-    ) -> Figures:
-        return Figures(
-            base_bytes=weight_bytes(base.path),
-            adapter_bytes=weight_bytes(self.folder.adapter),
-            merged_bytes=weight_bytes(self.folder.merged),
-            get_model_seconds=base.seconds,
-            train_seconds=training.seconds,
-            merge_seconds=measured.seconds,
-            copy_seconds=copy_seconds,
-            total_seconds=time.perf_counter() - self.start,
-            merge_peak_memory=measured.peak_memory,
-            undo_bytes=back.undo_bytes,
-            unmerge_seconds=back.seconds,
-        )
-
-    def conclude(
-        self, base: Base, training: Training, live: _Live, merged: _Merged, back: _Back,
-        figures: Figures,
-    ) -> DemoResult:  # fmt: skip
-        answers = zip(HELD_OUT, live.base, live.adapter, merged.answers, strict=True)
-        return DemoResult(
-            folder=self.folder.path,
-            base=base.path,
-            adapter=self.folder.adapter,
-            merged=self.folder.merged,
-            source=base.source,
-            kept_base=base.kept,
-            kept_adapter=training.kept,
-            first_loss=training.first_loss,
-            last_loss=training.last_loss,
-            questions=tuple(Question(e.sentence, e.answer, b, a, m) for e, b, a, m in answers),
-            logits=merged.logits,
-            float32_logits=merged.float32_logits,
-            restored=back.identical,
-            figures=figures,
-        )
+    def score(self, answers: dict[str, list[str]]) -> str:
+        """Return how many answers are right; of the base, those right in any form."""
+        right = {name: _same(texts, self.right[name]) for name, texts in answers.items()
+                 if name in self.right}  # fmt: skip
+        if "base" in answers:
+            of_base = [_same(answers["base"], texts) for texts in self.right.values()]
+            right = {"base": sum(of_base), **right}
+        return story.score(right, len(self.sentences))
 
 
-def _right(answers: list[str]) -> int:
-    return sum(a == e.answer for a, e in zip(answers, HELD_OUT, strict=True))
+def _same(texts: Sequence[str], others: Sequence[str]) -> int:
+    return sum(a == b for a, b in zip(texts, others, strict=True))

@@ -17,7 +17,7 @@ STATE_FILE = "demo.json"
 
 @dataclass(frozen=True)
 class DemoFolder:
-    """The folder that holds all the demo makes: ``base``, ``adapter`` and ``merged``."""
+    """The folder that holds all the demo makes: the base, the adapters and the merged model."""
 
     path: Path
 
@@ -26,10 +26,9 @@ class DemoFolder:
         """The converted base model."""
         return self.path / "base"
 
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter, in PEFT's format."""
-        return self.path / "adapter"
+    def adapter(self, name: str) -> Path:
+        """Return where a trained adapter is, in PEFT's format."""
+        return self.path / adapter_part(name)
 
     @property
     def merged(self) -> Path:
@@ -86,6 +85,11 @@ class DemoFolder:
         unfinished = self.path / f"{STATE_FILE}.tmp"
         unfinished.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(self.path / STATE_FILE)
+
+
+def adapter_part(name: str) -> str:
+    """Return what the part of the folder is called that holds an adapter."""
+    return f"adapter-{name}"
 
 
 def _as_json(key: Mapping[str, Any]) -> Any:

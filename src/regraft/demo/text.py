@@ -20,6 +20,11 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s"
 
 
+def milliseconds(value: float) -> str:
+    """Return a short duration: ``"0.02 ms"``."""
+    return f"{1000 * value:.2g} ms" if value < 0.1 else f"{1000 * value:.0f} ms"
+
+
 def percent(share: float) -> str:
     """Return a share of one with two digits that count: ``"0.031%"``."""
     return f"{100 * share:.2g}%"

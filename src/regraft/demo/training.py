@@ -1,79 +1,58 @@
-"""Train the demo's adapter with PEFT: a few steps on a few short sentences."""
+"""Train the demo's adapters: a few steps on a few short sentences, in a plain loop."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import regraft
 from regraft.demo.answers import prompt_ids
-from regraft.demo.data import TRAIN_WORDS, Example, make_examples
+from regraft.demo.data import Example
+from regraft.demo.lessons import Lesson
 from regraft.demo.model import Base
 from regraft.demo.progress import Progress
+from regraft.demo.result import Training
 from regraft.demo.settings import Settings
-from regraft.demo.state import DemoFolder
+from regraft.demo.state import DemoFolder, adapter_part
 
 _IGNORED = -100
 """The label that transformers leaves out of the loss."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """What training came to.
-
-    Attributes:
-        steps: optimizer steps.
-        seconds: time it took, when it was done.
-        first_loss: loss of the first step's sentences, before any update.
-        last_loss: loss of the last step's sentences.
-        parameters: trained parameters.
-        modules: linear layers that were adapted.
-        kept: whether an earlier run of the demo trained it.
-    """
-
-    steps: int
-    seconds: float
-    first_loss: float
-    last_loss: float
-    parameters: int
-    modules: int
-    kept: bool = False
-
-
 def get_adapter(
-    folder: DemoFolder, base: Base, settings: Settings, progress: Progress, *, fresh: bool
+    folder: DemoFolder, base: Base, lesson: Lesson, progress: Progress, *, fresh: bool
 ) -> Training:
-    """Train the adapter into ``folder.adapter``, unless the same one is there."""
-    examples = make_examples(TRAIN_WORDS, settings.steps * settings.batch, settings.seed)
-    key = {"base": base.source, "settings": asdict(settings), "data": [asdict(e) for e in examples]}
-    facts = None if fresh else folder.recall("adapter", key)
+    """Train an adapter into ``folder.adapter(lesson.name)``, unless the same one is there."""
+    part, data = adapter_part(lesson.name), [asdict(each) for each in lesson.training()]
+    key = {"base": base.source, "settings": asdict(lesson.settings), "data": data}
+    facts = None if fresh else folder.recall(part, key)
     if facts is not None:
         return Training(**facts | {"kept": True})
-    with folder.building("adapter") as unfinished:
-        training = _train(base.path, unfinished, examples, settings, progress)
-    folder.note("adapter", key, asdict(training))
+    with folder.building(part) as unfinished:
+        training = _train(base.path, unfinished, lesson, progress)
+    folder.note(part, key, asdict(training))
     return training
 
 
-def _train(
-    base: Path, out: Path, examples: list[Example], settings: Settings, progress: Progress
-) -> Training:
+def _train(base: Path, out: Path, lesson: Lesson, progress: Progress) -> Training:
     start = time.perf_counter()
+    settings, examples = lesson.settings, lesson.training()
     torch.manual_seed(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = _adapted(base, settings)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapters = regraft.attach(model, _config(settings), lesson.name)
     batches = [
         _batch(tokenizer, examples[i : i + settings.batch])
         for i in range(0, len(examples), settings.batch)
     ]
-    losses = _optimize(model, batches, settings, progress)
-    model.save_pretrained(out)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    trained = list(adapters.parameters())
+    losses = _optimize(model, trained, batches, settings, progress)
+    regraft.save(model, out)
     return Training(
         steps=settings.steps,
         seconds=time.perf_counter() - start,
@@ -84,16 +63,13 @@ def _train(
     )
 
 
-def _adapted(base: Path, settings: Settings) -> Any:
-    """Return the base at float32, with an untrained adapter on every linear layer."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(
+def _config(settings: Settings) -> regraft.LoraConfig:
+    return regraft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
 
 
 def _batch(tokenizer: Any, examples: list[Example]) -> dict[str, Any]:
@@ -119,10 +95,13 @@ def _answer_ids(tokenizer: Any, example: Example) -> list[int]:
 
 
 def _optimize(
-    model: Any, batches: list[dict[str, Any]], settings: Settings, progress: Progress
+    model: Any,
+    weights: list[Any],
+    batches: list[dict[str, Any]],
+    settings: Settings,
+    progress: Progress,
 ) -> list[float]:
     """Take one step per batch and return the losses."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.warmed_and_decayed)
     losses: list[float] = []
