@@ -382,13 +382,13 @@ def save_and_die(folder, steps):
     for name in ("open", "fsync", "rename", "link", "unlink", "mkdir", "rmdir", "write"):
         setattr(os, name, killing(getattr(os, name), left))
     output._renameat2 = killing(output._renameat2, left)
-    adapter_files.write_adapter(folder, config(2.0), tensors(2.0), card="Saved by")
+    files.write_adapter(folder, config(2.0), tensors(2.0), card="Saved by")
     os._exit(0)
 
 def run(root, inside):
     for steps in range(1000):
         folder = root / f"a{steps}"
-        adapter_files.write_adapter(folder, config(1.0), tensors(1.0))
+        files.write_adapter(folder, config(1.0), tensors(1.0))
         (folder / "runs").mkdir()
         (folder / "runs" / "log").write_text("kept")
         os.chdir(folder if inside else root)
