@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench bench-quantized bench-qlora torture docs clean help
+.PHONY: demo test check bench bench-quantized bench-qlora bench-live torture docs clean help
 
 help:
 	@echo "make demo    train a small adapter on a real model, merge it, compare (under 3 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench   measure against PEFT and a plain copy; writes docs/benchmarks.md"
 	@echo "make bench-quantized  work on 4-bit models against PEFT and bitsandbytes; writes its page"
 	@echo "make bench-qlora      what survives of a QLoRA adapter, on a real model; writes its page"
+	@echo "make bench-live       adapters on a running model against PEFT; writes its page"
 	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (an hour)"
 	@echo "make docs    check that the docs are in step with the code"
 
@@ -47,6 +48,9 @@ bench-quantized: $(VENV)/.dev
 
 bench-qlora: $(VENV)/.model
 	$(PY) benchmarks/qlora.py
+
+bench-live: $(VENV)/.dev
+	$(PY) benchmarks/live.py
 
 # Inputs and outputs of some gigabytes lie in .torture; the figures are left there as JSON.
 torture: $(VENV)/.dev

@@ -6,11 +6,16 @@ numba looks only at the file that a compiled function is in, and not at what it 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import regraft
 
 PACKAGE = Path(regraft.__file__).parent
+
+if not Path("/dev/nvidiactl").exists():
+    # Without CUDA triton's kernels are interpreted. It asks once, when it is imported by whomever.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:

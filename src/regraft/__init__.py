@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from regraft._version import __version__
 
 if TYPE_CHECKING:
+    from regraft.adapters.lora_config import LoraConfig
     from regraft.api import check, merge, plan
     from regraft.converting import dequantize, quantize
     from regraft.errors import (
         AccessError,
         AdapterError,
+        BaseMismatchWarning,
         BusyError,
         DiskSpaceError,
         EnvironmentShortfall,
@@ -37,6 +39,11 @@ if TYPE_CHECKING:
     from regraft.merging.plan import Plan
     from regraft.merging.receipt import Receipt
     from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.runtime.attaching import attach, handle_of
+    from regraft.runtime.cache import AdapterCache, CacheStats
+    from regraft.runtime.handle import Adapters as Adapters
+    from regraft.runtime.merged_loading import load_merged
+    from regraft.runtime.saving.save import save
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -63,7 +70,15 @@ _HOME = {
     "clean": "regraft.undoing",
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diff",
+    "save": "regraft.runtime.saving.save",
+    "LoraConfig": "regraft.adapters.lora_config",
     "shrink": "regraft.shrinking.verb",
+    "load_merged": "regraft.runtime.merged_loading",
+    "attach": "regraft.runtime.attaching",
+    "handle_of": "regraft.runtime.attaching",
+    "Adapters": "regraft.runtime.handle",
+    "AdapterCache": "regraft.runtime.cache",
+    "CacheStats": "regraft.runtime.cache",
     "DiffReport": "regraft.verifying.diff",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
@@ -71,6 +86,7 @@ _HOME = {
         (
             "AccessError",
             "AdapterError",
+            "BaseMismatchWarning",
             "BusyError",
             "DiskSpaceError",
             "EnvironmentShortfall",
@@ -90,6 +106,7 @@ _HOME = {
     ),
 }
 
+# ``Adapters`` is public too, but not listed: ``from regraft import *`` must not load torch.
 __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "merge",
     "unmerge",
@@ -103,6 +120,13 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "diff",
     "shrink",
     "clean",
+    "load_merged",
+    "attach",
+    "handle_of",
+    "LoraConfig",
+    "AdapterCache",
+    "CacheStats",
+    "save",
     "CheckReport",
     "DiffReport",
     "Inspection",
@@ -129,6 +153,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "RegraftError",
     "UnsupportedError",
     "UsageError",
+    "BaseMismatchWarning",
     "__version__",
 ]
 
@@ -140,4 +165,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "Adapters"])

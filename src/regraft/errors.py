@@ -137,3 +137,7 @@ class BusyError(EnvironmentShortfall):
 
 class AccessError(EnvironmentShortfall):
     """The system refused to read or write a path."""
+
+
+class BaseMismatchWarning(UserWarning):
+    """An adapter was put on another base than the one whose fingerprint it carries."""

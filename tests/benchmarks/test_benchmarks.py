@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,4 +62,19 @@ def test_work_on_four_bits_is_measured(tmp_path: Path) -> None:
     text = page.read_text("utf-8")
     assert "| merge out of 4 bits against" in text
     assert "| nf4 to bfloat16 on one thread |" in text
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_live_models_are_measured(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    script = str(BENCHMARKS / "live.py")
+    options = ["--quick", "--work", str(tmp_path / "work"), "--page", str(page)]
+    asleep = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # tests share the cores with others
+    command = [sys.executable, script, *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=asleep)
+    text = page.read_text("utf-8")
+    assert "| switch adapters (`set_adapter`) against PEFT, times faster |" in text
+    assert "| wrong outputs of 4 threads with an adapter each, 40 calls | 0 | 0 | pass |" in text
+    assert "| adapter cache: wrong answers | 0 | 0 | pass |" in text
+    assert "| weights changed by 3 merges and un-merges | 0 | 0 | pass |" in text
     assert not list((tmp_path / "work").iterdir())

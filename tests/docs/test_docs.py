@@ -43,6 +43,8 @@ DESCRIBED = {
     "regraft.merging.receipt": ("Receipt", "InputRecord", "TensorRecord", "Totals"),
     "regraft.merging.leftovers": ("Leftover",),
     "regraft.merging.report": ("CheckReport", "UnmergeReport"),
+    "regraft.runtime.cache": ("CacheStats",),
+    "regraft.runtime.in_place.merge": ("MergeReport",),
     "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
     "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),
@@ -126,13 +128,19 @@ def test_every_field_is_in_the_reference(module: str, kind: str) -> None:
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
+def test_every_method_of_the_handle_is_in_the_reference() -> None:
+    text = section(DOCS / "reference-python.md", "Live models")
+    public = [n for n in vars(regraft.Adapters) if not n.startswith("_") and n != "base"]
+    assert [n for n in public if f"`{n}" not in text and f"`{n}(" not in text] == []
+
+
 def test_every_documented_signature_has_all_parameters() -> None:
     import inspect
 
     text = read(DOCS / "reference-python.md")
     verbs = (
         *("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "shrink"),
-        "clean",
+        *("clean", "save", "load_merged", "attach"),
     )
     for verb in verbs:
         match = re.search(rf"^regraft\.{verb}\((.*?)\) ->", text, re.M | re.DOTALL)
@@ -181,7 +189,7 @@ def test_python_examples_compile_and_name_what_exists(page: Path) -> None:
         compile(block, name_of(page), "exec")
         nodes = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute)]
         used = {n.attr for n in nodes if isinstance(n.value, ast.Name) and n.value.id == "regraft"}
-        assert used <= set(regraft.__all__)
+        assert used <= {*regraft.__all__, "Adapters"}
 
 
 def shell_lines(page: Path) -> Iterator[list[str]]:

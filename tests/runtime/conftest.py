@@ -1,4 +1,4 @@
-"""Bases and adapters are made once per session; the tiny models run on one thread each."""
+"""Bases and adapters are those of the faithfulness tests, made once per session."""
 
 from __future__ import annotations
 
@@ -7,20 +7,6 @@ import pytest
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from faithful.harness import Workshop
+from faithful.conftest import _quiet_and_single_threaded, workshop
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _quiet_and_single_threaded() -> None:
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)  # waking a second thread costs more than these models do
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Return the maker and keeper of this session's bases and adapters."""
-    return Workshop(tmp_path_factory.mktemp("runtime"))
+__all__ = ["_quiet_and_single_threaded", "workshop"]

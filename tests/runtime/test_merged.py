@@ -27,10 +27,10 @@ from regraft.errors import (
     UsageError,
 )
 from regraft.merging.compute import StepMath
+from regraft.runtime.in_place.merge import Merged, merge, swap
+from regraft.runtime.in_place.pool import run_all
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, adapter_of
-from regraft.runtime.merged import Merged, merge, swap
-from regraft.runtime.pool import run_all
 from runtime.in_memory import (
     adapters_of,
     assert_same,

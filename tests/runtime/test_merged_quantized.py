@@ -17,9 +17,9 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 import regraft
 from regraft.errors import MismatchError
 from regraft.merging.coding import Coder
-from regraft.runtime import quantized
+from regraft.runtime.in_place import quantized
+from regraft.runtime.in_place.merge import merge, swap
 from regraft.runtime.live_base import LiveBase
-from regraft.runtime.merged import merge, swap
 from regraft.testing import zoo
 from regraft.testing.adapters import make_adapter
 from runtime.in_memory import adapters_of, assert_same, load, state_bits

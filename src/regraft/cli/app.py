@@ -28,6 +28,8 @@ COMMANDS = {
     "inspect": "regraft.cli.inspect",
     "diff": "regraft.cli.diff",
     "shrink": "regraft.cli.shrink",
+    "generate": "regraft.cli.generate",
+    "chat": "regraft.cli.chat",
     "clean": "regraft.cli.clean",
     "demo": "regraft.cli.demo",
     "completion": "regraft.cli.completion",

@@ -133,6 +133,73 @@ token = click.option(
     "machine cannot see.",
 )
 
+adapters_to_attach = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[=WEIGHT]",
+    help="Adapter to attach; =WEIGHT multiplies its scale. It is called by the last part of its "
+    "path. Several answer together, as a merge adds them up.",
+)
+
+load_in_4bit = click.option(
+    "--load-in-4bit",
+    is_flag=True,
+    help="Put the model's linear layers into bitsandbytes' NF4 while it is loaded.",
+)
+
+model_dtype = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Element type of the model in memory.  [default: the model's own]",
+)
+
+device = click.option(
+    "--device", metavar="DEVICE", help="Such as cuda:1 or cpu.  [default: a GPU if there is one]"
+)
+
+max_new_tokens = click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="The most tokens of an answer.",
+)
+
+temperature = click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="T",
+    help="Sample at this temperature.  [default: 0: the likeliest token each time]",
+)
+
+top_p = click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    metavar="P",
+    help="Sample from the likeliest tokens that together have this probability.",
+)
+
+answer_seed = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Seed of sampling.  [default: another one each time]",
+)
+
+system = click.option("--system", metavar="TEXT", help="System prompt.")
+
+chat_template = click.option(
+    "--no-chat-template",
+    "template",
+    is_flag=True,
+    default=True,
+    flag_value=False,
+    help="Give the model the plain text, also where its tokenizer has a chat template.",
+)
+
 as_json = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, errors too."
 )

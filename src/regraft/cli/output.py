@@ -48,6 +48,26 @@ class Output:
         if not self.as_json:
             _write(sys.stdout, text)
 
+    def stream(self, piece: str) -> None:
+        """Print a piece of a line on stdout at once; nothing in JSON mode."""
+        if not self.as_json:
+            _write(sys.stdout, piece, end="", keep="\n\t")
+
+    def line(self, payload: Mapping[str, Any]) -> None:
+        """Print an object as one line of JSON on stdout; nothing but in JSON mode."""
+        if self.as_json:
+            _write(sys.stdout, json.dumps(_plain(payload)))
+
+    def note(self, text: str) -> None:
+        """Print a line of a conversation with the user on stderr; nothing if quiet."""
+        if not self.quiet:
+            _write(sys.stderr, text)
+
+    def ask(self, prompt: str) -> None:
+        """Print a prompt on stderr, and leave the cursor behind it; nothing if quiet."""
+        if not self.quiet:
+            _write(sys.stderr, prompt, end="")
+
     def warn(self, warnings: Sequence[str]) -> None:
         """Print warnings on stderr, quiet or not."""
         for warning in warnings:
@@ -141,13 +161,21 @@ def _problems(failure: Failure) -> str:
     return "\n".join([plural(len(lines), "problem"), *(f"  - {line}" for line in lines)])
 
 
-def _write(stream: TextIO, text: str, *, label: str = "", colour: str = "") -> None:
-    """Write ``text`` and a newline, with a coloured label before it on a terminal."""
+def _write(
+    stream: TextIO,
+    text: str,
+    *,
+    label: str = "",
+    colour: str = "",
+    end: str = "\n",
+    keep: str = "\n",
+) -> None:
+    """Write ``text`` and ``end``, with a coloured label before it on a terminal."""
     prefix = f"{label}: " if label else ""
     if label and _has_colour(stream):
         prefix = click.style(prefix, fg=colour, bold=True)
     try:
-        stream.write(prefix + printable(text) + "\n")
+        stream.write(prefix + printable(text, keep) + end)
         stream.flush()
     except BrokenPipeError as error:
         _abandon(stream)

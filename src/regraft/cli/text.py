@@ -82,12 +82,12 @@ def pairs(rows: Sequence[tuple[str, str]]) -> str:
     return table([row for row in rows if row[1]], "ll")
 
 
-def printable(text: str) -> str:
-    """Return ``text`` with control characters spelled out.
+def printable(text: str, keep: str = "\n") -> str:
+    """Return ``text`` with control characters spelled out, but for those to ``keep``.
 
     Names of tensors come from strangers' files: one must not move the cursor of a terminal.
     """
-    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:

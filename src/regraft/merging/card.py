@@ -54,8 +54,8 @@ def model_card(
 def _front_matter(receipt: Receipt, claimed: str | None, inherited: Mapping[str, Any]) -> str:
     import yaml
 
-    base = _hub_id(receipt.base.source) or _hub_id(claimed)
-    adapters = [_hub_id(adapter.source) for adapter in receipt.adapters]
+    base = hub_id(receipt.base.source) or hub_id(claimed)
+    adapters = [hub_id(adapter.source) for adapter in receipt.adapters]
     models = [name for name in [base, *adapters] if name]
     data: dict[str, Any] = dict(inherited)
     if models:
@@ -64,7 +64,8 @@ def _front_matter(receipt: Receipt, claimed: str | None, inherited: Mapping[str,
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
 
 
-def _hub_id(source: str | None) -> str | None:
+def hub_id(source: str | None) -> str | None:
+    """Return the Hub id that a source is, without its revision; None if it is none."""
     name = (source or "").partition("@")[0]
     return name if _REPOSITORY.match(name) and not Path(name).exists() else None
 

@@ -432,7 +432,7 @@ def _note_quietly(queue: _Queue) -> None:
 
 
 def _run_threads(queue: _Queue, plan: Plan) -> None:
-    buffer_bytes = _buffer_bytes(plan)
+    buffer_bytes = largest_tile(plan)
 
     def work() -> None:
         buffers = Buffers(buffer_bytes)
@@ -480,8 +480,8 @@ def _has_rows(step: Step) -> bool:
     return bool(step.segments) or step.codes_of is not None
 
 
-def _buffer_bytes(plan: Plan) -> int:
-    """Return the largest tile: usually the tile size, more where a row may not be split."""
+def largest_tile(plan: Plan) -> int:
+    """Return the largest tile's bytes: the tile size, or more where a row may not be split."""
     widest = max(
         (step.matrix[1] * step.source.itemsize for step in plan.steps if _has_rows(step)), default=0
     )

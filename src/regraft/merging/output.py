@@ -173,13 +173,22 @@ def _move(folder: Path, out: Path) -> bool:
 
 def _exchange(folder: Path, out: Path) -> None:
     """Swap two folders: in one step, where the kernel can."""
-    failure = _renameat2(folder, out, _BOTH_WAYS)
-    if failure in _UNSUPPORTED:
+    if not exchange_at_once(folder, out):
         out.rename(_aside(folder))
         folder.rename(out)
         _aside(folder).rename(folder)
-    elif failure:
+
+
+def exchange_at_once(folder: Path, out: Path) -> bool:
+    """Swap two folders in one step; return False, with nothing done, where the kernel cannot.
+
+    Raises:
+        OSError: the system refused.
+    """
+    failure = _renameat2(folder, out, _BOTH_WAYS)
+    if failure and failure not in _UNSUPPORTED:
         raise OSError(failure, os.strerror(failure), str(out))
+    return not failure
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> int:

@@ -139,12 +139,12 @@ class StepRun:
         payload = _NOTHING
         if tile.kind == "bytes":
             self._read(tile.read_at, result)
-            self._check_finite(result)
+            check_finite(self.step, result)
             self._take_turn(tile, result, None, sums)
         else:
             source = buffers.source[: tile.read]
             self._read(tile.read_at, source)
-            self._check_finite(source)
+            check_finite(self.step, source)
             weights = Weights.of_bytes(source, self.step.source.dtype)
             merged = Weights.of_bytes(result, self.step.dtype)
             keeping = self._begin_keeping(tile, buffers)
@@ -200,7 +200,7 @@ class StepRun:
             return _NOTHING
         raw, coded = buffers.source[: tile.read], np.zeros(2, np.float64)
         weights, values = gathering.values(tile, raw, room, sums)
-        self._check_finite(raw)
+        check_finite(self.step, raw)
         rounding, seed = self._choice
         key = noise_key(seed, made.name)
         packed, address = buffers.codes(
@@ -237,15 +237,6 @@ class StepRun:
         first, last = self._units.of_tile(tile.rows, tile.columns)
         buffers.encoder.begin(self._units, first, last, self.step.source.itemsize)
         return buffers.encoder
-
-    def _check_finite(self, raw: Bytes) -> None:
-        """Refuse NaN and infinity in an adapter's whole tensor; what a base holds is its own."""
-        if self.step.source_adapter is None:
-            return
-        values = Weights.of_bytes(raw, self.step.source.dtype).floats()
-        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
-        if bad:
-            raise not_finite(self.step.source, bad)
 
     def _take_turn(
         self, tile: Tile, source: Bytes, result: Bytes | None, sums: Sums,
@@ -302,7 +293,7 @@ class StepRun:
             NumericError: the merge made NaN or infinity out of numbers.
         """
         if self._sums[3]:
-            raise self._not_finite(file_name)
+            raise overflow(self.step, int(self._sums[3]), file_name)
         step, sums = self.step, self._sums
         plain = not (step.segments or step.patches) and step.codes_of is None
         same_bytes = plain and (step.source.dtype == step.dtype or step.made is not None)
@@ -343,14 +334,30 @@ class StepRun:
             return None
         return float(f"{np.sqrt(self._coded_sums[NOISE] / self._sums[0]):.9g}")
 
-    def _not_finite(self, file_name: str) -> NumericError:
-        return NumericError(
-            "the merge would hold NaN or infinity where the base held a number",
-            where=f"{file_name}: {self.step.name}",
-            expected=f"values that {self.step.dtype} can hold",
-            found=f"{int(self._sums[3])} of {self.step.source.numel} that it cannot",
-            hint="Write a wider dtype (--dtype bfloat16 or float32), or lower the weight",
-        )
+
+def check_finite(step: Step, raw: Bytes) -> None:
+    """Refuse NaN and infinity in an adapter's whole tensor; what a base holds is its own.
+
+    Raises:
+        AdapterError: a step's source is an adapter's tensor, and ``raw``, a part of it, holds them.
+    """
+    if step.source_adapter is None:
+        return
+    values = Weights.of_bytes(raw, step.source.dtype).floats()
+    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+    if bad:
+        raise not_finite(step.source, bad)
+
+
+def overflow(step: Step, bad: int, where: str) -> NumericError:
+    """Return the error for a step that made ``bad`` numbers of the base NaN or infinite."""
+    return NumericError(
+        "the merge would hold NaN or infinity where the base held a number",
+        where=f"{where}: {step.name}",
+        expected=f"values that {step.dtype} can hold",
+        found=f"{bad} of {step.source.numel} that it cannot",
+        hint="Write a wider dtype (--dtype bfloat16 or float32), or lower the weight",
+    )
 
 
 _NOTHING: Bytes = np.empty(0, np.uint8)

@@ -20,7 +20,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
-from regraft.runtime.quantized import plain_form, remembered
+from regraft.runtime.in_place.quantized import plain_form, remembered
 from regraft.tensors import BY_CONFIG_NAME, VIRTUAL, TensorSpec, nbytes_of
 
 IN_MEMORY = Path("memory")
@@ -56,6 +56,7 @@ class LiveBase:
         self._model = weakref.ref(model)
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.config = config_of(model)
+        self._paths = {id(module): path for path, module in reversed(self.modules.items())}
         first: dict[int, str] = {}
         self.tied: dict[str, str] = {}
         self.quantized: list[str] = []
@@ -66,6 +67,7 @@ class LiveBase:
                 self.tied[name] = owner
             else:
                 tensors[name] = self._spec(name, parameter)
+        tensors |= self._without_weight()
         self.scales = remembered({name: self.owner(name)[1:] for name in self.quantized})
         self.checkpoint = Checkpoint(
             root=IN_MEMORY,
@@ -98,6 +100,21 @@ class LiveBase:
         path, _, leaf = parameter.rpartition(".")
         return path, self.modules[path], leaf
 
+    def canonical(self, path: str) -> str:
+        """Return the first path of the module that a path leads to."""
+        return self._paths[id(self.modules[path])]
+
+    def _without_weight(self) -> dict[str, TensorSpec]:
+        """Return the weights of linear layers that are quantized in a way of their own."""
+        dtype = _dtype_of(self._model())
+        found = {}
+        for path, module in self.modules.items():
+            if is_linear_without_weight(module):
+                name = f"{path}.weight"
+                shape: Any = (module.out_features, module.in_features)
+                found[name] = spec_of(name, shape, dtype)
+        return found
+
     def _spec(self, name: str, parameter: torch.Tensor) -> TensorSpec:
         """Return a parameter's description; of a quantized one that of its plain weight."""
         form = plain_form(parameter)
@@ -125,6 +142,22 @@ class LiveIndex(BaseIndex):
     def _absent_ties(self) -> dict[str, str]:
         return dict(self._live.tied)
 
+    def find(self, name: str) -> tuple[Found, ...]:
+        """Return what a name means; the bias that a layer lacks too: one can be added to it."""
+        found = super().find(name)
+        if found or not name.endswith(".bias"):
+            return found
+        weights = super().find(f"{name.removesuffix('.bias')}.weight")
+        if len(weights) != 1 or len(weights[0].held) != 1:
+            return ()
+        spec = weights[0].held[0].spec
+        path, module, leaf = self._live.owner(weights[0].alias or spec.name)
+        if leaf != "weight" or getattr(module, "bias", module) is not None:
+            return ()
+        outputs = spec.shape[-1] if is_conv1d(module) else spec.shape[0]
+        bias = TensorSpec(f"{path}.bias", spec.dtype, (outputs,), IN_MEMORY, VIRTUAL, 0)
+        return (Found(Piece(bias.name), (Held(bias, Piece(bias.name)),)),)
+
     def is_conv1d(self, module: str) -> bool | None:
         """Whether a module stores its weight as (in, out): here it can be looked at."""
         found = self._live.modules.get(module)
@@ -137,6 +170,13 @@ def is_conv1d(module: nn.Module) -> bool:
         cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers")
         for cls in type(module).__mro__
     )
+
+
+def is_linear_without_weight(module: nn.Module) -> bool:
+    """Whether a module is a quantized linear layer that has sizes but no weight of its own."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    has_weight = isinstance(getattr(module, "weight", None), torch.Tensor)
+    return all(isinstance(size, int) for size in sizes) and not has_weight
 
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:

@@ -91,7 +91,7 @@ def match_live(base: LiveBase, adapters: Sequence[Adapter]) -> dict[str, Work]:
 
 
 def _grown(works: Mapping[str, Work]) -> list[Problem]:
-    """Return the problems of embeddings that the adapters make longer: here that is not possible."""
+    """Return the problems of embeddings that would become longer: here that is not possible."""
     problems = []
     for work in works.values():
         if work.base is None or not work.base.shape:
@@ -106,6 +106,20 @@ def _grown(works: Mapping[str, Work]) -> list[Problem]:
                         "as many labels as the adapter has")
             )  # fmt: skip
     return problems
+
+
+def without_place(base: LiveBase, works: Mapping[str, Work]) -> list[Problem]:
+    """Return the problems of works on parameters that their layers do not have."""
+    missing = []
+    for name in works:
+        _, module, leaf = base.owner(name)
+        if not isinstance(getattr(module, leaf, None), torch.Tensor):
+            missing.append(name)
+    return [
+        Problem("this can be served as an adapter and not be merged", name, "a plain parameter",
+                "none in this layer", "Leave it unmerged, or train without lora_bias")
+        for name in missing
+    ]  # fmt: skip
 
 
 def _added(work: Work) -> Problem:
@@ -125,6 +139,7 @@ class Tensors:
 
     def __init__(self, adapters: Sequence[LiveAdapter]) -> None:
         self.adapters = tuple(adapters)
+        self.trained = tuple(adapter.is_trainable for adapter in adapters)
 
     def whole(self, adapter: int, name: str) -> torch.Tensor:
         """Return a tensor by the name of its description."""

@@ -22,7 +22,7 @@ from regraft.errors import FormatError
 from regraft.quant.bitsandbytes import FourBit, Nested
 from regraft.quant.int8 import Int8
 from regraft.quant.weight import Codec, QuantizedWeight
-from regraft.runtime.weights import TensorMemory, bytes_of, check_at_hand, plain
+from regraft.runtime.in_place.weights import TensorMemory, bytes_of, check_at_hand, plain
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec, nbytes_of
 
 

@@ -21,9 +21,9 @@ from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.factors import Factors
 from regraft.merging.plan import Step
 from regraft.merging.tiles import Tile, tiles_of
-from regraft.runtime.pool import TILE_BYTES, Room
-from regraft.runtime.quantized import LiveQuantized
-from regraft.runtime.weights import TensorMemory
+from regraft.runtime.in_place.pool import TILE_BYTES, Room
+from regraft.runtime.in_place.quantized import LiveQuantized
+from regraft.runtime.in_place.weights import TensorMemory
 
 Current = Callable[[], torch.Tensor]
 """Gives a parameter as it is now: models are moved to other devices, and parameters replaced."""

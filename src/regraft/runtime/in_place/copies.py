@@ -17,9 +17,9 @@ from regraft.adapters.model import Adapter
 from regraft.deltas.views import View
 from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.merging.factors import not_finite
+from regraft.runtime.in_place.weights import bytes_of
 from regraft.runtime.live_base import spec_of
 from regraft.runtime.matching import LiveAdapter, Tensors, weighted
-from regraft.runtime.weights import bytes_of
 from regraft.tensors import TensorSpec
 
 

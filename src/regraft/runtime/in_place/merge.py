@@ -16,11 +16,11 @@ import numpy as np
 from regraft.errors import UsageError
 from regraft.quant.rounding import NOISE, SURVIVED
 from regraft.quant.weight import ROUNDINGS
-from regraft.runtime.changes import apply_all, revert_all
+from regraft.runtime.in_place.changes import apply_all, revert_all
+from regraft.runtime.in_place.pool import Piece, default_threads, run_all
+from regraft.runtime.in_place.preparing import Choices, Prepared, prepare
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
-from regraft.runtime.pool import Piece, default_threads, run_all
-from regraft.runtime.preparing import Choices, Prepared, prepare
 
 Weighted = Sequence[tuple[LiveAdapter, float]]
 """Adapters, each with a factor on its scale, in the order they are added."""

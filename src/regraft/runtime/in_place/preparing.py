@@ -20,14 +20,14 @@ from regraft.merging.plan import Step
 from regraft.merging.planning import action_of, segments_of
 from regraft.merging.quantizing import unfit_for_codes
 from regraft.merging.ties import cannot_part
-from regraft.runtime.changes import Change, dequantized, plain_linear, untied
-from regraft.runtime.copies import Copies
-from regraft.runtime.jobs import CodedJob, Job, PlainJob
+from regraft.runtime.in_place.changes import Change, dequantized, plain_linear, untied
+from regraft.runtime.in_place.copies import Copies
+from regraft.runtime.in_place.jobs import CodedJob, Job, PlainJob
+from regraft.runtime.in_place.pool import Piece
+from regraft.runtime.in_place.quantized import LiveQuantized
+from regraft.runtime.in_place.weights import check_at_hand, plain
 from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter, match_live, weighted
-from regraft.runtime.pool import Piece
-from regraft.runtime.quantized import LiveQuantized
-from regraft.runtime.weights import check_at_hand, plain
+from regraft.runtime.matching import LiveAdapter, match_live, weighted, without_place
 from regraft.tensors import DTYPES, TensorSpec
 
 
@@ -129,6 +129,7 @@ def prepare(
     works = match_live(base, descriptions)
     coded = [work for name, work in works.items() if name in base.quantized]
     problems = unfit_for_codes(coded, kept=not choices.dequantize)
+    problems += without_place(base, works)
     parted = parted_ties(base, works, problems)
     if problems:
         raise MismatchError(problems)

@@ -1,0 +1,100 @@
+"""``regraft.attach`` and ``regraft.handle_of``. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import UsageError
+from regraft.runtime.cache import AdapterCache
+from regraft.runtime.extras import require
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from regraft.runtime.handle import Adapters
+
+
+def attach(
+    model: nn.Module,
+    adapter: Any = None,
+    name: str = "default",
+    *,
+    is_trainable: bool = False,
+    dtype: torch.dtype | str | None = None,
+    cache: AdapterCache | None = None,
+    token: str | None = None,
+) -> Adapters:
+    """Put adapters on a running model, without a wrapper.
+
+    Args:
+        model: a torch model: transformers' (16-bit, or bitsandbytes 8-bit or 4-bit), or any other.
+        adapter: an adapter's folder or Hub id ``org/name[@revision]``, which then answers; a
+            :class:`LoraConfig` (regraft's or PEFT's), for one to be trained; None for none yet.
+        name: what it is called from now on.
+        is_trainable: whether an adapter that is loaded goes on in training.
+        dtype: of the adapter's tensors; by default as they are stored.
+        cache: keeps adapters that are loaded within a cap; without one all stay in memory.
+        token: Hub token; by default the one the machine is logged in with.
+
+    Returns:
+        The handle. The model itself is used as before, and is as before in class, module tree and
+        ``state_dict()``.
+
+    Raises:
+        UsageError: the model has a handle already, or is no model.
+        MissingExtraError: torch is not installed.
+        RegraftError: the adapter cannot be read, or does not fit; the model is then as before.
+    """
+    require("torch", why="a live model")
+    from regraft.runtime.handle import ATTACHED, Adapters
+
+    _check_model(model)
+    if model in ATTACHED:
+        raise UsageError(
+            "this model has adapters attached already", where=type(model).__name__,
+            hint="Use that handle's load_adapter; regraft.handle_of(model) finds it",
+        )  # fmt: skip
+    adapters = Adapters(model, cache)
+    try:
+        if isinstance(adapter, str | Path):
+            adapters.load_adapter(
+                adapter, name, is_trainable=is_trainable, dtype=dtype, token=token
+            )
+        elif adapter is not None:
+            adapters.add_adapter(name, adapter)
+        if adapter is not None:
+            adapters.set_adapter(name)
+    except BaseException:
+        adapters.detach()
+        raise
+    return adapters
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what is no torch model, or is PEFT's.
+
+    Raises:
+        UsageError: it is.
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            "attach needs a model that is in memory", found=f"{model!r}"[:90],
+            hint="Load it first: AutoModelForCausalLM.from_pretrained(...)",
+        )  # fmt: skip
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise UsageError(
+            "this model has PEFT's adapters on it", where=type(model).__name__,
+            hint="Attach to the plain base: model.unload() gives it",
+        )  # fmt: skip
+
+
+def handle_of(model: nn.Module) -> Adapters | None:
+    """Return the handle of a model, None if it has none."""
+    require("torch", why="a live model")
+    from regraft.runtime.handle import ATTACHED
+
+    return ATTACHED.get(model)

@@ -1,0 +1,522 @@
+"""The handle on a live model: adapters are loaded, chosen, mixed, merged and taken off through it.
+
+It is no wrapper. The model is used as before; which adapters answer is said here. PEFT's verbs have
+PEFT's names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.adapters.model import Adapter
+from regraft.errors import UsageError
+from regraft.formats.checkpoint import AdapterFiles
+from regraft.runtime import loading, scopes
+from regraft.runtime.cache import AdapterCache
+from regraft.runtime.hooks import Hooks, State
+from regraft.runtime.in_place.merge import Merged, MergeReport, merge, swap
+from regraft.runtime.layers.operations import operations_of
+from regraft.runtime.library import Chosen, Held, Library
+from regraft.runtime.live_base import LiveBase
+from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.selection import Named, Rows, Selection
+
+Choice = str | Sequence[str] | Mapping[str, float] | None
+"""Adapters that answer together: a name, names, names with weights; None for no adapter."""
+
+_numbers = itertools.count(1)
+ATTACHED: weakref.WeakKeyDictionary[nn.Module, Adapters] = weakref.WeakKeyDictionary()
+"""The handle of each model that has one."""
+
+
+class Adapters:
+    """The adapters of one live model; made by :func:`regraft.attach`.
+
+    Which of them answer is said for everyone by :meth:`set_adapter`, and for a block of code, in
+    this thread or asyncio task alone, by :meth:`using`, :meth:`rows` and :meth:`disable_adapter`.
+    """
+
+    def __init__(self, model: nn.Module, cache: AdapterCache | None = None) -> None:
+        self.base = LiveBase(model)
+        self._state = State(next(_numbers))
+        self._hooks = Hooks(self.base, self._state)
+        self._library = Library(cache)
+        self._default: Chosen | None = None
+        self._merged: _Merged | None = None
+        self._frozen: list[nn.Parameter] = []
+        ATTACHED[model] = self
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.names) or "none"
+        merged = f"; merged: {_listed(self._merged.names)}" if self._merged else ""
+        return f"Adapters({names}; active: {_listed(self._default_names)}{merged})"
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self.base.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in the order in which they came."""
+        return self._library.names
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that answer here: in this thread or task, if a scope says so, or for all."""
+        if self._merged is not None:
+            return self.merged_adapters
+        selection = self._state.selection()
+        if isinstance(selection, Rows):
+            parts = [each.names for each in selection.distinct if each is not None]
+            return list(dict.fromkeys(name for names in parts for name, _ in names))
+        return [name for name, _ in selection.names] if selection is not None else []
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are in the weights now."""
+        return [name for name, _ in self._merged.names] if self._merged is not None else []
+
+    @property
+    def _default_names(self) -> Named:
+        default = self._state.default
+        return default.names if isinstance(default, Selection) else ()
+
+    def adapter(self, name: str) -> LiveAdapter:
+        """Return an adapter with its tensors.
+
+        Raises:
+            UsageError: there is none of this name.
+        """
+        with self._library.choose([name]) as chosen:
+            return chosen[name].adapter
+
+    # -- adapters come and go --------------------------------------------------------------------
+
+    def load_adapter(
+        self,
+        source: str | Path,
+        name: str = "default",
+        *,
+        is_trainable: bool = False,
+        dtype: torch.dtype | str | None = None,
+        token: str | None = None,
+    ) -> None:
+        """Load an adapter beside the others; which ones answer stays as it is.
+
+        With a cache it is looked at now, and read when it is first used.
+
+        Args:
+            source: a folder or a Hub id ``org/name[@revision]``.
+            name: what it is called.
+            is_trainable: whether it goes on in training; its tensors are then float32.
+            dtype: of its tensors; by default as they are stored.
+            token: Hub token; by default the one the machine is logged in with.
+
+        Raises:
+            UsageError: the name is taken.
+            RegraftError: it cannot be read, or does not fit the model. Nothing has changed then.
+
+        Warns:
+            BaseMismatchWarning: it was trained on another base, by the fingerprint it carries.
+        """
+        self._library.check_new(name)
+        files = loading.open_files(source, token)
+        adapter = loading.describe(files)
+        if self._library.cache is None or is_trainable:
+            live = loading.load(name, files, adapter)
+            live = loading.prepared(live, self.base, dtype, is_trainable=is_trainable)
+            self._take(self._held(live))
+        else:
+            self._register(name, files, adapter, dtype)
+        loading.check_base(name, files, self.base)
+
+    def _register(
+        self, name: str, files: AdapterFiles, adapter: Adapter, dtype: torch.dtype | str | None
+    ) -> None:
+        """Let the cache read an adapter when it is used; hooks come now, while nobody uses it."""
+        outline = loading.without_values(name, files, adapter, dtype)
+        self._held(outline)
+
+        def read() -> LiveAdapter:
+            return loading.load(name, files, adapter)
+
+        def place(live: LiveAdapter) -> Held:
+            return self._held(loading.prepared(live, self.base, dtype))
+
+        if loading.device_of(self.base).type == "cpu":
+            self._library.register(name, lambda: place(read()), outline.nbytes)
+        else:
+            self._library.register(name, read, outline.nbytes, place)
+
+    def add_adapter(self, name: str, config: Any) -> None:
+        """Make a new adapter to be trained; which ones answer stays as it is.
+
+        Args:
+            name: what it is called.
+            config: a :class:`LoraConfig` of regraft or PEFT, or a mapping of its fields.
+
+        Raises:
+            UsageError: the name is taken.
+            UnsupportedError: the config asks for what regraft does not train.
+            MismatchError: the config selects nothing in this model.
+        """
+        from regraft.runtime.training.new_adapter import as_config, new_adapter
+
+        self._library.check_new(name)
+        self._take(self._held(new_adapter(self.base, as_config(config), name)))
+
+    def _held(self, adapter: LiveAdapter) -> Held:
+        """Find out what an adapter does here, and see to the modules that it needs."""
+        operations = operations_of(self.base, [(adapter, 1.0)])
+        self._hooks.cover(operations.steps, operations.replacements)
+        return Held(adapter, Selection(((adapter.name, 1.0),), operations))
+
+    def _take(self, held: Held) -> None:
+        self._library.add(held)
+        if held.adapter.is_trainable:
+            self._freeze_base()
+
+    def _freeze_base(self) -> None:
+        """Let nothing but adapters be trained; undone by :meth:`detach`."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+        self._hooks.keep_gradients()
+
+    def delete_adapter(self, name: str) -> None:
+        """Let go of an adapter.
+
+        Raises:
+            UsageError: there is none of this name, or it answers or is merged now.
+        """
+        self._library.check_known([name])
+        busy = {*self.active_adapters, *dict(self._default_names), *self.merged_adapters}
+        if name in busy:
+            raise UsageError(
+                "this adapter answers now", where=repr(name),
+                hint="Choose another one with set_adapter(name), or None, and then delete it",
+            )  # fmt: skip
+        self._library.remove(name)
+
+    def detach(self) -> nn.Module:
+        """Take everything off the model and return it: as it was before ``attach``."""
+        if self._merged is not None:
+            self.unmerge_adapter()
+        self._hooks.remove()
+        self._choose(None)
+        self._library.clear()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+        model = self.model
+        ATTACHED.pop(model, None)
+        return model
+
+    unload = detach
+
+    # -- which ones answer -----------------------------------------------------------------------
+
+    def set_adapter(self, adapters: Choice) -> None:
+        """Say which adapters answer wherever no scope says otherwise.
+
+        Args:
+            adapters: a name; several, which add up; names with weights; None for none.
+
+        Raises:
+            UsageError: a name is unknown.
+            MismatchError: they cannot go together.
+        """
+        self._check_unmerged()
+        self._choose(adapters)
+
+    def _choose(self, adapters: Choice) -> None:
+        chosen, before = self._chosen(adapters), self._default
+        self._state.default, self._default = chosen.selection, chosen
+        chosen.keep()
+        if before is not None:
+            before.release()
+
+    def _chosen(self, adapters: Choice) -> Chosen:
+        """Return a choice of adapters, which stay in memory until it is released."""
+        parts = named(adapters)
+        chosen = self._library.choose([name for name, _ in parts])
+        try:
+            chosen.selection = self._selection(parts, chosen)
+        except BaseException:
+            chosen.release()
+            raise
+        return chosen
+
+    def _selection(self, parts: Named, chosen: Mapping[str, Held]) -> Selection | None:
+        if not parts:
+            return None
+        if len(parts) == 1 and parts[0][1] == 1.0:
+            return chosen[parts[0][0]].selection
+        return self._library.mix(parts, lambda: self._mix(parts, chosen))
+
+    def _mix(self, parts: Named, chosen: Mapping[str, Held]) -> Selection:
+        operations = operations_of(self.base, [(chosen[n].adapter, w) for n, w in parts])
+        self._hooks.cover(operations.steps, operations.replacements)
+        return Selection(parts, operations)
+
+    @contextmanager
+    def using(self, adapters: Choice) -> Iterator[None]:
+        """Let these adapters answer in a block, in this thread or asyncio task alone.
+
+        A thread that is started inside the block does not have it; ``contextvars.copy_context``
+        and ``asyncio.to_thread`` take it along.
+
+        Raises:
+            UsageError, MismatchError: as :meth:`set_adapter`.
+        """
+        self._check_unmerged()
+        with self._chosen(adapters) as chosen, self._scope(chosen.selection):
+            yield
+
+    @contextmanager
+    def rows(self, adapters: Sequence[Choice], *, repeats: int = 1) -> Iterator[None]:
+        """Let each row of a batch have adapters of its own in a block, here alone.
+
+        Args:
+            adapters: for each row a name, names, names with weights, or None.
+            repeats: rows that the model makes of each, one after the other, such as
+                ``num_beams`` or ``num_return_sequences`` of ``generate``.
+
+        Raises:
+            UsageError: no row or an unknown name; in the block, a batch of another length.
+            MismatchError: adapters of one row cannot go together.
+        """
+        self._check_unmerged()
+        of_row = [named(each) for each in adapters]
+        if not of_row or repeats < 1:
+            raise UsageError(
+                "no rows were named", where="rows()", hint="Name an adapter or None for each row"
+            )
+        names = dict.fromkeys(name for parts in of_row for name, _ in parts)
+        repeated = tuple(parts for parts in of_row for _ in range(repeats))
+        with self._library.choose(list(names)) as chosen:
+            rows = self._library.rows(repeated, lambda: self._rows(repeated, chosen))
+            with self._scope(rows):
+                yield
+
+    def _rows(self, of_row: Sequence[Named], chosen: Mapping[str, Held]) -> Rows:
+        distinct = {parts: self._selection(parts, chosen) for parts in of_row}
+        number = {parts: at for at, parts in enumerate(distinct)}
+        return Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Let the base alone answer in a block, in this thread or asyncio task.
+
+        Adapters that are merged are taken out of the weights for the block, for all threads, and
+        merged again after it.
+        """
+        merged = self._merged
+        if merged is not None:
+            merged.work.unmerge()
+        try:
+            with self._scope(None):
+                yield
+        finally:
+            if merged is not None:
+                merged.work.carry_out(to_the_end=True)
+
+    @contextmanager
+    def _scope(self, selection: Selection | Rows | None) -> Iterator[None]:
+        if scopes.in_task():
+            self._state.in_tasks = True
+        with scopes.scope(self._state.key, selection):
+            yield
+
+    # -- merged into the weights -----------------------------------------------------------------
+
+    def merge_adapter(
+        self,
+        adapters: Choice = None,
+        *,
+        rounding: str | None = None,
+        seed: int = 0,
+        dequantize: bool = False,
+    ) -> MergeReport:
+        """Merge adapters into the model's weights, in place: the bits of the merge on files.
+
+        The model then runs as fast as the base, with these adapters, for all threads; nobody must
+        run it meanwhile. :meth:`unmerge_adapter` gives the base's exact bits back.
+
+        Args:
+            adapters: which ones; by default those that answer here.
+            rounding: how values become codes where the base is quantized: ``stochastic``, which
+                keeps the deltas on average (the default), or ``nearest``.
+            seed: which random bits that takes.
+            dequantize: put plain layers in the place of quantized ones.
+
+        Raises:
+            UsageError: adapters are merged already, or there is none to merge.
+            RegraftError: they cannot be merged; the model is then as before.
+        """
+        self._check_unmerged()
+        parts = named(adapters) if adapters is not None else self._active_mix()
+        if not parts:
+            raise UsageError("no adapter answers here, so none can be merged", hint="Name one")
+        with self._library.choose([name for name, _ in parts]) as chosen:
+            weighted = [(chosen[name].adapter, weight) for name, weight in parts]
+            work = merge(self.base, weighted, rounding=rounding, seed=seed, dequantize=dequantize)
+        self._merged = _Merged(parts, work)
+        self._state.is_merged = True
+        return work.report
+
+    def unmerge_adapter(self) -> None:
+        """Take the merged adapters out of the weights again: every bit is what it was.
+
+        Raises:
+            UsageError: nothing is merged.
+            MismatchError: the weights were changed meanwhile by others.
+        """
+        if self._merged is None:
+            raise UsageError("no adapter is merged", hint="merge_adapter(name) merges one")
+        self._merged.work.unmerge()
+        self._merged = None
+        self._state.is_merged = False
+
+    def swap_adapter(self, merged_adapter: Choice, adapter: Choice) -> MergeReport:
+        """Take one merged adapter (or mix) out of the weights, and merge another one.
+
+        Args:
+            merged_adapter: what is merged now.
+            adapter: what is to be merged.
+
+        Raises:
+            UsageError: something else is merged, or nothing.
+            RegraftError: the other one cannot be merged; the model is then merged as before.
+        """
+        there = self._merged
+        if there is None or named(merged_adapter) != there.names:
+            raise UsageError(
+                "this is not what is merged", where=repr(merged_adapter),
+                expected=_listed(there.names) if there is not None else "nothing is merged",
+            )  # fmt: skip
+        parts = named(adapter)
+        with self._library.choose([name for name, _ in parts]) as chosen:
+            weighted = [(chosen[name].adapter, weight) for name, weight in parts]
+            work = swap(there.work, weighted)
+        self._merged = _Merged(parts, work)
+        return work.report
+
+    def merge_and_unload(
+        self,
+        adapters: Choice = None,
+        *,
+        rounding: str | None = None,
+        seed: int = 0,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """Merge adapters for good and take everything else off; return the model.
+
+        Arguments and errors are those of :meth:`merge_adapter`; what is merged already stays.
+        """
+        if self._merged is None:
+            self.merge_adapter(adapters, rounding=rounding, seed=seed, dequantize=dequantize)
+        if self._merged is not None:
+            self._merged.work.forget()
+        self._merged = None
+        return self.detach()
+
+    def _active_mix(self) -> Named:
+        selection = self._state.selection()
+        if isinstance(selection, Rows):
+            raise UsageError("rows have adapters of their own here", hint="Name those to be merged")
+        return selection.names if selection is not None else ()
+
+    def _check_unmerged(self) -> None:
+        if self._merged is not None:
+            raise UsageError(
+                "adapters are merged into the weights", where=_listed(self._merged.names),
+                hint="Call unmerge_adapter() first, or swap_adapter(merged, other)",
+            )  # fmt: skip
+
+    # -- training --------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what is trained: all trainable tensors of all adapters, with PEFT's names."""
+        for adapter in self._library.resident():
+            for key, tensor in adapter.tensors.items():
+                if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                    yield f"{adapter.name}.{key}", tensor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what is trained, for an optimizer."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def for_trainer(self, name: str | None = None) -> nn.Module:
+        """Return what to give to ``transformers.Trainer(model=...)`` to train an adapter.
+
+        It is of the model's class and runs in its modules; see
+        :func:`regraft.runtime.training.trainer.trainer_model`.
+
+        Args:
+            name: the adapter to train; by default the only one that is trainable.
+
+        Raises:
+            UsageError: no adapter is trainable, several are, or the one to train does not answer.
+        """
+        from regraft.runtime.training.trainer import trainer_model
+
+        twin: nn.Module = trainer_model(self, name)
+        return twin
+
+    def save_pretrained(self, folder: str | Path, name: str | None = None, **options: Any) -> Path:
+        """Save an adapter in PEFT's format; see :func:`regraft.save`, which takes the options."""
+        from regraft.runtime.saving.save import save
+
+        return save(self, folder, name=name, **options)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What is in the weights: adapters with their weights, and the way back."""
+
+    names: Named
+    work: Merged
+
+
+def _listed(names: Named) -> str:
+    shown = [repr(name) if weight == 1 else f"{name!r}: {weight:g}" for name, weight in names]
+    return ", ".join(shown) or "none"
+
+
+def named(adapters: Choice) -> Named:
+    """Return adapters by name with their weights.
+
+    Raises:
+        UsageError: a weight is no finite number, or a name comes twice.
+    """
+    if adapters is None:
+        return ()
+    if isinstance(adapters, str):
+        return ((adapters, 1.0),)
+    if not isinstance(adapters, Mapping):
+        if len(set(adapters)) < len(adapters):
+            raise UsageError(
+                "an adapter is named twice", where=", ".join(map(repr, adapters)),
+                hint="Give it a weight instead: {name: 2.0}",
+            )  # fmt: skip
+        return tuple((name, 1.0) for name in adapters)
+    for name, weight in adapters.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or weight != weight or abs(weight) == float("inf"):
+            raise UsageError(
+                "an adapter's weight has to be a number", where=repr(name), found=repr(weight)
+            )
+    return tuple((name, float(weight)) for name, weight in adapters.items())

@@ -1,0 +1,1 @@
+"""The merge in a model's own memory, and its way back."""

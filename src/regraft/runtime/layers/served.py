@@ -1,0 +1,55 @@
+"""Targets that can be served live and not merged: no weight of the layer stands for them.
+
+PEFT gives a grouped convolution an A that reads all channels, (r, channels, *kernel), and a grouped
+B, (out, r / groups, 1, ...).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from regraft.adapters.model import Adapter, LoraTarget
+from regraft.runtime.layers.kinds import GROUPED_CONVOLUTION
+from regraft.runtime.layers.steps import Factors, LowRank
+from regraft.runtime.live_base import LiveBase
+from regraft.runtime.matching import LiveAdapter
+
+Served = list[tuple[str, LoraTarget]]
+"""Module paths and what an adapter has for them."""
+
+
+def split(base: LiveBase, adapter: Adapter) -> tuple[Adapter, Served]:
+    """Return an adapter without what can only be served, and that."""
+    served = [(t.module, t) for t in adapter.targets if _is_served(base, adapter, t)]
+    if not served:
+        return adapter, []
+    gone = {path for path, _ in served}
+    rest = tuple(target for target in adapter.targets if target.module not in gone)
+    return replace(adapter, targets=rest), served
+
+
+def _is_served(base: LiveBase, adapter: Adapter, target: LoraTarget) -> bool:
+    module = base.modules.get(target.module)
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.groups == 1 or module.transposed:
+        return False
+    rank, groups = adapter.settings.rank_of(target.module), module.groups
+    a = (rank, module.in_channels, *module.kernel_size)
+    b = (module.out_channels, rank // groups, *(1,) * len(module.kernel_size))
+    plain = target.b_bias is None and target.magnitude is None and module.padding_mode == "zeros"
+    fits = (target.a.shape, target.b.shape) == (a, b) and rank % groups == 0
+    return plain and fits and adapter.settings.targets(target.module)
+
+
+def grouped_step(adapter: LiveAdapter, weight: float, target: LoraTarget) -> LowRank:
+    """Return the step of a grouped convolution."""
+    scale = adapter.adapter.settings.scale_of(target.module, weight)
+    factors = Factors(
+        lambda: (adapter.tensors[target.a.name], adapter.tensors[target.b.name]),
+        trained=adapter.is_trainable,
+    )
+    dropout = float(adapter.config.get("lora_dropout") or 0.0)
+    kind, exact = GROUPED_CONVOLUTION, float(np.float32(scale))
+    return LowRank(kind, factors, exact, None, dropout)

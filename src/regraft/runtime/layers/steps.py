@@ -1,0 +1,238 @@
+"""What is done to a layer's output, one step after the other, and to its weights where it must be.
+
+The order of steps is that of the deltas in a merge (docs/arithmetic.md), so that a live model
+answers as the merged one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from regraft.runtime.layers.kinds import Kind
+
+Pair = tuple[Tensor, Tensor]
+"""A and B of a delta, as the layer's kind takes them."""
+
+
+class Factors:
+    """A pair that does not change, or one made anew from tensors in training."""
+
+    def __init__(self, make: Callable[[], Pair], *, trained: bool) -> None:
+        self.trained = trained
+        self._make = make
+        self._pair: Pair | None = None if trained else _detached(make())
+
+    @property
+    def fixed(self) -> Pair | None:
+        """The pair where it does not change."""
+        return self._pair
+
+    def on(self, device: torch.device) -> Pair:
+        """Return the pair, on the device where the layer computes."""
+        if self._pair is None:
+            a, b = self._make()
+            return (a, b) if a.device == device else (a.to(device), b.to(device))
+        if self._pair[0].device != device:
+            self._pair = (self._pair[0].to(device), self._pair[1].to(device))
+        return self._pair
+
+
+def _detached(pair: Pair) -> Pair:
+    return pair[0].detach(), pair[1].detach()
+
+
+def can_be_changed(out: Tensor, *others: Tensor) -> bool:
+    """Whether an output may be changed where it lies: nothing will ask for a gradient."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and (out.requires_grad or any(t.requires_grad for t in others)):
+        return False
+    return bool(out.is_floating_point())
+
+
+FEW = 8
+"""Tokens up to which float32 is quicker on a CPU than 16 bits: a matter of calls, not of bytes."""
+
+
+def quick_dtype(x: Tensor, out: Tensor) -> torch.dtype:
+    """Return the dtype in which a delta is computed where no gradient is needed.
+
+    That of the layer's output. What 16 bits lose of a delta is less than what the output loses by
+    its own rounding, because deltas are small against it.
+    """
+    few = x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1]
+    return torch.float32 if few else out.dtype
+
+
+def usable(x: Tensor, a: Tensor) -> Tensor:
+    """Return an input in the dtype of A; token ids stay what they are."""
+    return x.to(a.dtype) if x.dtype != a.dtype and x.is_floating_point() else x
+
+
+@dataclass(eq=False)
+class LowRank:
+    """Adds scale * B A x to an output, or to a range of its channels.
+
+    Attributes:
+        kind: the layer's.
+        factors: A and B.
+        scale: on their product.
+        rows: the output channels it is for; None for all.
+        dropout: on the input, in training.
+    """
+
+    kind: Kind
+    factors: Factors
+    scale: float
+    rows: tuple[int, int] | None = None
+    dropout: float = 0.0
+
+    def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with the delta added."""
+        a, b = self.factors.on(out.device)
+        if self.dropout and module.training and self.kind.name != "embedding":
+            x = functional.dropout(usable(x, a), self.dropout)
+        if self.kind.in_place and can_be_changed(out, x, a, b):
+            self._add(x, out, a, b)
+            return out
+        h = self.kind.down(module, usable(x, a), a)
+        return self._added(module, out, h, b)
+
+    def _add(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add to an output of a linear layer where it lies."""
+        dtype = quick_dtype(x, out)
+        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        h = functional.linear(x, a)
+        part = out if self.rows is None else out[..., self.rows[0] : self.rows[1]]
+        if part.dtype == dtype and part.is_contiguous():
+            flat = part.view(-1, part.shape[-1])
+            flat.addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=self.scale)
+        else:
+            part.add_(functional.linear(h, b), alpha=self.scale)
+
+    def _added(self, module: nn.Module, out: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        delta = self.kind.up(module, h, b) * self.scale
+        if self.rows is not None:
+            delta = functional.pad(delta, (self.rows[0], out.shape[-1] - self.rows[1]))
+        return (out + delta).to(out.dtype)
+
+
+@dataclass(eq=False)
+class Dora:
+    """Scales an output's channels by m / |W'| after a delta (Liu et al. 2024, arXiv:2402.09353).
+
+    Attributes:
+        delta: the delta.
+        factor: gives m / |W'|, one value per output channel of the delta's range.
+        weight: gives the plain weight; asked for with dropout alone, where PEFT's DoRA computes
+            the layer's own output once more, from the input as it was dropped out.
+    """
+
+    delta: LowRank
+    factor: Callable[[torch.device], Tensor]
+    weight: Callable[[], Tensor]
+
+    def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with the delta added and its channels scaled."""
+        kind, rows = self.delta.kind, self.delta.rows
+        factor = kind.channels(module, self.factor(out.device))
+        bias = _bias_of(module, kind)
+        a, b = self.delta.factors.on(out.device)
+        x = usable(x, a)
+        if self.delta.dropout and module.training and kind.name != "embedding":
+            x = functional.dropout(x, self.delta.dropout)
+            dropped = kind.base(module, x, self.weight().to(x.dtype))
+            added = kind.up(module, kind.down(module, x, a), b) * self.delta.scale
+            return (out + (factor - 1) * dropped + factor * added).to(out.dtype)
+        added = kind.up(module, kind.down(module, x, a), b) * self.delta.scale
+        if rows is not None:
+            added = functional.pad(added, (rows[0], out.shape[-1] - rows[1]))
+            ones = factor.new_ones(out.shape[-1])
+            factor = torch.cat((ones[: rows[0]], factor, ones[rows[1] :]))
+        if bias is None:
+            return (factor * (out + added)).to(out.dtype)
+        return (factor * (out - bias + added) + bias).to(out.dtype)
+
+
+def _bias_of(module: nn.Module, kind: Kind) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return kind.channels(module, bias) if isinstance(bias, Tensor) else None
+
+
+@dataclass(eq=False)
+class Shift:
+    """Adds a vector to every output: scale times ``lora_bias``, or the change of a replaced bias.
+
+    Attributes:
+        kind: the layer's.
+        vector: gives one value per output channel.
+    """
+
+    kind: Kind
+    vector: Callable[[], Tensor]
+
+    def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with the vector added."""
+        del x
+        vector = self.kind.channels(module, self.vector().to(out.device))
+        return (out + vector).to(out.dtype)
+
+
+@dataclass(eq=False)
+class TokenRows:
+    """Puts other rows in the place of an embedding's, on the side where ids are looked up.
+
+    Attributes:
+        kind: the layer's.
+        indices: which rows.
+        values: gives them, (n, dim).
+    """
+
+    kind: Kind
+    indices: Tensor
+    values: Callable[[], Tensor]
+
+    def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with the new rows where their ids were asked for."""
+        indices = self.indices.to(x.device)
+        hits = x.unsqueeze(-1) == indices  # (..., n)
+        rows = self.kind.down(module, hits.long().argmax(-1), self.values().to(out.device))
+        return torch.where(hits.any(-1, keepdim=True), rows.to(out.dtype), out)
+
+
+@dataclass(eq=False)
+class TokenLogits:
+    """The same on the side of the output: other logits for some tokens.
+
+    Attributes:
+        indices: which tokens.
+        values: gives their rows, (n, in).
+    """
+
+    indices: Tensor
+    values: Callable[[], Tensor]
+
+    def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with the new logits."""
+        indices = self.indices.to(out.device)
+        values = self.values().to(out.device)
+        logits = functional.linear(x.to(values.dtype), values)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            logits = logits + bias[indices]
+        return out.index_copy(-1, indices, logits.to(out.dtype))
+
+
+Step = LowRank | Dora | Shift | TokenRows | TokenLogits
+
+
+def run(steps: Sequence[Step], module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    """Return an output after all steps."""
+    for step in steps:
+        out = step(module, x, out)
+    return out

@@ -1,0 +1,208 @@
+"""The adapters of a handle by name: those that stay in memory, and those that a cache keeps."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from regraft.errors import UsageError
+from regraft.runtime.cache import AdapterCache
+from regraft.runtime.leases import Lease
+from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.selection import Named, Rows, Selection
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+KEPT_MIXES = 64
+"""How many mixes of adapters are kept, so that choosing one again costs nothing."""
+
+KEPT_ROWS = 2
+"""How many lists of rows are kept; each has copies of its adapters' factors, side by side."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """An adapter in memory, and what it does to the model when it answers alone."""
+
+    adapter: LiveAdapter
+    selection: Selection
+
+
+class Chosen(Mapping[str, Held]):
+    """Adapters that were chosen; those of a cache stay in memory until it is released.
+
+    Attributes:
+        selection: what they do together, once that is known.
+    """
+
+    def __init__(self, held: Mapping[str, Held], lease: Lease[Any] | None) -> None:
+        self._held, self._lease = held, lease
+        self.selection: Selection | None = None
+
+    def __getitem__(self, name: str) -> Held:
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __enter__(self) -> Chosen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def keep(self) -> None:
+        """Let it be released by another thread than this one."""
+        if self._lease is not None:
+            self._lease.keep()
+
+    def release(self) -> None:
+        """Let the cache drop them when it needs room."""
+        if self._lease is not None:
+            self._lease.release()
+
+
+class Library:
+    """Adapters by name; safe to use from several threads."""
+
+    def __init__(self, cache: AdapterCache | None) -> None:
+        self.cache = cache
+        self._held: dict[str, Held] = {}
+        self._names: dict[str, bool] = {}  # whether the cache keeps it
+        self._mixes: OrderedDict[Named, Selection] = OrderedDict()
+        self._rows: OrderedDict[tuple[Named, ...], Rows] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All adapters, in the order in which they came."""
+        return tuple(self._names)
+
+    def resident(self) -> list[LiveAdapter]:
+        """Return the adapters that stay in memory."""
+        return [held.adapter for held in list(self._held.values())]
+
+    def check_new(self, name: str) -> None:
+        """Refuse a name that is taken.
+
+        Raises:
+            UsageError: it is.
+        """
+        if name in self._names:
+            raise UsageError(
+                "there is an adapter of this name already", where=repr(name),
+                hint="Choose another name, or delete_adapter(name) first",
+            )  # fmt: skip
+
+    def check_known(self, names: Sequence[str]) -> None:
+        """Refuse names that nothing has.
+
+        Raises:
+            UsageError: there are some; all are listed.
+        """
+        unknown = [name for name in names if name not in self._names]
+        if unknown:
+            known = list(self._names)
+            shown = ", ".join(map(repr, known[:20])) + (", ..." if len(known) > 20 else "")
+            raise UsageError(
+                "there is no adapter of this name", where=", ".join(map(repr, unknown)),
+                expected=shown or "one that was loaded",
+                hint="load_adapter(source, name) loads one",
+            )  # fmt: skip
+
+    def add(self, held: Held) -> None:
+        """Take an adapter that stays in memory.
+
+        Raises:
+            UsageError: its name is taken.
+        """
+        with self._lock:
+            self.check_new(held.adapter.name)
+            self._held[held.adapter.name] = held
+            self._names[held.adapter.name] = False
+
+    def register(
+        self,
+        name: str,
+        read: Callable[[], Any],
+        nbytes: int,
+        place: Callable[[Any], Held] | None = None,
+    ) -> None:
+        """Take an adapter that the cache reads when it is asked for.
+
+        Args:
+            name: what it is called.
+            read: reads it; without ``place`` it returns what is held.
+            nbytes: the bytes of its tensors.
+            place: brings what was read to the model's device.
+
+        Raises:
+            UsageError: its name is taken.
+        """
+        if self.cache is None:
+            raise ValueError("there is no cache")
+        with self._lock:
+            self.check_new(name)
+            self.cache.register(name, read, nbytes, place)
+            self._names[name] = True
+
+    def remove(self, name: str) -> None:
+        """Let go of an adapter, and of the mixes that it is part of."""
+        with self._lock:
+            if self._names.pop(name) and self.cache is not None:
+                self.cache.unregister(name)
+            self._held.pop(name, None)
+            for mix in [mix for mix in self._mixes if name in dict(mix)]:
+                del self._mixes[mix]
+            for rows in [rows for rows in self._rows if any(name in dict(mix) for mix in rows)]:
+                del self._rows[rows]
+
+    def clear(self) -> None:
+        """Let go of all."""
+        for name in self.names:
+            self.remove(name)
+
+    def choose(self, names: Sequence[str]) -> Chosen:
+        """Return adapters by name, to be released when they are not used any more.
+
+        Raises:
+            UsageError: a name is not known.
+            MemoryCapError: the cache has no room for them.
+        """
+        self.check_known(names)
+        cached = [name for name in names if self._names[name]]
+        lease = self.cache.lease(cached) if cached and self.cache is not None else None
+        held = {
+            name: lease[name] if lease is not None and self._names[name] else self._held[name]
+            for name in names
+        }
+        return Chosen(held, lease)
+
+    def mix(self, parts: Named, make: Callable[[], Selection]) -> Selection:
+        """Return what a mix does; kept, unless the cache might drop an adapter of it."""
+        return self._kept(self._mixes, KEPT_MIXES, parts, [parts], make)
+
+    def rows(self, of_row: tuple[Named, ...], make: Callable[[], Rows]) -> Rows:
+        """Return what answers for each row; kept in the same way."""
+        return self._kept(self._rows, KEPT_ROWS, of_row, of_row, make)
+
+    def _kept(
+        self, kept: OrderedDict[K, V], most: int, key: K, mixes: Sequence[Named],
+        make: Callable[[], V],
+    ) -> V:  # fmt: skip
+        if any(self._names[name] for parts in mixes for name, _ in parts):
+            return make()
+        with self._lock:
+            if key not in kept:
+                kept[key] = make()
+            kept.move_to_end(key)
+            while len(kept) > most:
+                kept.popitem(last=False)
+            return kept[key]

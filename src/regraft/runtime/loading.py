@@ -1,0 +1,186 @@
+"""Reading an adapter from disk into memory, in one piece."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from regraft.adapters.dialects.peft import read_adapter
+from regraft.adapters.model import Adapter
+from regraft.errors import BaseMismatchWarning
+from regraft.formats.checkpoint import AdapterFiles, open_adapter
+from regraft.formats.hub import locate
+from regraft.formats.reading import FilePool
+from regraft.merging.factors import not_finite
+from regraft.merging.planning import parse_dtype
+from regraft.runtime.live_base import LiveBase
+from regraft.runtime.matching import LiveAdapter, adapter_of
+from regraft.runtime.saving.fingerprint import KEY, compare
+from regraft.tensors import BY_CONFIG_NAME, DTYPES, TensorSpec
+
+TORCH_DTYPES = {
+    kind.name: getattr(torch, kind.config_name)
+    for kind in BY_CONFIG_NAME.values()
+    if hasattr(torch, kind.config_name)
+}
+"""torch's dtypes by safetensors' names."""
+
+
+def open_files(source: str | Path, token: str | None = None) -> AdapterFiles:
+    """Open an adapter's files: a folder, or a Hub id ``org/name[@revision]``.
+
+    Raises:
+        RegraftError: it is none, or is malformed.
+    """
+    return open_adapter(locate(source, kind="adapter", token=token))
+
+
+def describe(files: AdapterFiles) -> Adapter:
+    """Return what an adapter is, from headers alone.
+
+    Raises:
+        UnsupportedError, AdapterError: as in a merge.
+    """
+    return read_adapter(files)
+
+
+def load(name: str, files: AdapterFiles, adapter: Adapter) -> LiveAdapter:
+    """Read an adapter's tensors, in the dtype that they have.
+
+    All tensors of a file lie in one piece of memory, so they can be moved in one piece.
+
+    Raises:
+        AdapterError: a tensor holds NaN or infinity.
+        AccessError, FormatError: the file cannot be read as its header says.
+    """
+    specs = list(files.tensors.values())
+    begin = min(spec.start for spec in specs)
+    end = max(spec.start + spec.nbytes for spec in specs)
+    whole = TensorSpec("", "U8", (end - begin,), specs[0].path, begin, end - begin)
+    raw = torch.empty(end - begin, dtype=torch.uint8)
+    with FilePool() as pool:
+        pool.read_into(whole, 0, memoryview(raw.numpy()))
+    tensors = {key: _view(raw, spec, begin) for key, spec in files.tensors.items()}
+    if not _is_finite(raw, specs):
+        check_finite(tensors, files.tensors)
+    return LiveAdapter(name, dict(files.config), adapter, tensors, dict(files.metadata))
+
+
+def _view(raw: torch.Tensor, spec: TensorSpec, begin: int) -> torch.Tensor:
+    part = raw[spec.start - begin : spec.start - begin + spec.nbytes]
+    if part.storage_offset() % max(DTYPES[spec.dtype].bits // 8, 1):
+        part = part.clone()
+    return part.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
+
+
+def _is_finite(raw: torch.Tensor, specs: Sequence[TensorSpec]) -> bool:
+    """Whether one look at all the memory shows that every value in it is finite."""
+    kinds = {spec.dtype for spec in specs}
+    if len(kinds) != 1 or sum(spec.nbytes for spec in specs) != raw.numel():
+        return False
+    return _sums_up(raw.view(TORCH_DTYPES[kinds.pop()]))
+
+
+def _sums_up(values: torch.Tensor) -> bool:
+    """Whether the sum of values is finite: quicker than to look at each, and rarely wrong."""
+    return bool(torch.isfinite(torch.sum(values, dtype=torch.float32)))
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        AdapterError: a tensor holds some; the first one is named.
+    """
+    for key, tensor in tensors.items():
+        if _sums_up(tensor):
+            continue
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise not_finite(specs[key], bad)
+
+
+def prepared(
+    adapter: LiveAdapter,
+    base: LiveBase,
+    dtype: torch.dtype | str | None = None,
+    *,
+    is_trainable: bool = False,
+) -> LiveAdapter:
+    """Return an adapter as a model wants it: on its device, in a dtype, ready for training.
+
+    Args:
+        adapter: as it was loaded.
+        base: the model.
+        dtype: of its tensors; by default as they are, or float32 for training.
+        is_trainable: whether its tensors are to be trained.
+
+    Raises:
+        UsageError: the dtype is none.
+    """
+    wanted = torch_dtype(dtype) or (torch.float32 if is_trainable else None)
+    device = device_of(base)
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in adapter.tensors.items():
+        moved = tensor.to(device=device, dtype=wanted or tensor.dtype)
+        tensors[key] = nn.Parameter(moved.clone()) if is_trainable else moved
+    if wanted is None:
+        return replace(adapter, tensors=tensors)
+    described = adapter_of(adapter.name, adapter.config, tensors, adapter.adapter.source)
+    return replace(adapter, tensors=tensors, adapter=described)
+
+
+def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a torch dtype for ``"bfloat16"``, ``"BF16"``, ``torch.bfloat16``, ...; None for None.
+
+    Raises:
+        UsageError: it is none that adapters can have.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = parse_dtype(dtype)
+    return TORCH_DTYPES[found] if found else None
+
+
+def device_of(base: LiveBase) -> torch.device:
+    """Return the device that most of a model's weights are on, for its adapters to begin on."""
+    sizes: dict[torch.device, int] = {}
+    for parameter in base.model.parameters():
+        if parameter.device.type != "meta":
+            sizes[parameter.device] = sizes.get(parameter.device, 0) + parameter.numel()
+    return max(sizes, key=lambda d: sizes[d]) if sizes else torch.device("cpu")
+
+
+def without_values(
+    name: str, files: AdapterFiles, adapter: Adapter, dtype: torch.dtype | str | None = None
+) -> LiveAdapter:
+    """Return an adapter whose tensors have shapes and no values, to see whether it fits.
+
+    They require gradients, so that nothing is computed from them beforehand.
+    """
+    wanted = torch_dtype(dtype)
+    tensors = {
+        key: torch.empty(spec.shape, dtype=wanted or TORCH_DTYPES[spec.dtype], device="meta")
+        for key, spec in files.tensors.items()
+    }
+    for tensor in tensors.values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    return LiveAdapter(name, dict(files.config), adapter, tensors)
+
+
+def check_base(name: str, files: AdapterFiles, base: LiveBase) -> None:
+    """Warn if an adapter carries the fingerprint of another base."""
+    carried = files.metadata.get(KEY)
+    if carried is None or compare(carried, base) != "another":
+        return
+    trained_on = files.config.get("base_model_name_or_path") or "another base"
+    message = (
+        f"adapter {name!r} was trained on other weights than this model has: on {trained_on}, "
+        f"and this is {base.checkpoint.source}. It may answer nonsense here"
+    )
+    warnings.warn(message, BaseMismatchWarning, stacklevel=4)

@@ -1,0 +1,1 @@
+"""An adapter in memory becomes a folder in PEFT's format."""

@@ -1,0 +1,163 @@
+"""The model card of a saved adapter: its base, its size, and how to load and merge it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from regraft.merging.card import hub_id
+from regraft.tensors import TensorSpec
+
+MARK = "Saved by [regraft](https://github.com/regraft/regraft)"
+"""Stands in every card that is made here; such a card may be replaced."""
+
+PEFT_MARK = "# Model Card for Model ID"
+"""Stands in PEFT's card while nobody has filled it in."""
+
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_KINDS = (
+    ("use_dora", "DoRA"),
+    ("use_rslora", "rank-stabilized scale"),
+    ("lora_bias", "bias on B"),
+)
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_SHOWN_TARGETS = 40
+
+
+def adapter_card(
+    name: str, config: Mapping[str, Any], specs: Iterable[TensorSpec], base_format: str = ""
+) -> str:
+    """Return the text of an adapter's README.md, for the Hub and for people.
+
+    Args:
+        name: of the adapter's folder.
+        config: its ``adapter_config.json``.
+        specs: its tensors, as they are stored.
+        base_format: of a quantized base that it was trained on, such as ``"nf4"``.
+    """
+    return f"{_front_matter(config)}\n{_body(name, config, list(specs), base_format)}"
+
+
+def _front_matter(config: Mapping[str, Any]) -> str:
+    import yaml
+
+    base = hub_id(config.get("base_model_name_or_path"))
+    data: dict[str, Any] = {"base_model": base} if base else {}
+    data["library_name"] = "peft"
+    pipeline = _PIPELINES.get(str(config.get("task_type")))
+    if pipeline:
+        data["pipeline_tag"] = pipeline
+    tags = [f"base_model:adapter:{base}"] if base else []
+    data["tags"] = [*tags, "lora", *(["dora"] if config.get("use_dora") else []), "regraft"]
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
+
+
+def _body(name: str, config: Mapping[str, Any], specs: list[TensorSpec], base_format: str) -> str:
+    base = _base(config)
+    return f"""
+# {name}
+
+A LoRA adapter{f" for `{base}`" if base else ""}.
+
+{_facts(config, specs, base_format)}
+
+## Load it
+
+With regraft:
+
+```python
+import regraft
+{_load_base(config)}
+adapters = regraft.attach(model, "{name}")
+```
+
+With PEFT:
+
+```python
+from peft import PeftModel
+{_load_base(config)}
+model = PeftModel.from_pretrained(model, "{name}")
+```
+
+## Merge it
+
+```console
+$ regraft merge {base or "BASE"} {name} -o merged
+```
+
+{MARK}.
+"""
+
+
+def _load_base(config: Mapping[str, Any]) -> str:
+    auto = _AUTO_CLASSES.get(str(config.get("task_type")))
+    if auto is None:
+        return "\nmodel = ...  # the base"
+    revision = config.get("revision")
+    chosen = f', revision="{revision}"' if revision else ""
+    base = _base(config) or "BASE"
+    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{base}"{chosen})'
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    """Return the base's name; of a folder without its path, which is nobody else's business."""
+    name = str(config.get("base_model_name_or_path") or "")
+    return name if hub_id(name) else Path(name).name
+
+
+def _facts(config: Mapping[str, Any], specs: list[TensorSpec], base_format: str) -> str:
+    kinds = [label for key, label in _KINDS if config.get(key)]
+    dtypes = Counter(spec.dtype for spec in specs)
+    size = sum(spec.nbytes for spec in specs)
+    rows = (
+        ("base", f"`{_base(config)}`" if _base(config) else ""),
+        ("base revision", f"`{config['revision']}`" if config.get("revision") else ""),
+        ("base's weights", base_format),
+        ("rank", _number(config, "r", "rank_pattern")),
+        ("alpha", _number(config, "lora_alpha", "alpha_pattern")),
+        ("kind", ", ".join(kinds)),
+        ("targets", _targets(specs)),
+        ("also trained", _list(config.get("modules_to_save"))),
+        ("parameters", f"{sum(spec.numel for spec in specs):,}"),
+        ("size", f"{size / 1e6:.2f} MB ({', '.join(d for d, _ in dtypes.most_common())})"),
+    )
+    lines = "\n".join(f"| {what} | {value} |" for what, value in rows if value)
+    return f"| | |\n|---|---|\n{lines}"
+
+
+def _number(config: Mapping[str, Any], key: str, patterns: str) -> str:
+    value, others = config.get(key), config.get(patterns) or {}
+    listed = ", ".join(f"{v:g}" for v in sorted({float(v) for v in others.values()}))
+    return f"{value}" + (f" (others by module: {listed})" if listed else "")
+
+
+def _targets(specs: Iterable[TensorSpec]) -> str:
+    """Return the last names of the adapted modules, as the tensors have them."""
+    found = {
+        _NUMBER.sub("", spec.name.partition(".lora_")[0].replace(".base_layer", "")).split(".")[-1]
+        for spec in specs
+        if ".lora_" in spec.name
+    }
+    return _list(sorted(found))
+
+
+def _list(names: Any) -> str:
+    names = [names] if isinstance(names, str) else list(names or ())
+    shown = ", ".join(f"`{name}`" for name in names[:_SHOWN_TARGETS])
+    return shown + (", ..." if len(names) > _SHOWN_TARGETS else "")

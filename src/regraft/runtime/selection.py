@@ -1,0 +1,325 @@
+"""What answers: one mix of adapters for all rows of a batch, or one for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.errors import UsageError
+from regraft.runtime.layers.grouped import GroupedLora
+from regraft.runtime.layers.operations import Operations
+from regraft.runtime.layers.steps import Dora, LowRank, Step, quick_dtype, run
+
+Named = tuple[tuple[str, float], ...]
+"""Adapters by name with their weights, in their order."""
+
+
+@dataclass(eq=False)
+class Selection:
+    """One mix of adapters, which answers for all rows.
+
+    Attributes:
+        names: the adapters and their weights.
+        operations: what they do.
+    """
+
+    names: Named
+    operations: Operations
+
+    def after(self, path: str, module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
+        """Return a module's output with the adapters' steps done to it; None for none."""
+        steps = self.operations.steps.get(path)
+        return None if steps is None else run(steps, module, x, out)
+
+    def instead(self, path: str) -> Any | None:
+        """Return what is called in the place of a module's forward pass, or None."""
+        return self.operations.replacements.get(path)
+
+    def check(self, batch: int) -> None:
+        """Accept any batch."""
+
+
+@dataclass(eq=False)
+class Rows:
+    """A mix of adapters for each row of a batch.
+
+    Attributes:
+        distinct: the different mixes; None stands for no adapter.
+        of_row: which of them each row has.
+    """
+
+    distinct: tuple[Selection | None, ...]
+    of_row: tuple[int, ...]
+    _after: dict[str, Any] = field(default_factory=dict)
+
+    def after(self, path: str, module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
+        """Return a module's output with each row's steps done to it; None for none."""
+        found = self._after.get(path)
+        if found is None:
+            found = self._make(path)
+        return found(module, x, out) if found.wanted else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def _make(self, path: str) -> MixedSteps:
+        found = self._after[path] = MixedSteps(self, path)
+        return found
+
+    def instead(self, path: str) -> Any | None:
+        """Return what is called in the place of a module's forward pass, or None."""
+        if not any(each is not None and each.instead(path) for each in self.distinct):
+            return None
+        return MixedReplacement(self, path)
+
+    def check(self, batch: int) -> None:
+        """Refuse a batch of another length.
+
+        Raises:
+            UsageError: it has more or fewer rows than were named.
+        """
+        if batch != len(self.of_row):
+            raise wrong_length(batch, len(self.of_row))
+
+    def groups(self, length: int) -> list[tuple[int, list[int]]]:
+        """Return each mix with the places that it has along an axis of a length.
+
+        Raises:
+            UsageError: the axis cannot be that of the rows.
+        """
+        places = self.places(length)
+        return [
+            (number, [at for at, of in enumerate(places) if of == number])
+            for number in range(len(self.distinct))
+            if number in places
+        ]
+
+    def places(self, length: int) -> list[int]:
+        """Return the mix of each place along an axis that has all of a row's places together.
+
+        Raises:
+            UsageError: the axis cannot be that of the rows.
+        """
+        each, rest = divmod(length, len(self.of_row))
+        if rest or not each:
+            raise wrong_length(length, len(self.of_row))
+        return [of for of in self.of_row for _ in range(each)]
+
+
+def wrong_length(batch: int, rows: int) -> UsageError:
+    """Return the error for a batch whose rows are not those that were named."""
+    return UsageError(
+        "the batch does not have as many rows as adapters were named", where="rows()",
+        expected=f"{rows} rows", found=f"a batch of {batch}",
+        hint="Name one adapter (or None) for each row; where generate() makes several rows of one "
+        "(num_beams, num_return_sequences), say so: rows(names, repeats=num_beams)",
+    )  # fmt: skip
+
+
+class MixedSteps:
+    """The steps of one module for a batch whose rows have different mixes.
+
+    Low-rank steps on linear layers, DoRA's included, are computed for all rows together; whatever
+    else there is, mix by mix.
+    """
+
+    def __init__(self, rows: Rows, path: str) -> None:
+        self._rows, self._path = rows, path
+        self._steps = [
+            None if each is None else each.operations.steps.get(path) for each in rows.distinct
+        ]
+        self._single = [steps[0] if steps and len(steps) == 1 else None for steps in self._steps]
+        self._together: dict[tuple[torch.dtype, torch.device], Together] = {}
+        self.wanted = any(steps is not None for steps in self._steps)
+
+    def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with each row's steps done to it."""
+        count = len(self._rows.of_row)
+        if x.shape[0] == 1 and count > 1:  # what is the same for all rows, such as positions
+            x = x.expand(count, *x.shape[1:])
+            out = out.expand(count, *out.shape[1:]).contiguous()
+        self._rows.places(x.shape[0])
+        if self._can_go_together(module):
+            return self._group(x, out)(module, x, out)
+        return self._by_mix(module, x, out)
+
+    def _can_go_together(self, module: nn.Module) -> bool:
+        """Whether all that is to be done is one low-rank step a mix, without dropout now."""
+        for steps, single in zip(self._steps, self._single, strict=True):
+            step = single.delta if isinstance(single, Dora) else single
+            if steps is None:
+                continue
+            if not isinstance(step, LowRank) or step.rows is not None or not step.kind.in_place:
+                return False
+            if step.dropout and module.training:
+                return False
+        return True
+
+    def _group(self, x: Tensor, out: Tensor) -> Together:
+        trained = torch.is_grad_enabled() and any(
+            step is not None and is_trained(step) for step in self._single
+        )
+        if trained:
+            return Together(self._single, self._rows.of_row, None, out.device)
+        dtype = quick_dtype(x, out)
+        found = self._together.get((dtype, out.device))
+        return self._make(dtype, out.device) if found is None else found
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def _make(self, dtype: torch.dtype, device: torch.device) -> Together:
+        found = Together(self._single, self._rows.of_row, dtype, device)
+        self._together[dtype, device] = found
+        return found
+
+    def _by_mix(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        result = out.clone()
+        for number, places in self._rows.groups(x.shape[0]):
+            selection = self._rows.distinct[number]
+            if selection is None or self._steps[number] is None:
+                continue
+            index = torch.tensor(places, device=out.device)
+            part = selection.after(self._path, module, x[index], out[index])
+            if part is not None:
+                result = result.index_copy(0, index, part)
+        return result
+
+
+def is_trained(step: Step) -> bool:
+    """Whether a low-rank step's factors are being trained."""
+    inner = step.delta if isinstance(step, Dora) else step
+    return isinstance(inner, LowRank) and inner.factors.trained
+
+
+class Together:
+    """One low-rank step for each row of a batch, or none, computed for all rows at once.
+
+    Args:
+        steps: the different steps; None for none.
+        of_row: which of them each row has.
+        dtype: of the computation; None for that of the factors.
+        device: where the layer computes.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step | None], of_row: Sequence[int], dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        pairs: list[tuple[Tensor, Tensor]] = []
+        number, doras = dict[int, int](), dict[int, Dora]()
+        for at, step in enumerate(steps):
+            if isinstance(step, Dora):
+                doras[at] = step
+            inner = step.delta if isinstance(step, Dora) else step
+            if isinstance(inner, LowRank):
+                number[at] = len(pairs)
+                pairs.append(_scaled(inner, dtype, device))
+        rows = [number.get(of) for of in of_row]
+        self._count = len(of_row)
+        self._grouped = GroupedLora(pairs, rows)
+        self._doras = [(row, doras[of]) for row, of in enumerate(of_row) if of in doras]
+        self._dora_rows = torch.tensor([row for row, _ in self._doras], device=device)
+
+    def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output with each row's step done to it."""
+        shape = out.shape
+        if shape[0] != self._count:  # rows that were flattened into tokens
+            x = x.reshape(self._count, -1, *x.shape[1:])
+            out = out.reshape(self._count, -1, *shape[1:])
+        out = self._grouped(x, out)
+        if self._doras:
+            out = self._with_factors(module, out)
+        return out.reshape(shape)
+
+    def _with_factors(self, module: nn.Module, out: Tensor) -> Tensor:
+        """Scale the channels of the rows that have DoRA; the bias is not scaled."""
+        factors = torch.stack([dora.factor(out.device) for _, dora in self._doras])
+        factors = factors.reshape(len(self._doras), *(1,) * (out.dim() - 2), -1)
+        mine = out.index_select(0, self._dora_rows)
+        bias = getattr(module, "bias", None)
+        scaled = mine * factors if bias is None else (mine - bias) * factors + bias
+        return out.index_copy(0, self._dora_rows, scaled.to(out.dtype))
+
+
+def _scaled(
+    step: LowRank, dtype: torch.dtype | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    a, b = step.factors.on(device)
+    a, b = (a, b) if dtype is None else (a.to(dtype), b.to(dtype))
+    return a, b * step.scale
+
+
+class MixedReplacement:
+    """A module's forward pass for a batch whose rows have different weights."""
+
+    def __init__(self, rows: Rows, path: str) -> None:
+        self._rows, self._path = rows, path
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the module once for each mix, on its own rows."""
+        first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        axis = batch_axis(module)
+        length = first.shape[axis]
+        if length == 1 and len(self._rows.of_row) > 1:
+            count = len(self._rows.of_row)
+            args = tuple(_expand(v, axis, count) for v in args)
+            kwargs = {k: _expand(v, axis, count) for k, v in kwargs.items()}
+            length = count
+        parts, order = [], list[int]()
+        for number, places in self._rows.groups(length):
+            index = torch.tensor(places, device=first.device)
+            order += places
+            taken = [_take(v, axis, length, index) for v in args]
+            named = {k: _take(v, axis, length, index) for k, v in kwargs.items()}
+            parts.append(self._run(number, module, taken, named))
+        back = torch.tensor(order, device=first.device).argsort()
+        return _join(parts, axis, back)
+
+    def _run(self, number: int, module: nn.Module, args: Sequence[Any], kwargs: Any) -> Any:
+        selection = self._rows.distinct[number]
+        found = selection.instead(self._path) if selection is not None else None
+        if found is not None:
+            return found(module, *args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+
+def batch_axis(module: nn.Module) -> int:
+    """Return the axis of a module's inputs that has one place per row (or several)."""
+    if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+        return 1
+    return 0
+
+
+def _expand(value: Any, axis: int, count: int) -> Any:
+    if not isinstance(value, Tensor) or value.dim() <= axis or value.shape[axis] != 1:
+        return value
+    return value.repeat_interleave(count, axis)
+
+
+def _take(value: Any, axis: int, length: int, index: Tensor) -> Any:
+    """Return a group's rows of an input; what has no rows is for all."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    for each in dict.fromkeys((axis, 0)):
+        if value.dim() > each and value.shape[each] == length:
+            return value.index_select(each, index)
+        if value.dim() > each and length and value.shape[each] % length == 0:
+            many = value.shape[each] // length  # attention masks: heads of a row together
+            spread = (index.unsqueeze(1) * many + torch.arange(many, device=index.device)).reshape(
+                -1
+            )
+            return value.index_select(each, spread)
+    return value
+
+
+def _join(parts: Sequence[Any], axis: int, back: Tensor) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts), axis).index_select(axis, back)
+    if isinstance(parts[0], tuple):
+        axes = [axis, *[0] * (len(parts[0]) - 1)]  # attention: the weights have rows first
+        joined = (
+            _join(each, at, back) for each, at in zip(zip(*parts, strict=True), axes, strict=True)
+        )
+        return tuple(joined)
+    return parts[0]

@@ -1,0 +1,1 @@
+"""New adapters, and what transformers' Trainer trains."""

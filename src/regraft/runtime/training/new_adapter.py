@@ -1,0 +1,387 @@
+"""New adapters to be trained: their tensors, under PEFT's keys and with PEFT's first values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from regraft.adapters.dialects.peft import PREFIX
+from regraft.adapters.lora_config import LoraConfig, as_config
+from regraft.adapters.settings import LoraSettings, read_settings
+from regraft.deltas.residual import FACTORIZATIONS
+from regraft.errors import MismatchError, Problem, UnsupportedError
+from regraft.runtime.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
+from regraft.runtime.layers.plain import plain_weight
+from regraft.runtime.live_base import LiveBase
+from regraft.runtime.loading import device_of
+from regraft.runtime.matching import LiveAdapter, adapter_of, match_live
+from regraft.runtime.training.selecting import completed, modules_of, nothing_selected
+
+__all__ = ["LoraConfig", "as_config", "new_adapter"]
+
+
+def new_adapter(
+    base: LiveBase,
+    config: LoraConfig | Mapping[str, Any] | Any,
+    name: str,
+    *,
+    generator: torch.Generator | None = None,
+) -> LiveAdapter:
+    """Return an adapter to be trained on a live model; the model is only looked at.
+
+    Its tensors are parameters in float32, on the devices of what they adapt. Their keys and shapes
+    are those that PEFT saves. A and B begin as Hu et al. (2021) have it, so that the adapter
+    changes nothing yet: A uniform in ±1/sqrt(inputs), B zero; of an embedding A zero and B normal.
+    DoRA's magnitudes are the norms of the weight, copies the base's values.
+
+    Args:
+        base: the model.
+        config: what to train; PEFT's config and a mapping of its fields do too.
+        name: the adapter's.
+        generator: for the random values, on the CPU; torch's own by default.
+
+    Raises:
+        UnsupportedError: the config asks for what regraft does not train, or selects a layer that
+            cannot be adapted.
+        UsageError: the config contradicts itself, or names no targets.
+        MismatchError: it selects nothing in this model.
+    """
+    fields = completed(base, as_config(config).to_dict())
+    settings = read_settings(fields, f"the config of {name!r}")
+    maker = _Maker(base, settings, generator)
+    tensors = maker.made()
+    if maker.has_conv1d:
+        fields["fan_in_fan_out"] = True
+    adapter = adapter_of(name, fields, tensors)
+    match_live(base, [adapter])
+    return LiveAdapter(name, fields, adapter, tensors)
+
+
+class _Maker:
+    """Makes the tensors of one adapter, module by module."""
+
+    def __init__(
+        self, base: LiveBase, settings: LoraSettings, generator: torch.Generator | None
+    ) -> None:
+        self._base, self._settings, self._generator = base, settings, generator
+        self._start = settings.init_lora_weights
+        self._device = device_of(base)
+        self._tensors: dict[str, Tensor] = {}
+        self._adapted: dict[str, str] = {}  # the key of each adapted module, by its path
+        self._problems: list[Problem] = []
+        self.has_conv1d = False
+
+    def made(self) -> dict[str, Tensor]:
+        """Return the tensors.
+
+        Raises:
+            UnsupportedError, MismatchError: as :func:`new_adapter`.
+        """
+        for path, module in modules_of(self._base):
+            if self._settings.targets(path) and not self._is_tied_head(path):
+                self._adapt(path, module)
+            for place, leaf in enumerate(reversed(self._parameters(path, module))):
+                self._adapt_parameter(path, module, leaf, place)
+        if self._problems:
+            raise UnsupportedError(self._problems)
+        if not self._tensors and (
+            self._settings.target_modules or self._settings.target_parameters
+        ):
+            raise nothing_selected(self._base, self._settings)
+        self._tie_head()
+        self._copy_biases()
+        self._copy_rows()
+        self._copy_modules()
+        if not self._tensors:
+            raise nothing_selected(self._base, self._settings)
+        return self._tensors
+
+    # -- factors ---------------------------------------------------------------------------------
+
+    def _adapt(self, path: str, module: nn.Module) -> None:
+        """Add the factors of one module that the config targets."""
+        if isinstance(module, nn.MultiheadAttention):
+            self._adapt_attention(path, module)
+            return
+        kind = kind_of(module)
+        if kind is None:
+            hint = "Name linear, embedding or convolution layers in target_modules"
+            self._refuse(path, f"{type(module).__name__} cannot be adapted", hint)
+            return
+        self.has_conv1d |= kind is CONV1D
+        self._adapted[path] = path
+        if kind is EMBEDDING:
+            self._adapt_embedding(path, module)
+        elif kind is CONVOLUTION:
+            self._adapt_convolution(path, module)
+        else:
+            inputs, outputs = _sizes(module)
+            self._add_pair(path, path, (inputs,), (outputs,), path)
+            self._add_magnitude(path, path, module, (outputs,))
+
+    def _adapt_attention(self, path: str, module: nn.MultiheadAttention) -> None:
+        """Add the factors of nn.MultiheadAttention: of its packed projection and its output."""
+        if self._settings.use_dora or not module._qkv_same_embed_dim:
+            why = "DoRA" if self._settings.use_dora else "inputs of several sizes"
+            self._refuse(path, f"MultiheadAttention with {why} cannot be adapted",
+                         "Leave it out, with exclude_modules")  # fmt: skip
+            return
+        width = module.embed_dim
+        self._adapted[path] = path
+        self._add_pair(path, path, (width,), (3 * width,), path)
+        inner, key = f"{path}.out_proj", f"{path}.base_layer.out_proj"
+        self._adapted[inner] = key
+        self._add_pair(key, path, (width,), (width,), inner)
+
+    def _adapt_embedding(self, path: str, module: Any) -> None:
+        if self._settings.lora_bias:
+            self._refuse(path, "lora_bias on an embedding cannot be trained", "Leave it out")
+            return
+        rank, size = self._settings.rank_of(path), (module.num_embeddings, module.embedding_dim)
+        a, b = torch.zeros(rank, size[0]), torch.randn(size[1], rank, generator=self._generator)
+        if self._start is False:
+            a = torch.randn(rank, size[0], generator=self._generator)
+        self._add(f"{path}.lora_embedding_A", a, path)
+        self._add(f"{path}.lora_embedding_B", b, path)
+        self._add_magnitude(path, path, module, (size[1],))
+
+    def _adapt_convolution(self, path: str, module: Any) -> None:
+        if module.groups > 1:
+            self._refuse(path, f"a convolution in {module.groups} groups cannot be adapted",
+                         "Leave it out, with exclude_modules")  # fmt: skip
+            return
+        ones = (1,) * len(module.kernel_size)
+        inputs, outputs = (module.in_channels, *module.kernel_size), (module.out_channels, *ones)
+        self._add_pair(path, path, inputs, outputs, path)
+        self._add_magnitude(path, path, module, (1, module.out_channels, *ones))
+
+    def _add_pair(
+        self, key: str, named: str, inputs: tuple[int, ...], outputs: tuple[int, ...], owner: str,
+        *, experts: int = 1,
+    ) -> None:  # fmt: skip
+        """Add A and B.
+
+        Args:
+            key: where they are, in PEFT's names.
+            named: the name that the config's patterns mean.
+            inputs: the shape of a row of A.
+            outputs: the channels that come out, and the ones that follow B's rank.
+            owner: the module whose device they are on.
+            experts: of a stack.
+        """
+        rank = self._settings.rank_of(named)
+        a = torch.empty(rank * experts, *inputs)
+        b = torch.zeros(outputs[0], rank * experts, *outputs[1:])
+        if self._start in ("pissa", "olora"):
+            a, b = self._factors_of_weight(owner, rank, named)
+        else:
+            self._fill(a, rank)
+        bias = torch.zeros(outputs[0]) if self._settings.lora_bias else None
+        if self._start is False:
+            self._as_linear(b)
+            if bias is not None:
+                bound = 1 / math.sqrt(math.prod(b.shape[1:]))
+                nn.init.uniform_(bias, -bound, bound, generator=self._generator)
+        self._add(f"{key}.lora_A.weight", a, owner)
+        self._add(f"{key}.lora_B.weight", b, owner)
+        if bias is not None:
+            self._add(f"{key}.lora_B.bias", bias, owner)
+
+    def _fill(self, a: Tensor, rank: int) -> None:
+        """Fill A of a linear layer with its first values."""
+        if self._start == "gaussian":
+            nn.init.normal_(a, std=1 / rank, generator=self._generator)
+        else:
+            self._as_linear(a)
+
+    def _as_linear(self, tensor: Tensor) -> None:
+        """Fill a weight as torch fills that of a new linear layer or convolution."""
+        nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=self._generator)
+
+    def _factors_of_weight(self, path: str, rank: int, named: str) -> tuple[Tensor, Tensor]:
+        """Return A and B that PiSSA or OLoRA begins with (out, in).
+
+        Raises:
+            UnsupportedError: the weight is quantized, or no linear layer's.
+        """
+        module = self._base.modules[path]
+        weight = getattr(module, "weight", None)
+        start = str(self._start)
+        kinds = (LINEAR, CONV1D) if start == "pissa" else (LINEAR,)  # PEFT's OLoRA turns none
+        if kind_of(module) not in kinds or not isinstance(weight, Tensor):
+            raise UnsupportedError(
+                f"init_lora_weights={start!r} is for linear layers", where=path,
+                found=type(module).__name__,
+            )  # fmt: skip
+        if not weight.is_floating_point():
+            raise UnsupportedError(
+                f"init_lora_weights={start!r} needs plain weights", where=path,
+                found=type(weight).__name__, hint="Load the base unquantized, or begin with True",
+            )  # fmt: skip
+        matrix = plain_weight(module, "weight", path).detach().float().cpu().numpy()
+        matrix = matrix.T if kind_of(module) is CONV1D else matrix
+        scale = float(np.float32(self._settings.scale_of(named)))
+        b, a = FACTORIZATIONS[start](matrix, rank, scale)
+        if a.shape[0] < rank:
+            raise MismatchError("the rank is larger than the weight", where=path,
+                                expected=f"at most {a.shape[0]}", found=str(rank))  # fmt: skip
+        return torch.from_numpy(a.copy()), torch.from_numpy(b.copy())
+
+    def _add_magnitude(
+        self, key: str, path: str, module: nn.Module, shape: tuple[int, ...]
+    ) -> None:
+        """Add DoRA's magnitudes: the norms of the weight with its delta, by output channel."""
+        if not self._settings.use_dora:
+            return
+        kind = kind_of(module)
+        weight = plain_weight(module, "weight", path).detach()
+        rows = weight.t() if kind is not None and kind.by_column else weight
+        grown = rows.reshape(rows.shape[0], -1).float()
+        if self._start is False or kind is EMBEDDING:
+            ends = ("lora_embedding_A", "lora_embedding_B")
+            names = ends if kind is EMBEDDING else ("lora_A.weight", "lora_B.weight")
+            a, b = (self._tensors[f"{PREFIX}{key}.{end}"].detach() for end in names)
+            delta = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
+            grown = grown + self._settings.scale_of(path) * delta
+        self._add(f"{key}.lora_magnitude_vector", grown.norm(dim=1).reshape(shape), path)
+
+    # -- parameters of experts -------------------------------------------------------------------
+
+    def _parameters(self, path: str, module: nn.Module) -> list[str]:
+        """Return the parameters of a module that the config names, as they are registered."""
+        named = self._settings.parameters_of(path)
+        return [leaf for leaf in module._parameters if leaf in named]
+
+    def _adapt_parameter(self, path: str, module: Any, leaf: str, depth: int) -> None:
+        """Add the factors of one parameter; the one registered first is wrapped first by PEFT."""
+        shape, name = tuple(getattr(module, leaf).shape), f"{path}.{leaf}"
+        settings = self._settings
+        if settings.use_dora or settings.lora_bias or len(shape) not in (2, 3):
+            self._refuse(name, "a parameter with DoRA, with lora_bias, or of other than 2 or 3 "
+                         "dimensions cannot be adapted", "Leave it out")  # fmt: skip
+            return
+        experts, outputs, inputs = (1, *shape) if len(shape) == 2 else shape
+        if len(shape) == 3 and getattr(module, "is_transposed", False):
+            outputs, inputs = inputs, outputs
+        key = path + ".base_layer" * depth
+        self._add_pair(key, name, (inputs,), (outputs,), path, experts=experts)
+
+    # -- copies ----------------------------------------------------------------------------------
+
+    def _copy_biases(self) -> None:
+        """Add copies of the base's biases, where they are trained."""
+        if self._settings.bias == "none":
+            return
+        for path, module in modules_of(self._base):
+            bias = module._parameters.get("bias")
+            wanted = self._settings.bias == "all" or path in self._adapted
+            if bias is None or not wanted or self._settings.saves(f"{path}.bias"):
+                continue
+            adapted = self._adapted.get(path)
+            key = f"{adapted}.base_layer.bias" if adapted is not None else f"{path}.bias"
+            self._add(key, bias.detach().clone(), path)
+
+    def _copy_modules(self) -> None:
+        """Add copies of the modules that are trained whole."""
+        settings = self._settings
+        tied = self._base.tied if settings.ensure_weight_tying else {}
+        for name in filter(settings.saves, (*self._base.checkpoint.tensors, *self._base.tied)):
+            path, module, leaf = self._base.owner(name)
+            other = tied.get(name)
+            if other is not None and PREFIX + other in self._tensors:
+                self._tensors[PREFIX + name] = self._tensors[PREFIX + other]
+            else:
+                self._add(name, plain_weight(module, leaf, name).detach().clone(), path)
+
+    def _copy_rows(self) -> None:
+        """Add the rows of embeddings that are trained."""
+        for wanted, indices in self._settings.trainable_token_indices:
+            for path, module in self._embeddings(wanted):
+                weight = plain_weight(module, "weight", path).detach()
+                if max(indices) >= weight.shape[0]:
+                    raise MismatchError(
+                        "trainable_token_indices has rows that the embedding does not", where=path,
+                        expected=f"rows below {weight.shape[0]}", found=str(max(indices)),
+                    )  # fmt: skip
+                rows = weight[torch.tensor(indices, device=weight.device)]
+                key = f"{path}.token_adapter.trainable_tokens_delta"
+                self._add(key, rows, path)
+
+    def _embeddings(self, wanted: str) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules that are meant; of a tie the input side alone."""
+        if not wanted:
+            yield from self._input_embedding()
+            return
+        found = [(p, m) for p, m in modules_of(self._base) if p.endswith(wanted)]
+        if not found:
+            raise MismatchError(
+                "trainable_token_indices names no module of the model", where=wanted,
+                hint="Give a list for the input embedding",
+            )  # fmt: skip
+        alone = [(p, m) for p, m in found if f"{p}.weight" not in self._base.tied]
+        yield from (alone if alone or self._rows_of_tie_elsewhere(found) else found)
+
+    def _rows_of_tie_elsewhere(self, found: list[tuple[str, nn.Module]]) -> bool:
+        """Whether the config also names the side that these modules are tied to."""
+        owners = {self._base.tied[f"{path}.weight"].rpartition(".")[0] for path, _ in found}
+        named = [name for name, _ in self._settings.trainable_token_indices]
+        return any(owner.endswith(name) for owner in owners for name in named)
+
+    def _input_embedding(self) -> Iterator[tuple[str, nn.Module]]:
+        model: Any = self._base.model
+        get = getattr(model, "get_input_embeddings", None)
+        module = get() if get is not None else None
+        for path, other in modules_of(self._base):
+            if other is module or (module is None and path.endswith("embed_tokens")):
+                yield path, other
+                return
+        raise MismatchError("the model's input embedding is not known", hint="Name it: "
+                            "trainable_token_indices={'embed_tokens': [...]}")  # fmt: skip
+
+    # -- ties ------------------------------------------------------------------------------------
+
+    def _is_tied_head(self, path: str) -> bool:
+        """Whether a module gets its factors from the embedding that it is tied to."""
+        return self._settings.ensure_weight_tying and f"{path}.weight" in self._base.tied
+
+    def _tie_head(self) -> None:
+        """Give modules tied to an adapted embedding its factors, as views: they stay one.
+
+        They begin as the factors of a linear layer do, as with PEFT.
+        """
+        if not self._settings.ensure_weight_tying:
+            return
+        for name, owner in self._base.tied.items():
+            head, embedding = (PREFIX + n.removesuffix(".weight") for n in (name, owner))
+            b = self._tensors.get(f"{embedding}.lora_embedding_B")
+            if b is not None and kind_of(self._base.owner(name)[1]) is LINEAR:
+                first = torch.empty(b.shape[::-1])
+                self._fill(first, len(first))
+                b.data.copy_(first.t())
+                self._tensors[f"{head}.lora_A.weight"] = b.t()
+                a = self._tensors[f"{embedding}.lora_embedding_A"]
+                self._tensors[f"{head}.lora_B.weight"] = a.t()
+
+    # -- keeping ---------------------------------------------------------------------------------
+
+    def _add(self, key: str, value: Tensor, owner: str) -> None:
+        """Keep a new tensor as a parameter in float32, on its module's device."""
+        parameters = self._base.modules[owner].parameters()
+        device = next((p.device for p in parameters if p.device.type != "meta"), self._device)
+        moved = value.detach().to(device=device, dtype=torch.float32)
+        self._tensors[PREFIX + key] = nn.Parameter(moved.contiguous())
+
+    def _refuse(self, where: str, what: str, hint: str) -> None:
+        self._problems.append(Problem(what, where, hint=hint))
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Return how many values go into a linear layer, and how many come out."""
+    if kind_of(module) is CONV1D:
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return int(module.in_features), int(module.out_features)
