@@ -11,7 +11,13 @@ import numpy.typing as npt
 from regraft.deltas import inverse, kernels, streams
 from regraft.deltas.cutting import Offsets, Units
 from regraft.deltas.streams import PLAIN
-from regraft.deltas.usual import is_usual, merge_usual, restore_usual, scratch
+from regraft.deltas.usual import (
+    is_usual,
+    keeping_scratch,
+    merge_usual,
+    restore_usual,
+    scratch,
+)
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 
 Lengths = npt.NDArray[np.uint32]
@@ -131,7 +137,8 @@ def merge(run: Rows, sums: Sums, keeping: Encoder | None) -> None:
         if keeping is not None:
             units = keeping.units
             streams_of = (*keeping.arguments, run.unit_row, units.rows, units.parts)
-        merge_usual(*_usual_arguments(run), sums, *streams_of, run.zeros, *scratch())
+        own = (*scratch(), *keeping_scratch())
+        merge_usual(*_usual_arguments(run), sums, *streams_of, run.zeros, *own)
         return
     kernels.merge_rows(*_arguments(run), sums)
     if keeping is not None:

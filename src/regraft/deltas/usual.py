@@ -34,7 +34,7 @@ from regraft.deltas.streams import (
     write,
 )
 from regraft.numerics.conversions import BF16, ENTRY, INNER, bfloat16_bits
-from regraft.numerics.intrinsics import add_square, bits_of, float_of, fma
+from regraft.numerics.intrinsics import add_square, bits_of, float_of, fma, shift_left
 
 
 def is_usual(kind: int, out_kind: int, table: Any) -> bool:
@@ -43,6 +43,17 @@ def is_usual(kind: int, out_kind: int, table: Any) -> bool:
 
 
 _own = threading.local()
+
+
+def keeping_scratch() -> tuple[Any, ...]:
+    """Return the calling thread's scratch arrays for weights of which something is kept."""
+    if not hasattr(_own, "listed"):
+        _own.listed = (
+            np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32),
+            np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.int32),
+        )  # fmt: skip
+    arrays: tuple[Any, ...] = _own.listed
+    return arrays
 
 
 def scratch() -> tuple[Any, ...]:
@@ -117,45 +128,66 @@ def _is_far_coarser(predicted: Any, merged: Any) -> Any:
 @njit(inline="always")
 def _lowest(predicted: Any, width: Any) -> Any:
     """Return the lowest of 2 ** width candidates, in units of the prediction's spacing."""
-    mantissa = np.int32(predicted & np.uint32(0x7FFFFF))
-    if (predicted & np.uint32(0x7F800000)) != 0:
-        mantissa += np.int32(0x800000)
-    above = -(mantissa >> 16) if predicted >> np.uint32(31) else (mantissa + 65535) >> 16
-    return np.int32(above) - ((np.int32(1) << np.int32(min(width, 8))) >> np.int32(1))
+    normal = (predicted & np.uint32(0x7F800000)) != np.uint32(0)
+    hidden = np.int32(0x800000) if normal else np.int32(0)
+    mantissa = np.int32(np.int32(predicted & np.uint32(0x7FFFFF)) | hidden)
+    down = np.int32(-np.int32(mantissa >> np.int32(16)))
+    up = np.int32(np.int32(mantissa + np.int32(65535)) >> np.int32(16))
+    above = down if predicted >= np.uint32(0x80000000) else up
+    half = np.int32(shift_left(np.int32(1), min(np.int32(width), np.int32(8))) >> np.int32(1))
+    return np.int32(above - half)
+
+
+@njit(**INNER)
+def _list(
+    acc: Any, of: Any, x16: Any, y16: Any, at: Any, index: Any, found: Any, accs: Any,
+    weights: Any, merged: Any,
+) -> None:  # fmt: skip
+    """Put what is known of the listed weights of a row one after the other."""
+    for i in range(found):
+        j = index[i]
+        accs[i] = acc[of + j]
+        weights[i] = np.uint32(x16[at + j])
+        merged[i] = np.uint32(y16[at + j]) << np.uint32(16)
 
 
 @njit(**INNER)
 def _number(
-    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, start: Any, index: Any, found: Any,
-    number: Any, width: Any, zeros: bool,
+    accs: Any, scale: Any, weights: Any, merged: Any, found: Any, number: Any, width: Any,
+    zeros: bool,
 ) -> None:  # fmt: skip
+    """Set the number of each listed weight, and the bits that it takes.
+
+    A negative width w stands for an exception after ``-1 - w`` bits. No branches, and every step in
+    32 bits: so many weights are done at a time.
+    """
+    none, one = np.int32(0), np.int32(1)
     for i in range(found):
-        j = index[i]
-        merged = np.uint32(y16[start + j]) << np.uint32(16)
-        predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-        weight = np.uint32(x16[start + j])
+        weight, there = weights[i], merged[i]
+        predicted = bits_of(fma(-scale, accs[i], float_of(there)))
         exponent = _exponent_field(predicted)
-        bits = _exponent_field(merged) - exponent
-        finer = np.int32((weight >> np.uint32(7)) & np.uint32(0xFF)) < exponent
-        shift = _exponent_field(weight << np.uint32(16)) - exponent
-        significand = np.int32(weight & np.uint32(0x7F))
-        if (weight & np.uint32(0x7F80)) != 0:
-            significand += np.int32(0x80)
-        scaled = significand << min(max(shift, np.int32(0)), np.int32(16))
-        signed = -scaled if weight >> np.uint32(15) else scaled
-        which = signed - _lowest(predicted, bits)
-        fits = which >= 0 and which < (np.int32(1) << min(bits, np.int32(8)))
+        bits = np.int32(_exponent_field(there) - exponent)
+        far = bits > np.int32(7)
+        some = min(max(bits, none), np.int32(8))
+        field = np.int32((weight >> np.uint32(7)) & np.uint32(0xFF))
+        shift = np.int32(max(field, one) - exponent)
+        hidden = np.int32(0x80) if field != none else none
+        significand = np.int32(np.int32(weight & np.uint32(0x7F)) | hidden)
+        scaled = shift_left(significand, min(max(shift, none), np.int32(16)))
+        signed = np.int32(-scaled) if weight >= np.uint32(0x8000) else scaled
+        which = np.int32(signed - _lowest(predicted, some))
         # Finer weights than the prediction's spacing are not numbered, but for zero.
-        fits = fits and (not finer or shift == 0 or weight == 0) and weight != np.uint32(0x8000)
-        if not _is_coarser(predicted, merged) or (zeros and bits > 7):
-            number[i], width[i] = 0, -1
-        elif bits > 7:
-            number[i] = np.uint64(1) if weight == 0 else np.uint64(weight) << np.uint64(1)
-            width[i] = 1 if weight == 0 else 17
-        elif fits:
-            number[i], width[i] = np.uint64(which), bits
-        else:
-            number[i], width[i] = 0, -1 - np.int64(bits)
+        is_zero = weight == np.uint32(0)
+        coarse = (field >= exponent) | (shift == none) | is_zero
+        inside = (which >= none) & (which < shift_left(one, some))
+        fits = inside & coarse & (weight != np.uint32(0x8000))
+        itself = one if is_zero else np.int32(weight << np.uint32(1))
+        itself_in = one if is_zero else np.int32(17)
+        numbered = _is_coarser(predicted, there) & ((not zeros) | (not far))
+        value = itself if far else (which if fits else none)
+        in_bits = itself_in if far else (bits if fits else np.int32(-one - bits))
+        number[i] = np.uint32(value if numbered else none)
+        width[i] = in_bits if numbered else np.int32(-1)
 
 
 @njit(**INNER)
@@ -210,13 +242,14 @@ def _mark(
 @njit(**INNER)
 def _keep_row(
     acc: Any, of: Any, scale: Any, x16: Any, x32: Any, y16: Any, at: Any, state: Any, stream: Any,
-    unit: Any, place: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
-    zeros: bool,
+    unit: Any, place: Any, need: Any, need64: Any, index: Any, n: Any, zeros: bool, accs: Any,
+    weights: Any, merged: Any, number: Any, width: Any,
 ) -> None:  # fmt: skip
     """Keep what is needed of a row of bfloat16 weights that got one plain delta."""
     found = select(need, need64, of, index, n)
     if found:
-        _number(acc, of, scale, x16, y16, at, index, found, number, width, zeros)
+        _list(acc, of, x16, y16, at, index, found, accs, weights, merged)
+        _number(accs, scale, weights, merged, found, number, width, zeros)
         write(number, width, index, found, x16, x32, BF16, at, state, unit, stream, place)
 
 
@@ -262,6 +295,7 @@ def merge_usual(
     first_row: int, first_column: int, rank_: int, scale: Any, sums: Any, state: Any, stream: Any,
     unit_row: int, rows_per_unit: int, units_per_row: int, zeros: bool,
     acc: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, no32: Any,
+    accs: Any, weights: Any, merged: Any, numbers: Any, widths: Any,
 ) -> None:  # fmt: skip
     """Write ``round(W + delta)`` for a tile; keep what an undo needs, if there is a state for it.
 
@@ -299,8 +333,8 @@ def merge_usual(
                 at, of = (i + q) * columns + start, q * block
                 unit, place = unit_of(unit_row, i + q, start, columns, rows_per_unit, units_per_row)
                 _keep_row(
-                    acc, of, scale, x16, no32, y16, at, state, stream, unit, place, number, width,
-                    need, need64, index, n, zeros,
+                    acc, of, scale, x16, no32, y16, at, state, stream, unit, place, need, need64,
+                    index, n, zeros, accs, weights, merged, numbers, widths,
                 )  # fmt: skip
 
 

@@ -44,6 +44,16 @@ def float_of(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
+def shift_left(typingctx: Any, value: Any, count: Any) -> Any:  # noqa: ARG001
+    """Return an int32 shifted by 0 to 31 places; numba's own shift takes 64 bits for it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return builder.shl(*args)
+
+    return types.int32(types.int32, types.int32), codegen
+
+
+@intrinsic
 def half_to_float(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
     """Return the float32 equal to the float16 with these 16 bits."""
 

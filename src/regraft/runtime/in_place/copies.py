@@ -15,7 +15,7 @@ import torch
 
 from regraft.adapters.model import Adapter
 from regraft.deltas.views import View
-from regraft.deltas.weights import Bytes, Floats
+from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.merging.factors import not_finite
 from regraft.runtime.in_place.weights import bytes_of
 from regraft.runtime.live_base import spec_of
@@ -54,8 +54,9 @@ class Copies:
 
     def matrix(self, view: View, adapter: int) -> Floats:
         """Return a view's matrix, contiguous."""
-        values = self._tensors.matrix(adapter, view).to(torch.float32)
-        return np.ascontiguousarray(values.numpy())
+        part = self._tensors.matrix(adapter, view)
+        values = part.numpy() if part.dtype == torch.float32 else part.to(torch.float32).numpy()
+        return np.ascontiguousarray(values)
 
     def read(self, adapter: int, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
         """Fill a buffer with bytes of a whole tensor."""
@@ -66,9 +67,12 @@ class Copies:
 def _copied(adapter: LiveAdapter) -> LiveAdapter:
     tensors = {}
     for key, tensor in adapter.tensors.items():
-        tensors[key] = tensor.detach().to("cpu", copy=True)
-        bad = tensor.numel() - int(torch.isfinite(tensors[key]).sum())
+        spec = replace(spec_of(key, tensor.shape, tensor.dtype), path=Path(adapter.name))
+        # By numpy: on tensors of this size, torch would wait for its threads most of the time.
+        raw = bytes_of(tensor.detach().cpu().contiguous()).copy()
+        values = Weights.of_bytes(raw, spec.dtype).floats()
+        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
         if bad:
-            spec = spec_of(key, tensor.shape, tensor.dtype)
-            raise not_finite(replace(spec, path=Path(adapter.name)), bad)
+            raise not_finite(spec, bad)
+        tensors[key] = torch.from_numpy(raw).view(tensor.dtype).reshape(tensor.shape)
     return LiveAdapter(adapter.name, adapter.config, adapter.adapter, tensors, adapter.metadata)
