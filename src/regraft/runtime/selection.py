@@ -131,6 +131,11 @@ class MixedSteps:
             None if each is None else each.operations.steps.get(path) for each in rows.distinct
         ]
         self._single = [steps[0] if steps and len(steps) == 1 else None for steps in self._steps]
+        inner = [step.delta if isinstance(step, Dora) else step for step in self._single]
+        alike = [_goes_together(s, i) for s, i in zip(self._steps, inner, strict=True)]
+        self._alike = all(alike)
+        self._dropout = any(isinstance(step, LowRank) and step.dropout > 0 for step in inner)
+        self._trained = any(step is not None and is_trained(step) for step in self._single)
         self._together: dict[tuple[torch.dtype, torch.device], Together] = {}
         self.wanted = any(steps is not None for steps in self._steps)
 
@@ -140,28 +145,14 @@ class MixedSteps:
         if x.shape[0] == 1 and count > 1:  # what is the same for all rows, such as positions
             x = x.expand(count, *x.shape[1:])
             out = out.expand(count, *out.shape[1:]).contiguous()
-        self._rows.places(x.shape[0])
-        if self._can_go_together(module):
+        if x.shape[0] % count:
+            raise wrong_length(x.shape[0], count)
+        if self._alike and not (self._dropout and module.training):
             return self._group(x, out)(module, x, out)
         return self._by_mix(module, x, out)
 
-    def _can_go_together(self, module: nn.Module) -> bool:
-        """Whether all that is to be done is one low-rank step a mix, without dropout now."""
-        for steps, single in zip(self._steps, self._single, strict=True):
-            step = single.delta if isinstance(single, Dora) else single
-            if steps is None:
-                continue
-            if not isinstance(step, LowRank) or step.rows is not None or not step.kind.in_place:
-                return False
-            if step.dropout and module.training:
-                return False
-        return True
-
     def _group(self, x: Tensor, out: Tensor) -> Together:
-        trained = torch.is_grad_enabled() and any(
-            step is not None and is_trained(step) for step in self._single
-        )
-        if trained:
+        if self._trained and torch.is_grad_enabled():
             return Together(self._single, self._rows.of_row, None, out.device)
         dtype = quick_dtype(x, out)
         found = self._together.get((dtype, out.device))
@@ -184,6 +175,13 @@ class MixedSteps:
             if part is not None:
                 result = result.index_copy(0, index, part)
         return result
+
+
+def _goes_together(steps: Sequence[Step] | None, inner: Step | None) -> bool:
+    """Whether a mix has nothing to do, or one low-rank step on all channels of a linear layer."""
+    if steps is None:
+        return True
+    return isinstance(inner, LowRank) and inner.rows is None and inner.kind.in_place
 
 
 def is_trained(step: Step) -> bool:

@@ -213,7 +213,11 @@ class _Part:
         else:
             taken = x.index_select(0, self._taken)
         delta = torch.bmm(self._shrink(taken, a), b)
-        delta = delta.view(self._count, *x.shape[1:-1], b.shape[-1]).to(out.dtype)
+        delta = delta.view(self._count, *x.shape[1:-1], b.shape[-1])
+        if self._run and in_place:
+            out.narrow(0, self._first, self._count).add_(delta)
+            return out
+        delta = delta.to(out.dtype)
         if not self._full:
             delta = delta.index_select(0, self._filled)
         add = out.index_add_ if in_place else out.index_add
