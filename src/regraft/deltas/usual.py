@@ -96,6 +96,24 @@ def _finish(acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, sums: An
     sums[3] += np.int64(broken)
 
 
+@njit(**INNER)
+def _finish_quietly(
+    acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, sums: Any, n: Any
+) -> None:
+    """Do what :func:`_finish` does without the norms, which take a third of its time."""
+    infinity = np.uint16(0x7F80)
+    changed, broken = np.uint32(0), np.uint32(0)
+    for j in range(n):
+        was = x16[at + j]
+        now = bfloat16_bits(fma(scale, acc[of + j], float_of(np.uint32(was) << np.uint32(16))))
+        y16[at + j] = now
+        changed = np.uint32(changed + np.uint32(was != now))
+        finite = (was & infinity) != infinity
+        broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
+    sums[2] += np.int64(changed)
+    sums[3] += np.int64(broken)
+
+
 @njit(inline="always")
 def _rounded(bits: Any) -> Any:
     """Return the bfloat16 nearest to a float32 given by its bits; of a NaN, anything."""
@@ -293,7 +311,7 @@ def _restore_row(
 def merge_usual(
     x16: Any, y16: Any, row_count: int, column_count: int, left: Any, right: Any, right_ld: int,
     first_row: int, first_column: int, rank_: int, scale: Any, sums: Any, state: Any, stream: Any,
-    unit_row: int, rows_per_unit: int, units_per_row: int, zeros: bool,
+    unit_row: int, rows_per_unit: int, units_per_row: int, zeros: bool, norms: bool,
     acc: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, no32: Any,
     accs: Any, weights: Any, merged: Any, numbers: Any, widths: Any,
 ) -> None:  # fmt: skip
@@ -308,6 +326,7 @@ def merge_usual(
             empty state where nothing is to be kept.
         zeros: whether a weight of which the merged value says nothing is expected to be zero, as
             among values of codes very many are, rather than kept as a plain weight.
+        norms: whether the norms among the sums are wanted.
     """
     keeping = state.shape[0] > 0
     rows, columns = np.uintp(row_count), np.uintp(column_count)
@@ -325,7 +344,10 @@ def merge_usual(
             product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, n)
             for q in range(min(np.uintp(ROWS), rows - i)):
                 at, of = (i + q) * columns + start, q * block
-                _finish(acc, of, scale, x16, y16, at, sums, n)
+                if norms:
+                    _finish(acc, of, scale, x16, y16, at, sums, n)
+                else:
+                    _finish_quietly(acc, of, scale, x16, y16, at, sums, n)
                 if keeping:
                     _mark(acc, of, scale, x16, y16, at, need, n, zeros)
             # By now the marks have left the processor's store buffer, and are read at once.
