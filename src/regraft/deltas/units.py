@@ -13,8 +13,8 @@ from regraft.deltas.cutting import Offsets, Units
 from regraft.deltas.streams import PLAIN
 from regraft.deltas.usual import (
     is_usual,
-    keeping_scratch,
     merge_usual,
+    merging_scratch,
     restore_usual,
     scratch,
 )
@@ -139,8 +139,8 @@ def merge(run: Rows, sums: Sums, keeping: Encoder | None) -> None:
         if keeping is not None:
             units = keeping.units
             streams_of = (*keeping.arguments, run.unit_row, units.rows, units.parts)
-        own = (*scratch(), *keeping_scratch())
-        merge_usual(*_usual_arguments(run), sums, *streams_of, run.zeros, run.norms, *own)
+        flags = (run.zeros, run.norms)
+        merge_usual(*_usual_arguments(run), sums, *streams_of, *flags, *merging_scratch())
         return
     kernels.merge_rows(*_arguments(run), sums)
     if keeping is not None:

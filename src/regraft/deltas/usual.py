@@ -45,19 +45,21 @@ def is_usual(kind: int, out_kind: int, table: Any) -> bool:
 _own = threading.local()
 
 
-def keeping_scratch() -> tuple[Any, ...]:
-    """Return the calling thread's scratch arrays for weights of which something is kept."""
-    if not hasattr(_own, "listed"):
-        _own.listed = (
+def merging_scratch() -> tuple[Any, ...]:
+    """Return the calling thread's scratch arrays, which :func:`merge_usual` takes last."""
+    if not hasattr(_own, "merging"):
+        acc, _, _, need, need64, index, no32 = scratch()
+        _own.merging = (
+            acc, need, need64, index, no32,
             np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32),
             np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.int32),
         )  # fmt: skip
-    arrays: tuple[Any, ...] = _own.listed
+    arrays: tuple[Any, ...] = _own.merging
     return arrays
 
 
 def scratch() -> tuple[Any, ...]:
-    """Return the calling thread's scratch arrays, which the kernels below take last."""
+    """Return the calling thread's scratch arrays, which :func:`restore_usual` takes last."""
     if not hasattr(_own, "arrays"):
         need = np.empty(ROWS * BLOCK, np.uint8)
         _own.arrays = (
@@ -312,8 +314,8 @@ def merge_usual(
     x16: Any, y16: Any, row_count: int, column_count: int, left: Any, right: Any, right_ld: int,
     first_row: int, first_column: int, rank_: int, scale: Any, sums: Any, state: Any, stream: Any,
     unit_row: int, rows_per_unit: int, units_per_row: int, zeros: bool, norms: bool,
-    acc: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, no32: Any,
-    accs: Any, weights: Any, merged: Any, numbers: Any, widths: Any,
+    acc: Any, need: Any, need64: Any, index: Any, no32: Any, accs: Any, weights: Any, merged: Any,
+    numbers: Any, widths: Any,
 ) -> None:  # fmt: skip
     """Write ``round(W + delta)`` for a tile; keep what an undo needs, if there is a state for it.
 
