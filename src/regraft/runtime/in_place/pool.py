@@ -12,7 +12,7 @@ import numpy as np
 from regraft.deltas.units import Encoder
 from regraft.deltas.weights import Bytes
 
-TILE_BYTES = 2**19
+TILE_BYTES = 2**20
 """Weights that are worked on at a time: with their result they stay in a processor's own cache."""
 
 
