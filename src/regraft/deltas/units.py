@@ -13,8 +13,8 @@ from regraft.deltas.cutting import Offsets, Units
 from regraft.deltas.streams import PLAIN
 from regraft.deltas.usual import (
     is_usual,
-    keeping_scratch,
     merge_usual,
+    merging_scratch,
     restore_usual,
     scratch,
 )
@@ -38,6 +38,7 @@ class Rows:
         unit_row: rows between the first row of the tile's first unit and the run.
         zeros: whether the weights are values of codes; see
             :func:`regraft.deltas.usual.merge_usual`.
+        norms: whether the norms of weights and deltas are wanted, where leaving them out is faster.
     """
 
     source: Weights
@@ -54,6 +55,7 @@ class Rows:
     factors: Floats
     unit_row: int
     zeros: bool = False
+    norms: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ def merge(run: Rows, sums: Sums, keeping: Encoder | None) -> None:
         if keeping is not None:
             units = keeping.units
             streams_of = (*keeping.arguments, run.unit_row, units.rows, units.parts)
-        own = (*scratch(), *keeping_scratch())
-        merge_usual(*_usual_arguments(run), sums, *streams_of, run.zeros, *own)
+        flags = (run.zeros, run.norms)
+        merge_usual(*_usual_arguments(run), sums, *streams_of, *flags, *merging_scratch())
         return
     kernels.merge_rows(*_arguments(run), sums)
     if keeping is not None:

@@ -47,8 +47,12 @@ class Prepared:
 class StepMath:
     """The arithmetic of one step; safe to use from several threads."""
 
-    def __init__(self, step: Step, store: Factors, read: ReadSource, scratch_bytes: int) -> None:
-        self._step, self._store, self._read = step, store, read
+    def __init__(
+        self, step: Step, store: Factors, read: ReadSource, scratch_bytes: int, *,
+        norms: bool = True,
+    ) -> None:  # fmt: skip
+        """Take a step; without ``norms`` the sums may lack those of weights and deltas."""
+        self._step, self._store, self._read, self._norms = step, store, read, norms
         self._scratch_bytes = scratch_bytes
         self._lock = threading.Lock()
         self._prepared: Prepared | None = None
@@ -145,7 +149,10 @@ class StepMath:
             rows = None if known else (low, high)
             factors = self._dora_factors(segment, packed, rows, weights, prepared)
             zeros = self._step.source.is_virtual
-            run = run_of(segment, low, tile, weights, merged, packed, factors, zeros=zeros)
+            run = run_of(
+                segment, low, tile, weights, merged, packed, factors, zeros=zeros,
+                norms=self._norms,
+            )  # fmt: skip
             merge(run, sums, keeping)
 
     def _replace_rows(

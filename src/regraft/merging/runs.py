@@ -35,7 +35,7 @@ _NONE: Floats = np.empty(0, np.float32)
 
 def run_of(
     segment: Segment, low: int, tile: Tile, source: Weights, merged: Weights, packed: Packed,
-    factors: Floats = _NONE, *, zeros: bool = False,
+    factors: Floats = _NONE, *, zeros: bool = False, norms: bool = True,
 ) -> Rows:  # fmt: skip
     """Return the rows from ``low`` of a tile that lie in a segment, as the kernels take them."""
     width = tile.columns[1] - tile.columns[0]
@@ -43,5 +43,5 @@ def run_of(
     return Rows(
         source, merged, rows, width, low - segment.rows[0], tile.columns[0], packed.left,
         packed.right, packed.right_ld, packed.table, packed.scales, factors, low - tile.rows[0],
-        zeros,
+        zeros, norms,
     )  # fmt: skip

@@ -192,7 +192,7 @@ class PlainJob(Job):
         super().__init__(step, current, keeps=keeps)
         self._own = read is None
         self._read = read or self._read_own
-        self._arithmetic = StepMath(step, store, self._read, TILE_BYTES)
+        self._arithmetic = StepMath(step, store, self._read, TILE_BYTES, norms=False)
 
     @property
     def _math(self) -> StepMath:
