@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from regraft.errors import UsageError
 from regraft.runtime.layers.grouped import GroupedLora
 from regraft.runtime.layers.operations import Operations
-from regraft.runtime.layers.steps import Dora, LowRank, Step, quick_dtype, run
+from regraft.runtime.layers.quick import quick_dtype
+from regraft.runtime.layers.steps import Dora, LowRank, Step, run
 
 Named = tuple[tuple[str, float], ...]
 """Adapters by name with their weights, in their order."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from regraft.runtime.layers.kinds import Kind
+from regraft.runtime.layers.quick import Quick
 
 Pair = tuple[Tensor, Tensor]
 """A and B of a delta, as the layer's kind takes them."""
@@ -55,20 +56,6 @@ def can_be_changed(out: Tensor, *others: Tensor) -> bool:
     return bool(out.is_floating_point())
 
 
-FEW = 8
-"""Tokens up to which float32 is quicker on a CPU than 16 bits: a matter of calls, not of bytes."""
-
-
-def quick_dtype(x: Tensor, out: Tensor) -> torch.dtype:
-    """Return the dtype in which a delta is computed where no gradient is needed.
-
-    That of the layer's output. What 16 bits lose of a delta is less than what the output loses by
-    its own rounding, because deltas are small against it.
-    """
-    few = x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1]
-    return torch.float32 if few else out.dtype
-
-
 def usable(x: Tensor, a: Tensor) -> Tensor:
     """Return an input in the dtype of A; token ids stay what they are."""
     return x.to(a.dtype) if x.dtype != a.dtype and x.is_floating_point() else x
@@ -91,6 +78,7 @@ class LowRank:
     scale: float
     rows: tuple[int, int] | None = None
     dropout: float = 0.0
+    _quick: Quick | None = None
 
     def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Return the output with the delta added."""
@@ -98,22 +86,18 @@ class LowRank:
         if self.dropout and module.training and self.kind.name != "embedding":
             x = functional.dropout(usable(x, a), self.dropout)
         if self.kind.in_place and can_be_changed(out, x, a, b):
-            self._add(x, out, a, b)
+            self._quickly(a, b).add(x, out)
             return out
         h = self.kind.down(module, usable(x, a), a)
         return self._added(module, out, h, b)
 
-    def _add(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """Add to an output of a linear layer where it lies."""
-        dtype = quick_dtype(x, out)
-        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
-        h = functional.linear(x, a)
-        part = out if self.rows is None else out[..., self.rows[0] : self.rows[1]]
-        if part.dtype == dtype and part.is_contiguous():
-            flat = part.view(-1, part.shape[-1])
-            flat.addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=self.scale)
-        else:
-            part.add_(functional.linear(h, b), alpha=self.scale)
+    def _quickly(self, a: Tensor, b: Tensor) -> Quick:
+        """Return what adds a pair in place: kept, unless the pair is being trained."""
+        if self.factors.trained:
+            return Quick(a, b, self.scale, self.rows)
+        if self._quick is None or self._quick.device != a.device:
+            self._quick = Quick(a, b, self.scale, self.rows)
+        return self._quick
 
     def _added(self, module: nn.Module, out: Tensor, h: Tensor, b: Tensor) -> Tensor:
         delta = self.kind.up(module, h, b) * self.scale
