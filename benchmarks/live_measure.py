@@ -273,6 +273,7 @@ def load_merged(inputs: Inputs, sizes: Sizes) -> Times:
     ids = models.prompt(sizes.shape, 1, 1)
     loads: dict[str, Callable[[], Any]] = {
         "from_pretrained": lambda: models.load_base(inputs.base),
+        "from_pretrained that reads": lambda: models.load_base(inputs.base, disable_mmap=True),
         "load_merged": lambda: regraft.load_merged(inputs.base, adapter).eval(),
         "merge_and_unload": lambda: PeftModel.from_pretrained(
             models.load_base(inputs.base), adapter

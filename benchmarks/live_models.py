@@ -67,9 +67,9 @@ def base_folder(folder: Path, shape: ModelShape) -> Path:
     return folder
 
 
-def load_base(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+def load_base(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
     """Return a base as transformers loads it, ready to answer."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def sharing(model: Any) -> Any:

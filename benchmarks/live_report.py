@@ -155,13 +155,19 @@ def load_merged_figures(times: Times) -> list[Figure]:
     peft = "`load_merged` against `from_pretrained`, PEFT and `merge_and_unload`"
     found = []
     for suffix in ("", ", first pass"):
-        base, ours, theirs = (
+        base, read, ours, theirs = (
             times[f"{who}{suffix}"]
-            for who in ("from_pretrained", "load_merged", "merge_and_unload")
+            for who in (
+                "from_pretrained",
+                "from_pretrained that reads",
+                "load_merged",
+                "merge_and_unload",
+            )
         )
         what = ", each with a first forward pass" if suffix else ""
         limit = None if suffix else LOAD_MERGED_LIMIT
         found += [as_fast(f"{name}{what}", ours, base, limit),
+                  as_fast(f"{name} with `disable_mmap`{what}", ours, read, None),
                   faster(f"{peft}{what}", theirs, ours, None)]  # fmt: skip
     return found
 
@@ -223,8 +229,9 @@ linear layers of the blocks, with random factors in float32.
 - **Mixed batches.** Eight rows with an adapter each against the same rows with one adapter for all.
 - **Merging** is `merge_adapter` and `unmerge_adapter` in place, PEFT's on a copy of the weights,
   since it changes them. Weights count as changed if any bit differs from the base.
-- **`load_merged`** against `from_pretrained` alone. The latter only maps weights, and they are read
-  when they are first used; so there is a line with a first forward pass over one token.
+- **`load_merged`** against `from_pretrained` alone. That maps the weights, and they are read when
+  they are first used; so there are lines with `disable_mmap`, which reads them, and with a first
+  forward pass over one token.
 - **Adapter cache.** A small base in float32 (hidden 256, 4 layers), asked for adapters at random by
   one thread; each answer is held against PEFT's with that adapter.
 - **Threads.** The same base; each thread asks for its own adapter, in a scope (`using`), or with

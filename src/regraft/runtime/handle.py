@@ -153,10 +153,11 @@ class Adapters:
         def place(live: LiveAdapter) -> Held:
             return self._held(loading.prepared(live, self.base, dtype))
 
+        size = loading.bytes_in_use(outline, self.base)
         if loading.device_of(self.base).type == "cpu":
-            self._library.register(name, lambda: place(read()), outline.nbytes)
+            self._library.register(name, lambda: place(read()), size)
         else:
-            self._library.register(name, read, outline.nbytes, place)
+            self._library.register(name, read, size, place)
 
     def add_adapter(self, name: str, config: Any) -> None:
         """Make a new adapter to be trained; which ones answer stays as it is.

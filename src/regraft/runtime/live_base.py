@@ -95,6 +95,11 @@ class LiveBase:
             raise ReferenceError("the model is gone")
         return model
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in, as its plain weights have it."""
+        return _dtype_of(self._model())
+
     def owner(self, parameter: str) -> tuple[str, nn.Module, str]:
         """Return the module path, the module and the attribute of a parameter."""
         path, _, leaf = parameter.rpartition(".")

@@ -173,6 +173,17 @@ def without_values(
     return LiveAdapter(name, dict(files.config), adapter, tensors)
 
 
+def bytes_in_use(adapter: LiveAdapter, base: LiveBase) -> int:
+    """Return the bytes that an adapter takes while it is used, at most.
+
+    On a model in 16 bits, factors in float32 get a copy in 16 bits (see
+    :class:`regraft.runtime.layers.quick.Quick`).
+    """
+    wide = sum(t.nbytes for t in adapter.tensors.values() if t.dtype == torch.float32)
+    narrow = base.dtype.itemsize < torch.float32.itemsize
+    return adapter.nbytes + (wide // 2 if narrow else 0)
+
+
 def check_base(name: str, files: AdapterFiles, base: LiveBase) -> None:
     """Warn if an adapter carries the fingerprint of another base."""
     carried = files.metadata.get(KEY)
