@@ -124,8 +124,12 @@ def load_complete(folder: Path, architecture: str) -> Any:
     return model.eval()
 
 
-def assert_faithful(case: Case, workshop: Workshop) -> None:
-    """Merge the case's adapters at float32 and compare with the live model, logit by logit."""
+def assert_faithful(case: Case, workshop: Workshop) -> np.ndarray:
+    """Merge the case's adapters at float32 and compare with the live model, logit by logit.
+
+    Returns:
+        The live model's logits.
+    """
     base = workshop.base(case.architecture, case.dtype, case.sharded)
     adapters = workshop.adapters(case)
     inputs = case.example_inputs()
@@ -135,6 +139,7 @@ def assert_faithful(case: Case, workshop: Workshop) -> None:
         base, _argument(case, adapters), workshop.fresh("merged"), case.architecture
     )
     assert_close(zoo.logits(merged, inputs), expected, case.tolerance)
+    return expected
 
 
 def expected_logits(

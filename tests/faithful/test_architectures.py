@@ -1,4 +1,4 @@
-"""A merged checkpoint answers as the live adapter model answered, on every architecture."""
+"""Merged checkpoints, and models with adapters attached, answer as PEFT's live model did."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from faithful import cases, embedding_cases
 from faithful.harness import Case, Workshop, assert_faithful
+from runtime.attached import assert_attached
 
 CASES = [
     *cases.everywhere(),
@@ -25,5 +26,6 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_merged_model_answers_as_the_live_one(case: Case, workshop: Workshop) -> None:
-    assert_faithful(case, workshop)
+def test_merged_and_attached_models_answer_as_the_live_one(case: Case, workshop: Workshop) -> None:
+    expected = assert_faithful(case, workshop)
+    assert_attached(case, workshop, expected)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,14 @@ def test_a_merge_has_the_bits_of_files_and_unmerging_those_of_the_base(
 LLAMA = one("llama", "lora", lora())
 HALF = one("llama", "float16", lora(), dtype="float16")
 TIED = one("llama_tied", "one-side", lora(["q_proj", "lm_head"]))
+
+
+@pytest.fixture(autouse=True)
+def _interrupts() -> Iterator[None]:
+    """Let interrupts be heard also where the tests run in the background, which ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
