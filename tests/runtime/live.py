@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+import regraft
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
          "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks",
          "_load_state_dict_pre_hooks", "_non_persistent_buffers_set")  # fmt: skip
@@ -63,3 +65,21 @@ def distance(found: Any, expected: Any) -> float:
     assert found.shape == expected.shape
     assert np.isfinite(expected).all()
     return float(np.abs(found - expected).max() / np.ptp(expected))
+
+
+def losses_of(
+    model: Any, handle: regraft.Adapters, *, steps: int, rate: float = 1e-2
+) -> list[float]:
+    """Train a handle's adapters on a language model for some steps; return the losses."""
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=rate)
+    ids = torch.arange(14).reshape(2, 7)
+    model.train()
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses

@@ -16,7 +16,7 @@ import regraft
 from faithful.cases import lora
 from faithful.harness import Workshop
 from regraft.testing import zoo
-from runtime.live import distance, no_trace
+from runtime.live import distance, losses_of, no_trace
 
 ROWS = 3
 
@@ -388,15 +388,7 @@ def test_what_is_attached_from_a_config_is_trained_and_nothing_else(model: Any) 
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     handle = regraft.attach(model, regraft.LoraConfig(r=4, target_modules="all-linear"))
     base = bits(model)
-    optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-2)
-    ids = torch.arange(14).reshape(2, 7)
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+    losses = losses_of(model, handle, steps=5)
     assert losses[-1] < losses[0]
     assert all(p.grad is None for p in model.parameters())
     assert same_bits(model, base)
@@ -416,12 +408,7 @@ def test_trained_with_regraft_it_answers_the_same_in_peft(
         modules_to_save=["lm_head"], rank_pattern={"down_proj": 3},
     )  # fmt: skip
     handle = regraft.attach(model, config, "new")
-    optimizer = torch.optim.AdamW(handle.parameters(), lr=3e-2)
-    ids = torch.arange(14).reshape(2, 7)
-    for _ in range(4):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    losses_of(model, handle, steps=4, rate=3e-2)
     live = answer(model)
     regraft.save(model, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["use_dora"]

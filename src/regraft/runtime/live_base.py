@@ -20,7 +20,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
-from regraft.runtime.in_place.quantized import plain_form, remembered
+from regraft.runtime.quantized_parameters import plain_form, remembered
 from regraft.tensors import BY_CONFIG_NAME, VIRTUAL, TensorSpec, nbytes_of
 
 IN_MEMORY = Path("memory")

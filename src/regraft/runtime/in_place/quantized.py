@@ -1,15 +1,14 @@
 """Live weights that bitsandbytes has quantized, seen as the files of a checkpoint hold them.
 
-For products on a CPU with AVX512 in bfloat16, bitsandbytes packs the codes of a ``Linear4bit`` anew
-in its first forward pass, rounds the scales to bfloat16, and does without quantized scales. Codes
-are turned back here, which is exact; scales cannot be, so they are remembered while they are whole.
-The next forward pass packs again.
+Codes that a forward pass on a CPU has packed anew are turned back here, which is exact; scales that
+it has rounded cannot be, so they are remembered while they are whole. The next forward pass packs
+again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,71 +22,14 @@ from regraft.quant.bitsandbytes import FourBit, Nested
 from regraft.quant.int8 import Int8
 from regraft.quant.weight import Codec, QuantizedWeight
 from regraft.runtime.in_place.weights import TensorMemory, bytes_of, check_at_hand, plain
+from regraft.runtime.quantized_parameters import (
+    Scales,
+    has_lost_scales,
+    is_packed,
+    scales_of_8bit,
+    scales_of_blocks,
+)
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec, nbytes_of
-
-
-@dataclass(frozen=True)
-class Scales:
-    """What packing for the CPU takes from the state of a 4-bit weight; attributes as there."""
-
-    absmax: torch.Tensor
-    nested: bool
-    offset: torch.Tensor | None
-    state2: Any
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, state: Any) -> Scales:
-        """Return those of a state that is not packed."""
-        return cls(*(getattr(state, field.name) for field in fields(cls)))
-
-    @property
-    def values(self) -> torch.Tensor:
-        """The scales in float32, one for each block."""
-        if self.state2 is None:
-            return self.absmax.float()
-        from bitsandbytes.functional import dequantize_blockwise
-
-        values: torch.Tensor = dequantize_blockwise(self.absmax, self.state2)
-        return (values if self.offset is None else values + self.offset).float()
-
-
-def is_packed(state: Any) -> bool:
-    """Whether a weight is packed for products on the CPU."""
-    return bool(getattr(state, "packing_format_for_cpu", False))
-
-
-def has_lost_scales(state: Any) -> bool:
-    """Whether a state's scales are those of a packed weight.
-
-    They still are after ``state_dict()`` has turned the codes back.
-    """
-    return is_packed(state) or (not state.nested and state.absmax.dim() == 2)
-
-
-def remembered(parameters: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Scales]:
-    """Return the scales that a forward pass would lose, by the parameter's name."""
-    found = {}
-    for name, (module, leaf) in parameters.items():
-        state = getattr(getattr(module, leaf), "quant_state", None)
-        if state is None or has_lost_scales(state) or state.absmax.device.type != "cpu":
-            continue
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            found[name] = Scales.of(state)
-    return found
-
-
-def plain_form(parameter: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype | None] | None:
-    """Return shape and dtype of the plain weight behind a quantized one; None for other tensors.
-
-    An 8-bit weight does not say its dtype.
-    """
-    state = getattr(parameter, "quant_state", None)
-    if state is not None and getattr(state, "shape", None) is not None:
-        return tuple(state.shape), state.original_dtype if is_packed(state) else state.dtype
-    if type(parameter).__name__ == "Int8Params" and parameter.dtype == torch.int8:
-        return tuple(parameter.shape), None
-    return None
 
 
 class LiveQuantized:
@@ -121,7 +63,7 @@ class LiveQuantized:
             codec, parts = _four_bit(state, self._scales)
             codes = _spec(spec.name, "uint8", ((spec.numel + 1) // 2,))
         else:
-            codec, parts = Int8(), {"scales": _scales_of_8bit(module, self.parameter)}
+            codec, parts = Int8(), {"scales": _needed_scales(module, self.parameter)}
             codes = _spec(spec.name, "int8", spec.shape)
         specs = {r: _spec(f"{spec.name}.{r}", str(t.dtype), t.shape) for r, t in parts.items()}
         at_hand = {r: t.detach().contiguous().cpu() for r, t in parts.items()}
@@ -196,12 +138,14 @@ def _spec(name: str, dtype: str, shape: Iterable[int]) -> TensorSpec:
 # -- 8 bits ----------------------------------------------------------------------------------------
 
 
-def _scales_of_8bit(module: nn.Module, parameter: Any) -> torch.Tensor:
-    """Return the scales of rows: a forward pass moves them from the parameter to the layer."""
-    scales = getattr(parameter, "SCB", None)
+def _needed_scales(module: nn.Module, parameter: Any) -> torch.Tensor:
+    """Return the scales of an 8-bit weight in float32.
+
+    Raises:
+        FormatError: there are none.
+    """
+    scales = scales_of_8bit(module, parameter)
     if scales is None:
-        scales = getattr(getattr(module, "state", None), "SCB", None)
-    if not isinstance(scales, torch.Tensor):
         raise FormatError(
             "an 8-bit weight has no scales", where=type(module).__name__, expected="SCB",
             found="nothing", hint="Load the model again",
@@ -241,13 +185,12 @@ def _known(state: Any, scales: Scales | None) -> Scales:
         return Scales.of(state)
     if scales is not None and _are_of(scales, state):
         return scales
-    absmax = state.absmax.T.reshape(-1).float().contiguous()
-    return Scales(absmax, False, None, None, state.original_dtype)
+    return Scales(scales_of_blocks(state), False, None, None, state.original_dtype)
 
 
 def _are_of(scales: Scales, state: Any) -> bool:
     """Whether a packed state's scales are these, rounded."""
-    values, rows = scales.values, state.absmax.shape[1]
+    values, rows = scales_of_blocks(scales), state.absmax.shape[1]
     if values.numel() != state.absmax.numel():
         return False
     rounded = values.reshape(rows, -1).T.to(state.absmax.dtype)

@@ -8,9 +8,14 @@ import torch
 from torch import nn
 
 from regraft.errors import UnsupportedError
-
-INT8 = 7.874015718698502e-3
-"""bitsandbytes' constant for 1/127 in LLM.int8."""
+from regraft.quant.int8 import LEVELS
+from regraft.runtime.quantized_parameters import (
+    is_4bit,
+    is_8bit,
+    is_packed,
+    scales_of_8bit,
+    scales_of_blocks,
+)
 
 
 def plain_weight(module: nn.Module, leaf: str, where: str = "") -> torch.Tensor:
@@ -35,11 +40,11 @@ def plain_weight(module: nn.Module, leaf: str, where: str = "") -> torch.Tensor:
             hint="Load the model without offloading to the disk, or with a format that regraft "
             "reads (plain, bitsandbytes)",
         )  # fmt: skip
-    kind = type(parameter).__name__
-    if kind == "Params4bit" and getattr(parameter, "quant_state", None) is not None:
+    if is_4bit(parameter):
         return _values_of_4bit(parameter)
-    if kind == "Int8Params":
-        return _values_of_8bit(module, parameter)
+    scales = scales_of_8bit(module, parameter) if is_8bit(parameter) else None
+    if scales is not None:
+        return _values_of_8bit(module, parameter, scales)
     return parameter
 
 
@@ -55,26 +60,17 @@ def _at_hand(module: nn.Module, leaf: str) -> torch.Tensor | None:
 
 
 def _values_of_4bit(parameter: Any) -> torch.Tensor:
-    """Return map[code] * absmax, in float32, rounded once (bitsandbytes' format)."""
+    """Return map[code] * scale, in float32, rounded once (bitsandbytes' format)."""
     state, data = parameter.quant_state, parameter.data
     packed = data.reshape(-1).view(torch.uint8)
-    if getattr(state, "packing_format_for_cpu", False):
+    if is_packed(state):
         codes = _codes_packed_for_cpu(packed, *state.shape)
-        absmax = state.absmax.T.reshape(-1).float()
     else:
         codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)
-        absmax = _absmax_of_nested(state) if state.nested else state.absmax.float()
     codes = codes[: state.shape.numel()].long()
-    scales = absmax.repeat_interleave(state.blocksize)[: codes.numel()]
+    scales = scales_of_blocks(state).repeat_interleave(state.blocksize)[: codes.numel()]
     values = state.code.to(codes.device).float()[codes] * scales
-    return values.to(state.dtype).reshape(state.shape)
-
-
-def _absmax_of_nested(state: Any) -> torch.Tensor:
-    inner = state.state2
-    scales = inner.absmax.float().repeat_interleave(inner.blocksize)[: state.absmax.numel()]
-    levels = inner.code.to(scales.device).float()[state.absmax.reshape(-1).long()]
-    return levels * scales + state.offset
+    return values.to(state.original_dtype if is_packed(state) else state.dtype).reshape(state.shape)
 
 
 def _codes_packed_for_cpu(packed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -87,13 +83,10 @@ def _codes_packed_for_cpu(packed: torch.Tensor, rows: int, columns: int) -> torc
     return pairs.reshape(rows // 32, columns // 2, 32, 2).transpose(1, 2).reshape(-1)
 
 
-def _values_of_8bit(module: nn.Module, parameter: Any) -> torch.Tensor:
-    state = getattr(module, "state", None)
-    codes = getattr(state, "CB", None)
-    scales = getattr(state, "SCB", None)
-    codes = parameter.data if codes is None else codes
-    scales = parameter.SCB if scales is None else scales
-    values = codes.float() * scales.float().unsqueeze(1) * INT8
+def _values_of_8bit(module: nn.Module, parameter: Any, scales: torch.Tensor) -> torch.Tensor:
+    used = getattr(getattr(module, "state", None), "CB", None)
+    codes = parameter.data if used is None else used
+    values = codes.float() * scales.float().unsqueeze(1) * LEVELS.post
     bias = getattr(module, "bias", None)
     dtype = bias.dtype if isinstance(bias, torch.Tensor) else torch.float16
     return values.to(dtype)

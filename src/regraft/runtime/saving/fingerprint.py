@@ -39,6 +39,14 @@ import torch
 from torch import nn
 
 from regraft.runtime.live_base import LiveBase
+from regraft.runtime.quantized_parameters import (
+    has_lost_scales,
+    is_4bit,
+    is_8bit,
+    is_packed,
+    plain_form,
+    scales_of_8bit,
+)
 
 KEY = "regraft_base"
 """The key of a fingerprint in the header of an adapter's weights."""
@@ -206,31 +214,22 @@ def places_of(numel: int, count: int = VALUES) -> np.ndarray:
 
 def shape_of(parameter: Parameter) -> tuple[int, ...]:
     """Return the shape of a parameter's plain weight."""
-    state = getattr(parameter.weight, "quant_state", None)
-    shape = getattr(state, "shape", None)
-    return tuple(shape) if shape is not None else tuple(parameter.weight.shape)
+    form = plain_form(parameter.weight)
+    return form[0] if form is not None else tuple(parameter.weight.shape)
 
 
 def is_coded(parameter: Parameter) -> bool:
     """Whether a parameter is quantized."""
-    return _is_4bit(parameter) or _is_8bit(parameter)
-
-
-def _is_4bit(parameter: Parameter) -> bool:
-    return getattr(parameter.weight, "quant_state", None) is not None
-
-
-def _is_8bit(parameter: Parameter) -> bool:
-    return type(parameter.weight).__name__ == "Int8Params"
+    return plain_form(parameter.weight) is not None
 
 
 def _is_readable(parameter: Parameter) -> bool:
     weight = parameter.weight
     if weight.is_meta or weight.numel() == 0:
         return False
-    if _is_8bit(parameter):
-        return _int8_scales(parameter) is not None
-    return _is_4bit(parameter) or weight.dtype in _FLOATS
+    if is_8bit(weight):
+        return scales_of_8bit(parameter.module, weight) is not None
+    return is_4bit(weight) or weight.dtype in _FLOATS
 
 
 def sampled(parameter: Parameter) -> np.ndarray:
@@ -238,9 +237,9 @@ def sampled(parameter: Parameter) -> np.ndarray:
     numel = math.prod(shape_of(parameter))
     with torch.no_grad():
         places = torch.from_numpy(places_of(numel)).to(parameter.weight.device)
-        if _is_4bit(parameter):
+        if is_4bit(parameter.weight):
             values = _four_bit(parameter.weight, places)
-        elif _is_8bit(parameter):
+        elif is_8bit(parameter.weight):
             values = _eight_bit(parameter, places)
         else:
             values = _at(parameter.weight, places)
@@ -254,36 +253,38 @@ def _at(weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def _four_bit(weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return values of a bitsandbytes 4-bit weight: code * scale, as its dequantization has them.
-
-    Two codes lie in a byte, the first in the upper half.
-    """
+    """Return values of a 4-bit weight: code * scale, as bitsandbytes dequantizes it."""
     state: Any = weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        return _repacked(weight, state, places)
-    packed = weight.detach().view(torch.uint8).reshape(-1)[places // 2].long()
-    codes = torch.where(places % 2 == 0, packed >> 4, packed & 15)
-    values = state.code.to(places.device)[codes] * _scales(state, places // state.blocksize)
-    return values.to(state.dtype)
+    packed = weight.detach().view(torch.uint8).reshape(-1)
+    codes = state.code.to(places.device)[_codes(packed, state, places)]
+    values = codes * _scales(state, places)
+    return values if is_packed(state) else values.to(state.dtype)
 
 
-def _repacked(weight: torch.Tensor, state: Any, places: torch.Tensor) -> torch.Tensor:
-    """Return values of a 4-bit weight as bitsandbytes lays it out for some CPUs, once it has run.
+def _codes(packed: torch.Tensor, state: Any, places: torch.Tensor) -> torch.Tensor:
+    """Return codes; two lie in a byte, the first in the upper half.
 
-    Of 32 rows and 2 columns the codes make 64 in a row, of which the first 32 are the lower halves
-    of 32 bytes; scales are bfloat16 ``(blocks, rows)``.
+    Where bitsandbytes has packed them for a CPU, those of 32 rows and 2 columns are 64 in a row, of
+    which the first 32 are the lower halves of 32 bytes.
     """
+    if not is_packed(state):
+        both = packed[places // 2].long()
+        return torch.where(places % 2 == 0, both >> 4, both & 15)
     rows, columns = places // state.shape[-1], places % state.shape[-1]
     group = (rows // 32) * (state.shape[-1] // 2) + columns // 2
     within = (rows % 32) * 2 + columns % 2
-    packed = weight.detach().view(torch.uint8).reshape(-1)[group * 32 + within % 32].long()
-    codes = torch.where(within < 32, packed & 15, packed >> 4)
-    return state.code[codes].float() * state.absmax[columns // state.blocksize, rows].float()
+    both = packed[group * 32 + within % 32].long()
+    return torch.where(within < 32, both & 15, both >> 4)
 
 
-def _scales(state: Any, blocks: torch.Tensor) -> torch.Tensor:
-    """Return the scales of blocks, which may be quantized themselves."""
-    scales = state.absmax[blocks]
+def _scales(state: Any, places: torch.Tensor) -> torch.Tensor:
+    """Return the scales of the blocks that places lie in; they may be quantized themselves."""
+    if has_lost_scales(state):
+        rows, columns = places // state.shape[-1], places % state.shape[-1]
+        lost: torch.Tensor = state.absmax[columns // state.blocksize, rows].float()
+        return lost
+    blocks = places // state.blocksize
+    scales: torch.Tensor = state.absmax[blocks]
     if not state.nested:
         return scales.float()
     outer = state.state2
@@ -294,13 +295,5 @@ def _eight_bit(parameter: Parameter, places: torch.Tensor) -> torch.Tensor:
     """Return values of a bitsandbytes 8-bit weight: code * scale of the row / 127."""
     codes = _at(parameter.weight, places).float()
     rows = places // parameter.weight.shape[-1]
-    scales: Any = _int8_scales(parameter)
+    scales: Any = scales_of_8bit(parameter.module, parameter.weight)
     return codes * scales.to(places.device)[rows].float() / 127
-
-
-def _int8_scales(parameter: Parameter) -> torch.Tensor | None:
-    """Return the scales of an 8-bit weight, which move to the module's state when it first runs."""
-    own = getattr(parameter.weight, "SCB", None)
-    state = getattr(parameter.module, "state", None)
-    found = own if own is not None else getattr(state, "SCB", None)
-    return found if isinstance(found, torch.Tensor) else None

@@ -15,6 +15,7 @@ from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.card import hub_id
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, match_live
+from regraft.runtime.quantized_parameters import is_4bit, is_8bit
 from regraft.runtime.saving.card import adapter_card
 from regraft.runtime.saving.files import stored_specs, write_adapter
 from regraft.runtime.saving.fingerprint import KEY, Parameter, fingerprint_of, parameters_of
@@ -161,10 +162,9 @@ def of_live(
 def format_of(parameters: Any) -> str:
     """Return the name of a quantized base's format, of its parameters; "" for a plain one."""
     for parameter in parameters:
-        state = getattr(parameter.weight, "quant_state", None)
-        if state is not None:
-            return str(state.quant_type)
-        if type(parameter.weight).__name__ == "Int8Params":
+        if is_4bit(parameter.weight):
+            return str(parameter.weight.quant_state.quant_type)
+        if is_8bit(parameter.weight):
             return "int8"
     return ""
 
