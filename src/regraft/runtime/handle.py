@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles
@@ -24,7 +25,7 @@ from regraft.runtime import loading, scopes
 from regraft.runtime.cache import AdapterCache
 from regraft.runtime.hooks import Hooks, State
 from regraft.runtime.in_place.merge import Merged, MergeReport, merge, swap
-from regraft.runtime.layers.operations import operations_of
+from regraft.runtime.layers.operations import Part, operations_of
 from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
@@ -131,7 +132,7 @@ class Adapters:
         """
         self._library.check_new(name)
         files = loading.open_files(source, token)
-        adapter = loading.describe(files)
+        adapter = read_adapter(files)
         if self._library.cache is None or is_trainable:
             live = loading.load(name, files, adapter)
             live = loading.prepared(live, self.base, dtype, is_trainable=is_trainable)
@@ -154,7 +155,7 @@ class Adapters:
             return self._held(loading.prepared(live, self.base, dtype))
 
         size = loading.bytes_in_use(outline, self.base)
-        if loading.device_of(self.base).type == "cpu":
+        if self.base.device.type == "cpu":
             self._library.register(name, lambda: place(read()), size)
         else:
             self._library.register(name, read, size, place)
@@ -177,10 +178,13 @@ class Adapters:
         self._take(self._held(new_adapter(self.base, as_config(config), name)))
 
     def _held(self, adapter: LiveAdapter) -> Held:
-        """Find out what an adapter does here, and see to the modules that it needs."""
-        operations = operations_of(self.base, [(adapter, 1.0)])
+        return Held(adapter, self._together([(adapter, 1.0)]))
+
+    def _together(self, parts: Sequence[Part]) -> Selection:
+        """Find out what adapters do together, and see to the modules that this needs."""
+        operations = operations_of(self.base, parts)
         self._hooks.cover(operations.steps, operations.replacements)
-        return Held(adapter, Selection(((adapter.name, 1.0),), operations))
+        return Selection(tuple((adapter.name, weight) for adapter, weight in parts), operations)
 
     def _take(self, held: Held) -> None:
         self._library.add(held)
@@ -202,8 +206,7 @@ class Adapters:
             UsageError: there is none of this name, or it answers or is merged now.
         """
         self._library.check_known([name])
-        busy = {*self.active_adapters, *dict(self._default_names), *self.merged_adapters}
-        if name in busy:
+        if name in self.active_adapters or name in dict(self._default_names):
             raise UsageError(
                 "this adapter answers now", where=repr(name),
                 hint="Choose another one with set_adapter(name), or None, and then delete it",
@@ -259,17 +262,12 @@ class Adapters:
             raise
         return chosen
 
-    def _selection(self, parts: Named, chosen: Mapping[str, Held]) -> Selection | None:
+    def _selection(self, parts: Named, chosen: Chosen) -> Selection | None:
         if not parts:
             return None
         if len(parts) == 1 and parts[0][1] == 1.0:
             return chosen[parts[0][0]].selection
-        return self._library.mix(parts, lambda: self._mix(parts, chosen))
-
-    def _mix(self, parts: Named, chosen: Mapping[str, Held]) -> Selection:
-        operations = operations_of(self.base, [(chosen[n].adapter, w) for n, w in parts])
-        self._hooks.cover(operations.steps, operations.replacements)
-        return Selection(parts, operations)
+        return self._library.mix(parts, lambda: self._together(chosen.parts(parts)))
 
     @contextmanager
     def using(self, adapters: Choice) -> Iterator[None]:
@@ -311,7 +309,7 @@ class Adapters:
             with self._scope(rows):
                 yield
 
-    def _rows(self, of_row: Sequence[Named], chosen: Mapping[str, Held]) -> Rows:
+    def _rows(self, of_row: Sequence[Named], chosen: Chosen) -> Rows:
         distinct = {parts: self._selection(parts, chosen) for parts in of_row}
         number = {parts: at for at, parts in enumerate(distinct)}
         return Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row))
@@ -371,10 +369,9 @@ class Adapters:
         if not parts:
             raise UsageError("no adapter answers here, so none can be merged", hint="Name one")
         with self._library.choose([name for name, _ in parts]) as chosen:
-            weighted = [(chosen[name].adapter, weight) for name, weight in parts]
+            weighted = chosen.parts(parts)
             work = merge(self.base, weighted, rounding=rounding, seed=seed, dequantize=dequantize)
-        self._merged = _Merged(parts, work)
-        self._state.is_merged = True
+        self._note_merged(_Merged(parts, work))
         return work.report
 
     def unmerge_adapter(self) -> None:
@@ -387,8 +384,7 @@ class Adapters:
         if self._merged is None:
             raise UsageError("no adapter is merged", hint="merge_adapter(name) merges one")
         self._merged.work.unmerge()
-        self._merged = None
-        self._state.is_merged = False
+        self._note_merged(None)
 
     def swap_adapter(self, merged_adapter: Choice, adapter: Choice) -> MergeReport:
         """Take one merged adapter (or mix) out of the weights, and merge another one.
@@ -409,9 +405,8 @@ class Adapters:
             )  # fmt: skip
         parts = named(adapter)
         with self._library.choose([name for name, _ in parts]) as chosen:
-            weighted = [(chosen[name].adapter, weight) for name, weight in parts]
-            work = swap(there.work, weighted)
-        self._merged = _Merged(parts, work)
+            work = swap(there.work, chosen.parts(parts))
+        self._note_merged(_Merged(parts, work))
         return work.report
 
     def merge_and_unload(
@@ -430,8 +425,12 @@ class Adapters:
             self.merge_adapter(adapters, rounding=rounding, seed=seed, dequantize=dequantize)
         if self._merged is not None:
             self._merged.work.forget()
-        self._merged = None
+            self._note_merged(None)
         return self.detach()
+
+    def _note_merged(self, merged: _Merged | None) -> None:
+        self._merged = merged
+        self._state.is_merged = merged is not None
 
     def _active_mix(self) -> Named:
         selection = self._state.selection()

@@ -12,7 +12,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +49,10 @@ class State:
         return self
 
 
-class OutputHook:
-    """Changes a module's output; a forward hook that takes keyword arguments."""
+class Hook:
+    """A hook on a module: copies of the model share it, and a pickled one has nothing of it."""
 
-    def __init__(self, state: State, path: str) -> None:
-        self.state, self.path = state, path
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Return the output as the adapters have it, or None to leave it."""
-        selection = self.state.selection()
-        if selection is None:
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        return selection.after(self.path, module, x, output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OutputHook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
     def __reduce__(self) -> Any:
@@ -77,6 +66,21 @@ def _nothing() -> Any:
 
 def _pass(*_: Any) -> None:
     return None
+
+
+class OutputHook(Hook):
+    """Changes a module's output; a forward hook that takes keyword arguments."""
+
+    def __init__(self, state: State, path: str) -> None:
+        self.state, self.path = state, path
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return the output as the adapters have it, or None to leave it."""
+        selection = self.state.selection()
+        if selection is None:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        return selection.after(self.path, module, x, output)
 
 
 class Forward:
@@ -177,7 +181,7 @@ def _take_out(module: nn.Module, forward: Forward) -> None:
                 module.__dict__[name] = functools.partial(type(module).forward, module)
 
 
-class RootBefore:
+class RootBefore(Hook):
     """Before the whole model runs: does the batch fit, and does compiled code know the scopes?"""
 
     def __init__(self, state: State) -> None:
@@ -195,14 +199,8 @@ class RootBefore:
             if batch is not None:
                 selection.check(batch)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RootBefore:
-        return self
 
-    def __reduce__(self) -> Any:
-        return _nothing, ()
-
-
-class RootAfter:
+class RootAfter(Hook):
     """After the whole model ran: what the backward pass runs again has the same scopes."""
 
     def __init__(self, state: State) -> None:
@@ -217,14 +215,8 @@ class RootAfter:
             tensors_in(output), {**scopes.current(), self.state.key: selection}
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RootAfter:
-        return self
 
-    def __reduce__(self) -> Any:
-        return _nothing, ()
-
-
-class GradientHook:
+class GradientHook(Hook):
     """Lets an embedding's output require gradients where the model checkpoints its layers."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -235,12 +227,6 @@ class GradientHook:
         wanted = module.training and torch.is_grad_enabled() and not output.requires_grad
         if wanted and is_checkpointing(self._model()):
             output.requires_grad_(True)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GradientHook:
-        return self
-
-    def __reduce__(self) -> Any:
-        return _nothing, ()
 
 
 def is_checkpointing(model: nn.Module | None) -> bool:

@@ -58,6 +58,10 @@ class Chosen(Mapping[str, Held]):
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    def parts(self, names: Named) -> list[tuple[LiveAdapter, float]]:
+        """Return some of the adapters themselves, each with its weight."""
+        return [(self._held[name].adapter, weight) for name, weight in names]
+
     def keep(self) -> None:
         """Let it be released by another thread than this one."""
         if self._lease is not None:

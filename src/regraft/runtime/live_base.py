@@ -8,8 +8,7 @@ adapter's names still are, from whatever version of transformers they come.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
 from regraft.runtime.quantized_parameters import plain_form, remembered
-from regraft.tensors import BY_CONFIG_NAME, VIRTUAL, TensorSpec, nbytes_of
+from regraft.tensors import BY_CONFIG_NAME, DTYPES, VIRTUAL, TensorSpec, nbytes_of
 
 IN_MEMORY = Path("memory")
 """Stands for the file of a tensor that lies in no file."""
@@ -31,6 +30,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     """Return the safetensors name of a torch dtype, ``"?"`` for one it does not have."""
     found = BY_CONFIG_NAME.get(str(dtype).removeprefix("torch."))
     return found.name if found else "?"
+
+
+def torch_dtype_of(name: str) -> torch.dtype:
+    """Return torch's dtype of a safetensors name, such as ``"BF16"``.
+
+    Raises:
+        AttributeError: torch does not have it.
+    """
+    found: torch.dtype = getattr(torch, DTYPES[name].config_name)
+    return found
 
 
 def spec_of(name: str, shape: Iterable[int], dtype: torch.dtype) -> TensorSpec:
@@ -44,7 +53,8 @@ class LiveBase:
     """A model's parameters, and where each lies in its module tree.
 
     Attributes:
-        parameters: module path and attribute by parameter name; both sides of a tie.
+        modules: every module by its path; one that has several by each.
+        config: as ``config.json`` would have it; None if the model has none.
         tied: parameters that are another one's, which is named.
         checkpoint: the parameters as a checkpoint; of a tie one side.
         index: the same, by every name an adapter may use.
@@ -71,7 +81,7 @@ class LiveBase:
         self.scales = remembered({name: self.owner(name)[1:] for name in self.quantized})
         self.checkpoint = Checkpoint(
             root=IN_MEMORY,
-            source=_source_of(model),
+            source=_source_of(model, self.config),
             revision=None,
             shards=(),
             tensors=tensors,
@@ -80,7 +90,8 @@ class LiveBase:
             container="safetensors",
             single_file=False,
         )
-        names = NameMap.for_config(self.config, _architecture(model))
+        architecture = type(model).__name__ if self.config is not None else None
+        names = NameMap.for_config(self.config, architecture)
         self.index = LiveIndex(self.checkpoint, names, self)
 
     @property
@@ -97,8 +108,20 @@ class LiveBase:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the model computes in, as its plain weights have it."""
-        return _dtype_of(self._model())
+        """The dtype that the model computes in: as it says, or as most of its weights have it."""
+        named = getattr(self.model, "dtype", None)
+        if isinstance(named, torch.dtype):
+            return named
+        plain = (p for p in self.model.parameters() if p.is_floating_point())
+        found: torch.dtype | None = _of_most(plain, "dtype")
+        return found or torch.float16
+
+    @property
+    def device(self) -> torch.device:
+        """The device that most of the model's weights are on, for its adapters to begin on."""
+        there = (p for p in self.model.parameters() if p.device.type != "meta")
+        found: torch.device | None = _of_most(there, "device")
+        return found or torch.device("cpu")
 
     def owner(self, parameter: str) -> tuple[str, nn.Module, str]:
         """Return the module path, the module and the attribute of a parameter."""
@@ -111,13 +134,12 @@ class LiveBase:
 
     def _without_weight(self) -> dict[str, TensorSpec]:
         """Return the weights of linear layers that are quantized in a way of their own."""
-        dtype = _dtype_of(self._model())
         found = {}
         for path, module in self.modules.items():
             if is_linear_without_weight(module):
                 name = f"{path}.weight"
                 shape: Any = (module.out_features, module.in_features)
-                found[name] = spec_of(name, shape, dtype)
+                found[name] = spec_of(name, shape, self.dtype)
         return found
 
     def _spec(self, name: str, parameter: torch.Tensor) -> TensorSpec:
@@ -127,7 +149,7 @@ class LiveBase:
             return spec_of(name, parameter.shape, parameter.dtype)
         shape, dtype = form
         self.quantized.append(name)
-        return spec_of(name, shape, dtype or _dtype_of(self._model()))
+        return spec_of(name, shape, dtype or self.dtype)
 
 
 class LiveIndex(BaseIndex):
@@ -192,28 +214,15 @@ def config_of(model: nn.Module) -> dict[str, Any] | None:
     return dict(config.to_dict())
 
 
-def _architecture(model: nn.Module) -> str | None:
-    return type(model).__name__ if config_of(model) is not None else None
-
-
-def _source_of(model: nn.Module) -> str:
-    config: Config | None = config_of(model)
+def _source_of(model: nn.Module, config: Config | None) -> str:
     name = (config or {}).get("_name_or_path") or getattr(model, "name_or_path", None)
     return str(name or type(model).__name__)
 
 
-def _dtype_of(model: nn.Module | None) -> torch.dtype:
-    """Return the dtype that a model computes in: as it says, or as most of its weights have it."""
-    named = getattr(model, "dtype", None)
-    if isinstance(named, torch.dtype):
-        return named
-    counts: dict[torch.dtype, int] = {}
-    for parameter in model.parameters() if model is not None else ():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    return max(counts, key=lambda d: counts[d]) if counts else torch.float16
-
-
-def without_memory(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Return tensor descriptions that point to no file."""
-    return {n: replace(s, path=IN_MEMORY, start=VIRTUAL) for n, s in specs.items()}
+def _of_most(parameters: Iterable[torch.Tensor], attribute: str) -> Any:
+    """Return what most elements have in common as an attribute; None where there are none."""
+    counts: dict[Any, int] = {}
+    for parameter in parameters:
+        value = getattr(parameter, attribute)
+        counts[value] = counts.get(value, 0) + parameter.numel()
+    return max(counts, key=lambda value: counts[value]) if counts else None

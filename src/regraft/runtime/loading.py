@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.errors import BaseMismatchWarning
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
@@ -18,17 +17,10 @@ from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
 from regraft.merging.factors import not_finite
 from regraft.merging.planning import parse_dtype
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.live_base import LiveBase, torch_dtype_of
 from regraft.runtime.matching import LiveAdapter, adapter_of
 from regraft.runtime.saving.fingerprint import KEY, compare
-from regraft.tensors import BY_CONFIG_NAME, DTYPES, TensorSpec
-
-TORCH_DTYPES = {
-    kind.name: getattr(torch, kind.config_name)
-    for kind in BY_CONFIG_NAME.values()
-    if hasattr(torch, kind.config_name)
-}
-"""torch's dtypes by safetensors' names."""
+from regraft.tensors import DTYPES, TensorSpec
 
 
 def open_files(source: str | Path, token: str | None = None) -> AdapterFiles:
@@ -38,15 +30,6 @@ def open_files(source: str | Path, token: str | None = None) -> AdapterFiles:
         RegraftError: it is none, or is malformed.
     """
     return open_adapter(locate(source, kind="adapter", token=token))
-
-
-def describe(files: AdapterFiles) -> Adapter:
-    """Return what an adapter is, from headers alone.
-
-    Raises:
-        UnsupportedError, AdapterError: as in a merge.
-    """
-    return read_adapter(files)
 
 
 def load(name: str, files: AdapterFiles, adapter: Adapter) -> LiveAdapter:
@@ -75,7 +58,7 @@ def _view(raw: torch.Tensor, spec: TensorSpec, begin: int) -> torch.Tensor:
     part = raw[spec.start - begin : spec.start - begin + spec.nbytes]
     if part.storage_offset() % max(DTYPES[spec.dtype].bits // 8, 1):
         part = part.clone()
-    return part.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
+    return part.view(torch_dtype_of(spec.dtype)).reshape(spec.shape)
 
 
 def _is_finite(raw: torch.Tensor, specs: Sequence[TensorSpec]) -> bool:
@@ -83,7 +66,7 @@ def _is_finite(raw: torch.Tensor, specs: Sequence[TensorSpec]) -> bool:
     kinds = {spec.dtype for spec in specs}
     if len(kinds) != 1 or sum(spec.nbytes for spec in specs) != raw.numel():
         return False
-    return _sums_up(raw.view(TORCH_DTYPES[kinds.pop()]))
+    return _sums_up(raw.view(torch_dtype_of(kinds.pop())))
 
 
 def _sums_up(values: torch.Tensor) -> bool:
@@ -124,7 +107,7 @@ def prepared(
         UsageError: the dtype is none.
     """
     wanted = torch_dtype(dtype) or (torch.float32 if is_trainable else None)
-    device = device_of(base)
+    device = base.device
     tensors: dict[str, torch.Tensor] = {}
     for key, tensor in adapter.tensors.items():
         moved = tensor.to(device=device, dtype=wanted or tensor.dtype)
@@ -144,16 +127,7 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = parse_dtype(dtype)
-    return TORCH_DTYPES[found] if found else None
-
-
-def device_of(base: LiveBase) -> torch.device:
-    """Return the device that most of a model's weights are on, for its adapters to begin on."""
-    sizes: dict[torch.device, int] = {}
-    for parameter in base.model.parameters():
-        if parameter.device.type != "meta":
-            sizes[parameter.device] = sizes.get(parameter.device, 0) + parameter.numel()
-    return max(sizes, key=lambda d: sizes[d]) if sizes else torch.device("cpu")
+    return torch_dtype_of(found) if found else None
 
 
 def without_values(
@@ -165,7 +139,7 @@ def without_values(
     """
     wanted = torch_dtype(dtype)
     tensors = {
-        key: torch.empty(spec.shape, dtype=wanted or TORCH_DTYPES[spec.dtype], device="meta")
+        key: torch.empty(spec.shape, dtype=wanted or torch_dtype_of(spec.dtype), device="meta")
         for key, spec in files.tensors.items()
     }
     for tensor in tensors.values():

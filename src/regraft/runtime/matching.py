@@ -130,8 +130,8 @@ def _added(work: Work) -> Problem:
 
 
 def weighted(adapter: Adapter, weight: float) -> Adapter:
-    """Return an adapter with a factor on its scale."""
-    return adapter if weight == adapter.weight else replace(adapter, weight=weight)
+    """Return an adapter with a factor on its scale, beside the one that it has."""
+    return adapter if weight == 1.0 else replace(adapter, weight=adapter.weight * weight)
 
 
 class Tensors:

@@ -225,9 +225,8 @@ class _Loading:
 
     def tensor(self, step: Step) -> torch.Tensor:
         """Return a step's tensor, computed now."""
-        import torch
+        from regraft.runtime.live_base import torch_dtype_of
 
-        dtype = getattr(torch, DTYPES[step.dtype].config_name)
         flat = _room(step.nbytes)
         try:
             if self._error is not None:
@@ -237,7 +236,7 @@ class _Loading:
             with self._lock:
                 self._error = self._error or error
             raise
-        return flat.view(dtype).view(step.shape)
+        return flat.view(torch_dtype_of(step.dtype)).view(step.shape)
 
     def run(self, cls: Any, **kwargs: Any) -> Any:
         """Return what ``from_pretrained`` of a class gives.
@@ -285,10 +284,9 @@ class MergedSlice:
     @property
     def dtype(self) -> torch.dtype:
         """Its dtype."""
-        import torch
+        from regraft.runtime.live_base import torch_dtype_of
 
-        found: torch.dtype = getattr(torch, DTYPES[self._step.dtype].config_name)
-        return found
+        return torch_dtype_of(self._step.dtype)
 
     def is_floating_point(self) -> bool:
         """Whether its values are floating-point numbers."""

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from regraft.adapters.model import Adapter
 from regraft.deltas.views import View
 from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.merging.factors import not_finite
 from regraft.runtime.in_place.weights import bytes_of
 from regraft.runtime.live_base import spec_of
-from regraft.runtime.matching import LiveAdapter, Tensors, weighted
+from regraft.runtime.matching import LiveAdapter, Tensors
 from regraft.tensors import TensorSpec
 
 
@@ -28,24 +27,16 @@ class Copies:
 
     Attributes:
         adapters: the adapters, with their tensors copied.
-        weights: the factor on the scale of each.
     """
 
-    def __init__(self, adapters: Sequence[tuple[LiveAdapter, float]]) -> None:
-        """Copy adapters, each with its weight.
+    def __init__(self, adapters: Sequence[LiveAdapter]) -> None:
+        """Copy adapters.
 
         Raises:
             AdapterError: one holds NaN or infinity.
         """
-        self.adapters = tuple(_copied(adapter) for adapter, _ in adapters)
-        self.weights = tuple(weight for _, weight in adapters)
+        self.adapters = tuple(_copied(adapter) for adapter in adapters)
         self._tensors = Tensors(self.adapters)
-
-    @property
-    def descriptions(self) -> list[Adapter]:
-        """What the adapters are, their weights included."""
-        pairs = zip(self.adapters, self.weights, strict=True)
-        return [weighted(a.adapter, a.adapter.weight * weight) for a, weight in pairs]
 
     @property
     def nbytes(self) -> int:

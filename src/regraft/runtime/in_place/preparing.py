@@ -26,9 +26,9 @@ from regraft.runtime.in_place.jobs import CodedJob, Job, PlainJob
 from regraft.runtime.in_place.pool import Piece
 from regraft.runtime.in_place.quantized import LiveQuantized
 from regraft.runtime.in_place.weights import check_at_hand, plain
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.live_base import LiveBase, torch_dtype_of
 from regraft.runtime.matching import LiveAdapter, match_live, weighted, without_place
-from regraft.tensors import DTYPES, TensorSpec
+from regraft.tensors import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,16 @@ def prepare(
         AdapterError: an adapter holds NaN or infinity.
         UnsupportedError: a weight is offloaded, or no layer can take its place.
     """
-    descriptions = [weighted(a.adapter, a.adapter.weight * weight) for a, weight in adapters]
-    works = match_live(base, descriptions)
+    works = match_live(base, [weighted(a.adapter, weight) for a, weight in adapters])
     coded = [work for name, work in works.items() if name in base.quantized]
     problems = unfit_for_codes(coded, kept=not choices.dequantize)
     problems += without_place(base, works)
     parted = parted_ties(base, works, problems)
     if problems:
         raise MismatchError(problems)
-    preparation = _Preparation(base, Prepared(Copies(adapters)), choices)
+    preparation = _Preparation(
+        base, Prepared(Copies([adapter for adapter, _ in adapters])), choices
+    )
     for name, work in works.items():
         if name in parted or name not in base.tied:
             preparation.add(name, work)
@@ -221,7 +222,7 @@ class _Preparation:
                 found=type(module).__name__, hint="Merge without dequantize",
             )  # fmt: skip
         self._prepared.replaced.append(quantized)
-        dtype = getattr(torch, DTYPES[spec.dtype].config_name)
+        dtype = torch_dtype_of(spec.dtype)
         values = torch.empty(spec.shape, dtype=dtype, device=quantized.parameter.device)
         new = nn.Parameter(values, requires_grad=False)
         read = self._read(work) or partial(_read_values, quantized, spec)

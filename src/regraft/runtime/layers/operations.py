@@ -35,11 +35,6 @@ class Operations:
     steps: dict[str, list[Step]] = field(default_factory=dict)
     replacements: dict[str, Replacement] = field(default_factory=dict)
 
-    @property
-    def paths(self) -> set[str]:
-        """The modules that have to be looked after."""
-        return {*self.steps, *self.replacements}
-
 
 def operations_of(base: LiveBase, parts: Sequence[Part]) -> Operations:
     """Return what adapters do together, in their order.

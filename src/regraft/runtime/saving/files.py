@@ -40,7 +40,7 @@ from regraft.formats.safetensors import build_header
 from regraft.merging.output import exchange_at_once, sync_directory, write_file, write_pieces
 from regraft.merging.planning import parse_dtype
 from regraft.merging.writer import write_error
-from regraft.runtime.live_base import dtype_name, spec_of
+from regraft.runtime.live_base import dtype_name, spec_of, torch_dtype_of
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec, nbytes_of
 
 CARD = "README.md"
@@ -215,7 +215,7 @@ def _not_finite(tensor: torch.Tensor) -> int:
 
 
 def _as(tensor: torch.Tensor, stored: str) -> torch.Tensor:
-    return tensor.detach().to(getattr(torch, DTYPES[stored].config_name))
+    return tensor.detach().to(torch_dtype_of(stored))
 
 
 def _content(

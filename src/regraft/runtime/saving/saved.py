@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.card import hub_id
+from regraft.runtime.handle import ATTACHED, Adapters
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, match_live
 from regraft.runtime.quantized_parameters import is_4bit, is_8bit
@@ -20,7 +20,6 @@ from regraft.runtime.saving.card import adapter_card
 from regraft.runtime.saving.files import stored_specs, write_adapter
 from regraft.runtime.saving.fingerprint import KEY, Parameter, fingerprint_of, parameters_of
 
-_HANDLE = "regraft.runtime.attaching"
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _EMBEDDING_WRAPPER = ".base_layer."
 _UNTRAINED = ".original_module."
@@ -78,7 +77,7 @@ def saved_of(what: Any, name: str | None, revision: str | None) -> Saved:
             hint="Attach an adapter with regraft.attach(model, ...) first",
         )  # fmt: skip
     chosen = _chosen(list(handle.names), list(handle.active_adapters), name)
-    merged = bool(getattr(handle, "merged_adapters", ()))
+    merged = bool(handle.merged_adapters)
     return of_live(handle.adapter(chosen), handle.base, revision, merged=merged)
 
 
@@ -95,12 +94,11 @@ def _unwrapped(what: Any) -> Any:
     return what
 
 
-def _handle_of(what: Any) -> Any:
+def _handle_of(what: Any) -> Adapters | None:
     """Return what ``attach`` returned for a model, or the same if it was given; None for others."""
     if isinstance(what, nn.Module):
-        return importlib.import_module(_HANDLE).handle_of(what)
-    looks = all(hasattr(what, name) for name in ("adapter", "base", "names", "active_adapters"))
-    return what if looks else None
+        return ATTACHED.get(what)
+    return what if isinstance(what, Adapters) else None
 
 
 def _chosen(names: Sequence[str], active: Sequence[str], name: str | None) -> str:

@@ -18,7 +18,6 @@ from regraft.errors import MismatchError, Problem, UnsupportedError
 from regraft.runtime.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from regraft.runtime.layers.plain import plain_weight
 from regraft.runtime.live_base import LiveBase
-from regraft.runtime.loading import device_of
 from regraft.runtime.matching import LiveAdapter, adapter_of, match_live
 from regraft.runtime.training.selecting import completed, modules_of, nothing_selected
 
@@ -70,7 +69,7 @@ class _Maker:
     ) -> None:
         self._base, self._settings, self._generator = base, settings, generator
         self._start = settings.init_lora_weights
-        self._device = device_of(base)
+        self._device = base.device
         self._tensors: dict[str, Tensor] = {}
         self._adapted: dict[str, str] = {}  # the key of each adapted module, by its path
         self._problems: list[Problem] = []

@@ -21,6 +21,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from regraft.errors import UsageError
 from regraft.formats.layout import ADAPTER_SAFE
+from regraft.runtime.handle import Adapters
 from regraft.runtime.matching import LiveAdapter
 from regraft.runtime.saving.saved import of_live, write_saved
 
@@ -29,7 +30,7 @@ _CHECKPOINT, _WEIGHTS = "checkpoint-", "model.safetensors"
 """What Trainer calls its checkpoints, and the weights that it looks for in them."""
 
 
-def trainer_model(adapters: Any, name: str | None = None) -> Any:
+def trainer_model(adapters: Adapters, name: str | None = None) -> Any:
     """Return what to give to ``transformers.Trainer(model=...)`` to train a live adapter.
 
     It runs as the model does, in the same modules, and is of its class. Trainer finds the adapter's
@@ -63,7 +64,7 @@ def trainer_model(adapters: Any, name: str | None = None) -> Any:
     return twin
 
 
-def _chosen(adapters: Any, name: str | None) -> LiveAdapter:
+def _chosen(adapters: Adapters, name: str | None) -> LiveAdapter:
     """Return the adapter to train.
 
     Raises:
@@ -107,7 +108,7 @@ class _Twin(nn.Module):  # type: ignore[misc]
     """What the twin does otherwise than the model's class."""
 
     _regraft_model: Any
-    _regraft_adapters: Any
+    _regraft_adapters: Adapters
     _regraft_adapter: LiveAdapter
 
     def train(self, mode: bool = True) -> _Twin:
@@ -162,7 +163,7 @@ class _Twin(nn.Module):  # type: ignore[misc]
         if not is_main_process:
             return
         adapters, adapter = self._regraft_adapters, self._regraft_adapter
-        merged = bool(getattr(adapters, "merged_adapters", ()))
+        merged = bool(adapters.merged_adapters)
         saved = of_live(adapter, adapters.base, None, merged=merged)
         gathered = kwargs.get("state_dict") or {}
         tensors = {key: gathered.get(key, tensor) for key, tensor in saved.tensors.items()}
