@@ -170,7 +170,7 @@ def test_top_p_alone_is_refused(run: Run, base: Path) -> None:
 def test_a_missing_package_is_named_with_what_to_install(
     run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regraft.runtime.extras.find_spec", missing("bitsandbytes"))
+    monkeypatch.setattr("regraft.libraries.find_spec", missing("bitsandbytes"))
     result = run("generate", base, "--prompt", "w1", "--load-in-4bit")
     assert result.exit_code == 4
     assert "pip install bitsandbytes" in result.stderr

@@ -18,7 +18,7 @@ import regraft
 from faithful.cases import ATTENTION, MIXTRAL_EXPERTS, lora
 from merging import toys
 from merging.quantized_bases import write_quantized
-from regraft.runtime.extras import require
+from regraft.libraries import require
 from regraft.testing.adapters import make_adapter
 from regraft.testing.zoo import example_inputs, logits, make_base
 

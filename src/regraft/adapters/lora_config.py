@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -107,7 +107,7 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as ``adapter_config.json`` has them."""
-        return {**_ABOUT, **{key: _plain(value) for key, value in asdict(self).items()}}
+        return {**_ABOUT, **{key: as_json(value) for key, value in asdict(self).items()}}
 
 
 def as_config(config: LoraConfig | Mapping[str, Any] | Any) -> LoraConfig:
@@ -120,7 +120,7 @@ def as_config(config: LoraConfig | Mapping[str, Any] | Any) -> LoraConfig:
     if isinstance(config, LoraConfig):
         return config
     given = config if isinstance(config, Mapping) else _fields_of(config)
-    given = {key: _plain(value) for key, value in given.items()}
+    given = {key: as_json(value) for key, value in given.items()}
     refused = [Problem(what, "LoraConfig", hint=hint) for what, hint in _refused(given)]
     if refused:
         raise UnsupportedError(refused)
@@ -167,14 +167,16 @@ def _is_start(value: object) -> bool:
     return isinstance(value, bool | str) and value in STARTS
 
 
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it; sets become sorted lists."""
+def as_json(value: Any) -> Any:
+    """Return a value of a config as JSON has it; sets become sorted lists, what is none stays."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return sorted(as_json(item) for item in value)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [as_json(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return as_json(asdict(value))
     return value

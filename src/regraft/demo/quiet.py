@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from regraft.libraries import quieted
+
 
 def wait_asleep() -> None:
     """Let torch's threads sleep while they wait for each other; only works before its import.
@@ -26,20 +28,13 @@ def quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as remarks
 
-    verbosity = remarks.get_verbosity()
-    had_bars = remarks.is_progress_bar_enabled()
-    remarks.set_verbosity_error()
-    remarks.disable_progress_bar()
     bitsandbytes = logging.getLogger("bitsandbytes")
     level = bitsandbytes.level
     bitsandbytes.setLevel(logging.ERROR)  # it misses a kernel that it can do without
     try:
-        with warnings.catch_warnings():
+        with quieted(remarks, logging.ERROR), warnings.catch_warnings():
             for kind in (FutureWarning, DeprecationWarning, UserWarning):
                 warnings.filterwarnings("ignore", category=kind, module="transformers|torch")
             yield
     finally:
         bitsandbytes.setLevel(level)
-        remarks.set_verbosity(verbosity)
-        if had_bars:
-            remarks.enable_progress_bar()

@@ -76,10 +76,19 @@ class FactorStore:
         self._files.read_into(spec, 0, raw.data)
         self.digests[key] = blake3(raw.data).hexdigest()
         values = Weights.of_bytes(raw, spec.dtype).floats()
-        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
-        if bad:
-            raise not_finite(spec, bad)
+        check_values(spec, values)
         return values
+
+
+def check_values(spec: TensorSpec, values: Floats) -> None:
+    """Refuse NaN and infinity in an adapter's tensor, or a part of one.
+
+    Raises:
+        AdapterError: there are some.
+    """
+    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+    if bad:
+        raise not_finite(spec, bad)
 
 
 def not_finite(spec: TensorSpec, bad: int) -> AdapterError:

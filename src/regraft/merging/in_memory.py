@@ -68,7 +68,7 @@ class MemoryMerge:
         sums = sum((future.result() for future in futures), np.zeros(4))
         source.release(step.source)
         if sums[3]:
-            raise overflow(step, int(sums[3]), self._plan.base.source)
+            raise overflow(step, int(sums[3]), f"{self._plan.base.source}: {step.name}")
 
     def _work(self, run: _Run, tile: Tile) -> Sums:
         if self._ended:
@@ -96,7 +96,7 @@ class _Run:
         self, step: Step, source: Source, store: FactorStore, tile_bytes: int, result: Bytes
     ) -> None:
         self._step, self._source, self._result = step, source, result
-        self._math = StepMath(step, store, self._read, tile_bytes)
+        self._math = StepMath(step, store, self._read, tile_bytes, norms=False)
         self.error: BaseException | None = None
 
     def _read(self, offset: int, buffer: Bytes) -> None:

@@ -17,7 +17,7 @@ from regraft.errors import NumericError
 from regraft.merging.coding import Coder, block_of, noise_key, read_packed
 from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
-from regraft.merging.factors import FactorStore, not_finite
+from regraft.merging.factors import FactorStore, check_values
 from regraft.merging.gap import gap_square
 from regraft.merging.patch import FACTORS, STREAMS, UNITS, packed, section
 from regraft.merging.plan import Step, kept_name
@@ -293,7 +293,7 @@ class StepRun:
             NumericError: the merge made NaN or infinity out of numbers.
         """
         if self._sums[3]:
-            raise overflow(self.step, int(self._sums[3]), file_name)
+            raise overflow(self.step, int(self._sums[3]), f"{file_name}: {self.step.name}")
         step, sums = self.step, self._sums
         plain = not (step.segments or step.patches) and step.codes_of is None
         same_bytes = plain and (step.source.dtype == step.dtype or step.made is not None)
@@ -343,20 +343,20 @@ def check_finite(step: Step, raw: Bytes) -> None:
     """
     if step.source_adapter is None:
         return
-    values = Weights.of_bytes(raw, step.source.dtype).floats()
-    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
-    if bad:
-        raise not_finite(step.source, bad)
+    check_values(step.source, Weights.of_bytes(raw, step.source.dtype).floats())
 
 
-def overflow(step: Step, bad: int, where: str) -> NumericError:
+WRITE_WIDER = "Write a wider dtype (--dtype bfloat16 or float32), or lower the weight"
+
+
+def overflow(step: Step, bad: int, where: str, hint: str = WRITE_WIDER) -> NumericError:
     """Return the error for a step that made ``bad`` numbers of the base NaN or infinite."""
     return NumericError(
         "the merge would hold NaN or infinity where the base held a number",
-        where=f"{where}: {step.name}",
+        where=where,
         expected=f"values that {step.dtype} can hold",
         found=f"{bad} of {step.source.numel} that it cannot",
-        hint="Write a wider dtype (--dtype bfloat16 or float32), or lower the weight",
+        hint=hint,
     )
 
 

@@ -28,7 +28,29 @@ class Source(Protocol):
         """Return the blake3 (hex) a tensor has to have, if that is known."""
 
 
-class FileSource:
+class WholeSource:
+    """A source of which everything is there as it is: any place is as good as another to read."""
+
+    def cost(self, spec: TensorSpec) -> int:
+        """Return 0."""
+        del spec
+        return 0
+
+    def grain(self, spec: TensorSpec) -> int:
+        """Return 1."""
+        del spec
+        return 1
+
+    def release(self, spec: TensorSpec) -> None:
+        """Do nothing."""
+
+    def expected(self, name: str) -> str | None:
+        """Return None: it holds what it holds."""
+        del name
+        return None
+
+
+class FileSource(WholeSource):
     """The files themselves."""
 
     def __init__(self, files: FilePool) -> None:
@@ -37,21 +59,3 @@ class FileSource:
     def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
         """Read from the tensor's file."""
         self._files.read_into(spec, offset, buffer.data)
-
-    def cost(self, spec: TensorSpec) -> int:
-        """Return 0."""
-        del spec
-        return 0
-
-    def grain(self, spec: TensorSpec) -> int:
-        """Return 1: any place is as good as another."""
-        del spec
-        return 1
-
-    def release(self, spec: TensorSpec) -> None:
-        """Do nothing."""
-
-    def expected(self, name: str) -> str | None:
-        """Return None: a file holds what it holds."""
-        del name
-        return None

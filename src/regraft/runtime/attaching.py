@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import UsageError
+from regraft.libraries import require
 from regraft.runtime.cache import AdapterCache
-from regraft.runtime.extras import require
 
 if TYPE_CHECKING:
     import torch

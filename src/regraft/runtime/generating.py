@@ -15,8 +15,8 @@ from regraft.errors import AdapterError, InputError, UnsupportedError, UsageErro
 from regraft.formats.hub import locate
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import looks_like
+from regraft.libraries import quieted, require
 from regraft.merging.card import auto_class_of
-from regraft.runtime.extras import require
 
 if TYPE_CHECKING:
     from regraft.runtime.handle import Adapters
@@ -397,14 +397,6 @@ def quiet() -> Iterator[None]:
     """Hide what transformers says and draws; errors are exceptions and pass."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with quieted(logging), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

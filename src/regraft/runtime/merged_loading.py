@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
+from regraft.libraries import require
 from regraft.merging.bases import open_base, see
 from regraft.merging.card import auto_class_of
 from regraft.merging.in_memory import MemoryMerge
@@ -25,7 +26,6 @@ from regraft.merging.planning import make_plan
 from regraft.merging.quantized import check_scales
 from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
 from regraft.merging.sidefiles import updated_config
-from regraft.runtime.extras import require
 from regraft.tensors import DTYPES
 
 if TYPE_CHECKING:

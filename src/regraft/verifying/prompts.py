@@ -27,7 +27,6 @@ from regraft.errors import (
     DiskSpaceError,
     EnvironmentShortfall,
     InputError,
-    MissingExtraError,
     NumericError,
     Problem,
     RegraftError,
@@ -37,6 +36,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import typed_os_errors
+from regraft.libraries import quieted, require
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.planning import Choices, make_plan
 from regraft.verifying.prompt_file import Prompt, read_prompts
@@ -120,7 +120,7 @@ def check_prompts(file: str | Path) -> list[Prompt]:
         AccessError: the system refused to read the file.
     """
     prompts = read_prompts(Path(file))
-    _require_extra()
+    require("torch", "transformers", why="comparing answers to prompts", where="--prompts")
     return prompts
 
 
@@ -163,15 +163,6 @@ def _shortened(text: str) -> str:
 # -- surroundings ----------------------------------------------------------------------------------
 
 
-def _require_extra() -> None:
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f"comparing answers to prompts needs {' and '.join(missing)}", where="--prompts",
-            hint="Run pip install 'regraft[torch]'",
-        )  # fmt: skip
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide what transformers and PEFT say and draw; errors are exceptions and pass."""
@@ -179,17 +170,9 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads: sleep, do not spin
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with quieted(logging), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

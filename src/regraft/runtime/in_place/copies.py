@@ -15,7 +15,7 @@ import torch
 
 from regraft.deltas.views import View
 from regraft.deltas.weights import Bytes, Floats, Weights
-from regraft.merging.factors import not_finite
+from regraft.merging.factors import check_values
 from regraft.runtime.in_place.weights import bytes_of
 from regraft.runtime.live_base import spec_of
 from regraft.runtime.matching import LiveAdapter, Tensors
@@ -61,9 +61,6 @@ def _copied(adapter: LiveAdapter) -> LiveAdapter:
         spec = replace(spec_of(key, tensor.shape, tensor.dtype), path=Path(adapter.name))
         # By numpy: on tensors of this size, torch would wait for its threads most of the time.
         raw = bytes_of(tensor.detach().cpu().contiguous()).copy()
-        values = Weights.of_bytes(raw, spec.dtype).floats()
-        bad = int(values.size - np.count_nonzero(np.isfinite(values)))
-        if bad:
-            raise not_finite(spec, bad)
+        check_values(spec, Weights.of_bytes(raw, spec.dtype).floats())
         tensors[key] = torch.from_numpy(raw).view(tensor.dtype).reshape(tensor.shape)
     return LiveAdapter(adapter.name, adapter.config, adapter.adapter, tensors, adapter.metadata)

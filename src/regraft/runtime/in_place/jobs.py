@@ -13,13 +13,14 @@ import torch
 from regraft.deltas.exceptions import keep_exceptions, put_back
 from regraft.deltas.units import Encoder, Kept
 from regraft.deltas.weights import Bytes, Sums, Weights
-from regraft.errors import MismatchError, NumericError
+from regraft.errors import MismatchError
 from regraft.merging.backwards import Backwards
 from regraft.merging.coding import Coder, block_of, read_packed
 from regraft.merging.compute import ReadSource, StepMath
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.factors import Factors
 from regraft.merging.plan import Step
+from regraft.merging.run import overflow
 from regraft.merging.tiles import Tile, tiles_of
 from regraft.runtime.in_place.pool import TILE_BYTES, Room
 from regraft.runtime.in_place.quantized import LiveQuantized
@@ -129,11 +130,9 @@ class Job(ABC):
     def _check(self) -> None:
         broken = int(self.sums[3])
         if broken:
-            raise NumericError(
-                "the merge would hold NaN or infinity where the base held a number",
-                where=self.step.name, expected=f"values that {self.step.dtype} can hold",
-                found=f"{broken} of {self.step.source.numel} that it cannot",
-                hint="Lower the weight, or load the model in a wider dtype",
+            raise overflow(
+                self.step, broken, self.step.name,
+                "Lower the weight, or load the model in a wider dtype",
             )  # fmt: skip
 
     @abstractmethod

@@ -18,6 +18,7 @@ from torch import nn
 
 from regraft.deltas.weights import Bytes
 from regraft.errors import FormatError
+from regraft.merging.source import WholeSource
 from regraft.quant.bitsandbytes import FourBit, Nested
 from regraft.quant.int8 import Int8
 from regraft.quant.weight import Codec, QuantizedWeight
@@ -32,7 +33,7 @@ from regraft.runtime.quantized_parameters import (
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec, nbytes_of
 
 
-class LiveQuantized:
+class LiveQuantized(WholeSource):
     """A quantized parameter; a :class:`regraft.merging.source.Source` of its stored tensors.
 
     Attributes:
@@ -110,24 +111,6 @@ class LiveQuantized:
             self._memory.read(offset, buffer)
         else:
             raise ValueError(f"{spec.name} is not open")
-
-    def cost(self, spec: TensorSpec) -> int:
-        """Return 0: all is in memory."""
-        del spec
-        return 0
-
-    def grain(self, spec: TensorSpec) -> int:
-        """Return 1: any place is as good as another."""
-        del spec
-        return 1
-
-    def release(self, spec: TensorSpec) -> None:
-        """Do nothing."""
-
-    def expected(self, name: str) -> str | None:
-        """Return None: memory holds what it holds."""
-        del name
-        return None
 
 
 def _spec(name: str, dtype: str, shape: Iterable[int]) -> TensorSpec:

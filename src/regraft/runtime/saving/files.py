@@ -25,14 +25,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, is_dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from regraft.adapters.dialects.peft import PREFIX
+from regraft.adapters.lora_config import as_json
 from regraft.errors import AdapterError, BusyError, Problem, UsageError
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped
@@ -119,24 +119,11 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
 
     Sets become sorted lists, so that the bytes do not depend on their order.
     """
-    plain = {**_plain(config), "inference_mode": True}
-    return json.dumps(plain, indent=2, sort_keys=True).encode()
+    plain = {**as_json(config), "inference_mode": True}
+    return json.dumps(plain, indent=2, sort_keys=True, default=_refuse_value).encode()
 
 
-def _plain(value: Any) -> Any:
-    """Return a value of a config as JSON has it."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
+def _refuse_value(value: object) -> Any:
     raise UsageError(
         "the adapter's config holds a value that JSON cannot", found=type(value).__name__
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import MissingExtraError, OutputExistsError
+from regraft.errors import OutputExistsError
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH, is_model_weights
+from regraft.libraries import require
 
 if TYPE_CHECKING:
     import torch
@@ -55,26 +55,11 @@ def save(
     """
     place = Path(folder)
     _check_place(place, overwrite=overwrite)
-    saved = _saved_module()
-    found = saved.saved_of(what, name, base_revision)
-    return Path(saved.write_saved(found, place, dtype=dtype, tokenizer=tokenizer))
+    require("torch", why="a live model")
+    from regraft.runtime.saving.saved import saved_of, write_saved
 
-
-def _saved_module() -> Any:
-    """Return the module that knows live models.
-
-    Raises:
-        MissingExtraError: torch is not installed.
-    """
-    try:
-        return import_module("regraft.runtime.saving.saved")
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise MissingExtraError(
-            "torch is needed for live models",
-            hint="Install it: pip install 'regraft[torch]'",
-        ) from error
+    found = saved_of(what, name, base_revision)
+    return write_saved(found, place, dtype=dtype, tokenizer=tokenizer)
 
 
 def _check_place(place: Path, *, overwrite: bool) -> None:
