@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import blake3
-import torch
 
 import regraft
 from regraft.demo.answers import Asker
@@ -18,6 +17,7 @@ from regraft.demo.compare import Logits
 from regraft.demo.data import Example
 from regraft.demo.lessons import LESSONS
 from regraft.demo.state import DemoFolder
+from regraft.runtime.in_place.weights import bytes_of
 
 Answers = dict[str, list[str]]
 """By the adapter's name, its answer to each sentence."""
@@ -138,13 +138,9 @@ def _timed(call: Callable[[], None]) -> float:
 def _digests(model: Any) -> dict[str, bytes]:
     """Return the digest of every tensor's bytes, by its name in ``state_dict()``."""
     return {
-        name: blake3.blake3(_bytes_of(tensor)).digest()
+        name: blake3.blake3(bytes_of(tensor.contiguous()).data).digest()
         for name, tensor in model.state_dict().items()
     }
-
-
-def _bytes_of(tensor: Any) -> Any:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _distinct(model: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,20 +130,16 @@ class DemoResult:
     @property
     def adapters_right(self) -> dict[str, int]:
         """Sentences that each live adapter gets right, to the letter."""
-        return {
-            name: sum(
-                question.adapters[name] == question.right[name] for question in self.questions
-            )
-            for name in self.adapters
-        }
+        return self._right(lambda question: question.adapters)
 
     @property
     def four_bits_right(self) -> dict[str, int]:
         """Sentences that each adapter gets right on the base in 4 bits, to the letter."""
+        return self._right(lambda question: question.four_bits)
+
+    def _right(self, answers: Callable[[Question], Mapping[str, str]]) -> dict[str, int]:
         return {
-            name: sum(
-                question.four_bits[name] == question.right[name] for question in self.questions
-            )
+            name: sum(answers(each)[name] == each.right[name] for each in self.questions)
             for name in self.adapters
         }
 

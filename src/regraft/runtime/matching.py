@@ -46,6 +46,11 @@ class LiveAdapter:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     @property
+    def dropout(self) -> float:
+        """The share of the inputs of A that is dropped in training."""
+        return float(self.config.get("lora_dropout") or 0.0)
+
+    @property
     def is_trainable(self) -> bool:
         """Whether any of its tensors is being trained."""
         return any(tensor.requires_grad for tensor in self.tensors.values())

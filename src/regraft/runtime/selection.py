@@ -13,7 +13,7 @@ from regraft.errors import UsageError
 from regraft.runtime.layers.grouped import GroupedLora
 from regraft.runtime.layers.operations import Operations
 from regraft.runtime.layers.quick import quick_dtype
-from regraft.runtime.layers.steps import Dora, LowRank, Step, run
+from regraft.runtime.layers.steps import Dora, LowRank, Step, run, scaled
 
 Named = tuple[tuple[str, float], ...]
 """Adapters by name with their weights, in their order."""
@@ -235,10 +235,9 @@ class Together:
         """Scale the channels of the rows that have DoRA; the bias is not scaled."""
         factors = torch.stack([dora.factor(out.device) for _, dora in self._doras])
         factors = factors.reshape(len(self._doras), *(1,) * (out.dim() - 2), -1)
-        mine = out.index_select(0, self._dora_rows)
-        bias = getattr(module, "bias", None)
-        scaled = mine * factors if bias is None else (mine - bias) * factors + bias
-        return out.index_copy(0, self._dora_rows, scaled.to(out.dtype))
+        kind, mine = self._doras[0][1].delta.kind, out.index_select(0, self._dora_rows)
+        grown = scaled(module, kind, mine, factors)
+        return out.index_copy(0, self._dora_rows, grown.to(out.dtype))
 
 
 def _scaled(

@@ -68,10 +68,8 @@ class ComputedWeight:
 
     def _with(self, value: Tensor, deltas: Sequence[Delta]) -> Tensor:
         first = deltas[0]
-        if first.magnitude is not None or len(deltas) == 1:
-            for delta in deltas:
-                value = self._with_one(value, delta)
-            return value
+        if len(deltas) == 1:
+            return self._with_one(value, first)
         pairs = [self.pair(delta, value.device) for delta in deltas]
         left = torch.stack([pair[0] for pair in pairs])
         right = torch.stack([pair[1] for pair in pairs])

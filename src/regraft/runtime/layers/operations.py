@@ -153,10 +153,10 @@ class _Builder:
         adapter = self._tensors.adapters[delta.adapter]
         trained = self._tensors.trained[delta.adapter] and not delta.is_residual
         whole = delta.rows == (0, weight.work.source.shape[0]) or kind is not LINEAR
-        dropout = float(adapter.config.get("lora_dropout") or 0.0)
+        has_dropout = kind is not EMBEDDING and not delta.is_residual  # PEFT drops no token ids
         return LowRank(
             kind, Factors(make, trained=trained), delta.scale, None if whole else delta.rows,
-            0.0 if delta.is_residual else dropout,
+            adapter.dropout if has_dropout else 0.0,
         )  # fmt: skip
 
     def _dora(
@@ -234,7 +234,7 @@ def _can_join(first: LowRank, second: LowRank) -> bool:
     pairs = first.factors.fixed, second.factors.fixed
     if pairs[0] is None or pairs[1] is None or first.rows or second.rows:
         return False
-    if first.dropout or second.dropout or first.kind.name not in ("linear", "Conv1D"):
+    if first.dropout or second.dropout or not first.kind.in_place:
         return False
     same: bool = pairs[0][0].dtype == pairs[1][0].dtype
     return same

@@ -50,6 +50,5 @@ def grouped_step(adapter: LiveAdapter, weight: float, target: LoraTarget) -> Low
         lambda: (adapter.tensors[target.a.name], adapter.tensors[target.b.name]),
         trained=adapter.is_trainable,
     )
-    dropout = float(adapter.config.get("lora_dropout") or 0.0)
     kind, exact = GROUPED_CONVOLUTION, float(np.float32(scale))
-    return LowRank(kind, factors, exact, None, dropout)
+    return LowRank(kind, factors, exact, None, adapter.dropout)

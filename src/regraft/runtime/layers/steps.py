@@ -83,7 +83,7 @@ class LowRank:
     def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Return the output with the delta added."""
         a, b = self.factors.on(out.device)
-        if self.dropout and module.training and self.kind.name != "embedding":
+        if self.dropout and module.training:
             x = functional.dropout(usable(x, a), self.dropout)
         if self.kind.in_place and can_be_changed(out, x, a, b):
             self._quickly(a, b).add(x, out)
@@ -125,10 +125,9 @@ class Dora:
         """Return the output with the delta added and its channels scaled."""
         kind, rows = self.delta.kind, self.delta.rows
         factor = kind.channels(module, self.factor(out.device))
-        bias = _bias_of(module, kind)
         a, b = self.delta.factors.on(out.device)
         x = usable(x, a)
-        if self.delta.dropout and module.training and kind.name != "embedding":
+        if self.delta.dropout and module.training:
             x = functional.dropout(x, self.delta.dropout)
             dropped = kind.base(module, x, self.weight().to(x.dtype))
             added = kind.up(module, kind.down(module, x, a), b) * self.delta.scale
@@ -138,19 +137,21 @@ class Dora:
             added = functional.pad(added, (rows[0], out.shape[-1] - rows[1]))
             ones = factor.new_ones(out.shape[-1])
             factor = torch.cat((ones[: rows[0]], factor, ones[rows[1] :]))
-        if bias is None:
-            return (factor * (out + added)).to(out.dtype)
-        return (factor * (out - bias + added) + bias).to(out.dtype)
+        return scaled(module, kind, out + added, factor).to(out.dtype)
 
 
-def _bias_of(module: nn.Module, kind: Kind) -> Tensor | None:
+def scaled(module: nn.Module, kind: Kind, out: Tensor, factor: Tensor) -> Tensor:
+    """Return an output with its channels multiplied; a layer's bias is not."""
     bias = getattr(module, "bias", None)
-    return kind.channels(module, bias) if isinstance(bias, Tensor) else None
+    if not isinstance(bias, Tensor):
+        return factor * out
+    bias = kind.channels(module, bias)
+    return factor * (out - bias) + bias
 
 
 @dataclass(eq=False)
 class Shift:
-    """Adds a vector to every output: scale times ``lora_bias``, or the change of a replaced bias.
+    """Adds a vector to every output: scale times ``lora_bias``.
 
     Attributes:
         kind: the layer's.
