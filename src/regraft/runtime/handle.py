@@ -297,22 +297,22 @@ class Adapters:
             MismatchError: adapters of one row cannot go together.
         """
         self._check_unmerged()
-        of_row = [named(each) for each in adapters]
+        of_row = tuple(named(each) for each in adapters)
         if not of_row or repeats < 1:
             raise UsageError(
                 "no rows were named", where="rows()", hint="Name an adapter or None for each row"
             )
         names = dict.fromkeys(name for parts in of_row for name, _ in parts)
-        repeated = tuple(parts for parts in of_row for _ in range(repeats))
         with self._library.choose(list(names)) as chosen:
-            rows = self._library.rows(repeated, lambda: self._rows(repeated, chosen))
+            rows = self._library.rows(of_row, repeats, lambda: self._rows(of_row, repeats, chosen))
             with self._scope(rows):
                 yield
 
-    def _rows(self, of_row: Sequence[Named], chosen: Chosen) -> Rows:
+    def _rows(self, of_row: Sequence[Named], repeats: int, chosen: Chosen) -> Rows:
         distinct = {parts: self._selection(parts, chosen) for parts in of_row}
         number = {parts: at for at, parts in enumerate(distinct)}
-        return Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row))
+        mixes, numbers = tuple(distinct.values()), tuple(number[parts] for parts in of_row)
+        return Rows(mixes, numbers, self.base, repeats)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

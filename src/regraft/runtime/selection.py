@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import UsageError
 from regraft.runtime.layers.grouped import GroupedLora
 from regraft.runtime.layers.operations import Operations
 from regraft.runtime.layers.quick import quick_dtype
 from regraft.runtime.layers.steps import Dora, LowRank, Step, run, scaled
+from regraft.runtime.live_base import LiveBase
+from regraft.runtime.mixed_modules import by_name, run_mixed
+from regraft.runtime.row_axes import (
+    Axis,
+    axis_of,
+    doubt_of_images,
+    is_in_backward,
+    unknown_rows,
+    wrong_length,
+)
 
 Named = tuple[tuple[str, float], ...]
 """Adapters by name with their weights, in their order."""
@@ -40,8 +50,27 @@ class Selection:
         """Return what is called in the place of a module's forward pass, or None."""
         return self.operations.replacements.get(path)
 
-    def check(self, batch: int) -> None:
+    def check(self, batch: int, given: Mapping[str, Any] | None = None) -> None:
         """Accept any batch."""
+
+    def done(self) -> None:
+        """Note that a call of the model is over."""
+
+
+UNCALLED = "the model is not called as a whole"
+"""Why nothing is known of images where a part of a model is called by itself."""
+
+
+class Call(threading.local):
+    """What is known of the call of the model that runs in this thread.
+
+    Attributes:
+        batch: its rows.
+        images: why it is not known which row each image belongs to; None where it is.
+    """
+
+    batch: int = 1
+    images: str | None = UNCALLED
 
 
 @dataclass(eq=False)
@@ -51,14 +80,23 @@ class Rows:
     Attributes:
         distinct: the different mixes; None stands for no adapter.
         of_row: which of them each row has.
+        base: the model.
+        repeats: how many rows the model may make of each, one after the other.
     """
 
     distinct: tuple[Selection | None, ...]
     of_row: tuple[int, ...]
+    base: LiveBase
+    repeats: int = 1
     _after: dict[str, Any] = field(default_factory=dict)
+    _axes: dict[str, Axis] = field(default_factory=dict)
+    _calls: Call = field(default_factory=Call)
 
     def after(self, path: str, module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
         """Return a module's output with each row's steps done to it; None for none."""
+        if len(self.distinct) == 1:
+            only = self.distinct[0]
+            return None if only is None else only.after(path, module, x, out)
         found = self._after.get(path)
         if found is None:
             found = self._make(path)
@@ -71,18 +109,58 @@ class Rows:
 
     def instead(self, path: str) -> Any | None:
         """Return what is called in the place of a module's forward pass, or None."""
+        if len(self.distinct) == 1:
+            return None if self.distinct[0] is None else self.distinct[0].instead(path)
         if not any(each is not None and each.instead(path) for each in self.distinct):
             return None
         return MixedReplacement(self, path)
 
-    def check(self, batch: int) -> None:
-        """Refuse a batch of another length.
+    def check(self, batch: int, given: Mapping[str, Any] | None = None) -> None:
+        """Refuse a batch of another length, and note what a call says of its rows.
+
+        Args:
+            batch: its rows; those that were named, or as many times more as the model makes.
+            given: what the model was called with; None for a part of it that is called by itself.
 
         Raises:
             UsageError: it has more or fewer rows than were named.
         """
-        if batch != len(self.of_row):
-            raise wrong_length(batch, len(self.of_row))
+        count = len(self.of_row)
+        if batch not in (count, count * self.repeats):
+            raise wrong_length(batch, count * self.repeats)
+        self._calls.batch = batch
+        if given is not None and len(self.distinct) > 1:
+            self._calls.images = doubt_of_images(self.base.config or {}, given, batch)
+
+    def done(self) -> None:
+        """Forget what the call that is over said of its images."""
+        self._calls.images = UNCALLED
+
+    def axis(self, path: str) -> Axis:
+        """Return what is known of the rows in what a module is given."""
+        found = self._axes.get(path)
+        if found is None:
+            found = self._axes[path] = axis_of(self.base, path)
+        return found
+
+    def check_shape(self, axis: Axis, shape: Sequence[int]) -> None:
+        """Refuse an input of which it is not known where its rows are.
+
+        Raises:
+            UnsupportedError: it is not known.
+            UsageError: its rows cannot be those that were named.
+        """
+        axis.check(shape, len(self.of_row), self.repeats)
+        if axis.of_images and self._calls.images is not None and not is_in_backward():
+            raise unknown_rows(axis.path, self._calls.images)
+
+    def spread(self, value: Any) -> Any:
+        """Return ids that are the same for all rows, such as positions, for each row."""
+        count = len(self.of_row)
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != 1 or count == 1:
+            return value
+        batch = count if self.repeats == 1 else self._calls.batch
+        return value.expand(batch, *value.shape[1:])
 
     def groups(self, length: int) -> list[tuple[int, list[int]]]:
         """Return each mix with the places that it has along an axis of a length.
@@ -109,16 +187,6 @@ class Rows:
         return [of for of in self.of_row for _ in range(each)]
 
 
-def wrong_length(batch: int, rows: int) -> UsageError:
-    """Return the error for a batch whose rows are not those that were named."""
-    return UsageError(
-        "the batch does not have as many rows as adapters were named", where="rows()",
-        expected=f"{rows} rows", found=f"a batch of {batch}",
-        hint="Name one adapter (or None) for each row; where generate() makes several rows of one "
-        "(num_beams, num_return_sequences), say so: rows(names, repeats=num_beams)",
-    )  # fmt: skip
-
-
 class MixedSteps:
     """The steps of one module for a batch whose rows have different mixes.
 
@@ -127,7 +195,7 @@ class MixedSteps:
     """
 
     def __init__(self, rows: Rows, path: str) -> None:
-        self._rows, self._path = rows, path
+        self._rows, self._path, self._axis = rows, path, rows.axis(path)
         self._steps = [
             None if each is None else each.operations.steps.get(path) for each in rows.distinct
         ]
@@ -142,12 +210,15 @@ class MixedSteps:
 
     def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Return the output with each row's steps done to it."""
-        count = len(self._rows.of_row)
-        if x.shape[0] == 1 and count > 1:  # what is the same for all rows, such as positions
-            x = x.expand(count, *x.shape[1:])
-            out = out.expand(count, *out.shape[1:]).contiguous()
-        if x.shape[0] % count:
-            raise wrong_length(x.shape[0], count)
+        self._rows.check_shape(self._axis, x.shape)
+        if self._axis.number == 0:
+            return self._run(module, x, out)
+        return self._run(module, x.transpose(0, 1), out.transpose(0, 1)).transpose(0, 1)
+
+    def _run(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        if self._axis.is_ids and x.shape[0] == 1:
+            x = self._rows.spread(x)
+            out = out.expand(x.shape[0], *out.shape[1:]).contiguous()
         if self._alike and not (self._dropout and module.training):
             return self._group(x, out)(module, x, out)
         return self._by_mix(module, x, out)
@@ -253,71 +324,22 @@ class MixedReplacement:
 
     def __init__(self, rows: Rows, path: str) -> None:
         self._rows, self._path = rows, path
+        self._axis = rows.axis(path)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the module once for each mix, on its own rows."""
-        first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        axis = batch_axis(module)
-        length = first.shape[axis]
-        if length == 1 and len(self._rows.of_row) > 1:
-            count = len(self._rows.of_row)
-            args = tuple(_expand(v, axis, count) for v in args)
-            kwargs = {k: _expand(v, axis, count) for k, v in kwargs.items()}
-            length = count
-        parts, order = [], list[int]()
-        for number, places in self._rows.groups(length):
-            index = torch.tensor(places, device=first.device)
-            order += places
-            taken = [_take(v, axis, length, index) for v in args]
-            named = {k: _take(v, axis, length, index) for k, v in kwargs.items()}
-            parts.append(self._run(number, module, taken, named))
-        back = torch.tensor(order, device=first.device).argsort()
-        return _join(parts, axis, back)
+        rows = self._rows
+        given = by_name(module, args, kwargs)
+        if self._axis.is_ids:
+            given = {name: rows.spread(value) for name, value in given.items()}
 
-    def _run(self, number: int, module: nn.Module, args: Sequence[Any], kwargs: Any) -> Any:
-        selection = self._rows.distinct[number]
-        found = selection.instead(self._path) if selection is not None else None
-        if found is not None:
-            return found(module, *args, **kwargs)
-        return type(module).forward(module, *args, **kwargs)
+        def run(number: int, taken: Mapping[str, Any]) -> Any:
+            selection = rows.distinct[number]
+            found = selection.instead(self._path) if selection is not None else None
+            forward = type(module).forward if found is None else found
+            ordered = [
+                taken[name] for name in [*taken][: len(args)]
+            ]  # other names stand in for them
+            return forward(module, *ordered, **dict([*taken.items()][len(args) :]))
 
-
-def batch_axis(module: nn.Module) -> int:
-    """Return the axis of a module's inputs that has one place per row (or several)."""
-    if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-        return 1
-    return 0
-
-
-def _expand(value: Any, axis: int, count: int) -> Any:
-    if not isinstance(value, Tensor) or value.dim() <= axis or value.shape[axis] != 1:
-        return value
-    return value.repeat_interleave(count, axis)
-
-
-def _take(value: Any, axis: int, length: int, index: Tensor) -> Any:
-    """Return a group's rows of an input; what has no rows is for all."""
-    if not isinstance(value, Tensor) or not value.dim():
-        return value
-    for each in dict.fromkeys((axis, 0)):
-        if value.dim() > each and value.shape[each] == length:
-            return value.index_select(each, index)
-        if value.dim() > each and length and value.shape[each] % length == 0:
-            many = value.shape[each] // length  # attention masks: heads of a row together
-            spread = (index.unsqueeze(1) * many + torch.arange(many, device=index.device)).reshape(
-                -1
-            )
-            return value.index_select(each, spread)
-    return value
-
-
-def _join(parts: Sequence[Any], axis: int, back: Tensor) -> Any:
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts), axis).index_select(axis, back)
-    if isinstance(parts[0], tuple):
-        axes = [axis, *[0] * (len(parts[0]) - 1)]  # attention: the weights have rows first
-        joined = (
-            _join(each, at, back) for each, at in zip(zip(*parts, strict=True), axes, strict=True)
-        )
-        return tuple(joined)
-    return parts[0]
+        return run_mixed(self._axis, rows.groups, rows.check_shape, module, given, run)
