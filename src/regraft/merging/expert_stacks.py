@@ -1,9 +1,9 @@
 """Which way the factors of a stack of experts lie, where sizes do not tell.
 
-Of a stack (experts, n, m) PEFT up to 0.18 made A (experts * r, n) and B (m, experts * r). From 0.19.1
-on A is (experts * r, m) and B (n, experts * r), but for modules that store (in, out) and say so
-(``is_transposed``). 0.19.0 had this condition the wrong way round, unless transformers had mended it
-(PEFT's ``ParamWrapper.update_layer``). Where n equals m, the shapes are the same.
+Of a stack (experts, n, m) PEFT up to 0.18 made A (experts * r, n) and B (m, experts * r). From
+0.19.1 on A is (experts * r, m) and B (n, experts * r), but for modules that store (in, out) and say
+so (``is_transposed``). 0.19.0 had this condition the wrong way round, unless transformers mended
+it (PEFT's ``ParamWrapper.update_layer``). Where n equals m, the shapes are the same.
 """
 
 from __future__ import annotations
