@@ -29,6 +29,7 @@ from regraft.runtime.layers.operations import Part, operations_of
 from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.row_axes import is_of_transformers
 from regraft.runtime.selection import Named, Rows, Selection
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
@@ -313,7 +314,9 @@ class Adapters:
         distinct = {parts: self._selection(parts, chosen) for parts in of_row}
         number = {parts: at for at, parts in enumerate(distinct)}
         mixes, numbers = tuple(distinct.values()), tuple(number[parts] for parts in of_row)
-        return Rows(mixes, numbers, self.base, repeats)
+        if not is_of_transformers(self.model):
+            self._hooks.cover((), ("",))  # such a model is run as a whole, once for each mix
+        return Rows(mixes, numbers, self.base, self._state.key, repeats)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ the module's class, argument by argument; a module of a class that does not say 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regraft.runtime.hooks import tensors_in
 from regraft.runtime.row_axes import Axis, is_of_transformers, unknown_rows
 
 Arguments = Mapping[str, Any]
 """What a module is called with, by name."""
+
+Axes = int | tuple[int, ...]
+"""One axis for all that comes out, or one for each part of a tuple."""
 
 Groups = Callable[[int], list[tuple[int, list[int]]]]
 """Gives each mix with its places along an axis of a length."""
@@ -39,7 +43,7 @@ class Layout:
     axis: Axis
     main: str
     inputs: Mapping[str, int]
-    outputs: int | tuple[int, ...] = 0
+    outputs: Axes = 0
     blocks: int = 1
 
 
@@ -59,13 +63,15 @@ def layout_of(module: nn.Module, axis: Axis, given: Arguments) -> Layout:
     if isinstance(module, nn.RNNBase):
         return _of_recurrent(module, axis, given)
     if type(module).__name__ == "Llama4TextExperts" and is_of_transformers(module):
-        return _of_all_experts(module, axis, given)
+        return _of_all_experts(module, axis)
     if _is_given_routes(module, given):
         return _by_first_axis(replace(axis, doubt=None), given)
     if any(isinstance(each, _BatchNorm) and each.training for each in module.modules()):
         raise unknown_rows(axis.path, "all rows are normalized together in training")
-    if is_of_transformers(module) or type(module).__module__.startswith(
-        ("torch.nn", "transformers")
+    if (
+        axis.path == ""
+        or is_of_transformers(module)
+        or type(module).__module__.startswith(("torch.nn", "transformers"))
     ):
         return _by_first_axis(axis, given)
     raise unknown_rows(axis.path, f"{type(module).__name__} is not a class whose axes are known")
@@ -78,18 +84,18 @@ def _of_attention(module: nn.MultiheadAttention, axis: Axis, given: Arguments) -
     inputs = dict.fromkeys(("query", "key", "value"), at) | {"key_padding_mask": 0}
     if isinstance(given.get("attn_mask"), Tensor) and given["attn_mask"].dim() == 3:
         inputs["attn_mask"] = 0  # heads of a row together
-    return Layout(replace(axis, number=at, by_class=True), "query", inputs, (at, 0))
+    return Layout(replace(axis, number=at), "query", inputs, (at, 0))
 
 
 def _of_recurrent(module: nn.RNNBase, axis: Axis, given: Arguments) -> Layout:
     at = 0 if module.batch_first else 1
     if not isinstance(given["input"], Tensor) or given["input"].dim() != 3:
         raise unknown_rows(axis.path, "its input is packed, or has no axis for rows")
-    axis = replace(axis, number=at, by_class=True)
+    axis = replace(axis, number=at)
     return Layout(axis, "input", {"input": at, "hx": 1}, (at, 1))
 
 
-def _of_all_experts(module: Any, axis: Axis, given: Arguments) -> Layout:
+def _of_all_experts(module: Any, axis: Axis) -> Layout:
     """Llama 4 gives every expert all tokens, one expert after the other."""
     return Layout(replace(axis, doubt=None), "hidden_states", {"hidden_states": 0},
                   blocks=int(module.num_experts))  # fmt: skip
@@ -105,20 +111,36 @@ def _is_given_routes(module: nn.Module, given: Arguments) -> bool:
 
 def _by_first_axis(axis: Axis, given: Arguments) -> Layout:
     """Take what is as long as the first tensor; refuse what cannot be taken apart."""
-    main = next((name for name, value in given.items() if isinstance(value, Tensor)), None)
-    if main is None or not given[main].dim():
+    main = next(
+        (name for name, value in given.items() if next(tensors_in(value), None) is not None), None
+    )
+    first = None if main is None else next(tensors_in(given[main]))
+    if main is None or first is None or not first.dim():
         raise unknown_rows(axis.path, "its input has no axis for rows")
-    length = given[main].shape[axis.number]
-    inputs = {main: axis.number}
     for name, value in given.items():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if name == main or each is None or isinstance(each, bool | int | float | str):
-                continue
-            if not isinstance(each, Tensor) or tuple(each.shape[:2]) == (length, length):
-                raise unknown_rows(axis.path, f"its argument {name} cannot be taken apart")
-            if each.dim() and each.shape[0] == length:
-                inputs[name] = 0
-    return Layout(axis, main, inputs, axis.number)
+        if any(not _is_separable(each, first) for each in _leaves(value)):
+            raise unknown_rows(axis.path, f"its argument {name} cannot be taken apart")
+    return Layout(axis, main, dict.fromkeys(given, 0))
+
+
+def _is_separable(value: Any, first: Tensor) -> bool:
+    """Whether it is known if an argument has rows, or it is plain that it has none."""
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, bool | int | float | str)
+    length = first.shape[0]
+    is_alike = value.shape == first.shape and not value.is_floating_point()
+    return value is first or is_alike or tuple(value.shape[:2]) != (length, length)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what a structure of dicts, lists and tuples holds."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        for each in value:
+            yield from _leaves(each)
+    else:
+        yield value
 
 
 def run_mixed(
@@ -139,7 +161,7 @@ def run_mixed(
         UsageError: the rows cannot be those that were named.
     """
     layout = layout_of(module, axis, given)
-    main, at = given[layout.main], layout.inputs[layout.main]
+    main, at = next(tensors_in(given[layout.main])), layout.inputs[layout.main]
     shape = list(main.shape)
     shape[at] //= layout.blocks
     check(layout.axis, shape)
@@ -157,31 +179,26 @@ def run_mixed(
 
 
 def by_name(module: nn.Module, args: Sequence[Any], kwargs: Arguments) -> dict[str, Any]:
-    """Return a call's arguments by name.
-
-    Raises:
-        TypeError: the call does not fit the module.
-    """
-    signature = inspect.signature(type(module).forward)
-    bound = signature.bind(module, *args, **kwargs).arguments
-    names = list(signature.parameters.values())
-    given: dict[str, Any] = {}
-    for parameter in names[1:]:
-        if parameter.name in bound:
-            value = bound[parameter.name]
-            is_rest = parameter.kind is inspect.Parameter.VAR_KEYWORD
-            given |= value if is_rest else {parameter.name: value}
-    return given
+    """Return a call's arguments by name, those that come by their place first."""
+    signature = inspect.signature(type(module).forward).parameters.values()
+    names = [each.name for each in signature if each.kind is each.POSITIONAL_OR_KEYWORD][1:]
+    names += [f"argument {at}" for at in range(len(names), len(args))]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def _take(value: Any, layout: Layout, name: str, length: int, index: Tensor) -> Any:
     """Return a group's rows of an argument; what has no rows is for all."""
     if name not in layout.inputs:
         return value
+    if isinstance(value, Mapping):
+        taken = {key: _take(each, layout, name, length, index) for key, each in value.items()}
+        return taken if type(value) is dict else type(value)(**taken)
     if isinstance(value, tuple | list):
         return type(value)(_take(each, layout, name, length, index) for each in value)
     at = layout.inputs[name]
-    if not isinstance(value, Tensor) or value.dim() <= at or value.shape[at] == 1 != length:
+    if not isinstance(value, Tensor) or value.dim() <= at:
+        return value
+    if value.shape[at] % length or not value.shape[at]:
         return value
     if layout.blocks > 1:
         return (
@@ -197,30 +214,39 @@ def _take(value: Any, layout: Layout, name: str, length: int, index: Tensor) -> 
 def _check_part(part: Any, layout: Layout, places: int) -> None:
     """Refuse an output that does not have the rows that went in."""
     for value, at in _with_axes(part, layout.outputs):
-        if isinstance(value, Tensor) and (
-            value.dim() <= at or value.shape[at] != places * layout.blocks
-        ):
-            raise unknown_rows(
-                layout.axis.path, "what comes out does not have the rows of its input"
-            )
+        if isinstance(value, Tensor):
+            fits = value.dim() > at and value.shape[at] == places * layout.blocks
+        else:
+            fits = value is None or isinstance(value, bool | int | str)
+        if not fits:
+            raise unknown_rows(layout.axis.path, "what comes out does not have its input's rows")
 
 
-def _with_axes(value: Any, axes: int | tuple[int, ...]) -> list[tuple[Any, int]]:
-    """Return the tensors of an output, each with its axis."""
-    if not isinstance(value, tuple):
+def _with_axes(value: Any, axes: Axes) -> list[tuple[Any, int]]:
+    """Return what an output holds, each with its axis."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if not isinstance(value, tuple | list):
         return [(value, axes if isinstance(axes, int) else axes[0])]
-    each = [axes] * len(value) if isinstance(axes, int) else axes
-    return [pair for one, at in zip(value, each, strict=True) for pair in _with_axes(one, at)]
+    pairs = zip(value, _each(axes, len(value)), strict=True)
+    return [pair for one, at in pairs for pair in _with_axes(one, at)]
 
 
-def _join(parts: Sequence[Any], axes: int | tuple[int, ...], back: Tensor, blocks: int) -> Any:
-    if isinstance(parts[0], tuple):
-        each = [axes] * len(parts[0]) if isinstance(axes, int) else axes
-        joined = zip(zip(*parts, strict=True), each, strict=True)
-        return tuple(_join(one, at, back, blocks) for one, at in joined)
+def _each(axes: Axes, count: int) -> Sequence[int]:
+    return [axes] * count if isinstance(axes, int) else axes[:count]
+
+
+def _join(parts: Sequence[Any], axes: Axes, back: Tensor, blocks: int) -> Any:
+    first = parts[0]
+    if isinstance(first, Mapping):
+        named = {k: _join([part[k] for part in parts], axes, back, blocks) for k in first}
+        return named if type(first) is dict else type(first)(**named)
+    if isinstance(first, tuple | list):
+        each = zip(zip(*parts, strict=True), _each(axes, len(first)), strict=True)
+        return type(first)(_join(one, at, back, blocks) for one, at in each)
+    if not isinstance(first, Tensor):
+        return first
     at = axes if isinstance(axes, int) else axes[0]
-    if not isinstance(parts[0], Tensor):
-        return parts[0]
     if blocks == 1:
         return torch.cat(list(parts), at).index_select(at, back)
     runs = torch.cat([part.unflatten(at, (blocks, -1)) for part in parts], at + 1)

@@ -1,11 +1,11 @@
 """Where the rows of a batch are in what a module is given, and whether that is known at all.
 
-A layer sees a tensor. That its first axis is as long as the batch, or a multiple of it, does not say
-that the rows lie along it: an axis of time can be as long as the batch, tokens may be sorted by
-expert, images packed one after the other. What is known comes from the classes: torch's own say
-where their batch is, and the models of transformers keep rows first, with exceptions that are
-told by name here. Of other models only the plain case is taken: one place for each row on the first
-axis, and no other axis of the same length. Whatever else there is gets refused.
+A layer sees a tensor. That its first axis is as long as the batch, or a multiple of it, does not
+say that the rows lie along it: an axis of time can be as long as the batch, tokens may be sorted by
+expert, images packed one after the other. What is known comes from the classes: the models of
+transformers keep rows first, with exceptions that are told here, and torch's own modules say where
+their batch is. Nothing is known of layers in other models. Those are run as a whole, once for each
+mix of adapters, on its rows.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ from regraft.errors import UnsupportedError, UsageError
 from regraft.runtime.live_base import LiveBase
 
 OTHERWISE = frozenset({
-    "bridgetower", "bros", "edgetam_video", "fsmt", "led", "longformer", "mask2former", "maskformer",
-    "musicgen", "musicgen_melody", "oneformer", "prophetnet", "sam2_video", "sam3_tracker_video",
-    "transfo-xl", "xlnet",
+    "bridgetower", "bros", "edgetam_video", "fsmt", "led", "longformer", "mask2former",
+    "maskformer", "musicgen", "musicgen_melody", "oneformer", "prophetnet", "sam2_video",
+    "sam3_tracker_video", "xlnet",
 })  # fmt: skip
 """Types of models, of transformers, in which layers are given something else than rows first."""
 
-_TIME_FIRST = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _EXPERT = re.compile(r"(^|\.)(?!shared)\w*experts?(_?\d+)?(\.|$)")
 _EXPERT_CLASS = re.compile(r"(?<!Shared)Experts?(MLP)?$|TopKGating$")
-_MIXTURE_CLASS = re.compile(r"moe|expert|mixture|rout", re.IGNORECASE)
 _RELATIVE = re.compile(r"(^|[._])rel(ative)?[._]|relative|cpb_mlp|bias_table")
 _PACKED = ("cu_seqlens", "cu_seq_lens", "cu_seq_lens_q")
 
@@ -50,20 +48,16 @@ class Axis:
 
     Attributes:
         path: the module's.
-        number: the axis along which rows lie.
+        number: the axis along which rows lie, with all places of a row together.
         doubt: why they are not known, whatever the module is given; None if they can be.
-        in_parts: whether a row may have several places, one after the other: tokens, windows.
         is_ids: whether the module looks ids up, so that one place may be for all rows.
-        by_class: whether the module's class says what the axes are, whatever their lengths.
         of_images: whether it is given what stands for images or sound instead of tokens.
     """
 
     path: str
     number: int = 0
     doubt: str | None = None
-    in_parts: bool = False
     is_ids: bool = False
-    by_class: bool = False
     of_images: bool = False
 
     def check(self, shape: Sequence[int], count: int, repeats: int) -> None:
@@ -89,36 +83,22 @@ class Axis:
     def _of_shape(self, shape: Sequence[int], batches: tuple[int, int]) -> str | None:
         if len(shape) <= self.number or (self.is_ids and len(shape) < 2):
             return "its input has no axis for rows"
-        length, others = shape[self.number], self._leading(shape)
+        length = shape[self.number]
         if length == 1 and batches[0] > 1:
             return "it is given one thing for all rows"
-        if length not in batches and any(each in batches for each in others):
+        others = shape[1:] if self.is_ids else shape[1:-1]
+        if self.number == 0 and length not in batches and any(each in batches for each in others):
             return "an axis after the first is as long as the batch"
-        if self.in_parts:
-            return None
-        if length not in batches and length % batches[0] == 0:
-            return "it is given several places for each row, in an order that is not known"
-        return "two axes are as long as the batch" if length in others else None
-
-    def _leading(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the other axes along which rows might lie."""
-        if self.by_class:
-            return ()
-        ends = len(shape) if self.is_ids else len(shape) - 1
-        return tuple(shape[at] for at in range(ends) if at != self.number)
+        return None
 
 
 def axis_of(base: LiveBase, path: str) -> Axis:
     """Return what is known of the rows in what a module is given."""
-    module, above = base.modules[path], _above(base, path)
-    known = is_of_transformers(base.model)
+    module = base.modules[path]
     return Axis(
         path,
-        number=1 if any(_is_time_first(each) for each in above) else 0,
-        doubt=_doubt(base, path, module, above, known=known),
-        in_parts=known,
+        doubt=_doubt(base, path, module),
         is_ids=isinstance(module, nn.Embedding),
-        by_class=isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm),
         of_images=_is_of_images(base, path),
     )
 
@@ -133,33 +113,20 @@ def is_of_transformers(module: nn.Module) -> bool:
     return any(cls.__module__.startswith("transformers.models.") for cls in type(module).__mro__)
 
 
-def _is_time_first(module: nn.Module) -> bool:
-    attention: Any = getattr(module, "self_attn", None)
-    return isinstance(module, _TIME_FIRST) and not getattr(attention, "batch_first", True)
-
-
-def _doubt(
-    base: LiveBase, path: str, module: nn.Module, above: Sequence[nn.Module], *, known: bool
-) -> str | None:
+def _doubt(base: LiveBase, path: str, module: nn.Module) -> str | None:
     """Return why a module's rows are not known, as far as its place in the model says."""
-    kind = str((base.config or {}).get("model_type"))
-    if known and kind in OTHERWISE:
+    kind, above = str((base.config or {}).get("model_type")), _above(base, path)
+    if not is_of_transformers(base.model):
+        return "the model is not called as a whole"
+    if kind in OTHERWISE:
         return f"{kind} does not keep rows first"
-    if _is_expert(path, module, above, known=known):
+    if _EXPERT.search(path) or _EXPERT_CLASS.search(type(module).__name__):
         return "an expert is given the tokens that were sent to it, of whatever rows"
     if _RELATIVE.search(path):
         return "what is relative to a position has no rows"
     if any(_is_packed(each) for each in above) and not _is_of_images(base, path):
         return "its tokens are packed without padding"
     return None
-
-
-def _is_expert(path: str, module: nn.Module, above: Sequence[nn.Module], *, known: bool) -> bool:
-    if known:
-        return bool(_EXPERT.search(path) or _EXPERT_CLASS.search(type(module).__name__))
-    return any(_MIXTURE_CLASS.search(type(each).__name__) for each in (module, *above)) or bool(
-        _EXPERT.search(path)
-    )
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.runtime import scopes
+from regraft.runtime.hooks import tensors_in
 from regraft.runtime.layers.grouped import GroupedLora
 from regraft.runtime.layers.operations import Operations
 from regraft.runtime.layers.quick import quick_dtype
@@ -21,6 +23,7 @@ from regraft.runtime.row_axes import (
     axis_of,
     doubt_of_images,
     is_in_backward,
+    is_of_transformers,
     unknown_rows,
     wrong_length,
 )
@@ -81,12 +84,14 @@ class Rows:
         distinct: the different mixes; None stands for no adapter.
         of_row: which of them each row has.
         base: the model.
+        key: the handle's number.
         repeats: how many rows the model may make of each, one after the other.
     """
 
     distinct: tuple[Selection | None, ...]
     of_row: tuple[int, ...]
     base: LiveBase
+    key: int
     repeats: int = 1
     _after: dict[str, Any] = field(default_factory=dict)
     _axes: dict[str, Axis] = field(default_factory=dict)
@@ -111,6 +116,8 @@ class Rows:
         """Return what is called in the place of a module's forward pass, or None."""
         if len(self.distinct) == 1:
             return None if self.distinct[0] is None else self.distinct[0].instead(path)
+        if not path and not is_of_transformers(self.base.model):
+            return MixedModel(self)
         if not any(each is not None and each.instead(path) for each in self.distinct):
             return None
         return MixedReplacement(self, path)
@@ -153,6 +160,20 @@ class Rows:
         axis.check(shape, len(self.of_row), self.repeats)
         if axis.of_images and self._calls.images is not None and not is_in_backward():
             raise unknown_rows(axis.path, self._calls.images)
+
+    def run(self, number: int, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run a module with one of the mixes; the whole model with that one for all its layers."""
+        selection = self.distinct[number]
+        found = selection.instead(path) if selection is not None else None
+        forward = type(module).forward if found is None else found
+        if path:
+            return forward(module, *args, **kwargs)
+        with scopes.scope(self.key, selection):
+            output = forward(module, *args, **kwargs)
+        if torch.is_grad_enabled():
+            inner = {**scopes.current(), self.key: selection}
+            scopes.remember_for_backward(tensors_in(output), inner)
+        return output
 
     def spread(self, value: Any) -> Any:
         """Return ids that are the same for all rows, such as positions, for each row."""
@@ -211,11 +232,6 @@ class MixedSteps:
     def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Return the output with each row's steps done to it."""
         self._rows.check_shape(self._axis, x.shape)
-        if self._axis.number == 0:
-            return self._run(module, x, out)
-        return self._run(module, x.transpose(0, 1), out.transpose(0, 1)).transpose(0, 1)
-
-    def _run(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         if self._axis.is_ids and x.shape[0] == 1:
             x = self._rows.spread(x)
             out = out.expand(x.shape[0], *out.shape[1:]).contiguous()
@@ -328,18 +344,23 @@ class MixedReplacement:
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the module once for each mix, on its own rows."""
-        rows = self._rows
-        given = by_name(module, args, kwargs)
+        rows, given = self._rows, by_name(module, args, kwargs)
         if self._axis.is_ids:
             given = {name: rows.spread(value) for name, value in given.items()}
 
         def run(number: int, taken: Mapping[str, Any]) -> Any:
-            selection = rows.distinct[number]
-            found = selection.instead(self._path) if selection is not None else None
-            forward = type(module).forward if found is None else found
-            ordered = [
-                taken[name] for name in [*taken][: len(args)]
-            ]  # other names stand in for them
-            return forward(module, *ordered, **dict([*taken.items()][len(args) :]))
+            values = list(taken.items())
+            ordered = [value for _, value in values[: len(args)]]  # names may be those of others
+            named = dict(values[len(args) :])
+            return rows.run(number, self._path, module, ordered, named)
 
         return run_mixed(self._axis, rows.groups, rows.check_shape, module, given, run)
+
+
+class MixedModel(MixedReplacement):
+    """A whole model, run once for each mix: of its layers it is not known where their rows are."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows, self._path, self._axis = rows, "", Axis("")
+
+    __call__ = torch.compiler.disable(MixedReplacement.__call__)
