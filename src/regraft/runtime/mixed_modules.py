@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regraft.errors import UnsupportedError
 from regraft.runtime.hooks import tensors_in
 from regraft.runtime.row_axes import Axis, is_of_transformers, unknown_rows
 
@@ -23,6 +24,9 @@ Arguments = Mapping[str, Any]
 
 Axes = int | tuple[int, ...]
 """One axis for all that comes out, or one for each part of a tuple."""
+
+Run = Callable[[Arguments], Any]
+"""Runs a module on arguments by name."""
 
 Groups = Callable[[int], list[tuple[int, list[int]]]]
 """Gives each mix with its places along an axis of a length."""
@@ -143,39 +147,107 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def run_mixed(
+class Split:
+    """A call taken apart into the rows of each mix, and put together again.
+
+    Args:
+        layout: along which axes rows lie.
+        groups: each mix with its places along the axis.
+        given: the call's arguments, by name.
+    """
+
+    def __init__(
+        self, layout: Layout, groups: Sequence[tuple[int, list[int]]], given: Arguments
+    ) -> None:
+        device = next(tensors_in(given[layout.main])).device
+        self._layout, self._given = layout, given
+        self._groups = [(number, torch.tensor(at, device=device)) for number, at in groups]
+        order = [place for _, places in groups for place in places]
+        self._length, self._back = len(order), torch.tensor(order, device=device).argsort()
+
+    def run(self, run: Callable[[int, Arguments], Any]) -> Any:
+        """Return what ``run(number of the mix, its arguments)`` gives, for all rows.
+
+        Raises:
+            UnsupportedError: what comes out does not have the rows that went in.
+        """
+        parts, layout = [], self._layout
+        for number, index in self._groups:
+            taken = {
+                name: _take(value, layout, name, self._length, index)
+                for name, value in self._given.items()
+            }
+            parts.append(run(number, taken))
+            _check_part(parts[-1], layout, len(index))
+        return _join(parts, layout.outputs, self._back, layout.blocks)
+
+
+def split_of(
     axis: Axis, groups: Groups, check: Callable[[Axis, Sequence[int]], None], module: nn.Module,
-    given: Arguments, run: Callable[[int, Arguments], Any],
-) -> Any:  # fmt: skip
-    """Run a module once for each mix, on its own rows.
+    given: Arguments,
+) -> Split:  # fmt: skip
+    """Return a call of a module, taken apart.
 
     Args:
         axis: what is known of the module's place in the model.
         groups: gives each mix's places.
         check: refuses a shape whose rows are not known.
         module, given: what is called.
-        run: runs it for a mix.
 
     Raises:
         UnsupportedError: it is not known which row its inputs belong to.
         UsageError: the rows cannot be those that were named.
     """
     layout = layout_of(module, axis, given)
-    main, at = next(tensors_in(given[layout.main])), layout.inputs[layout.main]
-    shape = list(main.shape)
+    at = layout.inputs[layout.main]
+    shape = list(next(tensors_in(given[layout.main])).shape)
     shape[at] //= layout.blocks
     check(layout.axis, shape)
-    parts, order = [], list[int]()
-    for number, places in groups(shape[at]):
-        index = torch.tensor(places, device=main.device)
-        order += places
-        taken = {
-            name: _take(value, layout, name, shape[at], index) for name, value in given.items()
-        }
-        parts.append(run(number, taken))
-        _check_part(parts[-1], layout, len(places))
-    back = torch.tensor(order, device=main.device).argsort()
-    return _join(parts, layout.outputs, back, layout.blocks)
+    return Split(layout, groups(shape[at]), given)
+
+
+def prove(path: str, split: Split, module: nn.Module, given: Arguments, run: Run) -> None:
+    """Refuse a module whose rows do not answer by themselves what they answer together.
+
+    Tried out without adapters: ``run`` gives the module's own answer.
+
+    Raises:
+        UnsupportedError: the answers differ, or the rows cannot be run by themselves.
+    """
+    with torch.no_grad():
+        together = run(given)
+        try:
+            apart = split.run(lambda _number, taken: run(taken))
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise _inseparable(path, module, f"{type(error).__name__}: {error}"[:200]) from None
+    if not _agree(apart, together):
+        raise _inseparable(path, module, "another answer for the rows by themselves")
+
+
+def _inseparable(path: str, module: nn.Module, found: str) -> UnsupportedError:
+    return UnsupportedError(
+        "the rows of the batch cannot be taken apart in this module",
+        where=path or type(module).__name__, found=found,
+        expected=f"inputs of {type(module).__name__} with the rows along one axis",
+        hint="Run the batch once for each adapter: with adapters.using(name)",
+    )  # fmt: skip
+
+
+def _agree(apart: Any, together: Any) -> bool:
+    """Whether two outputs are the same but for the rounding of sums in another order."""
+    if isinstance(apart, Tensor) and isinstance(together, Tensor):
+        if apart.shape != together.shape:
+            return False
+        if not apart.is_floating_point():
+            return bool(torch.equal(apart, together))
+        size = float(together.abs().max()) if together.numel() else 0.0
+        tolerance = max(1e-4, 8 * torch.finfo(together.dtype).eps) * max(size, 1e-30)
+        return bool(((apart - together).abs() <= tolerance).all())
+    if isinstance(apart, Mapping) and isinstance(together, Mapping):
+        return all(_agree(apart[key], together[key]) for key in together)
+    if isinstance(apart, tuple | list) and isinstance(together, tuple | list):
+        return all(map(_agree, apart, together))
+    return bool(apart is None or apart == together)
 
 
 def by_name(module: nn.Module, args: Sequence[Any], kwargs: Arguments) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from regraft.runtime.layers.operations import Operations
 from regraft.runtime.layers.quick import quick_dtype
 from regraft.runtime.layers.steps import Dora, LowRank, Step, run, scaled
 from regraft.runtime.live_base import LiveBase
-from regraft.runtime.mixed_modules import by_name, run_mixed
+from regraft.runtime.mixed_modules import by_name, prove, split_of
 from regraft.runtime.row_axes import (
     Axis,
     axis_of,
@@ -86,6 +87,7 @@ class Rows:
         base: the model.
         key: the handle's number.
         repeats: how many rows the model may make of each, one after the other.
+        proved: modules whose rows were found not to depend on one another.
     """
 
     distinct: tuple[Selection | None, ...]
@@ -94,6 +96,7 @@ class Rows:
     key: int
     repeats: int = 1
     _after: dict[str, Any] = field(default_factory=dict)
+    proved: set[str] = field(default_factory=set)
     _axes: dict[str, Axis] = field(default_factory=dict)
     _calls: Call = field(default_factory=Call)
 
@@ -157,13 +160,23 @@ class Rows:
             UnsupportedError: it is not known.
             UsageError: its rows cannot be those that were named.
         """
-        axis.check(shape, len(self.of_row), self.repeats)
         if axis.of_images and self._calls.images is not None and not is_in_backward():
             raise unknown_rows(axis.path, self._calls.images)
+        axis.check(shape, len(self.of_row), self.repeats)
 
-    def run(self, number: int, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def is_to_be_proved(self, path: str, module: nn.Module) -> bool:
+        """Whether it is to be tried out that a module's rows do not depend on one another.
+
+        Not in training, where dropout would differ, nor while compiling.
+        """
+        if path in self.proved or module.training or torch.compiler.is_compiling():
+            return False
+        return not isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+
+    def run(
+        self, selection: Selection | None, path: str, module: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
         """Run a module with one of the mixes; the whole model with that one for all its layers."""
-        selection = self.distinct[number]
         found = selection.instead(path) if selection is not None else None
         forward = type(module).forward if found is None else found
         if path:
@@ -235,6 +248,8 @@ class MixedSteps:
         if self._axis.is_ids and x.shape[0] == 1:
             x = self._rows.spread(x)
             out = out.expand(x.shape[0], *out.shape[1:]).contiguous()
+        if out.shape[0] != x.shape[0]:
+            raise unknown_rows(self._path, "what comes out does not have its input's rows")
         if self._alike and not (self._dropout and module.training):
             return self._group(x, out)(module, x, out)
         return self._by_mix(module, x, out)
@@ -343,18 +358,27 @@ class MixedReplacement:
         self._axis = rows.axis(path)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the module once for each mix, on its own rows."""
+        """Run the module once for each mix, on its own rows.
+
+        Raises:
+            UnsupportedError: it is not known which row its inputs belong to, or one row's answer
+                depends on other rows.
+            UsageError: the rows cannot be those that were named.
+        """
         rows, given = self._rows, by_name(module, args, kwargs)
         if self._axis.is_ids:
             given = {name: rows.spread(value) for name, value in given.items()}
 
-        def run(number: int, taken: Mapping[str, Any]) -> Any:
+        def run(selection: Selection | None, taken: Mapping[str, Any]) -> Any:
             values = list(taken.items())
             ordered = [value for _, value in values[: len(args)]]  # names may be those of others
-            named = dict(values[len(args) :])
-            return rows.run(number, self._path, module, ordered, named)
+            return rows.run(selection, self._path, module, ordered, dict(values[len(args) :]))
 
-        return run_mixed(self._axis, rows.groups, rows.check_shape, module, given, run)
+        split = split_of(self._axis, rows.groups, rows.check_shape, module, given)
+        if rows.is_to_be_proved(self._path, module):
+            prove(self._path, split, module, given, functools.partial(run, None))
+            rows.proved.add(self._path)
+        return split.run(lambda number, taken: run(rows.distinct[number], taken))
 
 
 class MixedModel(MixedReplacement):
