@@ -67,4 +67,5 @@ def command(*, as_json: bool, quiet: bool, **chosen: Any) -> None:
 
     with output.progress() as progress:
         report = shrink(**chosen, progress=progress)
+    output.warn(report.warnings)
     output.data(report.to_json(), shrink_text.render(report))

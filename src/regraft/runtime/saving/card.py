@@ -40,9 +40,15 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _SHOWN_TARGETS = 40
 
 
+def is_made(card: str) -> bool:
+    """Whether a card is one that regraft made, or PEFT and nobody filled in."""
+    return MARK in card or PEFT_MARK in card
+
+
 def adapter_card(
-    name: str, config: Mapping[str, Any], specs: Iterable[TensorSpec], base_format: str = ""
-) -> str:
+    name: str, config: Mapping[str, Any], specs: Iterable[TensorSpec], base_format: str = "",
+    inherited: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """Return the text of an adapter's README.md, for the Hub and for people.
 
     Args:
@@ -50,15 +56,18 @@ def adapter_card(
         config: its ``adapter_config.json``.
         specs: its tensors, as they are stored.
         base_format: of a quantized base that it was trained on, such as ``"nf4"``.
+        inherited: fields of the front matter, such as the licence, from an earlier card.
     """
-    return f"{_front_matter(config)}\n{_body(name, config, list(specs), base_format)}"
+    front = _front_matter(config, inherited or {})
+    return f"{front}\n{_body(name, config, list(specs), base_format)}"
 
 
-def _front_matter(config: Mapping[str, Any]) -> str:
+def _front_matter(config: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
     import yaml
 
     base = hub_id(config.get("base_model_name_or_path"))
     data: dict[str, Any] = {"base_model": base} if base else {}
+    data |= inherited
     data["library_name"] = "peft"
     pipeline = _PIPELINES.get(str(config.get("task_type")))
     if pipeline:

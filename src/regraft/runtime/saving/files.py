@@ -229,13 +229,13 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _may_replace_card(path: Path) -> bool:
     """Whether a card is absent, or one that a program made."""
-    from regraft.runtime.saving.card import MARK, PEFT_MARK
+    from regraft.runtime.saving.card import is_made
 
     try:
         text = path.read_text("utf-8", "replace")
     except OSError:
         return not os.path.lexists(path)
-    return MARK in text or PEFT_MARK in text
+    return is_made(text)
 
 
 # -- into place ------------------------------------------------------------------------------------
