@@ -31,7 +31,7 @@ def shrunk_card(
     that a person wrote stays, and gets a section that says what was done.
 
     Args:
-        name: of the folder to make.
+        name: of the folder to make, or its path.
         folder: the adapter's.
         config: the new ``adapter_config.json``.
         specs: the new tensors.

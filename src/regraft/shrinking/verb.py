@@ -319,7 +319,7 @@ def _card(
     job: _Job, place: Path, items: Sequence[Item], ranks: Sequence[int], report: ShrinkReport
 ) -> bytes:
     specs = [item.stored for item in items]
-    return shrunk_card(place.absolute().name, job.files.root, _config(job, ranks), specs, report)
+    return shrunk_card(str(place), job.files.root, _config(job, ranks), specs, report)
 
 
 def _config_bytes(job: _Job, ranks: Sequence[int]) -> bytes:
