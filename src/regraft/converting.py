@@ -13,7 +13,7 @@ from regraft.formats.hub import locate
 from regraft.memory import peak_memory
 from regraft.merging.bases import open_base, see
 from regraft.merging.events import Progress, tell
-from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
+from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes, out_path
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan
 from regraft.merging.quantized import Quantization, check_scales
@@ -64,7 +64,7 @@ def dequantize(
     """
     choices = choices_of(dtype, shard_size, max_memory, threads)
     return _convert(
-        base, Path(out), choices, "dequantize", overwrite=overwrite, token=token,
+        base, out_path(out), choices, "dequantize", overwrite=overwrite, token=token,
         progress=progress, command=command,
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def quantize(
     coding = Coding(to, rounding, seed, double_quant)
     choices = choices_of(None, shard_size, max_memory, threads, coding=coding)
     return _convert(
-        base, Path(out), choices, "quantize", overwrite=overwrite, token=token,
+        base, out_path(out), choices, "quantize", overwrite=overwrite, token=token,
         progress=progress, command=command,
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ threads = click.option(
 overwrite = click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace OUT, if it holds a model or is empty, once the new one is complete.",
+    help="Replace OUT, if it holds a model, once the new one is complete.",
 )
 
 undo = click.option(

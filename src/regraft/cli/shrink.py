@@ -40,7 +40,7 @@ from regraft.cli.output import Output
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace OUT, if it holds an adapter or is empty, once the new one is complete.",
+    help="Replace OUT, if it holds an adapter, once the new one is complete.",
 )
 @options.token
 @options.as_json
