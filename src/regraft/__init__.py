@@ -13,7 +13,7 @@ from regraft._version import __version__
 if TYPE_CHECKING:
     from regraft.adapters.lora_config import LoraConfig
     from regraft.api import check, merge, plan
-    from regraft.converting import dequantize, quantize
+    from regraft.converting import convert, dequantize, quantize
     from regraft.errors import (
         AccessError,
         AdapterError,
@@ -63,6 +63,7 @@ _HOME = {
     "CheckReport": "regraft.merging.report",
     "UnmergeReport": "regraft.merging.report",
     "Leftover": "regraft.merging.leftovers",
+    "convert": "regraft.converting",
     "dequantize": "regraft.converting",
     "quantize": "regraft.converting",
     "unmerge": "regraft.undoing",
@@ -111,6 +112,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "merge",
     "unmerge",
     "swap",
+    "convert",
     "dequantize",
     "quantize",
     "plan",

@@ -15,7 +15,7 @@ from regraft.cli.output import Output
 @options.out
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=options.Dtype(),
     default="bfloat16",
     show_default=True,
     help="Element type of the factors.",

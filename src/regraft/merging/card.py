@@ -61,9 +61,13 @@ def _front_matter(
     adapters = [repository_of(adapter.source) for adapter in receipt.adapters]
     models = [name for name in [base, *adapters] if name]
     data: dict[str, Any] = dict(inherited)
+    relation = "merge" if receipt.adapters else "quantized" * bool(receipt.options.get("quantize"))
     if models:
-        data |= {"base_model": list(dict.fromkeys(models)), "base_model_relation": "merge"}
-    data |= {"library_name": "transformers", "tags": ["merge", "lora", "regraft"]}
+        data["base_model"] = list(dict.fromkeys(models))
+    if models and relation:
+        data["base_model_relation"] = relation
+    tags = ["merge", "lora"] if receipt.adapters else []
+    data |= {"library_name": "transformers", "tags": [*tags, "regraft"]}
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
 
 
@@ -136,8 +140,8 @@ def _kind(receipt: Receipt) -> str:
     coded = bool(receipt.options.get("quantize"))
     plain = "A quantized transformers model" if coded else "A plain transformers model"
     if not receipt.adapters:
-        made = "quantized from another" if coded else "dequantized from another"
-        return f"{plain}, {made}."
+        plain_made = "dequantized" if receipt.base_formats else "converted"
+        return f"{plain}, {'quantized' if coded else plain_made} from another."
     return f"{plain}: adapters merged into a base. No adapter library is needed to run it."
 
 
