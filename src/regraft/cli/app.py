@@ -12,7 +12,7 @@ import click
 
 from regraft._version import __version__
 from regraft.cli.failures import DEBUG_VARIABLE, UserInterruptError, explain
-from regraft.cli.output import Output, ReaderGoneError
+from regraft.cli.output import Output, ReaderGoneError, plain_warnings
 
 READER_GONE = 141
 """Exit code when nobody reads stdout any more: as when SIGPIPE ends a program."""
@@ -82,7 +82,10 @@ class LazyGroup(click.Group):
         del standalone_mode
         arguments = list(sys.argv[1:] if args is None else args)
         try:
-            code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
+            with plain_warnings():
+                code = super().main(
+                    arguments, prog_name, complete_var, standalone_mode=False, **extra
+                )
         except ReaderGoneError:
             code = READER_GONE
         except Exception as error:

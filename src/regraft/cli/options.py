@@ -150,14 +150,18 @@ token = click.option(
     "machine cannot see.",
 )
 
-adapters_to_attach = click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="ADAPTER[=WEIGHT]",
-    help="Adapter to attach; =WEIGHT multiplies its scale. It is called by the last part of its "
-    "path. Several answer together, as a merge adds them up.",
-)
+
+def adapters_to_attach(several: str) -> Callable[[Function], Function]:
+    """Return the option ``--adapter`` of a live model; ``several`` says what several do."""
+    return click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="ADAPTER[=WEIGHT]",
+        help="Adapter to attach; =WEIGHT multiplies its scale. It is called by the last part of "
+        f"its path. {several}",
+    )
+
 
 load_in_4bit = click.option(
     "--load-in-4bit",

@@ -236,8 +236,9 @@ def open_speaker(
     dtype: str | None = None,
     device: str | None = None,
     token: str | None = None,
+    together: bool = True,
 ) -> Speaker:
-    """Load a model, its tokenizer and adapters; all of these answer together, by their weights.
+    """Load a model, its tokenizer and adapters, which answer by their weights.
 
     Args:
         base: a folder, a ``.gguf`` file or a Hub id. Of an adapter's folder the base that it names
@@ -247,6 +248,7 @@ def open_speaker(
         dtype: of the weights, such as ``"bfloat16"`` or ``"bf16"``; by default the model's own.
         device: such as ``"cuda:1"`` or ``"cpu"``; by default a GPU if there is one.
         token: Hub token.
+        together: whether all adapters answer, or the first one alone.
 
     Raises:
         MissingExtraError: a package is not installed.
@@ -265,7 +267,7 @@ def open_speaker(
 
     speaker = Speaker(model, tokenizer, attach(model))
     weights = {speaker.load(source, token=token): weight for source, weight in wanted}
-    speaker.choose(weights)
+    speaker.choose(weights if together else dict(list(weights.items())[:1]))
     return speaker
 
 
