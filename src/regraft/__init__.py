@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
-    from regraft.verifying.diff import DiffReport, diff
+    from regraft.verifying.diff import diff
+    from regraft.verifying.diff_report import DiffReport
     from regraft.verifying.report import VerifyReport
     from regraft.verifying.verify import verify
 
@@ -80,7 +81,7 @@ _HOME = {
     "Adapters": "regraft.runtime.handle",
     "AdapterCache": "regraft.runtime.cache",
     "CacheStats": "regraft.runtime.cache",
-    "DiffReport": "regraft.verifying.diff",
+    "DiffReport": "regraft.verifying.diff_report",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
     **dict.fromkeys(
