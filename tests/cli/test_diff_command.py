@@ -185,6 +185,7 @@ def test_everything_is_passed_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert diff.named == {
         "x": "./x",
         "y": "org/y",
+        "raw": False,
         "threads": 3,
         "token": "secret",
         "progress": None,

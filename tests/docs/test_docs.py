@@ -50,6 +50,7 @@ DESCRIBED = {
     "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),
     "regraft.verifying.diff_report": (
         *("DiffReport", "DiffSide", "LoneTensor", "TensorChange", "ConfigChange", "FileChange"),
+        "DeltaChange",
     ),
 }
 """Classes whose every field docs/reference-python.md has to name."""

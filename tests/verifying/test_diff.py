@@ -435,7 +435,7 @@ def test_adapters_are_compared(adapter: Path, tmp_path: Path) -> None:
     name = next(iter(tensors))
     tensors[name] = tensors[name] * np.float32(1.25)
     other = toys.write_adapter(tmp_path / "other", tensors, lora_alpha=12)
-    report = regraft.diff(adapter, other)
+    report = regraft.diff(adapter, other, raw=True)
     assert report.kind == "adapter"
     assert [(t.name, t.relative) for t in report.changed] == [(name, pytest.approx(0.25))]
     assert [(c.key, c.x, c.y) for c in report.config] == [("lora_alpha", toys.ALPHA, 12)]

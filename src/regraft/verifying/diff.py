@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from regraft.errors import InputError, UsageError
-from regraft.formats.checkpoint import open_adapter, open_checkpoint
+from regraft.errors import AdapterError, InputError, UnsupportedError, UsageError
+from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import ADAPTER_CONFIG, TORCH_SUFFIXES, looks_like
 from regraft.formats.problems import quoted
@@ -25,6 +25,10 @@ from regraft.verifying.diff_folders import config_changes, file_changes
 from regraft.verifying.diff_report import DiffReport, DiffSide, Kind, LoneTensor
 from regraft.verifying.diff_tensors import changed_tensors
 
+if TYPE_CHECKING:
+    from regraft.verifying.diff_deltas import Deltas
+
+_STORED = "the factors are compared as they are stored"
 _KINDS: dict[Kind, str] = {"checkpoint": "a full model", "adapter": "an adapter"}
 
 
@@ -32,6 +36,7 @@ def diff(
     x: str | Path,
     y: str | Path,
     *,
+    raw: bool = False,
     threads: int | None = None,
     token: str | None = None,
     progress: Progress | None = None,
@@ -44,9 +49,14 @@ def diff(
     other files (tokenizer, templates, code, licences) are told without making a difference. How
     tensors are laid out in files, headers, model cards and receipts are not compared.
 
+    Of adapters the deltas are compared, scale · B · A of each module, whatever ranks, scales,
+    names and dtypes the factors have; the other tensors (DoRA's magnitudes, whole tensors, token
+    rows, biases) as they are.
+
     Args:
         x: a folder, a weights file, or a Hub id ``org/name[@revision]``.
         y: the same, of the same kind.
+        raw: of adapters, compare the factors as they are stored, too, and no deltas.
         threads: worker threads; by default three more than there are cores at hand.
         token: a Hub token; by default the one huggingface_hub knows of.
         progress: called as work proceeds, with stage ``"compare"`` and the bytes read.
@@ -69,7 +79,10 @@ def diff(
         progress(ProgressEvent("read", 0, 0))
     one, other = _open(x, token), _open(y, token)
     _check_kinds(one, other)
-    pairs = [(t, other.tensors[name]) for name, t in one.tensors.items() if name in other.tensors]
+    deltas, notes = (None, ()) if raw else _deltas(one, other, progress)
+    if deltas is not None:
+        one, other = replace(one, tensors=deltas.x), replace(other, tensors=deltas.y)
+    pairs = [(t, other.tensors[key]) for key, t in one.tensors.items() if key in other.tensors]
     changed = changed_tensors(pairs, threads or _default_threads(), progress)
     folders = one.folder is not None and other.folder is not None
     return DiffReport(
@@ -83,7 +96,32 @@ def diff(
         config=tuple(config_changes(one.config, other.config, ())) if folders else (),
         files=file_changes(one.folder, other.folder),
         same_layout=_layout(one, other) == _layout(other, one),
+        deltas=deltas.changed if deltas is not None else (),
+        same_deltas=deltas.same if deltas is not None else 0,
+        notes=notes,
     )
+
+
+def _deltas(
+    x: _Opened, y: _Opened, progress: Progress | None
+) -> tuple[Deltas | None, tuple[str, ...]]:
+    """Compare the deltas of adapters, with what is to be said of that.
+
+    There are none of full models, and none where a lone file has no config, which has the scales,
+    or where one is not read as an adapter.
+    """
+    if x.kind != "adapter":
+        return None, ()
+    if x.adapter is None or y.adapter is None:
+        return None, (f"{_STORED}, since a file has no adapter_config.json, which has the scales",)
+    from regraft.verifying.diff_deltas import compare_deltas
+
+    try:
+        found = compare_deltas(x.adapter, y.adapter, progress)
+    except (AdapterError, UnsupportedError) as error:
+        problem = error.problems[0]
+        return None, (f"{_STORED}, since one is not read: {problem.where}: {problem.what}",)
+    return found, found.notes
 
 
 def _default_threads() -> int:
@@ -103,6 +141,7 @@ class _Opened:
     folder: Path | None
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
+    adapter: AdapterFiles | None = None
 
 
 def _open(source: str | Path, token: str | None) -> _Opened:
@@ -110,23 +149,23 @@ def _open(source: str | Path, token: str | None) -> _Opened:
     with typed_os_errors(located.path):
         looks = looks_like(located.path)
         if looks in ("adapter", "mlx-adapter"):
-            tensors, config = _read_adapter(located)
-            return _opened("adapter", located, tensors, config)
+            return _open_adapter(located)
     if located.repo_id is not None:
         located = locate(source, kind="base", token=token)
     checkpoint = open_checkpoint(located)
     return _opened("checkpoint", located, checkpoint.tensors, checkpoint.config)
 
 
-def _read_adapter(located: Located) -> tuple[Mapping[str, TensorSpec], Mapping[str, Any]]:
-    """Return tensors and config; a lone file of LoRA factors needs no config."""
+def _open_adapter(located: Located) -> _Opened:
+    """Open an adapter; a lone file of LoRA factors needs no config."""
     path = located.path
     alone = path.is_file() and not (path.parent / ADAPTER_CONFIG).is_file()
     if alone and looks_like(path) == "adapter":
         in_torch = path.suffix in TORCH_SUFFIXES
-        return (read_torch_file(path) if in_torch else read_header(path).tensors), {}
+        tensors = read_torch_file(path) if in_torch else read_header(path).tensors
+        return _opened("adapter", located, tensors, {})
     files = open_adapter(located)
-    return files.tensors, files.config
+    return replace(_opened("adapter", located, files.tensors, files.config), adapter=files)
 
 
 def _opened(

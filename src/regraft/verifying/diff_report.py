@@ -91,6 +91,46 @@ class TensorChange:
 
 
 @dataclass(frozen=True)
+class DeltaChange:
+    """An adapted module (or parameter) whose delta, s B A, differs between two adapters.
+
+    Norms are Frobenius norms, over all experts of a stack. Of a side that does not adapt the
+    module the fields are None, and its norm is 0.
+
+    Attributes:
+        name: the module's name in X; in Y, if X does not adapt it.
+        layers: in X and in Y ``"linear"``, ``"convolution"``, ``"embedding"`` or ``"experts"``.
+        ranks: r in X and in Y.
+        scales: s, as the config has it for the module.
+        dtypes: of the factors; ``"F32/BF16"`` where those of A and B differ.
+        sizes: experts, outputs and inputs.
+        norms: norm of the delta; None where it was not measured or is not finite.
+        delta_norm: norm of Y's delta less X's; likewise.
+        cosine: of the angle between the two deltas, 1 where they differ by a factor alone; None
+            where one is zero, or as above.
+    """
+
+    name: str
+    layers: tuple[str | None, str | None]
+    ranks: tuple[int | None, int | None]
+    scales: tuple[float | None, float | None]
+    dtypes: tuple[str | None, str | None]
+    sizes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+    norms: tuple[float | None, float | None] = (None, None)
+    delta_norm: float | None = None
+    cosine: float | None = None
+
+    @property
+    def relative(self) -> float | None:
+        """Y - X relative to X; infinite where X is zero, None without the norms."""
+        return _ratio(self.delta_norm, self.norms[0])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the change as JSON-ready objects."""
+        return asdict(self) | {"relative": finite(self.relative)}
+
+
+@dataclass(frozen=True)
 class ConfigChange:
     """A key of the config that differs.
 
@@ -135,6 +175,10 @@ class DiffReport:
         config: keys that differ in ``config.json``, or in ``adapter_config.json``.
         files: other files that differ, which does not make the inputs different.
         same_layout: whether the tensors are divided among the files in the same way.
+        deltas: of adapters, the modules whose deltas differ, those farthest apart first. Their
+            factors are then in none of the lists of tensors.
+        same_deltas: number of modules whose deltas are the same.
+        notes: sentences on how adapters were compared.
     """
 
     kind: Kind
@@ -147,11 +191,23 @@ class DiffReport:
     config: tuple[ConfigChange, ...]
     files: tuple[FileChange, ...]
     same_layout: bool
+    deltas: tuple[DeltaChange, ...] = ()
+    same_deltas: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
-        """Whether tensors and config are the same."""
-        return not (self.added or self.removed or self.changed or self.config)
+        """Whether deltas, tensors and config are the same."""
+        return not (self.added or self.removed or self.changed or self.deltas or self.config)
+
+    @property
+    def relative_delta(self) -> float | None:
+        """The norm of all Y - X over that of X, over the deltas that differ; None without norms."""
+        measured = [d for d in self.deltas if d.delta_norm is not None]
+        if not measured:
+            return None
+        apart = math.hypot(*(d.delta_norm or 0.0 for d in measured))
+        return _ratio(apart, math.hypot(*(d.norms[0] or 0.0 for d in measured)))
 
     @property
     def relative(self) -> float | None:
@@ -171,7 +227,9 @@ class DiffReport:
             "same": self.same,
             **asdict(self),
             "changed": [tensor.to_json() for tensor in self.changed],
+            "deltas": [delta.to_json() for delta in self.deltas],
             "relative": finite(self.relative),
+            "relative_delta": finite(self.relative_delta),
         }
 
 
