@@ -154,7 +154,7 @@ def test_as_json_it_is_the_report(run: Run, tmp_path: Path) -> None:
 
 def test_an_output_that_exists_is_3_in_text_and_in_json(run: Run, tmp_path: Path) -> None:
     adapter = toys.write_adapter(tmp_path / "a")
-    (tmp_path / "s").mkdir()
+    toys.write_adapter(tmp_path / "s")
     result = run("shrink", adapter, "-o", tmp_path / "s", "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout)["error"]["type"] == "OutputExistsError"
