@@ -63,3 +63,16 @@ def test_a_card_does_not_name_a_folder_that_is_temporary(
     assert f"\n# {title}\n" in text
     assert f'from_pretrained("{title}")' in text
     assert ".tmp" not in text
+
+
+@pytest.mark.parametrize(
+    "line", ["license: 2001-99-99", "license: 0x_", "license: !!int abc", "license: " + "[" * 9000]
+)
+def test_a_card_of_the_base_that_cannot_be_read_hands_nothing_on(tmp_path: Path, line: str) -> None:
+    base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "a")
+    for folder in (base, adapter):
+        (folder / "README.md").write_text(f"---\n{line}\n---\n# Model Card for Model ID\n")
+    regraft.merge(base, adapter, tmp_path / "out")
+    regraft.shrink(adapter, tmp_path / "small")
+    for name in ("out", "small"):
+        assert "license" not in front_and_text(tmp_path / name)[0]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from regraft.formats.reading import typed_os_errors
 from regraft.merging.receipt import Receipt
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -21,19 +22,25 @@ _KEPT = (
 )
 
 
+_HEAD = 2**16
+"""Bytes of a card in which its metadata has to end."""
+
+
 def base_metadata(folder: Path) -> dict[str, Any]:
     """Return what a base's own card says of licence and language, {} if it has none to read."""
     path = folder / "README.md"
     if not path.is_file():
         return {}
-    match = re.match(r"^---\n(.*?)\n---", path.read_text("utf-8", "replace")[:65536], re.DOTALL)
+    with typed_os_errors(path), path.open("rb") as file:
+        text = file.read(_HEAD).decode("utf-8", "replace")
+    match = re.match(r"^---\r?\n(.*?)\n---", text, re.DOTALL)
     if match is None:
         return {}
     import yaml
 
     try:
         found = yaml.safe_load(match.group(1))
-    except yaml.YAMLError:  # a card that cannot be read has nothing to hand on
+    except (yaml.YAMLError, ValueError, RecursionError):  # what is not read is not handed on
         return {}
     return {k: found[k] for k in _KEPT if k in found} if isinstance(found, dict) else {}
 
