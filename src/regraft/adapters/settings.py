@@ -24,6 +24,7 @@ from regraft.adapters.patterns import (
     is_segment,
     suffixes_of,
 )
+from regraft.adapters.wrappers import plain_config
 from regraft.errors import AdapterError, Problem, RegraftError, UnsupportedError
 from regraft.formats.problems import capped, quoted
 
@@ -311,7 +312,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
     refused = [Problem(what, where, hint=hint) for what, hint in refusals(config)]
     if refused:
         raise UnsupportedError(refused)
-    fields = _Fields(config, where)
+    fields = _Fields(plain_config(config), where)
     auto = _Fields(fields.get("auto_mapping", (dict,), {}), where)
     auto.problems = fields.problems
     settings = LoraSettings(

@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from regraft.adapters.wrappers import PARALLEL, without_wrappers
 from regraft.formats.checkpoint import Checkpoint
 from regraft.names import NameMap, Piece
 from regraft.names.conv1d import is_conv1d
@@ -98,7 +99,8 @@ class BaseIndex:
             found = [self._of_piece(piece) for piece in pieces]
             if any(found):
                 return tuple(f for f in found if f is not None)
-        return ()
+        # What DataParallel puts in front, where the base has no module of that name.
+        return self.find(name.removeprefix(PARALLEL)) if name.startswith(PARALLEL) else ()
 
     def _exact(self, name: str) -> Found | None:
         spec = self.base.tensors.get(name)
@@ -145,6 +147,14 @@ class BaseIndex:
         return self._near[shape]
 
     @cached_property
+    def wrapped(self) -> str | None:
+        """One of the base's names in which training left a wrapper; None where there is none."""
+        names = self.base.tensors
+        if all(name.startswith(PARALLEL) for name in names):
+            return next(iter(names), None)
+        return next((name for name in names if without_wrappers(name) != name), None)
+
+    @cached_property
     def _shapes(self) -> dict[str, str]:
         """One name for each shape of name (numbers aside), so that a search stays short."""
         shapes: dict[str, str] = {}
@@ -171,6 +181,11 @@ def overlap(wanted: Piece, held: Piece) -> bool:
 
 def nearest_hint(index: BaseIndex, name: str) -> str:
     """Return a hint that lists the base's names most like ``name``."""
+    if wrapped := index.wrapped:
+        return (
+            f"Training left a wrapper in the base's names ({wrapped}), by which transformers does "
+            "not find them either. Save the base again from the model without it"
+        )
     near = index.nearest(name)
     if not near:
         return "Is this the base the adapter was trained on?"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
+from regraft.adapters.wrappers import plain_config
 from regraft.deltas.threads import one_thread
 from regraft.errors import AdapterError, NumericError, Problem, UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
@@ -310,10 +311,13 @@ def _write(
 
 
 def _config(job: _Job, ranks: Sequence[int]) -> bytes:
-    """Return the new config; where no rank changed, the old one byte for byte."""
-    if all(pair.rank == rank for pair, rank in zip(job.pairs, ranks, strict=True)):
+    """Return the new config; where nothing in it changed, the old one byte for byte."""
+    same = all(pair.rank == rank for pair, rank in zip(job.pairs, ranks, strict=True))
+    if same and plain_config(job.files.config) == job.files.config:
         with typed_os_errors(job.files.root):
             return (job.files.root / ADAPTER_CONFIG).read_bytes()
+    if same:
+        return json_bytes(plain_config(job.files.config))
     new = by_key(job.pairs, ranks)
     return json_bytes(with_ranks(job.files.config, job.adapter.settings, new))
 

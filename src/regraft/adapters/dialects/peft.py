@@ -9,12 +9,11 @@ from typing import Literal
 
 from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.adapters.settings import LoraSettings, read_settings
+from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, Problem
 from regraft.formats.checkpoint import AdapterFiles
 from regraft.formats.problems import quoted
 from regraft.tensors import WORKING_DTYPES, TensorSpec
-
-PREFIX = "base_model.model."
 
 _FACTOR = re.compile(
     r"^(?P<module>.+?)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
@@ -24,7 +23,7 @@ _TOKENS = re.compile(r"^(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(\
 _UNTRAINED = ".original_module."
 _TOKEN_BASE = ".token_adapter.base_layer."
 _EMBEDDING_LEAVES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
-_COMPILED, _SAVED_COPY = "_orig_mod.", re.compile(r"\.modules_to_save(\.[^.]+)?\.")
+_SAVED_COPY = re.compile(r"\.modules_to_save(\.[^.]+)?\.")
 
 
 @dataclass
@@ -73,14 +72,24 @@ def _gather(
     parts: dict[str, _Parts] = defaultdict(_Parts)
     rest: dict[str, TensorSpec] = {}
     for key, spec in files.tensors.items():
-        name = key.replace(_COMPILED, "").removeprefix(PREFIX)
+        name = plain_key(key)
         problems += _unusable(key, spec, where)
         if match := _FACTOR.match(name):
             slot = match["what"] + (".bias" if match["rest"].endswith(".bias") else "")
-            parts[match["module"]].found[slot] = spec
+            same = parts[match["module"]].found.setdefault(slot, spec)
         else:
-            rest[name] = spec
+            same = rest.setdefault(name, spec)
+        if same is not spec:
+            problems.append(_twice(same, spec, where))
     return parts, rest
+
+
+def _twice(first: TensorSpec, second: TensorSpec, where: str) -> Problem:
+    return Problem(
+        "two tensors of the file are one of the adapter", where, "one tensor",
+        f"{first.name!r} and {second.name!r}",
+        "They differ in what training put into the names; keep the one that was trained last",
+    )  # fmt: skip
 
 
 def _unusable(key: str, spec: TensorSpec, where: str) -> list[Problem]:
