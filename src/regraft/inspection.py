@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from regraft.adapters.known_settings import unknown_settings
 from regraft.adapters.settings import refusals
 from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, FormatError, Problem
@@ -132,6 +133,7 @@ class AdapterFacts:
         init: how the adapter was initialized, ``"true"`` for PEFT's default.
         unmergeable: features that cannot be merged, each with its reason.
         peft_version: version of PEFT that saved it.
+        unknown_settings: settings that are switched on and that regraft does not know.
     """
 
     peft_type: str
@@ -156,6 +158,7 @@ class AdapterFacts:
     init: str
     unmergeable: tuple[str, ...]
     peft_version: str | None
+    unknown_settings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -400,6 +403,7 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         init=str(config.get("init_lora_weights", True)).lower(),
         unmergeable=tuple(what for what, _ in refusals(adapter.config)),
         peft_version=config.text("peft_version"),
+        unknown_settings=unknown_settings(adapter.config),
     )
     config.raise_problems()
     return facts

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from regraft.adapters import expert_layout
+from regraft.adapters.known_settings import unknown_settings
 from regraft.adapters.patterns import (
     BELOW,
     LAYER,
@@ -36,7 +38,9 @@ class LoraSettings:
     """The fields of PEFT's ``LoraConfig`` that decide what a merge is; names are PEFT's.
 
     ``expressions`` is not PEFT's: it matches the regular expressions among them within limits, and
-    every method that asks it raises ``AdapterError`` where they take too long.
+    every method that asks it raises ``AdapterError`` where they take too long. ``b_layouts`` is
+    Unsloth's, see :mod:`regraft.adapters.expert_layout`; ``unknown`` are names of settings that
+    are switched on and not known.
     """
 
     r: int
@@ -60,6 +64,9 @@ class LoraSettings:
     base_model_name_or_path: str | None
     task_type: str | None
     base_model_class: str | None
+    peft_version: str | None
+    b_layouts: expert_layout.Layouts
+    unknown: tuple[str, ...]
     expressions: Expressions = field(compare=False, repr=False)
 
     def rank_of(self, key: str) -> int:
@@ -77,6 +84,10 @@ class LoraSettings:
         """
         rank, alpha = self.rank_of(key), weight * self.alpha_of(key)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def b_layout_of(self, key: str) -> str:
+        """Return how B of the stack of experts ``key`` is packed."""
+        return expert_layout.layout_of(self.b_layouts, key)
 
     def saves(self, parameter: str) -> bool:
         """Whether a parameter lies in a module that ``modules_to_save`` copies.
@@ -315,6 +326,9 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
     fields = _Fields(plain_config(config), where)
     auto = _Fields(fields.get("auto_mapping", (dict,), {}), where)
     auto.problems = fields.problems
+    layouts, wrong = expert_layout.read_layouts(config)
+    for name, expected, found in wrong:
+        fields.bad(name, expected, _shown(found))
     settings = LoraSettings(
         r=fields.positive("r", (int,), 8),
         lora_alpha=fields.positive("lora_alpha", (int, float), 8),
@@ -337,6 +351,9 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
         base_model_name_or_path=fields.get("base_model_name_or_path", (str,), None),
         task_type=fields.get("task_type", (str,), None),
         base_model_class=auto.get("base_model_class", (str,), None),
+        peft_version=fields.get("peft_version", (str,), None),
+        b_layouts=layouts,
+        unknown=unknown_settings(config),
         expressions=fields.expressions,
     )
     if fields.problems:
@@ -384,6 +401,10 @@ _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     "monteclora_config": (
         "MonteCLoRA samples its factors, which regraft does not merge",
         "Convert it to plain LoRA with PEFT first",
+    ),
+    "enable_lora": (
+        "enable_lora splits the factors of a fused layer, as PEFT did before 0.3",
+        "Load it with the PEFT that trained it and merge it there",
     ),
     "megatron_config": (
         "Megatron's parallel layers name and split their weights in their own way",

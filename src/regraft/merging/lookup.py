@@ -83,6 +83,10 @@ class BaseIndex:
         kind = (self.base.config or {}).get("model_type")
         return is_conv1d(kind if isinstance(kind, str) else None, module)
 
+    def is_transposed(self, module: str) -> bool | None:
+        """Whether an experts module stores (in, out) matrices; None when the model is not known."""
+        return self.names.is_transposed(module)
+
     def holding(self, parameter: str) -> tuple[Held, ...]:
         """Return the tensors of a parameter, whether or not the base has its model's prefix."""
         prefix = f"{self.names.base_model_prefix}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ from regraft.adapters.settings import RESAVE
 from regraft.deltas.views import Delta, RowPatch, matrix_view
 from regraft.errors import MismatchError, Problem
 from regraft.formats.problems import quoted
+from regraft.merging.expert_stacks import StackOrientation
 from regraft.merging.lookup import BaseIndex, Found, Held, nearest_hint
 from regraft.merging.placing import (
     Misfit,
@@ -19,6 +20,7 @@ from regraft.merging.placing import (
     embedding_delta,
     linear_deltas,
     residual_delta,
+    stack_orientation,
     whole_part,
 )
 from regraft.tensors import TensorSpec
@@ -89,6 +91,7 @@ class Matcher:
         self.index = index
         self.result = Matching()
         self._tying: dict[int, frozenset[str]] = {}
+        self._orientations: dict[int, StackOrientation] = {}
 
     def ties(self, number: int, module: str) -> bool:
         """Whether an adapter trained the two sides of a tie as one, of which ``module`` is one."""
@@ -141,7 +144,9 @@ class Matcher:
 
     def _place_target(self, number: int, adapter: Adapter, target: LoraTarget) -> None:
         parameter, key, selected = self._parameter_of(adapter, target)
-        place = Placement(number, adapter, target, key, selected)
+        place = Placement(
+            number, adapter, target, key, selected, self._orientation(number, adapter)
+        )
         finds = self.index.find(parameter)
         if not finds:
             raise Misfit(self._not_found(place.where(), parameter))
@@ -150,6 +155,23 @@ class Matcher:
                 self._add_deltas(place, found, held)
         if target.b_bias is not None:
             self._add_bias(place)
+
+    def _orientation(self, number: int, adapter: Adapter) -> StackOrientation:
+        if number not in self._orientations:
+            seen = StackOrientation(adapter, lambda: self._seen_orientations(adapter))
+            self._orientations[number] = seen
+        return self._orientations[number]
+
+    def _seen_orientations(self, adapter: Adapter) -> Iterator[bool]:
+        """Yield whether stacks of experts are stored (in, out), of those whose sizes tell."""
+        for target in adapter.targets:
+            try:
+                parameter, key, _ = self._parameter_of(adapter, target)
+                place = Placement(0, adapter, target, key)
+                for found in self.index.find(parameter):
+                    yield from stack_orientation(place, found, self.index)
+            except Misfit:
+                continue  # reported when the target itself is placed
 
     def _parameter_of(self, adapter: Adapter, target: LoraTarget) -> tuple[str, str, bool]:
         """Return the parameter a target means, the key of its rank and alpha patterns, and whether

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from regraft.adapters.expert_layout import BY_EXPERT, FLAT, UNKNOWN, WAY_ON
 from regraft.adapters.model import Adapter, LoraTarget
 from regraft.adapters.settings import RESAVE
-from regraft.deltas.views import ONE, Delta, Feature, View, matrix_view
+from regraft.deltas.views import ONE, Delta, Feature, Select, View, matrix_view
 from regraft.errors import Problem
+from regraft.merging.expert_stacks import StackOrientation
 from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.names import Piece
 from regraft.tensors import WORKING_DTYPES, TensorSpec
@@ -39,6 +42,8 @@ class Factors:
         kernel: sizes of a convolution's kernel, () otherwise.
         rank: r.
         experts: how many experts' factors are stacked; 1 for an ordinary layer.
+        by_expert: whether columns of a stack's B lie expert by expert, as Unsloth packs them;
+            PEFT's lie the expert fastest.
     """
 
     out: int
@@ -46,6 +51,7 @@ class Factors:
     kernel: tuple[int, ...]
     rank: int
     experts: int
+    by_expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Placement:
         target: its target.
         key: the name under which rank and alpha are looked up.
         by_parameter: whether ``target_parameters`` selected it; such a matrix is never transposed.
+        orientation: what is known of the way that the adapter's square stacks lie.
     """
 
     adapter: int
@@ -65,6 +72,7 @@ class Placement:
     target: LoraTarget
     key: str
     by_parameter: bool = False
+    orientation: StackOrientation | None = None
 
     @property
     def scale(self) -> float:
@@ -109,7 +117,23 @@ def read_factors(place: Placement, stacked: bool) -> Factors:
             Problem("the factors' rank is not the config's", place.where(), f"r = {rank}",
                     f"r = {a[0]}", "Fix r or rank_pattern in adapter_config.json")
         )  # fmt: skip
-    return Factors(b[0], math.prod(a[1:]), tuple(a[2:]), rank, experts)
+    by_expert = experts > 1 and _is_packed_by_expert(place)
+    return Factors(b[0], math.prod(a[1:]), tuple(a[2:]), rank, experts, by_expert)
+
+
+def _is_packed_by_expert(place: Placement) -> bool:
+    """Whether columns of B lie expert by expert.
+
+    Raises:
+        Misfit: the config does not say, and there are adapters of both kinds.
+    """
+    layout = place.owner.settings.b_layout_of(place.key)
+    if layout == UNKNOWN:
+        raise Misfit(
+            Problem("it cannot be told how B packs its experts: adapters of Unsloth have two ways",
+                    place.where(), f"{FLAT} in adapter_config.json", "none", WAY_ON)
+        )  # fmt: skip
+    return layout == BY_EXPERT
 
 
 def check_storage(place: Placement, spec: TensorSpec) -> None:
@@ -236,14 +260,13 @@ def _of_one_expert(place: Placement, factors: Factors, held: Held, index: BaseIn
     if factors.experts <= expert:
         raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
     start = index.part_offset(piece.parameter, piece) if piece.parts > 1 else 0
-    total = index.part_total(piece.parameter, piece)
-    if (total, spec.shape[1]) == (factors.out, factors.inputs):
-        kept = (start, start + spec.shape[0])
-        return _expert_delta(place, factors, expert, (0, spec.shape[0]), kept)
-    if (total, spec.shape[1]) == (factors.inputs, factors.out):
-        kept = (start, start + spec.shape[0])
-        return _expert_delta(place, factors, expert, (0, spec.shape[0]), kept, transposed=True)
-    raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
+    sizes = (index.part_total(piece.parameter, piece), spec.shape[1])
+    transposed = _stack_is_transposed(place, factors, sizes, index)
+    if transposed is None:
+        raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
+    kept = (start, start + spec.shape[0])
+    at = (0, spec.shape[0])
+    return _expert_delta(place, factors, expert, at, kept, transposed=transposed)
 
 
 def _on_one_expert(place: Placement, factors: Factors, wanted: Piece, spec: TensorSpec) -> Delta:
@@ -268,7 +291,7 @@ def _on_all_experts(
             Problem("the base claims too many experts", f"{place.where()} -> {spec.name}",
                     f"at most {MAX_EXPERTS}", str(experts), "Do not trust this file")
         )  # fmt: skip
-    transposed = _stack_is_transposed(place, factors, spec, index)
+    transposed = _stack_is_transposed(place, factors, (spec.shape[1], spec.shape[2]), index)
     if factors.experts != experts or transposed is None:
         raise Misfit(_wrong_shape(place, spec, (factors.experts, factors.out, factors.inputs)))
     return [
@@ -280,14 +303,40 @@ def _on_all_experts(
 
 
 def _stack_is_transposed(
-    place: Placement, factors: Factors, spec: TensorSpec, index: BaseIndex
+    place: Placement, factors: Factors, sizes: tuple[int, int], index: BaseIndex
 ) -> bool | None:
-    """Whether experts are stored (in, out); None when the sizes fit neither way."""
+    """Whether experts of ``sizes`` are stored (in, out); None when the sizes fit neither way.
+
+    Raises:
+        Misfit: they fit both ways, and nothing tells which one is meant.
+    """
     normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
-    if normal != flipped:
-        return {normal: False, flipped: True}.get((spec.shape[1], spec.shape[2]))
-    known = index.names.is_transposed(place.target.module)
-    return known if known is not None else False
+    if normal != flipped or normal != sizes or place.orientation is None:
+        return {normal: False, flipped: True}.get(sizes)
+    found = place.orientation.of_square(index.is_transposed(place.target.module))
+    if found is None:
+        raise Misfit(place.orientation.refused(place.where()))
+    return found
+
+
+def stack_orientation(place: Placement, found: Found, index: BaseIndex) -> Iterator[bool]:
+    """Yield whether a target's stack is stored (in, out), if its sizes alone tell.
+
+    Raises:
+        Misfit: its factors contradict each other.
+    """
+    if found.piece.expert is not None or not found.held:
+        return
+    held = found.held[0]
+    if held.piece.expert is None and len(held.spec.shape) != 3:
+        return
+    factors = read_factors(place, stacked=True)
+    if held.piece.expert is None:
+        sizes = (held.spec.shape[1], held.spec.shape[2])
+    else:
+        sizes = (index.part_total(held.piece.parameter, held.piece), held.spec.shape[-1])
+    if factors.out != factors.inputs and set(sizes) == {factors.out, factors.inputs}:
+        yield sizes == (factors.inputs, factors.out)
 
 
 def _expert_delta(
@@ -299,18 +348,27 @@ def _expert_delta(
     *,
     transposed: bool = False,
 ) -> Delta:
-    """One expert's delta. A is (experts * r, in), expert by expert; B is (out, r * experts),
-    expert fastest (PEFT's ParamWrapper.get_delta_weight)."""
-    a, b = place.target.a, place.target.b
-    r, e = factors.rank, factors.experts
+    """One expert's delta. A is (experts * r, in), expert by expert; B is (out, r * experts), the
+    expert fastest (PEFT's ParamWrapper.get_delta_weight), or slowest as Unsloth packs it."""
+    a, r, e = place.target.a, factors.rank, factors.experts
     a_rows = (r * expert, r * (expert + 1))
     if transposed:
         left = View(a, (r * e, factors.inputs), (a_rows, kept), (r, kept[1] - kept[0]), True)
-        right = View(b, (factors.out, r, e), (None, None, expert), (factors.out, r), True)
+        right = _b_of_expert(place, factors, expert, (0, factors.out), transpose=True)
     else:
-        left = View(b, (factors.out, r, e), (kept, None, expert), (kept[1] - kept[0], r))
+        left = _b_of_expert(place, factors, expert, kept)
         right = View(a, (r * e, factors.inputs), (a_rows, None), (r, factors.inputs))
     return Delta(place.adapter, "lora", at, r, place.scale, left, right)
+
+
+def _b_of_expert(
+    place: Placement, factors: Factors, expert: int, kept: Rows, *, transpose: bool = False
+) -> View:
+    """Return rows of one expert's B, (rows, r)."""
+    r, e, rows = factors.rank, factors.experts, kept[1] - kept[0]
+    axes: tuple[Select, ...] = (kept, expert, None) if factors.by_expert else (kept, None, expert)
+    shape = (factors.out, e, r) if factors.by_expert else (factors.out, r, e)
+    return View(place.target.b, shape, axes, (rows, r), transpose)
 
 
 def _delta(

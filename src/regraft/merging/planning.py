@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.model import Adapter
 from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
@@ -579,6 +580,7 @@ def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:
             "written, and tie_word_embeddings is set to false"
         )
     for adapter in adapters:
+        notes += unknown_note(adapter.label, adapter.settings.unknown)
         init = str(adapter.settings.init_lora_weights).lower()
         if init.startswith("pissa_niter"):
             notes.append(

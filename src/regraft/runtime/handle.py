@@ -129,6 +129,7 @@ class Adapters:
 
         Warns:
             BaseMismatchWarning: it was trained on another base, by the fingerprint it carries.
+            UserWarning: its config has settings that are switched on and not known here.
         """
         self._library.check_new(name)
         files = loading.open_files(source, token)
@@ -139,7 +140,7 @@ class Adapters:
             self._take(self._held(live))
         else:
             self._register(name, files, adapter, dtype)
-        loading.check_base(name, files, self.base)
+        loading.warn_of(name, files, adapter, self.base)
 
     def _register(
         self, name: str, files: AdapterFiles, adapter: Adapter, dtype: torch.dtype | str | None

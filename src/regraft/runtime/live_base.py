@@ -190,6 +190,11 @@ class LiveIndex(BaseIndex):
         found = self._live.modules.get(module)
         return is_conv1d(found) if found is not None else None
 
+    def is_transposed(self, module: str) -> bool | None:
+        """Whether an experts module stores (in, out) matrices: it says so, as PEFT asks it."""
+        found = self._live.modules.get(module)
+        return bool(getattr(found, "is_transposed", False)) if found is not None else None
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, which stores its weight as (in, out)."""
