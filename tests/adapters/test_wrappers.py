@@ -1,4 +1,4 @@
-"""What training wraps a model in leaves segments in names; adapters mean the modules without them."""
+"""Wrappers of training leave segments in names; an adapter means the modules without them."""
 
 from __future__ import annotations
 
