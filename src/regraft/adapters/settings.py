@@ -367,11 +367,18 @@ RESAVE = (
 )
 """What to do with an adapter whose base was changed at its start."""
 
+_LOFTQ_BASE = (
+    "Name the base that LoftQ left as BASE (the model that was saved when training began), and set "
+    "init_lora_weights to true in a copy of the adapter"
+)
+
 _CHANGED_BASES = {
-    "corda": "CorDA changed the base at its start by statistics of data that are not in the file",
-    "loftq": "LoftQ replaced the base by a quantized one when training began",
-    "lora_ga": "LoRA-GA changed the base by gradients that are not in the file",
-}
+    "corda": (
+        "CorDA changed the base at its start by statistics of data that are not in the file", RESAVE
+    ),
+    "loftq": ("LoftQ replaced the base by a quantized one when training began", _LOFTQ_BASE),
+    "lora_ga": ("LoRA-GA changed the base by gradients that are not in the file", RESAVE),
+}  # fmt: skip
 
 _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": (
@@ -427,15 +434,16 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     init = config.get("init_lora_weights")
     if isinstance(init, str):
         found += [
-            (f"init_lora_weights={_shown(init)}: {why}", RESAVE)
-            for prefix, why in _CHANGED_BASES.items()
+            (f"init_lora_weights={_shown(init)}: {why}", way_on)
+            for prefix, (why, way_on) in _CHANGED_BASES.items()
             if init.lower().startswith(prefix)
         ]
         if config.get("use_dora") and init.lower().startswith(("pissa", "olora")):
             found.append((f"init_lora_weights={_shown(init)} together with DoRA", RESAVE))
         known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
         if not init.lower().startswith(known):
-            found.append((f"init_lora_weights={_shown(init)} is not known to regraft", RESAVE))
+            what = f"init_lora_weights={_shown(init)} is not known to regraft"
+            found.append((what, "Merge it with the PEFT that trained it, or update regraft"))
     return found
 
 

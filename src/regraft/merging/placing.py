@@ -297,8 +297,6 @@ def _expert_is_transposed(
     Raises:
         Misfit: the matrix is square, and the model is not known.
     """
-    if not (wanted.transposed or wanted.check_shape):
-        return False
     normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
     if normal == flipped == spec.shape[1:] and wanted.check_shape:
         raise Misfit(
@@ -306,7 +304,8 @@ def _expert_is_transposed(
                     f"{place.where()} -> {spec.name}", "a model that regraft knows",
                     "an unknown one", "Give the base's config.json, with its architectures")
         )  # fmt: skip
-    return spec.shape[1:] == flipped and (normal != flipped or wanted.transposed)
+    fits = wanted.parts == 1 and spec.shape[1:] == flipped
+    return fits and (normal != flipped or wanted.transposed)
 
 
 def _on_all_experts(

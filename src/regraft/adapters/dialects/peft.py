@@ -11,6 +11,7 @@ from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.adapters.settings import LoraSettings, read_settings
 from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, Problem
+from regraft.formats import foreign
 from regraft.formats.checkpoint import AdapterFiles
 from regraft.formats.problems import quoted
 from regraft.tensors import WORKING_DTYPES, TensorSpec
@@ -44,8 +45,10 @@ def read_adapter(files: AdapterFiles, weight: float = 1.0) -> Adapter:
         UnsupportedError: a feature that cannot be merged.
         AdapterError: tensors without their pair, of odd dtypes, or that belong to nothing.
     """
-    where = f"{files.source}/{files.weights_file}"
-    settings = read_settings(files.config, f"{files.source}/adapter_config.json")
+    where = files.weights_shown
+    if found := foreign.of_tensors({name: spec.shape for name, spec in files.tensors.items()}):
+        raise foreign.refusal(*found, where)
+    settings = read_settings(files.config, files.config_shown)
     problems: list[Problem] = []
     parts, rest = _gather(files, problems, where)
     targets = _targets(parts, problems, where)
@@ -61,7 +64,7 @@ def read_adapter(files: AdapterFiles, weight: float = 1.0) -> Adapter:
         raise AdapterError(problems)
     return Adapter(
         files.source, files.revision, str(files.root), files.weights_file, weight, settings,
-        targets, whole, tokens,
+        targets, whole, tokens, files.notes,
     )  # fmt: skip
 
 
@@ -237,5 +240,6 @@ def _belongs_to_nothing(name: str, settings: LoraSettings, where: str) -> Proble
         f"tensor {name!r} belongs to nothing that the config describes",
         where,
         expected=f"LoRA factors, modules_to_save ({saved}), or biases (bias={bias})",
-        hint="PEFT would ignore it in silence; name its module in modules_to_save, or remove it",
+        hint="PEFT would leave it out in silence. If the adapter trained this module, its config "
+        "lacks it (modules_to_save); else another program wrote the file in its own layout",
     )
