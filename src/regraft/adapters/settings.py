@@ -363,9 +363,15 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
 
 RESAVE = (
     "Save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
-    "which turns it into a plain LoRA, then merge that"
+    "given the adapter as it was saved before training: that makes a plain LoRA of it, then merge "
+    "that"
 )
-"""What to do with an adapter whose base was changed at its start."""
+"""What to do with a PiSSA, OLoRA, CorDA or LoRA-GA adapter, whose base was changed at its start.
+
+PEFT converts these four alone, and their A and B alone: DoRA's magnitudes are lost on the way.
+"""
+
+_WITH_PEFT = "Merge it with PEFT's merge_and_unload()"
 
 _LOFTQ_BASE = (
     "Name the base that LoftQ left as BASE (the model that was saved when training began), and set "
@@ -399,7 +405,7 @@ _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     ),
     "use_bdlora": (
         "BD-LoRA keeps block-diagonal factors, which regraft does not merge",
-        "Convert it to plain LoRA with PEFT first",
+        _WITH_PEFT,
     ),
     "kasa_config": (
         "KaSA cut the base's smallest singular values when training began",
@@ -407,7 +413,7 @@ _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     ),
     "monteclora_config": (
         "MonteCLoRA samples its factors, which regraft does not merge",
-        "Convert it to plain LoRA with PEFT first",
+        f"{_WITH_PEFT}, which takes their means",
     ),
     "enable_lora": (
         "enable_lora splits the factors of a fused layer, as PEFT did before 0.3",
@@ -439,7 +445,8 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
             if init.lower().startswith(prefix)
         ]
         if config.get("use_dora") and init.lower().startswith(("pissa", "olora")):
-            found.append((f"init_lora_weights={_shown(init)} together with DoRA", RESAVE))
+            what = f"init_lora_weights={_shown(init)} together with DoRA"
+            found.append((what, f"{_WITH_PEFT}, on the base that it was trained on"))
         known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
         if not init.lower().startswith(known):
             what = f"init_lora_weights={_shown(init)} is not known to regraft"

@@ -110,10 +110,10 @@ _BY_TENSOR: tuple[tuple[re.Pattern[str], Layout], ...] = tuple(
     (re.compile(pattern), layout)
     for pattern, layout in (
         (_KOHYA_NAME, KOHYA),
+        (r"(.*\.)?transformer\.h\.\d+\..*\.lora_[AB]|lm_head\.lora_[AB]", LITGPT),
         (r"(unet|transformer|text_encoder(_\d)?)\..*[._]lora([._].*)?", DIFFUSERS),
         (r"blk\.\d+\..*\.lora_[ab]|(token_embd|output)\.weight\.lora_[ab]", GGUF),
         (r"(.*\.)?layers\.\d+\.(attn|mlp)\..*\.lora_[ab]\.weight", TORCHTUNE),
-        (r"(.*\.)?transformer\.h\.\d+\..*\.lora_[AB]|lm_head\.lora_[AB]", LITGPT),
         (r"layers\.\d+\.(attention|feed_forward)\.w\w+\.lora_[AB]\.weight", MISTRAL),
         (r".*\.lora_(gate_and_up|gate_up|down)_[AB]", AUTOMODEL),
         (r".*\.adapter\.linear_(in|out)\.weight", MEGATRON),
