@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from regraft.adapters.wrappers import peft_key
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.errors import Problem
 from regraft.formats.checkpoint import AdapterFiles
@@ -114,12 +115,13 @@ def items_of(
         of_a, of_b = shapes(pair, rank)
         items[a.name] = Item(a.name, dtypes[a.name], of_a, a, number, "a")
         items[b.name] = Item(b.name, dtypes[b.name], of_b, b, number, "b")
-    return sorted(items.values(), key=lambda item: (-DTYPES[item.dtype].bits, item.name))
+    return sorted(items.values(), key=lambda item: (-DTYPES[item.dtype].bits, peft_key(item.name)))
 
 
 def header_of(items: Sequence[Item]) -> bytes:
     """Return the first bytes of a file of these tensors."""
-    return build_header([(item.name, item.dtype, item.shape) for item in items], {"format": "pt"})
+    entries = [(peft_key(item.name), item.dtype, item.shape) for item in items]
+    return build_header(entries, {"format": "pt"})
 
 
 # -- what cannot be stored -------------------------------------------------------------------------

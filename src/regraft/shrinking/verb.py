@@ -18,6 +18,7 @@ from typing import Any
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
+from regraft.adapters.wrappers import plain_config
 from regraft.deltas.threads import one_thread
 from regraft.errors import AdapterError, NumericError, Problem, UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
@@ -323,8 +324,8 @@ def _card(
 
 
 def _config_bytes(job: _Job, ranks: Sequence[int]) -> bytes:
-    """Return the new config; where no rank changed, the old one byte for byte."""
-    if _has_ranks(job, ranks):
+    """Return the new config; where nothing in it changed, the old one byte for byte."""
+    if _has_ranks(job, ranks) and plain_config(job.files.config) == job.files.config:
         with typed_os_errors(job.files.root):
             return (job.files.root / ADAPTER_CONFIG).read_bytes()
     return json_bytes(_config(job, ranks))
@@ -333,7 +334,7 @@ def _config_bytes(job: _Job, ranks: Sequence[int]) -> bytes:
 def _config(job: _Job, ranks: Sequence[int]) -> Mapping[str, Any]:
     """Return the new config."""
     if _has_ranks(job, ranks):
-        return job.files.config
+        return plain_config(job.files.config)
     return with_ranks(job.files.config, job.adapter.settings, by_key(job.pairs, ranks))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft.adapters.wrappers import peft_key, plain_config
 from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.card import hub_id
 from regraft.runtime.handle import ATTACHED, Adapters
@@ -52,7 +53,15 @@ class Saved:
 def write_saved(
     saved: Saved, place: Path, *, dtype: str | torch.dtype | None = None, tokenizer: Any = None
 ) -> Path:
-    """Write an adapter with its card; arguments and errors are those of :func:`write_adapter`."""
+    """Write an adapter with its card, its names without wrappers of training.
+
+    Arguments and errors are those of :func:`write_adapter`.
+    """
+    saved = replace(
+        saved,
+        config=plain_config(saved.config),
+        tensors={peft_key(key): tensor for key, tensor in saved.tensors.items()},
+    )
     specs = stored_specs(saved.tensors, dtype)
     card = adapter_card(str(place), saved.config, specs, saved.base_format)
     return write_adapter(
