@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from regraft.adapters.known_settings import unknown_settings
 from regraft.adapters.settings import refusals
+from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, FormatError, InputError, Problem
 from regraft.formats.checkpoint import (
     AdapterFiles,
@@ -384,7 +385,6 @@ def _of_hub_model(located: Located, token: str | None) -> Inspection:
 
 # ---- adapters
 
-_PREFIX = "base_model.model."
 _LORA_A = re.compile(r"(.+)\.(?:lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?)")
 _TOKEN_ROWS = re.compile(r".+\.trainable_tokens_delta(?:\.[^.]+)?")
 
@@ -435,7 +435,7 @@ def _ranks(tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, int]
     for name, spec in tensors.items():
         match = _LORA_A.fullmatch(name)
         if match and spec.shape:
-            module = match[1].removeprefix(_PREFIX)
+            module = plain_key(match[1])
             ranks[module] = spec.shape[0]
             if isinstance(stated, int) and _is_parameter(module, config):
                 ranks[module] = stated

@@ -26,7 +26,7 @@ from regraft.adapters.patterns import (
     is_segment,
     suffixes_of,
 )
-from regraft.adapters.wrappers import expression_unwrapped
+from regraft.adapters.wrappers import plain_config
 from regraft.errors import AdapterError, Problem, RegraftError, UnsupportedError
 from regraft.formats.problems import capped, quoted
 
@@ -242,7 +242,6 @@ class _Fields:
         if not all(isinstance(item, str) for item in value):
             self.bad(name, "a list of names", _shown(value))
             return ()
-        value = [expression_unwrapped(item) for item in value]
         if within:
             for item in value:
                 self.pattern(name, item, within)
@@ -253,7 +252,6 @@ class _Fields:
         if value is None:
             return None
         if isinstance(value, str):
-            value = expression_unwrapped(value)
             self.pattern(name, value)
             return value
         return self.names(name)
@@ -266,7 +264,6 @@ class _Fields:
 
     def patterns(self, name: str, kinds: tuple[type, ...]) -> tuple[tuple[str, Any], ...]:
         value = self.get(name, (dict,), {})
-        value = {expression_unwrapped(pattern): number for pattern, number in value.items()}
         for pattern, number in value.items():
             self.pattern(name, pattern, SUFFIX)
             if not _is_positive(number, kinds):
@@ -326,7 +323,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
     refused = [Problem(what, where, hint=hint) for what, hint in refusals(config)]
     if refused:
         raise UnsupportedError(refused)
-    fields = _Fields(config, where)
+    fields = _Fields(plain_config(config), where)
     auto = _Fields(fields.get("auto_mapping", (dict,), {}), where)
     auto.problems = fields.problems
     layouts, wrong = expert_layout.read_layouts(config)
@@ -366,9 +363,15 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
 
 RESAVE = (
     "Save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
-    "which turns it into a plain LoRA, then merge that"
+    "given the adapter as it was saved before training: that makes a plain LoRA of it, then merge "
+    "that"
 )
-"""What to do with an adapter whose base was changed at its start."""
+"""What to do with a PiSSA, OLoRA, CorDA or LoRA-GA adapter, whose base was changed at its start.
+
+PEFT converts these four alone, and their A and B alone: DoRA's magnitudes are lost on the way.
+"""
+
+_WITH_PEFT = "Merge it with PEFT's merge_and_unload()"
 
 _LOFTQ_BASE = (
     "Name the base that LoftQ left as BASE (the model that was saved when training began), and set "
@@ -402,7 +405,7 @@ _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     ),
     "use_bdlora": (
         "BD-LoRA keeps block-diagonal factors, which regraft does not merge",
-        "Convert it to plain LoRA with PEFT first",
+        _WITH_PEFT,
     ),
     "kasa_config": (
         "KaSA cut the base's smallest singular values when training began",
@@ -410,7 +413,7 @@ _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     ),
     "monteclora_config": (
         "MonteCLoRA samples its factors, which regraft does not merge",
-        "Convert it to plain LoRA with PEFT first",
+        f"{_WITH_PEFT}, which takes their means",
     ),
     "enable_lora": (
         "enable_lora splits the factors of a fused layer, as PEFT did before 0.3",
@@ -442,7 +445,8 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
             if init.lower().startswith(prefix)
         ]
         if config.get("use_dora") and init.lower().startswith(("pissa", "olora")):
-            found.append((f"init_lora_weights={_shown(init)} together with DoRA", RESAVE))
+            what = f"init_lora_weights={_shown(init)} together with DoRA"
+            found.append((what, f"{_WITH_PEFT}, on the base that it was trained on"))
         known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
         if not init.lower().startswith(known):
             what = f"init_lora_weights={_shown(init)} is not known to regraft"

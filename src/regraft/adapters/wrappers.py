@@ -1,31 +1,72 @@
-"""Names of modules without what training wraps around them.
+"""Names without what training puts around a model and its modules.
 
-torch.compile, FSDP, activation checkpointing and DistributedDataParallel put a module around
-another one, whose name then stands in the names of all tensors below.
+torch.compile, FSDP, activation checkpointing and DataParallel wrap modules in others, whose
+attributes become segments of every name below. The model that an adapter is used on has none.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 PREFIX = "base_model.model."
-"""PEFT's prefix before every name in an adapter."""
+"""Where PEFT keeps the model inside its own."""
 
-_SEGMENTS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
-_SEGMENT = re.compile(rf"(?:(?<=\.)|^)(?:{_SEGMENTS})(?:\.|$)")
-_IN_EXPRESSION = re.compile(rf"(?:{_SEGMENTS})\\?\.")
-_PARALLEL = "module."
+WRAPPERS = (
+    "_orig_mod",  # torch.compile
+    "_fsdp_wrapped_module",  # torch's FullyShardedDataParallel
+    "_checkpoint_wrapped_module",  # torch's and FairScale's activation checkpointing
+    "_fpw_module",  # FairScale's FSDP
+    "_forward_module",  # Lightning Fabric
+)
+"""Segments that no module of a model is called."""
+
+PARALLEL = "module."
+"""What DataParallel and DeepSpeed put before a name. A model can have a module of that name."""
+
+_SEGMENT = rf"(?:{'|'.join(WRAPPERS)})"
+_IN_TEXT = re.compile(rf"(?<![A-Za-z0-9_]){_SEGMENT}\\?\.|\\?\.{_SEGMENT}$")
+_ABOVE = re.compile(rf"^(?:module\.)+(?={re.escape(PREFIX)})")
+_LISTS = (
+    "target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_pattern",
+)  # fmt: skip
+_MAPPINGS = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
 
 
-def unwrapped(name: str) -> str:
-    """Return a tensor's or module's name without wrappers, and without PEFT's prefix.
+def without_wrappers(text: str) -> str:
+    """Return a name, or a regular expression for names, without the segments of wrappers.
 
-    A leading ``module.`` is DistributedDataParallel's only where PEFT's prefix follows it.
+    One that is nothing else stays as it is.
     """
-    name = _SEGMENT.sub("", name)
-    return name.removeprefix(_PARALLEL * name.startswith(_PARALLEL + PREFIX)).removeprefix(PREFIX)
+    return _IN_TEXT.sub("", text) or text
 
 
-def expression_unwrapped(text: str) -> str:
-    """Return a name or regular expression of a config without wrappers."""
-    return _IN_EXPRESSION.sub("", text)
+def peft_key(key: str) -> str:
+    """Return the key that PEFT gives a tensor on a model without wrappers."""
+    return _ABOVE.sub("", without_wrappers(key))
+
+
+def plain_key(key: str) -> str:
+    """Return the same without PEFT's own prefix."""
+    return peft_key(key).removeprefix(PREFIX)
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose names of modules have no wrappers; values of odd kinds stay."""
+    plain = dict(config)
+    plain |= {name: _plain_names(config[name]) for name in _LISTS if config.get(name)}
+    plain |= {
+        name: {without_wrappers(key): value for key, value in config[name].items()}
+        for name in _MAPPINGS
+        if isinstance(config.get(name), dict)
+    }
+    return plain
+
+
+def _plain_names(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_wrappers(value)
+    if isinstance(value, list):
+        return [without_wrappers(item) if isinstance(item, str) else item for item in value]
+    return value

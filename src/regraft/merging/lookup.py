@@ -8,7 +8,9 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from regraft.adapters.wrappers import PARALLEL, without_wrappers
 from regraft.formats.checkpoint import Checkpoint
+from regraft.merging.single_experts import as_slice, piece_of, stacks_of
 from regraft.names import NameMap, Piece
 from regraft.names.conv1d import is_conv1d
 from regraft.tensors import TensorSpec
@@ -65,6 +67,8 @@ class BaseIndex:
 
     def _pieces(self, name: str) -> tuple[Piece, ...]:
         pieces = self.names.pieces(name)
+        if pieces == (Piece(name),) and (single := as_slice(self.names, name)):
+            pieces = (single,)
         if name not in self.transposed:
             return pieces
         return tuple(replace(piece, transposed=not piece.transposed) for piece in pieces)
@@ -102,8 +106,24 @@ class BaseIndex:
             found = [self._of_piece(piece) for piece in pieces]
             if any(found):
                 return tuple(f for f in found if f is not None)
-        single = self._of_piece(piece) if (piece := single_expert(name)) else None
-        return (single,) if single is not None else ()
+        if expert := self._expert(name):
+            return expert
+        # What DataParallel puts in front, where the base has no module of that name.
+        return self.find(name.removeprefix(PARALLEL)) if name.startswith(PARALLEL) else ()
+
+    def _expert(self, name: str) -> tuple[Found, ...]:
+        """Return what a name of one expert means, where the model keeps a stack of them."""
+        for stack, expert in stacks_of(name):
+            for whole in self.find(stack):
+                module = whole.piece.parameter.rpartition(".")[0]
+                piece = piece_of(whole.piece, expert, self.is_transposed(module))
+                held = tuple(h for h in whole.held if overlap(piece, h.piece))
+                axes = 2 if name.endswith(".bias") else 3
+                if held and all(
+                    h.piece.expert is not None or len(h.spec.shape) == axes for h in held
+                ):
+                    return (Found(piece, held),)
+        return ()
 
     def _exact(self, name: str) -> Found | None:
         spec = self.base.tensors.get(name)
@@ -150,6 +170,14 @@ class BaseIndex:
         return self._near[shape]
 
     @cached_property
+    def wrapped(self) -> str | None:
+        """One of the base's names in which training left a wrapper; None where there is none."""
+        names = self.base.tensors
+        if all(name.startswith(PARALLEL) for name in names):
+            return next(iter(names), None)
+        return next((name for name in names if without_wrappers(name) != name), None)
+
+    @cached_property
     def _shapes(self) -> dict[str, str]:
         """One name for each shape of name (numbers aside), so that a search stays short."""
         shapes: dict[str, str] = {}
@@ -157,24 +185,6 @@ class BaseIndex:
             if len(name) <= _LONGEST_SEARCHED and len(shapes) < _MAX_SHAPES:
                 shapes.setdefault(_numberless(name), name)
         return shapes
-
-
-_SINGLE = re.compile(
-    r"(?P<stack>.+\.experts\.(?:gate_up_proj|down_proj))s\.(?P<expert>\d{1,6})\.(?P<leaf>weight|bias)"
-)
-
-
-def single_expert(name: str) -> Piece | None:
-    """Return which expert of a stack a name means that counts them, as gpt-oss in 4 bits has it.
-
-    ``experts.down_projs.3.weight`` is expert 3 of the stack ``experts.down_proj``, and its bias row
-    3 of ``experts.down_proj_bias``.
-    """
-    match = _SINGLE.fullmatch(name)
-    if match is None:
-        return None
-    stack = match["stack"] + ("_bias" if match["leaf"] == "bias" else "")
-    return Piece(stack, expert=int(match["expert"]))
 
 
 def _height(spec: TensorSpec) -> int:
@@ -194,6 +204,11 @@ def overlap(wanted: Piece, held: Piece) -> bool:
 
 def nearest_hint(index: BaseIndex, name: str) -> str:
     """Return a hint that lists the base's names most like ``name``."""
+    if wrapped := index.wrapped:
+        return (
+            f"Training left a wrapper in the base's names ({wrapped}), by which transformers does "
+            "not find them either. Save the base again from the model without it"
+        )
     near = index.nearest(name)
     if not near:
         return "Is this the base the adapter was trained on?"

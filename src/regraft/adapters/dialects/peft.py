@@ -9,7 +9,7 @@ from typing import Literal
 
 from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.adapters.settings import LoraSettings, read_settings
-from regraft.adapters.wrappers import unwrapped
+from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, Problem
 from regraft.formats import foreign
 from regraft.formats.checkpoint import AdapterFiles
@@ -75,14 +75,24 @@ def _gather(
     parts: dict[str, _Parts] = defaultdict(_Parts)
     rest: dict[str, TensorSpec] = {}
     for key, spec in files.tensors.items():
-        name = unwrapped(key)
+        name = plain_key(key)
         problems += _unusable(key, spec, where)
         if match := _FACTOR.match(name):
             slot = match["what"] + (".bias" if match["rest"].endswith(".bias") else "")
-            parts[match["module"]].found[slot] = spec
+            same = parts[match["module"]].found.setdefault(slot, spec)
         else:
-            rest[name] = spec
+            same = rest.setdefault(name, spec)
+        if same is not spec:
+            problems.append(_twice(same, spec, where))
     return parts, rest
+
+
+def _twice(first: TensorSpec, second: TensorSpec, where: str) -> Problem:
+    return Problem(
+        "two tensors of the file are one of the adapter", where, "one tensor",
+        f"{first.name!r} and {second.name!r}",
+        "They differ in what training put into the names; keep the one that was trained last",
+    )  # fmt: skip
 
 
 def _unusable(key: str, spec: TensorSpec, where: str) -> list[Problem]:
