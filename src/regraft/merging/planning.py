@@ -15,7 +15,6 @@ from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.model import Adapter
 from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
-from regraft.formats.layout import TORCH_SUFFIXES
 from regraft.merging.gap import TrainedOn
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, match
@@ -41,9 +40,6 @@ BASELINE_BYTES = 170 * 2**20
 
 BYTES_PER_TENSOR = 4 * 2**10
 """Memory that the specs, steps and records of one tensor take, measured."""
-
-TORCH_BYTES = 200 * 2**20
-"""What importing torch adds, which reading a ``.bin`` file needs."""
 
 LARGEST_TILE = 2 * 2**20
 SMALLEST_TILE = 64 * 2**10
@@ -520,8 +516,7 @@ def fit_memory(
     largest = max(steps, key=cost)
     factors = max(FACTOR_BYTES, cost(largest))
     wanted = choices.threads or default_threads()
-    torch = TORCH_BYTES if any(path.suffix in TORCH_SUFFIXES for path in _paths(steps)) else 0
-    fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
+    fixed = BASELINE_BYTES + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
     tiles = PER_THREAD + TO_KEEP * bool(choices.undo) + TO_RESTORE * (undone is not None)
     tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
     tiles += TO_DECODE_GGUF * any(step.source.path.suffix == ".gguf" for step in steps)
@@ -544,11 +539,6 @@ def fit_memory(
         found=f"{math.ceil(needed / 2**20)} MiB",
         hint=f"Allow it: --max-memory {math.ceil(needed / 2**20)}MiB",
     )
-
-
-def _paths(steps: Sequence[Step]) -> set[Path]:
-    """Return the files that steps read."""
-    return {path for step in steps for path in step.paths}
 
 
 def default_threads() -> int:
