@@ -22,7 +22,7 @@ import torch
 
 import regraft
 from regraft.adapters.dialects.peft import read_adapter
-from regraft.errors import AdapterError, EnvironmentShortfall, FormatError, RegraftError
+from regraft.errors import AdapterError, FormatError, RegraftError
 from regraft.formats.checkpoint import open_adapter, open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import regraft
 from deltas import reference
 from merging import toys
 from merging.processes import python
-from merging.toys import BF16, PREFIX, Q0, attention, tree, write_adapter, write_base, write_json
+from merging.toys import BF16, PREFIX, Q0, attention, write_adapter, write_base, write_json
 
 COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 
@@ -125,7 +124,7 @@ main()
 
 
 def test_bin_files_are_read_without_torch(
-    base: Path, adapter: Path, tmp_path: Path, expected: dict[str, bytes]
+    adapter: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     import torch
 
