@@ -16,11 +16,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from regraft.adapters.known_settings import unknown_settings
 from regraft.adapters.settings import refusals
-from regraft.errors import AdapterError, FormatError, Problem
-from regraft.formats.checkpoint import AdapterFiles, Checkpoint, open_adapter, open_checkpoint
+from regraft.errors import AdapterError, FormatError, InputError, Problem
+from regraft.formats.checkpoint import (
+    AdapterFiles,
+    Checkpoint,
+    adapter_folder,
+    open_adapter,
+    open_checkpoint,
+    refuse_foreign,
+)
 from regraft.formats.hub import Located, locate
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import ADAPTER_CONFIG, RECEIPT, looks_like
+from regraft.formats.problems import quoted
 from regraft.formats.reading import access_error
 from regraft.formats.remote import checkpoint_of, fetch_headers, is_whole
 from regraft.tensors import TensorSpec
@@ -218,9 +226,16 @@ def inspect(path: str | Path, *, token: str | None = None) -> Inspection:
 
 
 def _inspect(located: Located, token: str | None) -> Inspection:
+    if (below := adapter_folder(located)) is not located:
+        raise InputError(
+            "is neither a model nor an adapter: the adapter lies in a folder below",
+            where=str(located.path), expected="the adapter's own folder",
+            found=quoted(below.path.name), hint=f"Inspect {below.source}",
+        )  # fmt: skip
     looks = looks_like(located.path)
     if looks in ("adapter", "mlx-adapter"):
         return _of_adapter(open_adapter(located))
+    refuse_foreign(located.path)
     if looks == "gguf":
         from regraft.merging.bases import open_base
 

@@ -26,9 +26,9 @@ FEATURES: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "MonteCLoRA": ({"monteclora_config": {"samples": 4}}, "MonteCLoRA samples", "Convert it"),
     "Megatron": ({"megatron_config": {"tp": 2}}, "Megatron's parallel layers", "Export"),
     "CorDA": ({"init_lora_weights": "corda"}, "CorDA changed the base", "Save it again"),
-    "LoftQ": ({"init_lora_weights": "loftq"}, "LoftQ replaced the base", "Save it again"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, "LoftQ replaced the base", "that LoftQ left"),
     "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "LoRA-GA changed the base", "Save it again"),
-    "an unknown start": ({"init_lora_weights": "sparkle"}, "'sparkle' is not known", "Save it"),
+    "an unknown start": ({"init_lora_weights": "sparkle"}, "'sparkle' is not known", "update regraft"),
     "DoRA on PiSSA": (
         {"init_lora_weights": "pissa", "use_dora": True}, "'pissa' together with DoRA", "Save it"
     ),

@@ -26,6 +26,7 @@ from regraft.adapters.patterns import (
     is_segment,
     suffixes_of,
 )
+from regraft.adapters.wrappers import expression_unwrapped
 from regraft.errors import AdapterError, Problem, RegraftError, UnsupportedError
 from regraft.formats.problems import capped, quoted
 
@@ -241,6 +242,7 @@ class _Fields:
         if not all(isinstance(item, str) for item in value):
             self.bad(name, "a list of names", _shown(value))
             return ()
+        value = [expression_unwrapped(item) for item in value]
         if within:
             for item in value:
                 self.pattern(name, item, within)
@@ -251,6 +253,7 @@ class _Fields:
         if value is None:
             return None
         if isinstance(value, str):
+            value = expression_unwrapped(value)
             self.pattern(name, value)
             return value
         return self.names(name)
@@ -263,6 +266,7 @@ class _Fields:
 
     def patterns(self, name: str, kinds: tuple[type, ...]) -> tuple[tuple[str, Any], ...]:
         value = self.get(name, (dict,), {})
+        value = {expression_unwrapped(pattern): number for pattern, number in value.items()}
         for pattern, number in value.items():
             self.pattern(name, pattern, SUFFIX)
             if not _is_positive(number, kinds):
@@ -366,11 +370,18 @@ RESAVE = (
 )
 """What to do with an adapter whose base was changed at its start."""
 
+_LOFTQ_BASE = (
+    "Name the base that LoftQ left as BASE (the model that was saved when training began), and set "
+    "init_lora_weights to true in a copy of the adapter"
+)
+
 _CHANGED_BASES = {
-    "corda": "CorDA changed the base at its start by statistics of data that are not in the file",
-    "loftq": "LoftQ replaced the base by a quantized one when training began",
-    "lora_ga": "LoRA-GA changed the base by gradients that are not in the file",
-}
+    "corda": (
+        "CorDA changed the base at its start by statistics of data that are not in the file", RESAVE
+    ),
+    "loftq": ("LoftQ replaced the base by a quantized one when training began", _LOFTQ_BASE),
+    "lora_ga": ("LoRA-GA changed the base by gradients that are not in the file", RESAVE),
+}  # fmt: skip
 
 _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": (
@@ -426,15 +437,16 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     init = config.get("init_lora_weights")
     if isinstance(init, str):
         found += [
-            (f"init_lora_weights={_shown(init)}: {why}", RESAVE)
-            for prefix, why in _CHANGED_BASES.items()
+            (f"init_lora_weights={_shown(init)}: {why}", way_on)
+            for prefix, (why, way_on) in _CHANGED_BASES.items()
             if init.lower().startswith(prefix)
         ]
         if config.get("use_dora") and init.lower().startswith(("pissa", "olora")):
             found.append((f"init_lora_weights={_shown(init)} together with DoRA", RESAVE))
         known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
         if not init.lower().startswith(known):
-            found.append((f"init_lora_weights={_shown(init)} is not known to regraft", RESAVE))
+            what = f"init_lora_weights={_shown(init)} is not known to regraft"
+            found.append((what, "Merge it with the PEFT that trained it, or update regraft"))
     return found
 
 

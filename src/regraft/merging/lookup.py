@@ -102,7 +102,8 @@ class BaseIndex:
             found = [self._of_piece(piece) for piece in pieces]
             if any(found):
                 return tuple(f for f in found if f is not None)
-        return ()
+        single = self._of_piece(piece) if (piece := single_expert(name)) else None
+        return (single,) if single is not None else ()
 
     def _exact(self, name: str) -> Found | None:
         spec = self.base.tensors.get(name)
@@ -156,6 +157,24 @@ class BaseIndex:
             if len(name) <= _LONGEST_SEARCHED and len(shapes) < _MAX_SHAPES:
                 shapes.setdefault(_numberless(name), name)
         return shapes
+
+
+_SINGLE = re.compile(
+    r"(?P<stack>.+\.experts\.(?:gate_up_proj|down_proj))s\.(?P<expert>\d{1,6})\.(?P<leaf>weight|bias)"
+)
+
+
+def single_expert(name: str) -> Piece | None:
+    """Return which expert of a stack a name means that counts them, as gpt-oss in 4 bits has it.
+
+    ``experts.down_projs.3.weight`` is expert 3 of the stack ``experts.down_proj``, and its bias row
+    3 of ``experts.down_proj_bias``.
+    """
+    match = _SINGLE.fullmatch(name)
+    if match is None:
+        return None
+    stack = match["stack"] + ("_bias" if match["leaf"] == "bias" else "")
+    return Piece(stack, expert=int(match["expert"]))
 
 
 def _height(spec: TensorSpec) -> int:

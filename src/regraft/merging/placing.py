@@ -194,7 +194,7 @@ def linear_deltas(place: Placement, found: Found, held: Held, index: BaseIndex) 
     if factors.kernel or len(spec.shape) != 3:
         return [_of_matrix(place, factors, found.piece, held, index)]
     if found.piece.expert is not None:
-        return [_on_one_expert(place, factors, found.piece, spec)]
+        return [_on_one_expert(place, factors, found.piece, spec, index)]
     if place.target.magnitude is not None:
         raise Misfit(dora_on_stack(place))
     return _on_all_experts(place, factors, spec, index)
@@ -269,14 +269,22 @@ def _of_one_expert(place: Placement, factors: Factors, held: Held, index: BaseIn
     return _expert_delta(place, factors, expert, at, kept, transposed=transposed)
 
 
-def _on_one_expert(place: Placement, factors: Factors, wanted: Piece, spec: TensorSpec) -> Delta:
+def _on_one_expert(
+    place: Placement, factors: Factors, wanted: Piece, spec: TensorSpec, index: BaseIndex
+) -> Delta:
     """A target that is one expert's matrix meets a checkpoint that stacks them all."""
     _, height, width = spec.shape
-    expert = wanted.expert or 0
-    start = wanted.part * factors.out if wanted.parts > 1 else 0
-    fits = height == factors.out * wanted.parts and width == factors.inputs
+    expert, rows = wanted.expert or 0, factors.out * wanted.parts
+    normal, flipped = (rows, factors.inputs), (factors.inputs, rows)
+    module = wanted.parameter.rpartition(".")[0]
+    transposed = (height, width) == flipped and (normal != flipped or index.is_transposed(module))
+    fits = (height, width) in (normal, flipped) and not (transposed and wanted.parts > 1)
     if not fits or expert >= spec.shape[0]:
         raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
+    if transposed:
+        return _delta(place, factors, (expert * height, (expert + 1) * height), None,
+                      transposed=True)  # fmt: skip
+    start = wanted.part * factors.out if wanted.parts > 1 else 0
     at = expert * height + start
     return _delta(place, factors, (at, at + factors.out), (0, factors.out))
 

@@ -554,7 +554,7 @@ def _notes_of_base(adapters: Sequence[Adapter], *, quantized: bool) -> list[str]
     notes = []
     for adapter in adapters:
         name = adapter.settings.base_model_name_or_path or ""
-        if not quantized and _QUANTIZED_NAME.search(name):
+        if not quantized and _QUANTIZED_NAME.search(Path(name).name):
             notes.append(
                 f"{adapter.label}: trained on {name}, by its name a quantized model, and this base "
                 "is not quantized; --trained-on says how far apart the two are"
@@ -570,6 +570,7 @@ def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:
             "written, and tie_word_embeddings is set to false"
         )
     for adapter in adapters:
+        notes += adapter.notes
         notes += unknown_note(adapter.label, adapter.settings.unknown)
         init = str(adapter.settings.init_lora_weights).lower()
         if init.startswith("pissa_niter"):

@@ -155,7 +155,7 @@ class _Job:
     @property
     def where(self) -> str:
         """How messages name the weights file."""
-        return f"{self.files.source}/{self.files.weights_file}"
+        return self.files.weights_shown
 
     @property
     def inputs(self) -> list[Path]:

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from regraft.adapters.dialects.peft import PREFIX
 from regraft.adapters.lora_config import as_json
+from regraft.adapters.wrappers import PREFIX
 from regraft.errors import AdapterError, BusyError, Problem, UsageError
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped
