@@ -54,6 +54,7 @@ _WEIGHT_FILES = (  # the order in which transformers looks for them
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )

@@ -316,6 +316,9 @@ def _vocabulary_sizes(index: BaseIndex, works: Mapping[str, Work]) -> dict[str, 
 
 
 def _dtype_updates(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return what changes with the dtype; nothing for a model of diffusers, which stops at one."""
+    if is_of_diffusers(config):
+        return {}
     paths = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     for name, part in config.items():
         if isinstance(part, dict):
@@ -393,18 +396,27 @@ def _shards(
         extra = [each for step in extra for each in made.of(step)]
     if choices.shard_size:
         files = _split([step for steps in files for step in steps] + extra, choices.shard_size)
-        names = numbered_names(len(files))
+        names = numbered_names(len(files), _stem(base))
     else:
         files[-1].extend(extra)
         names = _kept_names(base)
     return [OutputShard(name, tuple(steps)) for name, steps in zip(names, files, strict=True)]
 
 
-def numbered_names(count: int) -> list[str]:
-    """Return transformers' file names for ``count`` weight files."""
+def is_of_diffusers(config: Mapping[str, Any] | None) -> bool:
+    """Return whether a config is that of a part of a diffusers pipeline."""
+    return "_class_name" in (config or {})
+
+
+def numbered_names(count: int, stem: str = "model") -> list[str]:
+    """Return transformers' file names for ``count`` weight files, or diffusers' by its stem."""
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _stem(base: Checkpoint) -> str:
+    return "diffusion_pytorch_model" if is_of_diffusers(base.config) else "model"
 
 
 def _kept_names(base: Checkpoint) -> list[str]:
@@ -416,7 +428,7 @@ def _kept_names(base: Checkpoint) -> list[str]:
     )
     if base.container == "safetensors" and usual and not base.single_file:
         return names
-    return numbered_names(len(names))
+    return numbered_names(len(names), _stem(base))
 
 
 def _split(steps: list[Step], limit: int) -> list[list[Step]]:
