@@ -16,7 +16,7 @@ from cli.test_startup import HEAVY, loaded_by
 from merging import toys
 from merging.processes import errors, regraft_command
 from regraft.cli.diff_text import render
-from regraft.verifying.diff import (
+from regraft.verifying.diff_report import (
     ConfigChange,
     DiffReport,
     DiffSide,

@@ -48,7 +48,7 @@ DESCRIBED = {
     "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
     "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),
-    "regraft.verifying.diff": (
+    "regraft.verifying.diff_report": (
         *("DiffReport", "DiffSide", "LoneTensor", "TensorChange", "ConfigChange", "FileChange"),
     ),
 }

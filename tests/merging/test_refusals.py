@@ -28,7 +28,7 @@ FEATURES: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "CorDA": ({"init_lora_weights": "corda"}, "CorDA changed the base", "Save it again"),
     "LoftQ": ({"init_lora_weights": "loftq"}, "LoftQ replaced the base", "that LoftQ left"),
     "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "LoRA-GA changed the base", "Save it again"),
-    "an unknown start": ({"init_lora_weights": "sparkle"}, "'sparkle' is not known", "update regraft"),
+    "an unknown start": ({"init_lora_weights": "sparkle"}, "'sparkle' is not", "update regraft"),
     "DoRA on PiSSA": (
         {"init_lora_weights": "pissa", "use_dora": True}, "'pissa' together with DoRA", "Save it"
     ),

@@ -22,7 +22,7 @@ from merging.processes import python
 from regraft.deltas.distance import VALUE_DTYPES, Distance, distance
 from regraft.formats.safetensors import build_header
 from regraft.tensors import DTYPES, nbytes_of
-from regraft.verifying import diff as diff_module
+from regraft.verifying import diff_report, diff_tensors
 
 NUMPY = {**STORED, "F64": np.float64}
 """The numpy dtype of each dtype that is compared by value."""
@@ -152,7 +152,7 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diff_module, "TILE_BYTES", 512)
+    monkeypatch.setattr(diff_tensors, "TILE_BYTES", 512)
 
 
 def test_a_model_is_the_same_as_itself_and_as_its_copy(base: Path, tmp_path: Path) -> None:
@@ -582,7 +582,7 @@ def test_memory_does_not_grow_and_equal_models_need_no_compiled_code(tmp_path: P
 
 def test_the_fields_are_explained() -> None:
     for kind in ("DiffReport", "DiffSide", "LoneTensor", "TensorChange", "ConfigChange"):
-        found = getattr(diff_module, kind)
+        found = getattr(diff_report, kind)
         text = found.__doc__.partition("Attributes:")[2]
         assert [name for name in found.__dataclass_fields__ if f"    {name}: " not in text] == []
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from regraft.cli.text import count, pairs, percent, plural, size, table
-from regraft.verifying.diff import ConfigChange, DiffReport, DiffSide, TensorChange
+from regraft.verifying.diff_report import ConfigChange, DiffReport, DiffSide, TensorChange
 
 _NOUNS = {"checkpoint": "full model", "adapter": "adapter"}
 _CONFIGS = {"checkpoint": "config.json", "adapter": "adapter_config.json"}

@@ -33,7 +33,7 @@ from regraft.merging.receipt import Action
 from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
 from regraft.merging.tiles import smallest_tile
 from regraft.names import NameMap, class_for_task
-from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES
+from regraft.tensors import BY_CONFIG_NAME, DTYPE_ALIASES, DTYPES, WORKING_DTYPES
 
 BASELINE_BYTES = 170 * 2**20
 """Resident memory of the interpreter with numpy, numba and the compiled kernels, measured."""
@@ -100,7 +100,7 @@ def _format(choices: Choices, quantization: Quantization | None) -> str | None:
 
 
 def parse_dtype(name: str | None) -> str | None:
-    """Return the safetensors dtype for ``"bfloat16"``, ``"BF16"``, ``"torch.float16"``, ...
+    """Return the safetensors dtype for ``"bfloat16"``, ``"bf16"``, ``"torch.half"``, ...
 
     Raises:
         UsageError: it is none that regraft can write.
@@ -108,7 +108,7 @@ def parse_dtype(name: str | None) -> str | None:
     if name is None:
         return None
     short = str(name).removeprefix("torch.")
-    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(short.lower(), short)
+    short = DTYPE_ALIASES.get(short.lower(), short)
     found = BY_CONFIG_NAME.get(short) or DTYPES.get(short.upper())
     if found is None or found.name not in WORKING_DTYPES:
         raise UsageError(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from regraft.adapters.dialects.peft import strip_wrappers
-from regraft.adapters.wrappers import PREFIX
 from regraft.adapters.model import Adapter
+from regraft.adapters.wrappers import PREFIX
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.formats.checkpoint import AdapterFiles, Checkpoint
 from regraft.formats.reading import FilePool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -46,6 +46,11 @@ class Item:
     def nbytes(self) -> int:
         """Bytes it takes in the output."""
         return nbytes_of(self.dtype, self.shape)
+
+    @property
+    def stored(self) -> TensorSpec:
+        """What it is in the output; of its place only the size is told."""
+        return replace(self.spec, dtype=self.dtype, shape=self.shape, nbytes=self.nbytes)
 
 
 class Told:
