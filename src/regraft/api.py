@@ -34,6 +34,7 @@ from regraft.merging.recipe import (
     choices_of,
     open_adapters,
     parse_adapters,
+    refuse_swapped,
 )
 from regraft.merging.report import CheckReport
 
@@ -106,6 +107,7 @@ def merge(
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
+    refuse_swapped(base, wanted)
     tell(progress, "read", 0)
     checkpoint = open_base(locate(base, kind="base", token=token))
     made = _plan(
@@ -166,6 +168,7 @@ def plan(
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, coding=coding)
     wanted = parse_adapters(adapters)
+    refuse_swapped(base, wanted)
     tell(progress, "read", 0)
     checkpoint = open_base_headers(base, token)
     place = out_path(out) if out is not None else None
@@ -230,9 +233,11 @@ def check(
     """
     coding = Coding(quantize)
     choices = choices_of(dtype, None, max_memory, None, None, coding=coding)
+    wanted = parse_adapters(adapters)
+    refuse_swapped(base, wanted)
     checkpoint = open_base_headers(base, token)
     read, problems = [], list[Problem]()
-    for files, weight in open_adapters(parse_adapters(adapters), token):
+    for files, weight in open_adapters(wanted, token):
         try:
             read.append(read_adapter(files, weight))
         except RegraftError as error:

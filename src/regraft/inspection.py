@@ -241,7 +241,9 @@ def _inspect(located: Located, token: str | None) -> Inspection:
         from regraft.merging.bases import open_base
 
         return _of_checkpoint(open_base(located), merged=False)
-    if located.repo_id is not None and not is_whole(located.path):
+    if located.subfolder:  # the Hub tells headers of files at the top alone
+        located = locate(located.source, kind="base", token=token)
+    elif located.repo_id is not None and not is_whole(located.path):
         return _of_hub_model(located, token)
     return _of_checkpoint(open_checkpoint(located), merged=looks == "merged")
 

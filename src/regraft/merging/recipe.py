@@ -9,6 +9,7 @@ from pathlib import Path
 from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
+from regraft.formats.layout import looks_like
 from regraft.merging.planning import Choices, parse_dtype
 from regraft.merging.quantizing import KEEP
 from regraft.quant.weight import FORMATS, ROUNDINGS
@@ -47,6 +48,23 @@ def parse_adapters(adapters: AdapterArg | Sequence[AdapterArg]) -> list[tuple[st
     if not pairs:
         raise UsageError("no adapter was given", hint="Name at least one adapter to merge")
     return pairs
+
+
+def refuse_swapped(base: str | Path, adapters: Sequence[tuple[str, float]]) -> None:
+    """Refuse a call that has a base where the adapter belongs, and the adapter as the base.
+
+    Raises:
+        UsageError: it does. Of what lies on the Hub nothing is known yet.
+    """
+    if len(adapters) != 1 or looks_like(Path(base).expanduser()) != "adapter":
+        return
+    other = adapters[0][0]
+    if looks_like(Path(other).expanduser()) in ("checkpoint", "merged", "gguf"):
+        raise UsageError(
+            "BASE and ADAPTER are swapped", where=str(base), expected="the base first",
+            found=f"an adapter first, and then a model ({other})",
+            hint=f"Write BASE {other} and ADAPTER {base}",
+        )  # fmt: skip
 
 
 def _is_pair(value: object) -> bool:

@@ -24,7 +24,13 @@ from regraft.merging.in_memory import MemoryMerge
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import make_plan
 from regraft.merging.quantized import check_scales
-from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
+from regraft.merging.recipe import (
+    AdapterArg,
+    choices_of,
+    open_adapters,
+    parse_adapters,
+    refuse_swapped,
+)
 from regraft.merging.sidefiles import updated_config
 from regraft.tensors import DTYPES
 
@@ -124,6 +130,7 @@ def _plan(
     """Return the plan of the merge into files, without files."""
     choices = choices_of(dtype, None, NO_CAP, threads)
     wanted = parse_adapters(adapters)
+    refuse_swapped(base, wanted)
     stored = open_base(locate(base, kind="base", token=token))
     read = [read_adapter(files, weight) for files, weight in open_adapters(wanted, token)]
     plain, quantization = see(stored)
