@@ -175,7 +175,7 @@ def _plan(
     trained_on: TrainedOn | None = None,
 ) -> Plan:
     read = [read_adapter(files, weight) for files, weight in open_adapters(adapters, token)]
-    plain, quantization = see(base)
+    plain, quantization = see(base, choices.dtype)
     choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
     if out is None:
@@ -230,7 +230,7 @@ def check(
         except RegraftError as error:
             problems += error.problems
     try:
-        plain, quantization = see(checkpoint)
+        plain, quantization = see(checkpoint, choices.dtype)
         choices = settled(choices, quantization)
         made = make_plan(plain, read, choices, None, quantization=quantization)
     except RegraftError as error:

@@ -126,7 +126,7 @@ def _convert(
     check_output(out, [], overwrite=overwrite)
     tell(progress, "read", 0)
     stored = open_base(locate(base, kind="base", token=token))
-    plain, quantization = see(stored)
+    plain, quantization = see(stored, choices.dtype)
     _check_wanted(stored, quantization, choices)
     if quantization is not None:
         check_scales(quantization)

@@ -174,10 +174,9 @@ def swap(
     with workplace(place, overwrite=overwrite) as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, choices)
-        choices = settled(choices, undone.quantization)
-        made = make_plan(
-            undone.base, read, choices, place, undone.steps, quantization=undone.quantization
-        )
+        base, quantization = undone.seen_as(choices.dtype)
+        choices = settled(choices, quantization)
+        made = make_plan(base, read, choices, place, undone.steps, quantization=quantization)
         check_space(place, made.disk_bytes)
         new = [path for adapter in read for path in Path(adapter.root).iterdir() if path.is_file()]
         called = command or call_of("swap", found.located.source, made)
@@ -255,6 +254,11 @@ class _Undone:
     def stored(self) -> Checkpoint:
         """The base as it was on disk."""
         return self.base if self.quantization is None else self.quantization.stored
+
+    def seen_as(self, dtype: str | None) -> tuple[Checkpoint, Quantization | None]:
+        """Return the base as a merge with this ``dtype`` sees it; see :func:`see`."""
+        seen = (self.base, self.quantization)
+        return see(self.stored, dtype) if self.stored.container == "gguf" else seen
 
 
 def _find(
@@ -362,7 +366,7 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
         quantize=options.get("quantize"), rounding=options.get("rounding"),
         seed=options.get("seed", 0), double_quant=options.get("double_quant", False),
     )  # fmt: skip
-    base, quantization = see(base)
+    base, quantization = see(base, old.dtype)
     made = make_plan(base, found.adapters, old, None, quantization=quantization)
     if plan_digest(made) != found.manifest.plan:
         raise UnsupportedError(

@@ -126,7 +126,7 @@ def _plan(
     wanted = parse_adapters(adapters)
     stored = open_base(locate(base, kind="base", token=token))
     read = [read_adapter(files, weight) for files, weight in open_adapters(wanted, token)]
-    plain, quantization = see(stored)
+    plain, quantization = see(stored, choices.dtype)
     if not plain.config:
         raise UsageError(
             "a model cannot be made of weights alone", where=stored.source, expected="config.json",

@@ -23,7 +23,7 @@ from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
-from regraft.merging.bases import see
+from regraft.merging.bases import decoded_like, see
 from regraft.merging.coding import Coder, block_of, noise_key
 from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
@@ -100,7 +100,7 @@ def judge(
     """
     if choices.quantize is None:
         _refuse_packed(merged)
-    base, quantization = see(base)
+    base, quantization = see(base, decoded_like(base, merged))
     plan = make_plan(base, adapters, choices, None, quantization=quantization)
     places = Places(merged, base)
     answers, subjects = _find(plan, places)
