@@ -17,6 +17,7 @@ from regraft.formats.hub import Located, locate
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import FilePool
 from regraft.memory import peak_memory
+from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import see
 from regraft.merging.events import Progress, tell
 from regraft.merging.jobs import plan_digest
@@ -170,6 +171,8 @@ def swap(
     check_space(place, sum(file.size for file in found.manifest.files))
 
     from regraft.merging.building import build
+    from regraft.merging.execute import FACTOR_CACHE
+    from regraft.merging.factors import FactorStore
 
     with workplace(place, overwrite=overwrite) as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
@@ -177,6 +180,10 @@ def swap(
         base, quantization = undone.seen_as(choices.dtype)
         choices = settled(choices, quantization)
         made = make_plan(base, read, choices, place, undone.steps, quantization=quantization)
+        restored = _opener(undone, found)(files, FactorStore(files, FACTOR_CACHE))
+        notes = notes_of_another_base(read, base, quantization, restored)
+        warn(notes, stacklevel=2)
+        made = replace(made, warnings=(*made.warnings, *notes))
         check_space(place, made.disk_bytes)
         new = [path for adapter in read for path in Path(adapter.root).iterdir() if path.is_file()]
         called = command or call_of("swap", found.located.source, made)

@@ -84,6 +84,8 @@ class Adapter:
         targets: adapted modules.
         whole: tensors that replace parameters.
         token_rows: embedding rows that are replaced.
+        fingerprint: of the base that it was trained on, if it carries one; see
+            :mod:`regraft.adapters.fingerprint`.
     """
 
     source: str
@@ -95,6 +97,7 @@ class Adapter:
     targets: tuple[LoraTarget, ...]
     whole: tuple[WholeTensor, ...]
     token_rows: tuple[TokenRows, ...]
+    fingerprint: str | None = None
 
     @property
     def files(self) -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -68,9 +69,9 @@ class Output:
         if not self.quiet:
             _write(sys.stderr, prompt, end="")
 
-    def warn(self, warnings: Sequence[str]) -> None:
+    def warn(self, said: Sequence[str]) -> None:
         """Print warnings on stderr, quiet or not."""
-        for warning in warnings:
+        for warning in said:
             _write(sys.stderr, warning, label="warning", colour="yellow")
 
     def failure(self, failure: Failure) -> None:
@@ -106,6 +107,12 @@ class Output:
         from regraft.demo.progress import on_terminal
 
         return on_terminal(sys.stderr)
+
+    def mute_repeated(self) -> None:
+        """Keep Python from printing the warnings that a report holds, too."""
+        from regraft.errors import BaseMismatchWarning
+
+        warnings.simplefilter("ignore", BaseMismatchWarning)
 
     def mute_downloads(self) -> None:
         """Keep huggingface_hub from drawing its own bars; call before it is imported."""

@@ -18,6 +18,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
 from regraft.libraries import require
+from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, see
 from regraft.merging.card import auto_class_of
 from regraft.merging.in_memory import MemoryMerge
@@ -89,6 +90,7 @@ def load_merged(
     require("torch", "transformers", why="a model in memory")
     _refuse(kwargs)
     made = _plan(base, adapters, _chosen(dtype, kwargs), threads, token)
+    warn(notes_of_another_base(made.adapters, made.base, made.quantization), stacklevel=2)
     if made.quantization is not None:
         check_scales(made.quantization)
     config, raw, rest = _config(made, kwargs)
