@@ -84,6 +84,7 @@ class Adapter:
         targets: adapted modules.
         whole: tensors that replace parameters.
         token_rows: embedding rows that are replaced.
+        notes: what the user should know of how it was found.
         fingerprint: of the base that it was trained on, if it carries one; see
             :mod:`regraft.adapters.fingerprint`.
     """
@@ -97,6 +98,7 @@ class Adapter:
     targets: tuple[LoraTarget, ...]
     whole: tuple[WholeTensor, ...]
     token_rows: tuple[TokenRows, ...]
+    notes: tuple[str, ...] = ()
     fingerprint: str | None = None
 
     @property

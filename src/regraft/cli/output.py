@@ -21,6 +21,21 @@ if TYPE_CHECKING:
     from regraft.merging.events import Progress, ProgressEvent
 
 
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show what ``warnings.warn`` says as the command line's other warnings, without its source."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        Output().warn([str(message)])
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 class ReaderGoneError(Exception):
     """Whoever read our output closed the pipe, as ``| head`` does."""
 
@@ -69,9 +84,9 @@ class Output:
         if not self.quiet:
             _write(sys.stderr, prompt, end="")
 
-    def warn(self, said: Sequence[str]) -> None:
+    def warn(self, sentences: Sequence[str]) -> None:
         """Print warnings on stderr, quiet or not."""
-        for warning in said:
+        for warning in sentences:
             _write(sys.stderr, warning, label="warning", colour="yellow")
 
     def failure(self, failure: Failure) -> None:
