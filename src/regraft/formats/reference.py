@@ -69,8 +69,8 @@ def _of_address(text: str, path: str) -> Reference:
     """Return what a page of the Hub's site, or a path of its file system, shows."""
     if text.startswith("hf://"):
         place, _, rest = path.partition("@")
-        revision, _, below = rest.partition("/")
-        found = _reference(f"{place}/{below}".rstrip("/"), revision)
+        revision, _, folder = rest.partition("/")
+        found = _reference(f"{place}/{folder}".rstrip("/"), revision)
     else:
         parts = unquote(re.split(r"[?#]", path)[0]).strip("/").split("/")
         view = next((n for n, part in enumerate(parts[1:3], 1) if part in _VIEWS), len(parts))
