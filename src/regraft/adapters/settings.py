@@ -26,6 +26,7 @@ from regraft.adapters.patterns import (
     is_segment,
     suffixes_of,
 )
+from regraft.adapters.wrappers import plain_config
 from regraft.errors import AdapterError, Problem, RegraftError, UnsupportedError
 from regraft.formats.problems import capped, quoted
 
@@ -322,7 +323,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
     refused = [Problem(what, where, hint=hint) for what, hint in refusals(config)]
     if refused:
         raise UnsupportedError(refused)
-    fields = _Fields(config, where)
+    fields = _Fields(plain_config(config), where)
     auto = _Fields(fields.get("auto_mapping", (dict,), {}), where)
     auto.problems = fields.problems
     layouts, wrong = expert_layout.read_layouts(config)
@@ -362,15 +363,28 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
 
 RESAVE = (
     "Save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
-    "which turns it into a plain LoRA, then merge that"
+    "given the adapter as it was saved before training: that makes a plain LoRA of it, then merge "
+    "that"
 )
-"""What to do with an adapter whose base was changed at its start."""
+"""What to do with a PiSSA, OLoRA, CorDA or LoRA-GA adapter, whose base was changed at its start.
+
+PEFT converts these four alone, and their A and B alone: DoRA's magnitudes are lost on the way.
+"""
+
+_WITH_PEFT = "Merge it with PEFT's merge_and_unload()"
+
+_LOFTQ_BASE = (
+    "Name the base that LoftQ left as BASE (the model that was saved when training began), and set "
+    "init_lora_weights to true in a copy of the adapter"
+)
 
 _CHANGED_BASES = {
-    "corda": "CorDA changed the base at its start by statistics of data that are not in the file",
-    "loftq": "LoftQ replaced the base by a quantized one when training began",
-    "lora_ga": "LoRA-GA changed the base by gradients that are not in the file",
-}
+    "corda": (
+        "CorDA changed the base at its start by statistics of data that are not in the file", RESAVE
+    ),
+    "loftq": ("LoftQ replaced the base by a quantized one when training began", _LOFTQ_BASE),
+    "lora_ga": ("LoRA-GA changed the base by gradients that are not in the file", RESAVE),
+}  # fmt: skip
 
 _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": (
@@ -391,7 +405,7 @@ _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     ),
     "use_bdlora": (
         "BD-LoRA keeps block-diagonal factors, which regraft does not merge",
-        "Convert it to plain LoRA with PEFT first",
+        _WITH_PEFT,
     ),
     "kasa_config": (
         "KaSA cut the base's smallest singular values when training began",
@@ -399,7 +413,7 @@ _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     ),
     "monteclora_config": (
         "MonteCLoRA samples its factors, which regraft does not merge",
-        "Convert it to plain LoRA with PEFT first",
+        f"{_WITH_PEFT}, which takes their means",
     ),
     "enable_lora": (
         "enable_lora splits the factors of a fused layer, as PEFT did before 0.3",
@@ -426,15 +440,17 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     init = config.get("init_lora_weights")
     if isinstance(init, str):
         found += [
-            (f"init_lora_weights={_shown(init)}: {why}", RESAVE)
-            for prefix, why in _CHANGED_BASES.items()
+            (f"init_lora_weights={_shown(init)}: {why}", way_on)
+            for prefix, (why, way_on) in _CHANGED_BASES.items()
             if init.lower().startswith(prefix)
         ]
         if config.get("use_dora") and init.lower().startswith(("pissa", "olora")):
-            found.append((f"init_lora_weights={_shown(init)} together with DoRA", RESAVE))
+            what = f"init_lora_weights={_shown(init)} together with DoRA"
+            found.append((what, f"{_WITH_PEFT}, on the base that it was trained on"))
         known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
         if not init.lower().startswith(known):
-            found.append((f"init_lora_weights={_shown(init)} is not known to regraft", RESAVE))
+            what = f"init_lora_weights={_shown(init)} is not known to regraft"
+            found.append((what, "Merge it with the PEFT that trained it, or update regraft"))
     return found
 
 

@@ -11,18 +11,34 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from regraft.errors import MismatchError
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Work
 from regraft.names import NameMap
 from regraft.names.architecture import template
 
 _LISTED = 6
+_EXPERTS = ".experts."
 
 
 def notes_of_class(
-    index: BaseIndex, works: Mapping[str, Work], left_out: Iterable[str] = ()
+    index: BaseIndex,
+    works: Mapping[str, Work],
+    left_out: Iterable[str] = (),
+    *,
+    kept: bool = False,
 ) -> list[str]:
-    """Return what to say of tensors that the output's class lacks in it, or does not know."""
+    """Return what to say of tensors that the output's class lacks in it, or does not know.
+
+    Args:
+        index: the base, with the output's class.
+        works: what the output has otherwise than the base.
+        left_out: names of the base that the output does not have.
+        kept: whether the output is quantized as the base is, for whoever loads that.
+
+    Raises:
+        MismatchError: the base keeps experts apart in names that the class does not know.
+    """
     names = index.names
     if names.tensors is None:
         return []
@@ -39,6 +55,8 @@ def notes_of_class(
     if made := contents.made_by_class(before):
         notes.append(_anew(names, made))
     if misnamed := contents.misnamed():
+        if not kept and any(_EXPERTS in f".{name}." for name in misnamed[0]):
+            raise _experts_apart(index, *misnamed)
         notes.append(_misnamed(names, *misnamed))
     if unread := [name for name in added if not contents.knows(name)]:
         notes.append(
@@ -82,6 +100,16 @@ class _Contents:
                 missing.add(name)
                 instead.update(found)
         return (sorted(missing), sorted(instead)) if missing else None
+
+
+def _experts_apart(index: BaseIndex, missing: list[str], instead: list[str]) -> MismatchError:
+    return MismatchError(
+        f"the base keeps its experts in a layout that {index.names.architecture} does not read: "
+        "merged, they would be made anew at each load",
+        where=index.base.source, expected=_list(missing), found=_list(instead),
+        hint="Merge into the model as it was published; a quantized base can also stay as it is, "
+        "for the program that wrote it: --quantize keep",
+    )  # fmt: skip
 
 
 def _sides(ties: Mapping[str, str]) -> dict[str, set[str]]:

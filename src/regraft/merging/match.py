@@ -18,6 +18,7 @@ from regraft.merging.placing import (
     Placement,
     bias_delta,
     embedding_delta,
+    expert_row,
     linear_deltas,
     residual_delta,
     stack_orientation,
@@ -243,7 +244,7 @@ class Matcher:
                         parameter, "nothing", "Nobody can merge this; serve it as an adapter")
             )  # fmt: skip
         work = self._work(finds[0], finds[0].held[0])
-        work.deltas.append(bias_delta(place, finds[0].held[0].spec))
+        work.deltas.append(bias_delta(place, finds[0], finds[0].held[0].spec))
 
     # -- whole tensors and rows ------------------------------------------------------------------
 
@@ -260,6 +261,9 @@ class Matcher:
             return
         for found in finds:
             for held in found.held:
+                if row := expert_row(number, whole.spec, found, held):
+                    self._place_row(row, found, held, where)
+                    continue
                 part = whole_part(whole.spec, found, held, self.index)
                 if part is None:
                     raise Misfit(_not_one_tensor(where, finds))
@@ -267,6 +271,14 @@ class Matcher:
                     self._carry(number, part, found.common, held, where)
                 else:
                     self._replace(number, part, found, held, where)
+
+    def _place_row(self, row: RowPatch, found: Found, held: Held, where: str) -> None:
+        """Put the bias of one expert in its place among those of all."""
+        work = self._work(found, held)
+        taken = {index for patch in work.patches for index in patch.indices}
+        if work.replaced is not None or work.deltas or taken.intersection(row.indices):
+            raise Misfit(_conflict(where, work.name))
+        work.patches.append(row)
 
     def _carry(self, number: int, spec: TensorSpec, found: Found, held: Held, where: str) -> None:
         """Take an adapter's copy of a base's parameter for the base's, on both sides of a tie."""

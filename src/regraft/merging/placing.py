@@ -11,7 +11,7 @@ import numpy as np
 from regraft.adapters.expert_layout import BY_EXPERT, FLAT, UNKNOWN, WAY_ON
 from regraft.adapters.model import Adapter, LoraTarget
 from regraft.adapters.settings import RESAVE
-from regraft.deltas.views import ONE, Delta, Feature, Select, View, matrix_view
+from regraft.deltas.views import ONE, Delta, Feature, RowPatch, Select, View, matrix_view
 from regraft.errors import Problem
 from regraft.merging.expert_stacks import StackOrientation
 from regraft.merging.lookup import BaseIndex, Found, Held
@@ -197,7 +197,7 @@ def linear_deltas(place: Placement, found: Found, held: Held, index: BaseIndex) 
         return [_on_one_expert(place, factors, found.piece, spec)]
     if place.target.magnitude is not None:
         raise Misfit(dora_on_stack(place))
-    return _on_all_experts(place, factors, spec, index)
+    return _on_all_experts(place, factors, spec, _is_known_transposed(found.piece, index))
 
 
 def _of_matrix(
@@ -206,7 +206,8 @@ def _of_matrix(
     """A plain weight, a convolution, a slice of a fused weight, or a part of a fused target."""
     spec, stored = held.spec, held.piece
     rows, columns = spec.shape[0], math.prod(spec.shape[1:])
-    if _is_transposed(place, factors, wanted, held, index):
+    apart = wanted.expert is not None and stored.expert is not None
+    if not apart and _is_transposed(place, factors, wanted, held, index):
         return _delta(place, factors, (0, rows), None, transposed=True)
     kept = _kept_rows(place, factors, wanted, held, index)
     at = _slot(rows, stored.chunk, stored.chunks) if stored.chunks > 1 else (0, rows)
@@ -254,16 +255,19 @@ def _is_transposed(
 def _of_one_expert(place: Placement, factors: Factors, held: Held, index: BaseIndex) -> Delta:
     """A stacked target meets a checkpoint that keeps one matrix (or half) per expert."""
     spec, piece = held.spec, held.piece
-    if piece.transposed or piece.axis != 0:
+    if piece.axis != 0 or (piece.transposed and piece.parts > 1):
         raise Misfit(_no_inverse(place, spec, "Transpose"))
     expert = piece.expert or 0
     if factors.experts <= expert:
         raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
     start = index.part_offset(piece.parameter, piece) if piece.parts > 1 else 0
     sizes = (index.part_total(piece.parameter, piece), spec.shape[1])
-    transposed = _stack_is_transposed(place, factors, sizes, index)
+    in_stack = (sizes[1], sizes[0]) if piece.transposed else sizes
+    known = piece.transposed or _is_known_transposed(piece, index)
+    transposed = _stack_is_transposed(place, factors, in_stack, known)
     if transposed is None:
         raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
+    transposed = transposed != piece.transposed
     kept = (start, start + spec.shape[0])
     at = (0, spec.shape[0])
     return _expert_delta(place, factors, expert, at, kept, transposed=transposed)
@@ -273,6 +277,10 @@ def _on_one_expert(place: Placement, factors: Factors, wanted: Piece, spec: Tens
     """A target that is one expert's matrix meets a checkpoint that stacks them all."""
     _, height, width = spec.shape
     expert = wanted.expert or 0
+    if expert < spec.shape[0] and _expert_is_transposed(place, factors, wanted, spec):
+        return _delta(
+            place, factors, (expert * height, (expert + 1) * height), None, transposed=True
+        )
     start = wanted.part * factors.out if wanted.parts > 1 else 0
     fits = height == factors.out * wanted.parts and width == factors.inputs
     if not fits or expert >= spec.shape[0]:
@@ -281,8 +289,27 @@ def _on_one_expert(place: Placement, factors: Factors, wanted: Piece, spec: Tens
     return _delta(place, factors, (at, at + factors.out), (0, factors.out))
 
 
+def _expert_is_transposed(
+    place: Placement, factors: Factors, wanted: Piece, spec: TensorSpec
+) -> bool:
+    """Whether a stack keeps one expert's matrix (in, out).
+
+    Raises:
+        Misfit: the matrix is square, and the model is not known.
+    """
+    normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
+    if normal == flipped == spec.shape[1:] and wanted.check_shape:
+        raise Misfit(
+            Problem("it cannot be told whether the base keeps these square experts transposed",
+                    f"{place.where()} -> {spec.name}", "a model that regraft knows",
+                    "an unknown one", "Give the base's config.json, with its architectures")
+        )  # fmt: skip
+    fits = wanted.parts == 1 and spec.shape[1:] == flipped
+    return fits and (normal != flipped or wanted.transposed)
+
+
 def _on_all_experts(
-    place: Placement, factors: Factors, spec: TensorSpec, index: BaseIndex
+    place: Placement, factors: Factors, spec: TensorSpec, known: bool | None
 ) -> list[Delta]:
     """A stacked target meets a stacked tensor (experts, d1, d2)."""
     experts, height, _ = spec.shape
@@ -291,7 +318,7 @@ def _on_all_experts(
             Problem("the base claims too many experts", f"{place.where()} -> {spec.name}",
                     f"at most {MAX_EXPERTS}", str(experts), "Do not trust this file")
         )  # fmt: skip
-    transposed = _stack_is_transposed(place, factors, (spec.shape[1], spec.shape[2]), index)
+    transposed = _stack_is_transposed(place, factors, (spec.shape[1], spec.shape[2]), known)
     if factors.experts != experts or transposed is None:
         raise Misfit(_wrong_shape(place, spec, (factors.experts, factors.out, factors.inputs)))
     return [
@@ -303,9 +330,15 @@ def _on_all_experts(
 
 
 def _stack_is_transposed(
-    place: Placement, factors: Factors, sizes: tuple[int, int], index: BaseIndex
+    place: Placement, factors: Factors, sizes: tuple[int, int], known: bool | None
 ) -> bool | None:
     """Whether experts of ``sizes`` are stored (in, out); None when the sizes fit neither way.
+
+    Args:
+        place: the target.
+        factors: its sizes.
+        sizes: of one expert's matrix in the stack.
+        known: whether the module is known to store (in, out); None if not known.
 
     Raises:
         Misfit: they fit both ways, and nothing tells which one is meant.
@@ -313,10 +346,14 @@ def _stack_is_transposed(
     normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
     if normal != flipped or normal != sizes or place.orientation is None:
         return {normal: False, flipped: True}.get(sizes)
-    found = place.orientation.of_square(index.is_transposed(place.target.module))
+    found = place.orientation.of_square(known)
     if found is None:
         raise Misfit(place.orientation.refused(place.where()))
     return found
+
+
+def _is_known_transposed(piece: Piece, index: BaseIndex) -> bool | None:
+    return index.is_transposed(piece.parameter.rpartition(".")[0])
 
 
 def stack_orientation(place: Placement, found: Found, index: BaseIndex) -> Iterator[bool]:
@@ -335,6 +372,8 @@ def stack_orientation(place: Placement, found: Found, index: BaseIndex) -> Itera
         sizes = (held.spec.shape[1], held.spec.shape[2])
     else:
         sizes = (index.part_total(held.piece.parameter, held.piece), held.spec.shape[-1])
+    if held.piece.transposed and held.piece.expert is not None:
+        sizes = (sizes[1], sizes[0])
     if factors.out != factors.inputs and set(sizes) == {factors.out, factors.inputs}:
         yield sizes == (factors.inputs, factors.out)
 
@@ -399,8 +438,8 @@ def _magnitude(place: Placement, out: int, kept: Rows | None) -> View | None:
     return matrix_view(spec, out, 1, keep=kept)
 
 
-def bias_delta(place: Placement, spec: TensorSpec) -> Delta:
-    """Return the delta of ``lora_bias`` on a bias: scale * b.
+def bias_delta(place: Placement, found: Found, spec: TensorSpec) -> Delta:
+    """Return the delta of ``lora_bias`` on a bias: scale * b; of one expert, on its row of a stack.
 
     Raises:
         Misfit: the sizes differ.
@@ -408,6 +447,10 @@ def bias_delta(place: Placement, spec: TensorSpec) -> Delta:
     check_storage(place, spec)
     b_bias = place.target.b_bias
     assert b_bias is not None
+    expert = found.piece.expert
+    if expert is not None and spec.shape[1:] == b_bias.shape and expert < spec.shape[0]:
+        row = matrix_view(b_bias, 1, b_bias.numel)
+        return Delta(place.adapter, "lora-bias", (expert, expert + 1), 1, place.scale, ONE, row)
     if spec.shape != b_bias.shape:
         raise Misfit(_wrong_shape(place, spec, b_bias.shape))
     left = matrix_view(b_bias, spec.numel, 1)
@@ -513,3 +556,20 @@ def whole_part(spec: TensorSpec, found: Found, held: Held, index: BaseIndex) -> 
         name, spec.dtype, held.spec.shape, spec.path, spec.start + start * row_bytes,
         rows * row_bytes,
     )  # fmt: skip
+
+
+def expert_row(number: int, spec: TensorSpec, found: Found, held: Held) -> RowPatch | None:
+    """Return the row of a stack of biases that an adapter's bias of one expert replaces, if any.
+
+    Args:
+        number: the adapter's.
+        spec: its tensor.
+        found: what its name means.
+        held: the base's tensor.
+    """
+    expert, shape = found.piece.expert, held.spec.shape
+    if expert is None or held.piece.expert is not None or len(shape) != 2:
+        return None
+    if spec.shape != shape[1:] or expert >= shape[0]:
+        return None
+    return RowPatch(number, (expert,), matrix_view(spec, 1, spec.numel))

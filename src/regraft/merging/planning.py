@@ -42,7 +42,7 @@ from regraft.merging.receipt import Action
 from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
 from regraft.merging.tiles import smallest_tile
 from regraft.names import NameMap
-from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES
+from regraft.tensors import BY_CONFIG_NAME, DTYPE_ALIASES, DTYPES, WORKING_DTYPES
 
 BASELINE_BYTES = 170 * 2**20
 """Resident memory of the interpreter with numpy, numba and the compiled kernels, measured."""
@@ -107,7 +107,7 @@ def _format(choices: Choices, quantization: Quantization | None) -> str | None:
 
 
 def parse_dtype(name: str | None) -> str | None:
-    """Return the safetensors dtype for ``"bfloat16"``, ``"BF16"``, ``"torch.float16"``, ...
+    """Return the safetensors dtype for ``"bfloat16"``, ``"bf16"``, ``"torch.half"``, ...
 
     Raises:
         UsageError: it is none that regraft can write.
@@ -115,7 +115,7 @@ def parse_dtype(name: str | None) -> str | None:
     if name is None:
         return None
     short = str(name).removeprefix("torch.")
-    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(short.lower(), short)
+    short = DTYPE_ALIASES.get(short.lower(), short)
     found = BY_CONFIG_NAME.get(short) or DTYPES.get(short.upper())
     if found is None or found.name not in WORKING_DTYPES:
         raise UsageError(
@@ -182,7 +182,7 @@ def make_plan(
         updates |= dict.fromkeys(removed(base.config or {}))
     warnings = [
         *matching.warnings, *_notes(adapters, ties), *note_left_out(index, left_out), *chosen.notes,
-        *notes_of_class(index, works, left_out),
+        *notes_of_class(index, works, left_out, kept=choices.quantize == KEEP),
         *(quantization.warnings if quantization is not None else ()),
         *_notes_of_base(adapters, quantized=bool(quantization or trained_on)),
     ]  # fmt: skip
@@ -483,7 +483,7 @@ def _notes_of_base(adapters: Sequence[Adapter], *, quantized: bool) -> list[str]
     notes = []
     for adapter in adapters:
         name = adapter.settings.base_model_name_or_path or ""
-        if not quantized and _QUANTIZED_NAME.search(name):
+        if not quantized and _QUANTIZED_NAME.search(Path(name).name):
             notes.append(
                 f"{adapter.label}: trained on {name}, by its name a quantized model, and this base "
                 "is not quantized; --trained-on says how far apart the two are"
@@ -499,6 +499,7 @@ def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:
             "written, and tie_word_embeddings is set to false"
         )
     for adapter in adapters:
+        notes += adapter.notes
         notes += unknown_note(adapter.label, adapter.settings.unknown)
         init = str(adapter.settings.init_lora_weights).lower()
         if init.startswith("pissa_niter"):

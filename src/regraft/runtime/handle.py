@@ -6,6 +6,7 @@ PEFT's names.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -306,14 +307,16 @@ class Adapters:
         names = dict.fromkeys(name for parts in of_row for name, _ in parts)
         repeated = tuple(parts for parts in of_row for _ in range(repeats))
         with self._library.choose(list(names)) as chosen:
-            rows = self._library.rows(repeated, lambda: self._rows(repeated, chosen))
+            make = functools.partial(self._rows, repeated, chosen, repeats)
+            rows = self._library.rows(repeated, repeats, make)
             with self._scope(rows):
                 yield
 
-    def _rows(self, of_row: Sequence[Named], chosen: Chosen) -> Rows:
+    def _rows(self, of_row: Sequence[Named], chosen: Chosen, repeats: int = 1) -> Rows:
+        before = self._rows(of_row[::repeats], chosen) if repeats > 1 else None
         distinct = {parts: self._selection(parts, chosen) for parts in of_row}
         number = {parts: at for at, parts in enumerate(distinct)}
-        return Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row))
+        return Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row), before)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

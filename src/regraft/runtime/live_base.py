@@ -17,6 +17,7 @@ from torch import nn
 
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.lookup import BaseIndex, Found, Held
+from regraft.merging.single_experts import as_slice
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
 from regraft.runtime.quantized_parameters import plain_form, remembered
@@ -160,7 +161,7 @@ class LiveIndex(BaseIndex):
         super().__init__(base, names)
 
     def _pieces(self, name: str) -> tuple[Piece, ...]:
-        return (Piece(name),)
+        return (as_slice(self.names, name) or Piece(name),)
 
     def _exact(self, name: str) -> Found | None:
         spec = self.base.tensors.get(name)

@@ -162,7 +162,7 @@ def bytes_in_use(adapter: LiveAdapter, base: LiveBase) -> int:
 
 def warn_of(name: str, files: AdapterFiles, adapter: Adapter, base: LiveBase) -> None:
     """Warn of settings that are not known, of other names, and of another base's fingerprint."""
-    for note in unknown_note(f"adapter {name!r}", adapter.settings.unknown):
+    for note in (*adapter.notes, *unknown_note(f"adapter {name!r}", adapter.settings.unknown)):
         warnings.warn(note, UserWarning, stacklevel=4)
     for change in prefix_changes(base.index, adapter):
         warnings.warn(change.note(f"adapter {name!r}"), UserWarning, stacklevel=4)

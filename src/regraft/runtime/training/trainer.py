@@ -21,6 +21,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from regraft.errors import UsageError
 from regraft.formats.layout import ADAPTER_SAFE
+from regraft.merging.output import out_path
 from regraft.runtime.handle import Adapters
 from regraft.runtime.matching import LiveAdapter
 from regraft.runtime.saving.saved import of_live, write_saved
@@ -167,7 +168,7 @@ class _Twin(nn.Module):  # type: ignore[misc]
         saved = of_live(adapter, adapters.base, None, merged=merged)
         gathered = kwargs.get("state_dict") or {}
         tensors = {key: gathered.get(key, tensor) for key, tensor in saved.tensors.items()}
-        folder = Path(save_directory)
+        folder = out_path(save_directory)
         write_saved(saved.with_tensors(tensors), folder)
         if folder.absolute().name.startswith(_CHECKPOINT):
             _second_name(folder / ADAPTER_SAFE, folder / _WEIGHTS)
