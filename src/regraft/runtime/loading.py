@@ -18,6 +18,7 @@ from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
 from regraft.merging.factors import not_finite
+from regraft.merging.match import prefix_changes
 from regraft.merging.planning import parse_dtype
 from regraft.runtime.live_base import LiveBase, torch_dtype_of
 from regraft.runtime.matching import LiveAdapter, adapter_of
@@ -161,9 +162,11 @@ def bytes_in_use(adapter: LiveAdapter, base: LiveBase) -> int:
 
 
 def warn_of(name: str, files: AdapterFiles, adapter: Adapter, base: LiveBase) -> None:
-    """Warn of settings that are not known, and if the adapter has another base's fingerprint."""
+    """Warn of settings that are not known, of other names, and of another base's fingerprint."""
     for note in (*adapter.notes, *unknown_note(f"adapter {name!r}", adapter.settings.unknown)):
         warnings.warn(note, UserWarning, stacklevel=4)
+    for change in prefix_changes(base.index, adapter):
+        warnings.warn(change.note(f"adapter {name!r}"), UserWarning, stacklevel=4)
     carried = files.metadata.get(KEY)
     if carried is None or compare(carried, base) != "another":
         return
