@@ -16,7 +16,14 @@ from regraft.memory import peak_memory
 from regraft.merging.bases import open_base, open_base_headers, see
 from regraft.merging.events import Progress, tell
 from regraft.merging.gap import TrainedOn
-from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes, out_path
+from regraft.merging.output import (
+    SLACK_BYTES,
+    check_output,
+    check_space,
+    free_bytes,
+    out_path,
+    replaced_inputs,
+)
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan, settled
 from regraft.merging.quantized import check_scales
@@ -94,7 +101,8 @@ def merge(
     """
     started = time.perf_counter()
     place = out_path(out)
-    check_output(place, [], overwrite=overwrite)  # before anything is fetched from the Hub
+    inputs = replaced_inputs(place, base, adapters, trained_on)
+    check_output(place, inputs, overwrite=overwrite)  # before anything is fetched from the Hub
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)

@@ -216,7 +216,6 @@ def inspect(path: str | Path, *, token: str | None = None) -> Inspection:
         FormatError: a header, an index or a config is malformed.
         AdapterError: an adapter's config holds values of the wrong kind.
         UnsupportedError: it is of a kind that regraft does not read, such as GGUF.
-        MissingExtraError: it is a ``.bin`` file, and PyTorch is not installed.
         AccessError: the system refused to read it.
         EnvironmentShortfall: the Hub cannot be reached.
     """

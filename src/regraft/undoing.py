@@ -22,7 +22,7 @@ from regraft.merging.events import Progress, tell
 from regraft.merging.jobs import plan_digest
 from regraft.merging.keep import keeps
 from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
-from regraft.merging.output import check_output, check_space, out_path
+from regraft.merging.output import check_output, check_space, out_path, replaced_inputs
 from regraft.merging.patch import PatchReader, digest_of
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype, settled
@@ -82,7 +82,7 @@ def unmerge(
     """
     started = time.perf_counter()
     place = out_path(out)
-    check_output(place, [], overwrite=overwrite)
+    check_output(place, replaced_inputs(place, merged, adapters), overwrite=overwrite)
     choices = choices_of(None, None, max_memory, threads)
     tell(progress, "read", 0)
     found = _find(merged, adapters, token, "--adapter")
@@ -159,7 +159,8 @@ def swap(
     """
     started = time.perf_counter()
     place = out_path(out)
-    check_output(place, [], overwrite=overwrite)
+    sources = replaced_inputs(place, merged, adapters, merged_adapters)
+    check_output(place, sources, overwrite=overwrite)
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
