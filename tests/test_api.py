@@ -266,3 +266,12 @@ def test_numbers_written_are_numbers_read(base: Path, adapter: Path, tmp_path: P
     moved = np.linalg.norm(after.astype(float) - before.astype(float))
     record = next(record for record in receipt.tensors if record.name == f"{Q0}.weight")
     assert record.delta_norm == pytest.approx(moved, rel=0.01)
+
+
+@pytest.mark.parametrize("verb", [regraft.check, regraft.plan, regraft.merge])
+def test_a_base_and_an_adapter_that_are_swapped_are_said_to_be(
+    base: Path, adapter: Path, tmp_path: Path, verb: Any
+) -> None:
+    out = [tmp_path / "out"] if verb is regraft.merge else []
+    with pytest.raises(regraft.UsageError, match="BASE and ADAPTER are swapped"):
+        verb(adapter, base, *out)

@@ -13,6 +13,7 @@ from regraft.errors import Problem, RegraftError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
 from regraft.memory import peak_memory
+from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, open_base_headers, see
 from regraft.merging.events import Progress, tell
 from regraft.merging.gap import TrainedOn
@@ -31,9 +32,11 @@ from regraft.merging.quantizing import KEEP
 from regraft.merging.recipe import (
     AdapterArg,
     Coding,
+    base_named_by,
     choices_of,
     open_adapters,
     parse_adapters,
+    refuse_swapped,
 )
 from regraft.merging.report import CheckReport
 
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    base: str | Path,
+    base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
     out: str | Path,
     *,
@@ -66,7 +69,8 @@ def merge(
 
     Args:
         base: a folder, a single ``.safetensors`` or ``.gguf`` file, or a Hub id
-            ``org/name[@revision]``; plain or quantized.
+            ``org/name[@revision]``; plain or quantized. None for the one that the adapters name in
+            their configs.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
         out: the folder to make; it appears whole or not at all.
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
@@ -107,6 +111,8 @@ def merge(
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
+    base = base_named_by(wanted, token) if base is None else base
+    refuse_swapped(base, wanted)
     checkpoint = open_base(locate(base, kind="base", token=token))
     made = _plan(
         checkpoint, wanted, choices, place, overwrite=overwrite, token=token,
@@ -139,7 +145,7 @@ def _inputs(made: Plan) -> list[Path]:
 
 
 def plan(
-    base: str | Path,
+    base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
     out: str | Path | None = None,
     *,
@@ -167,6 +173,8 @@ def plan(
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, coding=coding)
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
+    base = base_named_by(wanted, token) if base is None else base
+    refuse_swapped(base, wanted)
     checkpoint = open_base_headers(base, token)
     place = out_path(out) if out is not None else None
     return _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
@@ -183,9 +191,12 @@ def _plan(
     trained_on: TrainedOn | None = None,
 ) -> Plan:
     read = [read_adapter(files, weight) for files, weight in open_adapters(adapters, token)]
-    plain, quantization = see(base)
+    plain, quantization = see(base, choices.dtype)
     choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
+    notes = notes_of_another_base(read, plain, quantization)
+    warn(notes, stacklevel=3)
+    made = replace(made, warnings=(*made.warnings, *notes))
     if out is None:
         return made
     files = [shard.path for shard in base.shards] if base.single_file else [base.root]
@@ -209,7 +220,7 @@ def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None
 
 
 def check(
-    base: str | Path,
+    base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
     *,
     dtype: str | None = None,
@@ -219,7 +230,8 @@ def check(
 ) -> CheckReport:
     """Say whether adapters would merge into a base, with everything that stands in the way.
 
-    Reads headers only. NaN in an adapter, which headers do not show, is found by the merge itself.
+    Reads headers, and of an adapter that carries a fingerprint a few values of the base. NaN in an
+    adapter, which headers do not show, is found by the merge itself.
 
     Of a base on the Hub too, only headers are read.
 
@@ -230,23 +242,28 @@ def check(
     """
     coding = Coding(quantize)
     choices = choices_of(dtype, None, max_memory, None, None, coding=coding)
+    wanted = parse_adapters(adapters)
+    base = base_named_by(wanted, token) if base is None else base
+    refuse_swapped(base, wanted)
     checkpoint = open_base_headers(base, token)
     read, problems = [], list[Problem]()
-    for files, weight in open_adapters(parse_adapters(adapters), token):
+    for files, weight in open_adapters(wanted, token):
         try:
             read.append(read_adapter(files, weight))
         except RegraftError as error:
             problems += error.problems
     try:
-        plain, quantization = see(checkpoint)
+        plain, quantization = see(checkpoint, choices.dtype)
         choices = settled(choices, quantization)
         made = make_plan(plain, read, choices, None, quantization=quantization)
     except RegraftError as error:
         return CheckReport(False, (*problems, *error.problems))
     if problems:
         return CheckReport(False, tuple(problems), made.warnings)
+    notes = notes_of_another_base(read, plain, quantization)
+    warn(notes, stacklevel=2)
     summary = {**made.totals(), "memory": made.memory}
-    return CheckReport(True, (), made.warnings, summary)
+    return CheckReport(True, (), (*made.warnings, *notes), summary)
 
 
 def call_of(verb: str, base: str, made: Plan) -> str:

@@ -173,7 +173,7 @@ def _convert(
     check_output(out, replaced_inputs(out, base), overwrite=overwrite)
     tell(progress, "read", 0)
     stored = open_base(locate(base, kind="base", token=token))
-    plain, quantization = see(stored)
+    plain, quantization = see(stored, choices.dtype)
     check = _check_convertible if verb == "convert" else _check_wanted
     check(stored, quantization, choices)
     if quantization is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from regraft.adapters.known_settings import unknown_settings
+from regraft.adapters.model import FINGERPRINT
 from regraft.adapters.settings import refusals
 from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, FormatError, InputError, Problem
@@ -115,6 +116,21 @@ class MergeFacts:
 
 
 @dataclass(frozen=True)
+class FingerprintFacts:
+    """The fingerprint of its base that an adapter carries.
+
+    Attributes:
+        parameters: of how many parameters values are kept.
+        values: how many values.
+        quantized: whether the base was quantized.
+    """
+
+    parameters: int
+    values: int
+    quantized: bool
+
+
+@dataclass(frozen=True)
 class AdapterFacts:
     """What ``adapter_config.json`` and the adapter's tensors say.
 
@@ -142,6 +158,7 @@ class AdapterFacts:
         unmergeable: features that cannot be merged, each with its reason.
         peft_version: version of PEFT that saved it.
         unknown_settings: settings that are switched on and that regraft does not know.
+        fingerprint: of its base; None if it carries none.
     """
 
     peft_type: str
@@ -167,6 +184,7 @@ class AdapterFacts:
     unmergeable: tuple[str, ...]
     peft_version: str | None
     unknown_settings: tuple[str, ...]
+    fingerprint: FingerprintFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -241,7 +259,9 @@ def _inspect(located: Located, token: str | None) -> Inspection:
         from regraft.merging.bases import open_base
 
         return _of_checkpoint(open_base(located), merged=False)
-    if located.repo_id is not None and not is_whole(located.path):
+    if located.subfolder:  # the Hub tells headers of files at the top alone
+        located = locate(located.source, kind="base", token=token)
+    elif located.repo_id is not None and not is_whole(located.path):
         return _of_hub_model(located, token)
     return _of_checkpoint(open_checkpoint(located), merged=looks == "merged")
 
@@ -418,9 +438,21 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         unmergeable=tuple(what for what, _ in refusals(adapter.config)),
         peft_version=config.text("peft_version"),
         unknown_settings=unknown_settings(adapter.config),
+        fingerprint=_fingerprint_facts(adapter.metadata.get(FINGERPRINT)),
     )
     config.raise_problems()
     return facts
+
+
+def _fingerprint_facts(text: str | None) -> FingerprintFacts | None:
+    if text is None:
+        return None
+    from regraft.adapters.fingerprint import parsed
+
+    found = parsed(text)
+    if found is None:
+        return None
+    return FingerprintFacts(len(found.shapes), sum(map(len, found.values)), found.coded)
 
 
 def _ranks(tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, int]:

@@ -27,6 +27,7 @@ from regraft.errors import (
 )
 from regraft.formats.checkpoint import open_adapter, open_checkpoint
 from regraft.formats.hub import Located, locate
+from regraft.formats.reference import parse_reference
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -119,8 +120,8 @@ def test_offline_and_not_in_the_cache_is_said(cache: Path) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["./x", "../x", "/no/such/x", "a/b/c", "~/none", "~nobody-here/x", "x.safetensors", "a/b.bin",
-     "", "a\\b", "org/", "/", "a b", ".hidden", Path("org/name")],
+    ["./x", "../x", "/no/such/x", "a/b/c.bin", "~/none", "~nobody-here/x", "x.safetensors",
+     "a/b.bin", "", "a\\b", "org/", "/", "a b", ".hidden", Path("org/name")],
 )  # fmt: skip
 def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(
     cache: Path, source: str | Path, monkeypatch: pytest.MonkeyPatch
@@ -282,3 +283,89 @@ def test_the_environments_offline_mode_and_cache_are_honoured(tmp_path: Path) ->
         cwd=tmp_path,
     )
     assert (done.stdout.strip(), done.stderr) == (COMMIT, "")
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("org/name/runs/sql@v1", "org/name/runs/sql@v1"),
+        ("https://huggingface.co/org/name", "org/name"),
+        ("https://huggingface.co/org/name/", "org/name"),
+        ("https://hf.co/gpt2", "gpt2"),
+        ("https://huggingface.co/org/name/tree/main", "org/name@main"),
+        ("https://huggingface.co/org/name/tree/v1/sub/low?x=1#y", "org/name/sub/low@v1"),
+        ("huggingface.co/org/name/blob/main/adapter_config.json", "org/name@main"),
+        ("https://huggingface.co/org/name/resolve/v1/sub/model.safetensors", "org/name/sub@v1"),
+        ("hf://org/name@v1/sub", "org/name/sub@v1"),
+    ],
+)
+def test_a_folder_of_a_repository_and_a_web_address_are_references(source: str, meant: str) -> None:
+    assert str(parse_reference(source)) == meant
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["https://huggingface.co/datasets/org/name", "https://example.org/x", "hf://datasets/org/name",
+     "https://huggingface.co/", "https://huggingface.co/docs/peft",
+     "https://huggingface.co/org/name/discussions/3"],
+)  # fmt: skip
+def test_another_web_address_is_refused(cache: Path, source: str) -> None:
+    del cache
+    with pytest.raises(InputError, match=r"is a web address.*Give the model's Hub id"):
+        locate(source, kind="base")
+
+
+def test_only_the_folder_that_is_meant_is_fetched(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del cache
+    wanted = ["sql/adapter_config.json", "sql/adapter_model.safetensors", "sql/README.md"]
+    others = ["adapter_config.json", "adapter_model.safetensors", "sql/deeper/config.json",
+              "math/adapter_model.safetensors", "sql/optimizer.pt"]  # fmt: skip
+    hub = FakeHub(tmp_path, [*wanted, *others])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    found = locate("org/name/sql@v1", kind="adapter", token="secret")
+    assert hub.fetched == wanted
+    assert found == Located(hub.folder / "sql", "org/name/sql@v1", "org/name", COMMIT, "sql")
+    hub.files = ["math/adapter_model.bin", "math/adapter_config.json"]
+    assert locate("org/name/math", kind="adapter", token="secret").path == hub.folder / "math"
+    assert "math/adapter_model.bin" in hub.fetched
+    with pytest.raises(InputError, match=r"no such folder.*found 'none'.*name/tree/main"):
+        locate("org/name/none", kind="adapter", token="secret")
+
+
+def test_a_folder_of_the_cache_is_its_snapshot(cache: Path, tmp_path: Path) -> None:
+    snapshot = add(cache, "org/name", ["config.json", "model.safetensors"])
+    repo = cache / "models--org--name"
+    assert locate(repo, kind="base").path == snapshot
+    (repo / "refs" / "main").unlink()
+    assert locate(str(repo), kind="base").path == snapshot
+    (snapshot.parent / ("f" * 40)).mkdir()
+    with pytest.raises(InputError, match=r"several snapshots.*Give one, such as"):
+        locate(repo, kind="base")
+    assert tmp_path != repo
+    with pytest.raises(InputError, match="Its Hub id is other/name"):
+        locate("models--other--name", kind="base")
+
+
+@pytest.mark.parametrize("source", ["adaptr", "./adaptr", "runs/checkpoint-90"])
+def test_a_local_name_that_is_nearly_right_is_offered(
+    cache: Path, tmp_path: Path, source: str
+) -> None:
+    del cache
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "runs" / "checkpoint-900").mkdir(parents=True)
+    with pytest.raises(RegraftError, match=r"Did you mean '(adapter|runs/checkpoint-900)'"):
+        locate(source, kind="adapter")
+
+
+def test_offline_mode_is_spoken_of_only_where_it_is_set(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del cache
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    unreachable = fail_with(errors.LocalEntryNotFoundError("none"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(EnvironmentShortfall, match="Check the connection") as caught:
+        locate("org/name", kind="base")
+    assert "HF_HUB_OFFLINE" not in str(caught.value)

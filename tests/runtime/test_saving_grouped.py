@@ -59,5 +59,5 @@ def test_merging_it_is_refused_for_what_it_is(served: tuple[nn.Module, Any, Path
     model, _, _ = served
     handle = regraft.handle_of(model)
     assert handle is not None
-    with pytest.raises(regraft.UnsupportedError, match="grouped convolution.*2 groups"):
+    with pytest.raises(regraft.UnsupportedError, match=r"grouped convolution.*2 groups"):
         handle.merge_adapter()

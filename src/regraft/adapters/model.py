@@ -21,6 +21,10 @@ Origin = Literal["saved", "bias", "embedding"]
 """
 
 
+FINGERPRINT = "regraft_base"
+"""The key of a base's fingerprint in the header of an adapter's weights."""
+
+
 @dataclass(frozen=True)
 class LoraTarget:
     """The tensors one adapted module (or parameter) has in an adapter.
@@ -85,6 +89,8 @@ class Adapter:
         whole: tensors that replace parameters.
         token_rows: embedding rows that are replaced.
         notes: what the user should know of how it was found.
+        fingerprint: of the base that it was trained on, if it carries one; see
+            :mod:`regraft.adapters.fingerprint`.
     """
 
     source: str
@@ -97,6 +103,7 @@ class Adapter:
     whole: tuple[WholeTensor, ...]
     token_rows: tuple[TokenRows, ...]
     notes: tuple[str, ...] = ()
+    fingerprint: str | None = None
 
     @property
     def files(self) -> tuple[Path, Path]:

@@ -19,6 +19,13 @@ from regraft.errors import (
 )
 from regraft.formats.problems import quoted
 from regraft.formats.reading import access_error, typed_os_errors
+from regraft.formats.reference import (
+    Reference,
+    cached_id,
+    cached_snapshot,
+    neighbour,
+    parse_reference,
+)
 
 Kind = Literal["base", "adapter", "merged"]
 
@@ -32,18 +39,17 @@ class Located:
         source: what the user called it.
         repo_id: its name on the Hub, or None for a local path.
         revision: the Hub's commit hash, or None for a local path.
+        subfolder: the folder of the repository that is meant; empty for its top.
     """
 
     path: Path
     source: str
     repo_id: str | None
     revision: str | None
+    subfolder: str = ""
 
 
-_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[\w.-]+)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
-
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.py")
 _DOCUMENTS = ("*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _SAFE_WEIGHTS = {
@@ -80,7 +86,9 @@ def locate(source: str | Path, *, kind: Kind, token: str | None = None) -> Locat
     be had. The Hub's cache, token, progress bars and ``HF_HUB_OFFLINE`` are huggingface_hub's.
 
     Args:
-        source: a path, or ``name``, ``org/name`` or ``org/name@revision``.
+        source: a path, or ``name``, ``org/name``, ``org/name@revision``, or
+            ``org/name/folder@revision`` for what lies in a folder of a repository; or the web
+            address of one of these. A ``models--org--name`` folder of the cache is its snapshot.
         kind: whether a base, an adapter or a merged model with its receipt and undo is meant,
             which decides what to fetch.
         token: a Hub token; by default the one huggingface_hub knows of.
@@ -92,15 +100,40 @@ def locate(source: str | Path, *, kind: Kind, token: str | None = None) -> Locat
     path = _expanded(source)
     with typed_os_errors(path):
         exists = path.exists()
+        if exists and (snapshot := cached_snapshot(path)) != path:
+            return Located(snapshot, str(snapshot), None, None)
     if exists:
         return Located(path, str(source), None, None)
-    repo_id, _, revision = str(source).partition("@")
-    if isinstance(source, Path) or not _could_be_repo(repo_id):
+    found = None if isinstance(source, Path) else parse_reference(source)
+    if found is None or (found.subfolder and Path(found.repo_id).parts[0] in _here(path)):
         raise _no_such_path(path)
-    with _translated(str(source), kind):
-        folder = _snapshot(repo_id, revision or None, kind, token)
-    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision or None
-    return Located(folder, str(source), repo_id, commit)
+    with _translated(str(found), kind):
+        folder = _snapshot(found, kind, token)
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else found.revision
+    return Located(_inside(folder, found), str(found), found.repo_id, commit, found.subfolder)
+
+
+def _here(path: Path) -> set[str]:
+    """Return the first part of a relative path if such a folder is here: then a path is meant."""
+    first = path.parts[0] if path.parts else ""
+    return {first} if first and Path(first).is_dir() else set()
+
+
+def _inside(folder: Path, reference: Reference) -> Path:
+    """Return the folder of a snapshot that a reference means.
+
+    Raises:
+        InputError: the repository has no such folder, or nothing in it that is read.
+    """
+    if (folder / reference.subfolder).is_dir():
+        return folder / reference.subfolder
+    raise InputError(
+        "the repository has no such folder, or no model or adapter in it",
+        where=f"Hub id {quoted(str(reference))}",
+        expected="a folder of the repository that holds one",
+        found=quoted(reference.subfolder),
+        hint=f"See https://huggingface.co/{reference.repo_id}/tree/{reference.revision or 'main'}",
+    )
 
 
 def _expanded(source: str | Path) -> Path:
@@ -110,54 +143,56 @@ def _expanded(source: str | Path) -> Path:
         return Path(source)
 
 
-def _could_be_repo(text: str) -> bool:
-    return bool(_REPO_ID.fullmatch(text)) and not text.endswith(_WEIGHT_SUFFIXES)
-
-
 def _no_such_path(path: Path) -> InputError:
+    hint = f"Check the spelling; relative paths start from {Path.cwd()}."
     return InputError(
         "no such file or folder",
         where=str(path),
         expected="a path that exists, or a Hub id such as org/name or org/name@revision",
-        hint=f"Check the spelling; relative paths start from {Path.cwd()}",
+        hint=(hint + _neighbour(path)).removesuffix("."),
     )
 
 
-def _snapshot(repo_id: str, revision: str | None, kind: Kind, token: str | None) -> Path:
+def _neighbour(path: Path) -> str:
+    try:
+        return neighbour(path)
+    except OSError:
+        return ""
+
+
+def _snapshot(reference: Reference, kind: Kind, token: str | None) -> Path:
     """Return the folder that holds the files, safetensors if the repository has any."""
-    folder = _fetch_with_documents(repo_id, revision, kind, token)
-    if any(folder.glob("*.safetensors")):
+    folder = _fetch_with_documents(reference, kind, token)
+    place = folder / reference.subfolder
+    if any(place.glob("*.safetensors")):
         return folder
-    if kind == "merged" or (kind == "adapter" and not (folder / "adapter_config.json").exists()):
+    if kind == "merged" or (kind == "adapter" and not (place / "adapter_config.json").exists()):
         return folder  # not an adapter: the weights would be of no use
-    return _fetch(repo_id, revision, _TORCH_WEIGHTS[kind], kind, token)
+    return _fetch(reference, _TORCH_WEIGHTS[kind], kind, token)
 
 
-def _fetch_with_documents(
-    repo_id: str, revision: str | None, kind: Kind, token: str | None
-) -> Path:
+def _fetch_with_documents(reference: Reference, kind: Kind, token: str | None) -> Path:
     """Fetch; without a connection, do without documents that the cache happens not to hold."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     needed = (*_SAFE_WEIGHTS[kind], *_SIDE_FILES)
     try:
-        return _fetch(repo_id, revision, (*needed, *_DOCUMENTS), kind, token)
+        return _fetch(reference, (*needed, *_DOCUMENTS), kind, token)
     except LocalEntryNotFoundError as error:
         if not hasattr(error, "snapshot_path"):  # nothing at all is cached
             raise
-    return _fetch(repo_id, revision, needed, kind, token)
+    return _fetch(reference, needed, kind, token)
 
 
-def _fetch(
-    repo_id: str, revision: str | None, patterns: tuple[str, ...], kind: Kind, token: str | None
-) -> Path:
+def _fetch(reference: Reference, patterns: tuple[str, ...], kind: Kind, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    below = f"{reference.subfolder}/" if reference.subfolder else ""
     folder = snapshot_download(
-        repo_id,
-        revision=revision,
-        allow_patterns=list(patterns),
-        ignore_patterns=list(_NEVER[kind]),
+        reference.repo_id,
+        revision=reference.revision,
+        allow_patterns=[below + pattern for pattern in patterns],
+        ignore_patterns=[below + pattern for pattern in _NEVER[kind]],
         token=token,
         library_name="regraft",
     )
@@ -181,14 +216,19 @@ def _translated(source: str, kind: Kind) -> Iterator[None]:
 
 def _hub_error(source: str, kind: Kind, error: Exception) -> RegraftError:
     """Return the typed error for the first class of the table that fits."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     here = f"Hub id {quoted(source)}"
     wanted = "merged model" if kind == "merged" else str(kind)
     not_local = f"no {wanted} of this name: neither a local path nor on the Hub"
-    sign_in = "Check the spelling; a private one needs a token (hf auth login)"
-    accept = f"Accept its terms on https://huggingface.co/{source.partition('@')[0]}"
-    offline = "Unset HF_HUB_OFFLINE, check the connection, or give a local path"
+    sign_in = "Check the spelling; a private one needs a token (hf auth login)."
+    accept = f"Accept its terms on https://huggingface.co/{'/'.join(source.partition('@')[0].split('/')[:2])}"
+    near = _neighbour(Path(source))
+    is_off = constants.HF_HUB_OFFLINE
+    unset = "Unset HF_HUB_OFFLINE, check" if is_off else "Check"
+    offline = f"{unset} the connection, or give a local path.{near}".removesuffix(".")
+    cached = cached_id(source)
+    meant = f"Its Hub id is {cached}" if cached else near.strip()
     table: tuple[tuple[type[Exception], type[RegraftError], str, str], ...] = (
         (
             errors.GatedRepoError,
@@ -196,9 +236,9 @@ def _hub_error(source: str, kind: Kind, error: Exception) -> RegraftError:
             "access to it is gated",
             f"{accept}, then hf auth login",
         ),
-        (errors.RepositoryNotFoundError, InputError, not_local, sign_in),
+        (errors.RepositoryNotFoundError, InputError, not_local, (sign_in + near).removesuffix(".")),
         (errors.RevisionNotFoundError, InputError, "it has no such revision", "See its branches"),
-        (errors.HFValidationError, InputError, "is neither a path that exists nor a Hub id", ""),
+        (errors.HFValidationError, InputError, "is neither a path that exists nor a Hub id", meant),
         (
             errors.LocalEntryNotFoundError,
             EnvironmentShortfall,

@@ -39,7 +39,8 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
     """Return the value in a UTF-8 JSON file.
 
-    ``NaN`` and ``Infinity`` are accepted: published ``config.json`` files hold them.
+    A byte order mark at the beginning is passed over, as some editors write one. ``NaN`` and
+    ``Infinity`` are accepted: published ``config.json`` files hold them.
 
     Args:
         path: the file.
@@ -55,7 +56,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DE
     content = _content(path, max_bytes)
     try:
         _check_values(content, 1000 + max_bytes // _BYTES_PER_VALUE)
-        value = json.loads(content.decode(), object_pairs_hook=unique_object)
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_object)
         _check_depth(value, max_depth)
         if b"\\u" in content:  # only an escape can smuggle in half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()

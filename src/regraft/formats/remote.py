@@ -30,6 +30,8 @@ def open_headers(source: str | Path, *, token: str | None = None) -> Checkpoint:
         EnvironmentShortfall: the Hub cannot be reached.
     """
     located = locate(source, kind="adapter", token=token)  # fetches all but a base's weights
+    if located.subfolder:  # the Hub tells headers of files at the top alone
+        return open_checkpoint(locate(source, kind="base", token=token))
     if located.repo_id is None or is_whole(located.path):
         return open_checkpoint(located)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
+from regraft.formats.layout import looks_like
 from regraft.merging.planning import Choices, parse_dtype
 from regraft.merging.quantizing import KEEP
 from regraft.quant.weight import FORMATS, ROUNDINGS
@@ -47,6 +48,23 @@ def parse_adapters(adapters: AdapterArg | Sequence[AdapterArg]) -> list[tuple[st
     if not pairs:
         raise UsageError("no adapter was given", hint="Name at least one adapter to merge")
     return pairs
+
+
+def refuse_swapped(base: str | Path, adapters: Sequence[tuple[str, float]]) -> None:
+    """Refuse a call that has a base where the adapter belongs, and the adapter as the base.
+
+    Raises:
+        UsageError: it does. Of what lies on the Hub nothing is known yet.
+    """
+    if len(adapters) != 1 or looks_like(Path(base).expanduser()) != "adapter":
+        return
+    other = adapters[0][0]
+    if looks_like(Path(other).expanduser()) in ("checkpoint", "merged", "gguf"):
+        raise UsageError(
+            "BASE and ADAPTER are swapped", where=str(base), expected="the base first",
+            found=f"an adapter first, and then a model ({other})",
+            hint=f"Write BASE {other} and ADAPTER {base}",
+        )  # fmt: skip
 
 
 def _is_pair(value: object) -> bool:
@@ -139,3 +157,39 @@ def open_adapters(
         (open_adapter(locate(source, kind="adapter", token=token)), weight)
         for source, weight in adapters
     ]
+
+
+def base_named_by(adapters: Sequence[tuple[str, float]], token: str | None) -> str:
+    """Return the base that adapters name in their configs: a path that exists, or a Hub id.
+
+    A relative path is looked for from the current folder, then from the adapter's own. A Hub id
+    gets the revision that the config names.
+
+    Raises:
+        UsageError: an adapter names none, or they name several.
+        RegraftError: an adapter cannot be opened.
+    """
+    opened = [files for files, _ in open_adapters(adapters, token)]
+    named = [_base_of(files) for files in opened]
+    if len(set(named)) == 1 and named[0]:
+        return named[0]
+    found = ", ".join(
+        f"{f.source}: {name or 'none'}" for f, name in zip(opened, named, strict=True)
+    )
+    raise UsageError(
+        "the adapters do not name one base", expected="base_model_name_or_path, of one base",
+        found=found, hint="Name the base before the adapters",
+    )  # fmt: skip
+
+
+def _base_of(files: AdapterFiles) -> str:
+    name, revision = (files.config.get(k) for k in ("base_model_name_or_path", "revision"))
+    if not isinstance(name, str) or not name:
+        return ""
+    if Path(name).expanduser().exists():
+        return name
+    if not Path(name).is_absolute() and (files.root / name).exists():
+        return str(files.root / name)
+    return (
+        f"{name}@{revision}" if revision and isinstance(revision, str) and "@" not in name else name
+    )

@@ -15,8 +15,8 @@ from regraft.adapters.wrappers import peft_key, plain_config
 from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.card import hub_id
 from regraft.runtime.handle import ATTACHED, Adapters
-from regraft.runtime.live_base import LiveBase
 from regraft.runtime.layers.served import split
+from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, match_live
 from regraft.runtime.quantized_parameters import is_4bit, is_8bit
 from regraft.runtime.saving.card import adapter_card

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from regraft.errors import UsageError
+from regraft.errors import UnsupportedError, UsageError
 from regraft.formats.layout import ADAPTER_SAFE
 from regraft.merging.output import out_path
 from regraft.runtime.handle import Adapters
@@ -112,6 +112,15 @@ class _Twin(nn.Module):  # type: ignore[misc]
     _regraft_adapters: Adapters
     _regraft_adapter: LiveAdapter
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Raises:
+            UnsupportedError: the adapter's tensors, or the model's, are sharded over processes.
+        """
+        check_whole(self, self._modules[_PARAMETERS], self._regraft_adapter)
+        return super().__call__(*args, **kwargs)
+
     def train(self, mode: bool = True) -> _Twin:
         """Switch the shared modules, and the model itself, which is not among them."""
         super().train(mode)
@@ -172,6 +181,45 @@ class _Twin(nn.Module):  # type: ignore[misc]
         write_saved(saved.with_tensors(tensors), folder)
         if folder.absolute().name.startswith(_CHECKPOINT):
             _second_name(folder / ADAPTER_SAFE, folder / _WEIGHTS)
+
+
+_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+"""Classes of modules whose parameters are spread over processes."""
+
+
+def check_whole(twin: nn.Module, holder: Any, adapter: LiveAdapter) -> None:
+    """Refuse to train an adapter that is sharded over processes.
+
+    Its own tensors are what answers. Sharding puts others in their places, which would be trained
+    and not used; with the model's layers alone sharded, no process would hear of the others'
+    gradients.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    replaced = any(adapter.tensors[key] is not value for key, value in holder._parameters.items())
+    gone = len(holder._parameters) < sum(
+        isinstance(each, nn.Parameter) and each.requires_grad for each in adapter.tensors.values()
+    )
+    parted = any(hasattr(each, "ds_id") and not each.numel() for each in adapter.tensors.values())
+    if replaced or gone or parted or _has_sharded_layers(twin):
+        raise UnsupportedError(
+            "an adapter cannot be trained sharded over processes", where=repr(adapter.name),
+            found="fully_shard, FullyShardedDataParallel or DeepSpeed's stage 3",
+            hint="Train with DistributedDataParallel (torchrun or accelerate launch without FSDP; "
+            "DeepSpeed's stage 1 or 2): only the adapter has gradients and an optimizer's state. "
+            "If the base does not fit on one device, load it in 4 bits",
+        )  # fmt: skip
+
+
+def _has_sharded_layers(twin: nn.Module) -> bool:
+    """Whether a module is sharded; looked for once, before the first step."""
+    if "_regraft_is_whole" not in twin.__dict__:
+        names = {cls.__name__ for each in twin.modules() for cls in type(each).__mro__}
+        if not names.isdisjoint(_SHARDED):
+            return True
+        twin.__dict__["_regraft_is_whole"] = True
+    return False
 
 
 def _second_name(path: Path, other: Path) -> None:
