@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import regraft
 from docs.world import write_world
 from regraft.cli.app import app
 
@@ -108,6 +109,25 @@ def test_python_blocks_run_in_order(page: Path) -> None:
             shutil.rmtree(out, ignore_errors=True)
         lines_before = "\n" * (line - 1)  # so that a traceback has the page's line numbers
         exec(compile(lines_before + block, str(page), "exec"), names)
+
+
+@pytest.mark.usefixtures("here")
+def test_after_unmerging_what_was_chosen_answers_as_the_page_says() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, ids = AutoModelForCausalLM.from_pretrained("./base"), torch.arange(3, 20)[None]
+    base = model(ids).logits
+    adapters = regraft.attach(model, "./sql-adapter", "sql")
+    adapters.load_adapter("./json-adapter", "json")
+    sql = model(ids).logits
+    adapters.merge_adapter("sql")
+    adapters.swap_adapter("sql", "json")
+    adapters.unmerge_adapter()
+    assert torch.equal(model(ids).logits, sql)
+    assert not torch.equal(sql, base)
+    adapters.set_adapter(None)
+    assert torch.equal(model(ids).logits, base)
 
 
 def words_to_run(command: str) -> list[str]:
