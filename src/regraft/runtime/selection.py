@@ -84,6 +84,10 @@ class Rows:
         if batch != len(self.of_row):
             raise wrong_length(batch, len(self.of_row))
 
+    def forget(self) -> None:
+        """Let go of what was computed from the mixes, because they have changed."""
+        self._after.clear()
+
     def groups(self, length: int) -> list[tuple[int, list[int]]]:
         """Return each mix with the places that it has along an axis of a length.
 
