@@ -13,7 +13,7 @@ from regraft._version import __version__
 if TYPE_CHECKING:
     from regraft.adapters.lora_config import LoraConfig
     from regraft.api import check, merge, plan
-    from regraft.converting import dequantize, quantize
+    from regraft.converting import convert, dequantize, quantize
     from regraft.errors import (
         AccessError,
         AdapterError,
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
-    from regraft.verifying.diff import DiffReport, diff
+    from regraft.verifying.diff import diff
+    from regraft.verifying.diff_report import DiffReport
     from regraft.verifying.report import VerifyReport
     from regraft.verifying.verify import verify
 
@@ -63,6 +64,7 @@ _HOME = {
     "CheckReport": "regraft.merging.report",
     "UnmergeReport": "regraft.merging.report",
     "Leftover": "regraft.merging.leftovers",
+    "convert": "regraft.converting",
     "dequantize": "regraft.converting",
     "quantize": "regraft.converting",
     "unmerge": "regraft.undoing",
@@ -79,7 +81,7 @@ _HOME = {
     "Adapters": "regraft.runtime.handle",
     "AdapterCache": "regraft.runtime.cache",
     "CacheStats": "regraft.runtime.cache",
-    "DiffReport": "regraft.verifying.diff",
+    "DiffReport": "regraft.verifying.diff_report",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
     **dict.fromkeys(
@@ -111,6 +113,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "merge",
     "unmerge",
     "swap",
+    "convert",
     "dequantize",
     "quantize",
     "plan",

@@ -16,7 +16,7 @@ from regraft.memory import peak_memory
 from regraft.merging.bases import open_base, open_base_headers, see
 from regraft.merging.events import Progress, tell
 from regraft.merging.gap import TrainedOn
-from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
+from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes, out_path
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan, settled
 from regraft.merging.quantized import check_scales
@@ -93,7 +93,7 @@ def merge(
             the machine fell short, what is done so far is kept: the same call goes on from there.
     """
     started = time.perf_counter()
-    place = Path(out)
+    place = out_path(out)
     check_output(place, [], overwrite=overwrite)  # before anything is fetched from the Hub
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
@@ -160,7 +160,7 @@ def plan(
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     checkpoint = open_base_headers(base, token)
-    place = Path(out) if out is not None else None
+    place = out_path(out) if out is not None else None
     return _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
 
 

@@ -1,4 +1,4 @@
-"""The verbs that change how a model is stored, and nothing else: dequantize and quantize."""
+"""The verbs that change how a model is stored, and nothing else: convert, dequantize, quantize."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regraft.formats.hub import locate
 from regraft.memory import peak_memory
 from regraft.merging.bases import open_base, see
 from regraft.merging.events import Progress, tell
-from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes
+from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes, out_path
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan
 from regraft.merging.quantized import Quantization, check_scales
@@ -22,6 +22,46 @@ from regraft.merging.recipe import Coding, choices_of
 
 if TYPE_CHECKING:
     from regraft.merging.receipt import Receipt
+
+
+def convert(
+    base: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_size: str | int | None = None,
+    max_memory: str | int = "512MiB",
+    threads: int | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Receipt:
+    """Write a model in another dtype, in other files, or as safetensors instead of ``.bin``.
+
+    Tensors whose dtype stays keep their bytes; others are rounded to the nearest value.
+
+    Args:
+        base: a folder, a single weights file, or a Hub id ``org/name[@revision]``.
+        out: the folder to make; it appears whole or not at all.
+        dtype: dtype of all floating-point tensors, in the config too; by default each keeps its
+            own.
+        shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
+        max_memory, threads, overwrite: as in :func:`dequantize`.
+        token, progress, command: as in :func:`dequantize`.
+
+    Returns:
+        The receipt, as it is in ``out/regraft/receipt.json``.
+
+    Raises:
+        UnsupportedError: the model is quantized, or would be written as it is.
+        RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
+    """
+    choices = choices_of(dtype, shard_size, max_memory, threads)
+    return _convert(
+        base, out_path(out), choices, "convert", overwrite=overwrite, token=token,
+        progress=progress, command=command,
+    )  # fmt: skip
 
 
 def dequantize(
@@ -64,7 +104,7 @@ def dequantize(
     """
     choices = choices_of(dtype, shard_size, max_memory, threads)
     return _convert(
-        base, Path(out), choices, "dequantize", overwrite=overwrite, token=token,
+        base, out_path(out), choices, "dequantize", overwrite=overwrite, token=token,
         progress=progress, command=command,
     )  # fmt: skip
 
@@ -112,7 +152,7 @@ def quantize(
     coding = Coding(to, rounding, seed, double_quant)
     choices = choices_of(None, shard_size, max_memory, threads, coding=coding)
     return _convert(
-        base, Path(out), choices, "quantize", overwrite=overwrite, token=token,
+        base, out_path(out), choices, "quantize", overwrite=overwrite, token=token,
         progress=progress, command=command,
     )  # fmt: skip
 
@@ -127,7 +167,8 @@ def _convert(
     tell(progress, "read", 0)
     stored = open_base(locate(base, kind="base", token=token))
     plain, quantization = see(stored)
-    _check_wanted(stored, quantization, choices)
+    check = _check_convertible if verb == "convert" else _check_wanted
+    check(stored, quantization, choices)
     if quantization is not None:
         check_scales(quantization)
     made = make_plan(plain, [], choices, out, quantization=quantization)
@@ -152,6 +193,28 @@ def _call_of(verb: str, base: str, made: Plan) -> str:
     return f"regraft.{verb}({', '.join([*first, *chosen])})"
 
 
+def _check_convertible(
+    stored: Checkpoint, quantization: Quantization | None, choices: Choices
+) -> None:
+    """Refuse a model in codes, and to write a model as it is.
+
+    Raises:
+        UnsupportedError: it is one of these.
+    """
+    if quantization is not None:
+        raise UnsupportedError(
+            f"the model is quantized ({', '.join(quantization.formats)})", where=stored.source,
+            expected="a model with plain weights",
+            hint="`regraft dequantize` writes it as a plain one, with --dtype and --shard-size",
+        )  # fmt: skip
+    in_safetensors = all(shard.path.suffix == ".safetensors" for shard in stored.shards)
+    if choices.dtype is None and choices.shard_size is None and in_safetensors:
+        raise UnsupportedError(
+            "there is nothing to convert: the weights are safetensors files already",
+            where=stored.source, hint="Give --dtype or --shard-size",
+        )  # fmt: skip
+
+
 def _check_wanted(stored: Checkpoint, quantization: Quantization | None, choices: Choices) -> None:
     """Refuse to do nothing.
 
@@ -161,7 +224,7 @@ def _check_wanted(stored: Checkpoint, quantization: Quantization | None, choices
     if choices.quantize is None and quantization is None:
         raise UnsupportedError(
             "the model is not quantized", where=stored.source,
-            hint="There is nothing to do; to change its dtype, merge with --dtype",
+            hint="There is nothing to do; to change its dtype: regraft convert",
         )  # fmt: skip
     if resolved(choices.quantize, quantization, double_quant=choices.double_quant) == KEEP:
         raise UnsupportedError(

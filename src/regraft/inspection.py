@@ -14,12 +14,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from regraft.adapters.known_settings import unknown_settings
 from regraft.adapters.settings import refusals
-from regraft.errors import AdapterError, FormatError, Problem
-from regraft.formats.checkpoint import AdapterFiles, Checkpoint, open_adapter, open_checkpoint
+from regraft.adapters.wrappers import plain_key
+from regraft.errors import AdapterError, FormatError, InputError, Problem
+from regraft.formats.checkpoint import (
+    AdapterFiles,
+    Checkpoint,
+    adapter_folder,
+    open_adapter,
+    open_checkpoint,
+    refuse_foreign,
+)
 from regraft.formats.hub import Located, locate
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import ADAPTER_CONFIG, RECEIPT, looks_like
+from regraft.formats.problems import quoted
 from regraft.formats.reading import access_error
 from regraft.formats.remote import checkpoint_of, fetch_headers, is_whole
 from regraft.tensors import TensorSpec
@@ -131,6 +141,7 @@ class AdapterFacts:
         init: how the adapter was initialized, ``"true"`` for PEFT's default.
         unmergeable: features that cannot be merged, each with its reason.
         peft_version: version of PEFT that saved it.
+        unknown_settings: settings that are switched on and that regraft does not know.
     """
 
     peft_type: str
@@ -155,6 +166,7 @@ class AdapterFacts:
     init: str
     unmergeable: tuple[str, ...]
     peft_version: str | None
+    unknown_settings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -216,9 +228,16 @@ def inspect(path: str | Path, *, token: str | None = None) -> Inspection:
 
 
 def _inspect(located: Located, token: str | None) -> Inspection:
+    if (below := adapter_folder(located)) is not located:
+        raise InputError(
+            "is neither a model nor an adapter: the adapter lies in a folder below",
+            where=str(located.path), expected="the adapter's own folder",
+            found=quoted(below.path.name), hint=f"Inspect {below.source}",
+        )  # fmt: skip
     looks = looks_like(located.path)
     if looks in ("adapter", "mlx-adapter"):
         return _of_adapter(open_adapter(located))
+    refuse_foreign(located.path)
     if looks == "gguf":
         from regraft.merging.bases import open_base
 
@@ -366,7 +385,6 @@ def _of_hub_model(located: Located, token: str | None) -> Inspection:
 
 # ---- adapters
 
-_PREFIX = "base_model.model."
 _LORA_A = re.compile(r"(.+)\.(?:lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?)")
 _TOKEN_ROWS = re.compile(r".+\.trainable_tokens_delta(?:\.[^.]+)?")
 
@@ -400,6 +418,7 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         init=str(config.get("init_lora_weights", True)).lower(),
         unmergeable=tuple(what for what, _ in refusals(adapter.config)),
         peft_version=config.text("peft_version"),
+        unknown_settings=unknown_settings(adapter.config),
     )
     config.raise_problems()
     return facts
@@ -416,7 +435,7 @@ def _ranks(tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, int]
     for name, spec in tensors.items():
         match = _LORA_A.fullmatch(name)
         if match and spec.shape:
-            module = match[1].removeprefix(_PREFIX)
+            module = plain_key(match[1])
             ranks[module] = spec.shape[0]
             if isinstance(stated, int) and _is_parameter(module, config):
                 ranks[module] = stated

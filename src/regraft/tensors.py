@@ -53,6 +53,13 @@ DTYPES: dict[str, DType] = {
 }
 """Every dtype the safetensors format knows, by its name there."""
 
+DTYPE_ALIASES = {
+    "fp32": "float32", "float": "float32", "f32": "float32",
+    "fp16": "float16", "half": "float16", "f16": "float16",
+    "bf16": "bfloat16",
+}  # fmt: skip
+"""What else the dtypes are called whose weights are written; keys are in lower case."""
+
 BY_CONFIG_NAME: dict[str, DType] = {d.config_name: d for d in DTYPES.values()}
 """The same dtypes by the name ``config.json`` uses."""
 

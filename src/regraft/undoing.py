@@ -22,7 +22,7 @@ from regraft.merging.events import Progress, tell
 from regraft.merging.jobs import plan_digest
 from regraft.merging.keep import keeps
 from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
-from regraft.merging.output import check_output, check_space
+from regraft.merging.output import check_output, check_space, out_path
 from regraft.merging.patch import PatchReader, digest_of
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype, settled
@@ -81,7 +81,7 @@ def unmerge(
         MismatchError: weights, adapter or patch have been changed since; lists every tensor.
     """
     started = time.perf_counter()
-    place = Path(out)
+    place = out_path(out)
     check_output(place, [], overwrite=overwrite)
     choices = choices_of(None, None, max_memory, threads)
     tell(progress, "read", 0)
@@ -158,7 +158,7 @@ def swap(
         MismatchError: weights, adapter or patch have been changed since; lists every tensor.
     """
     started = time.perf_counter()
-    place = Path(out)
+    place = out_path(out)
     check_output(place, [], overwrite=overwrite)
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
@@ -205,7 +205,7 @@ def clean(
         AccessError: one cannot be looked into, or something cannot be removed.
     """
     places = [folders] if isinstance(folders, str | Path) else list(folders)
-    found = find_leftovers([Path(place) for place in places])
+    found = find_leftovers([out_path(place) for place in places])
     if not dry_run:
         for leftover in found:
             if not leftover.busy:

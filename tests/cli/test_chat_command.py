@@ -46,11 +46,20 @@ def test_adapters_are_switched_mixed_and_left_out(base: Path) -> None:
     lines += ["/clear", "/adapter sql, json=0.5", "w7", "/clear", "/adapter json", "w7"]
     found = answers(chat(base, *lines, options=with_both(base)))
     assert [each["adapters"] for each in found] == [
-        {"sql": 1.0, "json": 0.5}, {"sql": 1.0}, {}, {"sql": 1.0, "json": 0.5}, {"json": 1.0},
+        {"sql": 1.0}, {"sql": 1.0}, {}, {"sql": 1.0, "json": 0.5}, {"json": 1.0},
     ]  # fmt: skip
     texts = [each["text"] for each in found]
-    assert texts[0] == texts[3]
+    assert texts[0] == texts[1]
     assert len(set(texts)) == 4
+
+
+def test_of_several_adapters_the_first_answers_and_the_others_are_named(base: Path) -> None:
+    root = base.parent
+    options = ("--adapter", f"{root / 'json'}=0.5", "--adapter", str(root / "sql"))
+    first = chat(base, options=options).stderr.splitlines()[0]
+    assert first.startswith("With json=0.5. There is sql too: ")
+    assert "/adapter sql switches, /adapter json,sql mixes" in first
+    assert "too:" not in chat(base, options=options[:2]).stderr
 
 
 def test_what_was_said_before_counts_until_it_is_cleared(base: Path) -> None:
@@ -75,7 +84,9 @@ def test_an_adapter_is_loaded_meanwhile(base: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("/adapter nobody", "nobody"),
+        ("/adapter nobody", "expected sql, json"),
+        ("/adapter nobody", "/load PATH loads another"),
+        ("/load ./somewhere sql", "/load PATH NAME"),
         ("/adapter", "/adapter needs a name"),
         ("/adapter sql=much", "'much' is not a weight"),
         ("/load", "/load needs a path"),
@@ -90,7 +101,8 @@ def test_a_line_that_is_wrong_is_told_and_the_chat_goes_on(
     assert told in result.stderr
     error, answer = answers(result)
     assert set(error) == {"error"}
-    assert answer["adapters"] == {"sql": 1.0, "json": 0.5}
+    assert answer["adapters"] == {"sql": 1.0}
+    assert not any(word in result.stderr for word in ("load_adapter", "delete_adapter", "(source"))
 
 
 def test_quitting_leaves_the_rest_unread(base: Path) -> None:

@@ -16,7 +16,7 @@ from cli.test_startup import HEAVY, loaded_by
 from merging import toys
 from merging.processes import errors, regraft_command
 from regraft.cli.diff_text import render
-from regraft.verifying.diff import (
+from regraft.verifying.diff_report import (
     ConfigChange,
     DiffReport,
     DiffSide,
@@ -185,6 +185,7 @@ def test_everything_is_passed_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert diff.named == {
         "x": "./x",
         "y": "org/y",
+        "raw": False,
         "threads": 3,
         "token": "secret",
         "progress": None,

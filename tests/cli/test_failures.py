@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -169,3 +170,18 @@ def test_running_out_of_memory_names_the_option_that_helps() -> None:
     failure = explain(MemoryError())
     assert failure.exit_code == 4
     assert "--max-memory" in failure.problems[0].hint
+
+
+def test_a_warning_has_no_source_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(*_: object, **__: object) -> None:
+        warnings.warn("the base is another one", UserWarning, stacklevel=2)
+        raise UsageError("stop")
+
+    monkeypatch.setattr("regraft.undoing.clean", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        told = run("clean").stderr
+        assert warnings.showwarning is before
+    assert told.splitlines()[0] == "warning: the base is another one"
+    assert ".py" not in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import click
@@ -74,3 +75,30 @@ def test_completion_help_says_where_to_put_the_script(run: Run) -> None:
     assert "bash-completion/completions/regraft" in text
     assert "_regraft" in text
     assert "fish/completions" in text
+
+
+@pytest.mark.parametrize("name", ["merge", "shrink", "help"])
+def test_help_explains_a_command_as_its_option_does(run: Run, name: str) -> None:
+    assert run("help", name).stdout == run(name, "--help").stdout
+    assert json.loads(run("help", name, "--json").stdout)["command"] == name
+
+
+def test_help_alone_is_the_list_and_knows_what_was_meant(run: Run) -> None:
+    assert run("help").stdout == run("--help").stdout
+    result = run("help", "merg")
+    assert result.exit_code == 2
+    assert "did you mean 'merge'?" in result.stderr
+
+
+def test_the_version_has_a_short_option(run: Run) -> None:
+    assert run("-V").stdout == run("--version").stdout
+
+
+@pytest.mark.parametrize("name", ["merge", "swap", "check", "shrink", "generate", "chat"])
+def test_a_dtype_goes_by_its_short_names(name: str) -> None:
+    command = app.get_command(click.Context(app), name)
+    assert command is not None
+    (option,) = [p for p in command.params if "--dtype" in p.opts]
+    context = click.Context(command)
+    for short, long in (("bf16", "bfloat16"), ("half", "float16"), ("FP32", "float32")):
+        assert option.type_cast_value(context, short) == long

@@ -353,3 +353,12 @@ def test_importing_the_demo_leaves_torch_alone() -> None:
     code = "import sys, regraft.demo; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_what_is_built_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    folder = DemoFolder(tmp_path / "demo")
+    folder.open()
+    with folder.building("base") as place:
+        (place / "model.safetensors").touch(mode=0o600)
+    usual = (tmp_path / "demo" / "base").stat().st_mode & 0o666
+    assert (tmp_path / "demo" / "base" / "model.safetensors").stat().st_mode & 0o777 == usual

@@ -48,8 +48,9 @@ DESCRIBED = {
     "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
     "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),
-    "regraft.verifying.diff": (
+    "regraft.verifying.diff_report": (
         *("DiffReport", "DiffSide", "LoneTensor", "TensorChange", "ConfigChange", "FileChange"),
+        "DeltaChange",
     ),
 }
 """Classes whose every field docs/reference-python.md has to name."""

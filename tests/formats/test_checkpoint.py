@@ -384,7 +384,7 @@ def test_the_newer_of_two_weights_files_decides(tmp_path: Path) -> None:
     [
         ("checkpoint", InputError, "is not an adapter.*found a full model"),
         ("merged", InputError, "found a full model that regraft merged"),
-        ("mlx-adapter", UnsupportedError, "MLX adapters are not supported"),
+        ("mlx-adapter", UnsupportedError, "is an MLX adapter"),
         ("gguf", InputError, "found GGUF"),
         ("tokenizer", InputError, "found a tokenizer"),
         ("empty", InputError, "found an empty folder"),
@@ -424,16 +424,17 @@ def test_missing_parts_of_an_adapter_are_named(tmp_path: Path) -> None:
         open_adapter(located(tmp_path))
 
 
-def test_an_adapter_in_a_subfolder_is_pointed_out(tmp_path: Path) -> None:
+def test_an_adapter_in_a_subfolder_is_taken_and_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-500").mkdir()
     write_adapter(tmp_path / "checkpoint-500")
-    with pytest.raises(InputError, match=r"A subfolder holds adapter_config.json: 'checkpoint-5"):
-        open_adapter(located(tmp_path))
+    found = open_adapter(located(tmp_path))
+    assert found.root == tmp_path / "checkpoint-500"
+    assert "the adapter in checkpoint-500 is taken" in found.notes[0]
 
 
 def test_lora_weights_in_another_layout_are_said_to_be(tmp_path: Path) -> None:
     write_weights(tmp_path / "x.safetensors", "lora_unet_x.lora_up.weight")
-    with pytest.raises(InputError, match="LoRA weights in a layout that is not PEFT's"):
+    with pytest.raises(UnsupportedError, match="kohya's layout"):
         open_adapter(located(tmp_path))
 
 

@@ -21,3 +21,58 @@ def test_the_base_is_named_only_if_it_can_be_a_hub_id(
     regraft.merge(base, adapter, tmp_path / "out")
     front = (tmp_path / "out" / "README.md").read_text().split("---")[1]
     assert (f"- {claimed}\n" in front) == named
+
+
+def front_and_text(folder: Path) -> tuple[str, str]:
+    """Return a card's metadata and the rest of it."""
+    _, front, text = (folder / "README.md").read_text().split("---", 2)
+    return front, text
+
+
+def test_a_base_in_a_folder_is_named_as_its_config_does_if_that_is_a_hub_id(tmp_path: Path) -> None:
+    adapter = toys.write_adapter(
+        tmp_path / "a", base_model_name_or_path=str(tmp_path / "elsewhere")
+    )
+    for number, name in enumerate(("org/base", str(tmp_path / "elsewhere"))):
+        base = toys.write_base(tmp_path / f"base{number}", config={"_name_or_path": name})
+        regraft.merge(base, adapter, tmp_path / f"out{number}")
+        front, text = front_and_text(tmp_path / f"out{number}")
+        assert ("org/base" in front) == (name == "org/base")
+        assert str(tmp_path) not in front + text
+        assert f"| base | `base{number}` | |" in text
+
+
+def test_a_base_in_the_hubs_cache_is_named_as_its_repository(tmp_path: Path) -> None:
+    base = toys.write_base(tmp_path / "models--org--base" / "snapshots" / "0123abc")
+    regraft.merge(base, toys.write_adapter(tmp_path / "a"), tmp_path / "out")
+    front, text = front_and_text(tmp_path / "out")
+    assert "- org/base\n" in front
+    assert "| base | `org/base` | |" in text
+    assert "0123abc" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), [("m.tmp", "m"), (".m.tmp", "m"), ("tmp_m", "m"), ("tmpk3x_19ab", "merged")]
+)
+def test_a_card_does_not_name_a_folder_that_is_temporary(
+    tmp_path: Path, name: str, title: str
+) -> None:
+    base = toys.write_base(tmp_path / "base")
+    regraft.merge(base, toys.write_adapter(tmp_path / "a"), tmp_path / name)
+    _, text = front_and_text(tmp_path / name)
+    assert f"\n# {title}\n" in text
+    assert f'from_pretrained("{title}")' in text
+    assert ".tmp" not in text
+
+
+@pytest.mark.parametrize(
+    "line", ["license: 2001-99-99", "license: 0x_", "license: !!int abc", "license: " + "[" * 9000]
+)
+def test_a_card_of_the_base_that_cannot_be_read_hands_nothing_on(tmp_path: Path, line: str) -> None:
+    base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "a")
+    for folder in (base, adapter):
+        (folder / "README.md").write_text(f"---\n{line}\n---\n# Model Card for Model ID\n")
+    regraft.merge(base, adapter, tmp_path / "out")
+    regraft.shrink(adapter, tmp_path / "small")
+    for name in ("out", "small"):
+        assert "license" not in front_and_text(tmp_path / name)[0]

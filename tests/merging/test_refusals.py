@@ -21,19 +21,19 @@ FEATURES: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "Arrow": ({"arrow_config": {"top_k": 2}}, "Arrow routes every token", "one by one"),
     "QALoRA": ({"use_qalora": True, "qalora_group_size": 16}, "QALoRA pools", "zero points"),
     "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication", "Save the"),
-    "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA keeps block-diagonal", "Convert it"),
+    "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA keeps block-diagonal", "merge_and"),
     "KaSA": ({"kasa_config": {"beta": 1e-4}}, "KaSA cut the base's smallest", "Merge it with PEFT"),
-    "MonteCLoRA": ({"monteclora_config": {"samples": 4}}, "MonteCLoRA samples", "Convert it"),
+    "MonteCLoRA": ({"monteclora_config": {"samples": 4}}, "MonteCLoRA samples", "their means"),
     "Megatron": ({"megatron_config": {"tp": 2}}, "Megatron's parallel layers", "Export"),
     "CorDA": ({"init_lora_weights": "corda"}, "CorDA changed the base", "Save it again"),
-    "LoftQ": ({"init_lora_weights": "loftq"}, "LoftQ replaced the base", "Save it again"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, "LoftQ replaced the base", "that LoftQ left"),
     "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "LoRA-GA changed the base", "Save it again"),
-    "an unknown start": ({"init_lora_weights": "sparkle"}, "'sparkle' is not known", "Save it"),
+    "an unknown start": ({"init_lora_weights": "sparkle"}, "'sparkle' is not", "update regraft"),
     "DoRA on PiSSA": (
-        {"init_lora_weights": "pissa", "use_dora": True}, "'pissa' together with DoRA", "Save it"
+        {"init_lora_weights": "pissa", "use_dora": True}, "'pissa' together with DoRA", "merge_and"
     ),
     "DoRA on OLoRA": (
-        {"init_lora_weights": "olora", "use_dora": True}, "'olora' together with DoRA", "Save it"
+        {"init_lora_weights": "olora", "use_dora": True}, "'olora' together with DoRA", "merge_and"
     ),
     "no type": ({"peft_type": None}, "no 'peft_type'", "PEFT adapter?"),
     "an unknown type": ({"peft_type": "SPARKLE"}, "peft_type SPARKLE is not LoRA", "Merge it with"),

@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import regraft
 from merging.processes import python
@@ -24,7 +32,7 @@ from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, adapter_of
 from regraft.runtime.saving.files import write_adapter
 from regraft.runtime.saving.fingerprint import KEY
-from regraft.runtime.saving.saved import of_live, write_saved
+from regraft.runtime.saving.saved import of_live, with_base, write_saved
 from regraft.testing import adapters as made
 from regraft.testing.zoo import make_base, make_model
 
@@ -493,3 +501,79 @@ def test_the_fingerprint_is_of_the_base_and_not_of_what_was_merged_into_it(tmp_p
     adapters.merge_adapter("a")
     regraft.save(adapters, tmp_path / "b", name="a")
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("source", "heading"),
+    [("mine.tmp", "mine"), ("tmp-checkpoint-5", "checkpoint-5"), ("tmpab12_xyz", "adapter")],
+)
+def test_a_card_does_not_name_a_folder_that_is_temporary(
+    tmp_path: Path, source: str, heading: str
+) -> None:
+    regraft.save(peft_model(), tmp_path / source)
+    text = (tmp_path / source / CARD).read_text()
+    assert f"\n# {heading}\n" in text
+    assert "tmp" not in text
+
+
+def test_a_card_names_no_path_and_the_repository_of_a_cached_base(tmp_path: Path) -> None:
+    model = peft_model()
+    for base, named in [
+        (str(tmp_path / "models" / "base"), None),
+        ("/cache/models--org--base/snapshots/0123abc", "org/base"),
+    ]:
+        model.get_base_model().config._name_or_path = base
+        model.peft_config["default"].base_model_name_or_path = base
+        regraft.save(model, tmp_path / "mine")
+        text = (tmp_path / "mine" / CARD).read_text()
+        assert yaml.safe_load(text.split("---")[1]).get("base_model") == named
+        assert f"regraft merge {named or 'base'} mine" in text
+        assert json.loads((tmp_path / "mine" / CONFIG).read_text())["base_model_name_or_path"] == (
+            base
+        )
+
+
+# -- loading without being told the class ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    make_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("way", ["save", "trainer", "loaded"])
+def test_an_adapter_without_a_task_type_loads_as_peft_infers_it(
+    tmp_path: Path, base_folder: Path, way: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    adapters = regraft.attach(model, regraft.LoraConfig(target_modules=["q_proj"]))
+    if way == "trainer":
+        adapters.for_trainer().save_pretrained(tmp_path / "mine")
+    else:
+        regraft.save(model, tmp_path / "mine")
+    if way == "loaded":
+        fields = json.loads((tmp_path / "mine" / CONFIG).read_text()) | {"auto_mapping": None}
+        (tmp_path / "mine" / CONFIG).write_text(json.dumps(fields))
+        adapters.set_adapter(None)
+        adapters.delete_adapter(adapters.names[0])
+        adapters.load_adapter(tmp_path / "mine", "mine")
+        regraft.save(model, tmp_path / "mine")
+    mapping = json.loads((tmp_path / "mine" / CONFIG).read_text())["auto_mapping"]
+    assert mapping == {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+    }
+    for auto in (AutoPeftModel, AutoPeftModelForCausalLM):
+        loaded = auto.from_pretrained(tmp_path / "mine")
+        assert type(loaded.get_base_model()).__name__ == "LlamaForCausalLM"
+    assert "from transformers import LlamaForCausalLM" in (tmp_path / "mine" / CARD).read_text()
+
+
+def test_a_task_type_and_a_class_of_ones_own_need_no_mapping(base_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    assert with_base({"task_type": "CAUSAL_LM"}, model, None).get("auto_mapping") is None
+    model.__class__ = type("Own", (type(model),), {"__module__": __name__})
+    globals()["Own"] = type(model)
+    assert with_base({}, model, None)["auto_mapping"] is None

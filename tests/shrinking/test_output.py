@@ -58,24 +58,25 @@ def test_everything_but_the_state_of_training_goes_along(tmp_path: Path) -> None
         (adapter / name).write_bytes(content)
     report = regraft.shrink(adapter, tmp_path / "s")
     found = toys.tree(tmp_path / "s")
+    assert found.pop("README.md").startswith(along.pop("README.md"))
     assert {n: c for n, c in found.items() if n in along} == along
     written = {"adapter_config.json", "adapter_model.safetensors", "additional_chat_templates"}
     assert found.keys() == along.keys() | written
-    assert report.files == tuple(sorted(along))
+    assert report.files == tuple(sorted([*along, "README.md"]))
     assert report.left_out == tuple(sorted([*behind[:-1], "runs/"]))
 
 
 def test_a_weights_file_may_be_named(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a")
-    regraft.shrink(adapter, tmp_path / "one")
-    regraft.shrink(adapter / "adapter_model.safetensors", tmp_path / "two")
+    regraft.shrink(adapter, tmp_path / "one" / "s")
+    regraft.shrink(adapter / "adapter_model.safetensors", tmp_path / "two" / "s")
     assert toys.tree(tmp_path / "one") == toys.tree(tmp_path / "two")
 
 
 def test_the_bytes_are_the_same_every_time(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a")
     for name in ("one", "two"):
-        regraft.shrink(adapter, tmp_path / name, energy=0.95)
+        regraft.shrink(adapter, tmp_path / name / "s", energy=0.95)
     assert toys.tree(tmp_path / "one") == toys.tree(tmp_path / "two")
 
 
@@ -312,8 +313,8 @@ def test_after_a_kill_the_old_one_is_there_and_the_next_try_is_whole(
     assert toys.tree(out) == before
     assert (tmp_path / ".out.regraft").is_dir()
     regraft.shrink(adapter, out, overwrite=True)
-    regraft.shrink(adapter, tmp_path / "undisturbed")
-    assert toys.tree(out) == toys.tree(tmp_path / "undisturbed")
+    regraft.shrink(adapter, tmp_path / "undisturbed" / "out")
+    assert toys.tree(out) == toys.tree(tmp_path / "undisturbed" / "out")
     assert not (tmp_path / ".out.regraft").exists()
 
 

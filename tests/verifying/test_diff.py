@@ -22,7 +22,7 @@ from merging.processes import python
 from regraft.deltas.distance import VALUE_DTYPES, Distance, distance
 from regraft.formats.safetensors import build_header
 from regraft.tensors import DTYPES, nbytes_of
-from regraft.verifying import diff as diff_module
+from regraft.verifying import diff_report, diff_tensors
 
 NUMPY = {**STORED, "F64": np.float64}
 """The numpy dtype of each dtype that is compared by value."""
@@ -152,7 +152,7 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diff_module, "TILE_BYTES", 512)
+    monkeypatch.setattr(diff_tensors, "TILE_BYTES", 512)
 
 
 def test_a_model_is_the_same_as_itself_and_as_its_copy(base: Path, tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_adapters_are_compared(adapter: Path, tmp_path: Path) -> None:
     name = next(iter(tensors))
     tensors[name] = tensors[name] * np.float32(1.25)
     other = toys.write_adapter(tmp_path / "other", tensors, lora_alpha=12)
-    report = regraft.diff(adapter, other)
+    report = regraft.diff(adapter, other, raw=True)
     assert report.kind == "adapter"
     assert [(t.name, t.relative) for t in report.changed] == [(name, pytest.approx(0.25))]
     assert [(c.key, c.x, c.y) for c in report.config] == [("lora_alpha", toys.ALPHA, 12)]
@@ -582,7 +582,7 @@ def test_memory_does_not_grow_and_equal_models_need_no_compiled_code(tmp_path: P
 
 def test_the_fields_are_explained() -> None:
     for kind in ("DiffReport", "DiffSide", "LoneTensor", "TensorChange", "ConfigChange"):
-        found = getattr(diff_module, kind)
+        found = getattr(diff_report, kind)
         text = found.__doc__.partition("Attributes:")[2]
         assert [name for name in found.__dataclass_fields__ if f"    {name}: " not in text] == []
 

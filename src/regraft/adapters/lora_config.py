@@ -21,6 +21,9 @@ _ABOUT = {
 }  # fmt: skip
 """Fields of PEFT's file that say nothing about what is trained."""
 
+PEFT_LAYOUT = "0.19.1"
+"""The release of PEFT from which on stacks of experts lie as regraft writes them."""
+
 _WITHOUT_EFFECT = (
     *_ABOUT, "peft_version", "runtime_config", "megatron_core", "qalora_group_size",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -107,7 +110,12 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as ``adapter_config.json`` has them."""
-        return {**_ABOUT, **{key: as_json(value) for key, value in asdict(self).items()}}
+        written_as = {"peft_version": PEFT_LAYOUT} if self.target_parameters else {}
+        return {
+            **_ABOUT,
+            **written_as,
+            **{key: as_json(value) for key, value in asdict(self).items()},
+        }
 
 
 def as_config(config: LoraConfig | Mapping[str, Any] | Any) -> LoraConfig:

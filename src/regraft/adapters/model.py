@@ -84,6 +84,7 @@ class Adapter:
         targets: adapted modules.
         whole: tensors that replace parameters.
         token_rows: embedding rows that are replaced.
+        notes: what the user should know of how it was found.
     """
 
     source: str
@@ -95,6 +96,7 @@ class Adapter:
     targets: tuple[LoraTarget, ...]
     whole: tuple[WholeTensor, ...]
     token_rows: tuple[TokenRows, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[Path, Path]:

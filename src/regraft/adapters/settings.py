@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from regraft.adapters import expert_layout
+from regraft.adapters.known_settings import unknown_settings
 from regraft.adapters.patterns import (
     BELOW,
     LAYER,
@@ -24,6 +26,7 @@ from regraft.adapters.patterns import (
     is_segment,
     suffixes_of,
 )
+from regraft.adapters.wrappers import plain_config
 from regraft.errors import AdapterError, Problem, RegraftError, UnsupportedError
 from regraft.formats.problems import capped, quoted
 
@@ -35,7 +38,9 @@ class LoraSettings:
     """The fields of PEFT's ``LoraConfig`` that decide what a merge is; names are PEFT's.
 
     ``expressions`` is not PEFT's: it matches the regular expressions among them within limits, and
-    every method that asks it raises ``AdapterError`` where they take too long.
+    every method that asks it raises ``AdapterError`` where they take too long. ``b_layouts`` is
+    Unsloth's, see :mod:`regraft.adapters.expert_layout`; ``unknown`` are names of settings that
+    are switched on and not known.
     """
 
     r: int
@@ -59,6 +64,9 @@ class LoraSettings:
     base_model_name_or_path: str | None
     task_type: str | None
     base_model_class: str | None
+    peft_version: str | None
+    b_layouts: expert_layout.Layouts
+    unknown: tuple[str, ...]
     expressions: Expressions = field(compare=False, repr=False)
 
     def rank_of(self, key: str) -> int:
@@ -76,6 +84,10 @@ class LoraSettings:
         """
         rank, alpha = self.rank_of(key), weight * self.alpha_of(key)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def b_layout_of(self, key: str) -> str:
+        """Return how B of the stack of experts ``key`` is packed."""
+        return expert_layout.layout_of(self.b_layouts, key)
 
     def saves(self, parameter: str) -> bool:
         """Whether a parameter lies in a module that ``modules_to_save`` copies.
@@ -311,9 +323,12 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
     refused = [Problem(what, where, hint=hint) for what, hint in refusals(config)]
     if refused:
         raise UnsupportedError(refused)
-    fields = _Fields(config, where)
+    fields = _Fields(plain_config(config), where)
     auto = _Fields(fields.get("auto_mapping", (dict,), {}), where)
     auto.problems = fields.problems
+    layouts, wrong = expert_layout.read_layouts(config)
+    for name, expected, found in wrong:
+        fields.bad(name, expected, _shown(found))
     settings = LoraSettings(
         r=fields.positive("r", (int,), 8),
         lora_alpha=fields.positive("lora_alpha", (int, float), 8),
@@ -336,6 +351,9 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
         base_model_name_or_path=fields.get("base_model_name_or_path", (str,), None),
         task_type=fields.get("task_type", (str,), None),
         base_model_class=auto.get("base_model_class", (str,), None),
+        peft_version=fields.get("peft_version", (str,), None),
+        b_layouts=layouts,
+        unknown=unknown_settings(config),
         expressions=fields.expressions,
     )
     if fields.problems:
@@ -345,15 +363,28 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
 
 RESAVE = (
     "Save it again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
-    "which turns it into a plain LoRA, then merge that"
+    "given the adapter as it was saved before training: that makes a plain LoRA of it, then merge "
+    "that"
 )
-"""What to do with an adapter whose base was changed at its start."""
+"""What to do with a PiSSA, OLoRA, CorDA or LoRA-GA adapter, whose base was changed at its start.
+
+PEFT converts these four alone, and their A and B alone: DoRA's magnitudes are lost on the way.
+"""
+
+_WITH_PEFT = "Merge it with PEFT's merge_and_unload()"
+
+_LOFTQ_BASE = (
+    "Name the base that LoftQ left as BASE (the model that was saved when training began), and set "
+    "init_lora_weights to true in a copy of the adapter"
+)
 
 _CHANGED_BASES = {
-    "corda": "CorDA changed the base at its start by statistics of data that are not in the file",
-    "loftq": "LoftQ replaced the base by a quantized one when training began",
-    "lora_ga": "LoRA-GA changed the base by gradients that are not in the file",
-}
+    "corda": (
+        "CorDA changed the base at its start by statistics of data that are not in the file", RESAVE
+    ),
+    "loftq": ("LoftQ replaced the base by a quantized one when training began", _LOFTQ_BASE),
+    "lora_ga": ("LoRA-GA changed the base by gradients that are not in the file", RESAVE),
+}  # fmt: skip
 
 _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": (
@@ -374,7 +405,7 @@ _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     ),
     "use_bdlora": (
         "BD-LoRA keeps block-diagonal factors, which regraft does not merge",
-        "Convert it to plain LoRA with PEFT first",
+        _WITH_PEFT,
     ),
     "kasa_config": (
         "KaSA cut the base's smallest singular values when training began",
@@ -382,7 +413,11 @@ _REFUSED_FEATURES: dict[str, tuple[str, str]] = {
     ),
     "monteclora_config": (
         "MonteCLoRA samples its factors, which regraft does not merge",
-        "Convert it to plain LoRA with PEFT first",
+        f"{_WITH_PEFT}, which takes their means",
+    ),
+    "enable_lora": (
+        "enable_lora splits the factors of a fused layer, as PEFT did before 0.3",
+        "Load it with the PEFT that trained it and merge it there",
     ),
     "megatron_config": (
         "Megatron's parallel layers name and split their weights in their own way",
@@ -405,15 +440,17 @@ def refusals(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     init = config.get("init_lora_weights")
     if isinstance(init, str):
         found += [
-            (f"init_lora_weights={_shown(init)}: {why}", RESAVE)
-            for prefix, why in _CHANGED_BASES.items()
+            (f"init_lora_weights={_shown(init)}: {why}", way_on)
+            for prefix, (why, way_on) in _CHANGED_BASES.items()
             if init.lower().startswith(prefix)
         ]
         if config.get("use_dora") and init.lower().startswith(("pissa", "olora")):
-            found.append((f"init_lora_weights={_shown(init)} together with DoRA", RESAVE))
+            what = f"init_lora_weights={_shown(init)} together with DoRA"
+            found.append((what, f"{_WITH_PEFT}, on the base that it was trained on"))
         known = ("gaussian", "eva", "olora", "pissa", "orthogonal", "mica", *_CHANGED_BASES)
         if not init.lower().startswith(known):
-            found.append((f"init_lora_weights={_shown(init)} is not known to regraft", RESAVE))
+            what = f"init_lora_weights={_shown(init)} is not known to regraft"
+            found.append((what, "Merge it with the PEFT that trained it, or update regraft"))
     return found
 
 

@@ -12,7 +12,7 @@ import click
 
 from regraft._version import __version__
 from regraft.cli.failures import DEBUG_VARIABLE, UserInterruptError, explain
-from regraft.cli.output import Output, ReaderGoneError
+from regraft.cli.output import Output, ReaderGoneError, plain_warnings
 
 READER_GONE = 141
 """Exit code when nobody reads stdout any more: as when SIGPIPE ends a program."""
@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": "regraft.cli.merge",
     "unmerge": "regraft.cli.unmerge",
     "swap": "regraft.cli.swap",
+    "convert": "regraft.cli.convert",
     "dequantize": "regraft.cli.dequantize",
     "quantize": "regraft.cli.quantize",
     "verify": "regraft.cli.verify",
@@ -33,6 +34,7 @@ COMMANDS = {
     "clean": "regraft.cli.clean",
     "demo": "regraft.cli.demo",
     "completion": "regraft.cli.completion",
+    "help": "regraft.cli.help",
 }
 """Every command, in the order of --help, and the module that has it as ``command``."""
 
@@ -80,7 +82,10 @@ class LazyGroup(click.Group):
         del standalone_mode
         arguments = list(sys.argv[1:] if args is None else args)
         try:
-            code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
+            with plain_warnings():
+                code = super().main(
+                    arguments, prog_name, complete_var, standalone_mode=False, **extra
+                )
         except ReaderGoneError:
             code = READER_GONE
         except Exception as error:
@@ -121,7 +126,7 @@ def _fail(error: Exception, *, as_json: bool) -> int:
     epilog="Exit codes: 0 done, 1 a check says no, 2 usage, 3 an input is bad or refused, "
     "4 the environment fell short, 130 interrupted. REGRAFT_DEBUG=1 shows tracebacks.",
 )
-@click.version_option(__version__, message="regraft %(version)s")
+@click.version_option(__version__, "-V", "--version", message="regraft %(version)s")
 @click.pass_context
 def app(ctx: click.Context) -> None:
     """Merge LoRA adapters into checkpoints, prove that it is right, and take it back bit for bit.
@@ -134,7 +139,7 @@ def app(ctx: click.Context) -> None:
       regraft verify ./merged
       regraft unmerge ./merged -o ./base-again
 
-    `regraft COMMAND --help` explains a command, with examples.
+    `regraft help COMMAND` explains a command, with examples.
     """
     if ctx.invoked_subcommand is None:
         Output().data({}, ctx.get_help())

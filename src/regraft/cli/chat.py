@@ -20,6 +20,7 @@ PROMPT = "> "
 
 
 @click.command(short_help="Talk to a model, and switch its adapters meanwhile.")
+@options.adapters_to_attach("Of several the first one answers, until you say otherwise.")
 @speaking.model_and_sampling
 @options.as_json
 @options.quiet
@@ -28,7 +29,8 @@ def command(
 ) -> None:
     """Talk to a model, and switch, mix and load adapters meanwhile.
 
-    BASE and the options are those of `regraft generate`. What you type is answered line by line;
+    BASE and the options are those of `regraft generate`, but that of several adapters the first one
+    answers, until /adapter says otherwise. What you type is answered line by line;
     a line that begins with / is a command, and /help lists these. Ctrl-C stops an answer, Ctrl-D
     ends. Answers are printed on stdout and all else on stderr, so a chat can be piped; with --json
     each answer is an object on a line of its own.
@@ -42,7 +44,7 @@ def command(
     """
     output = Output(as_json=as_json, quiet=quiet)
     how = speaking.sampling(chosen)
-    speaker = speaking.opened(output, base, adapters, chosen)
+    speaker = speaking.opened(output, base, adapters, chosen, together=False)
     Chat(speaker, how, output, chosen).run()
 
 
@@ -61,7 +63,8 @@ class Chat:
 
     def run(self) -> None:
         """Answer line by line until there are no more, or the user quits."""
-        self.output.note(f"{self.tell_active()}. /help lists the commands, /quit ends.")
+        self.output.note(f"{self.tell_active()}. {self.tell_others()}/help lists the commands, "
+                         "/quit ends.")  # fmt: skip
         while not self.ended:
             try:
                 self.output.ask(PROMPT)
@@ -114,11 +117,30 @@ class Chat:
             return "The base answers"
         return "With " + ", ".join(n if w == 1 else f"{n}={w:g}" for n, w in active.items())
 
+    def tell_others(self) -> str:
+        """Return what may answer instead, as a sentence; "" if nothing may."""
+        others = [name for name in self.speaker.sources if name not in self.speaker.active]
+        if not others:
+            return ""
+        mixed = ",".join(self.speaker.sources)
+        return (
+            f"There {'is' if len(others) == 1 else 'are'} {', '.join(others)} too: "
+            f"/adapter {others[0]} switches, /adapter {mixed} mixes. "
+        )
+
     # -- commands --------------------------------------------------------------------------------
 
     def adapter(self, rest: str) -> None:
         """Switch."""
-        self.speaker.choose({} if rest == "none" else parse_choice(rest))
+        weights = {} if rest == "none" else parse_choice(rest)
+        unknown = [name for name in weights if name not in self.speaker.sources]
+        if unknown:
+            raise UsageError(
+                "there is no adapter of this name", where=", ".join(unknown),
+                expected=", ".join(self.speaker.sources) or "one that was loaded",
+                hint="/adapters lists them, /load PATH loads another",
+            )  # fmt: skip
+        self.speaker.choose(weights)
         self.output.note(self.tell_active())
 
     def adapters(self, rest: str) -> None:
@@ -135,6 +157,9 @@ class Chat:
         words = rest.split()
         if len(words) not in (1, 2):
             raise UsageError("/load needs a path", expected="/load PATH [NAME]")
+        if words[1:] and words[1] in self.speaker.sources:
+            raise UsageError("there is an adapter of this name already", where=words[1],
+                             hint="Give another one: /load PATH NAME")  # fmt: skip
         name = self.speaker.load(words[0], words[1] if len(words) > 1 else None, self.token)
         self.output.note(f"loaded {name}; /adapter {name} switches to it")
 

@@ -8,7 +8,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from regraft.cli.text import count, pairs, percent, plural, size, table
-from regraft.verifying.diff import ConfigChange, DiffReport, DiffSide, TensorChange
+from regraft.verifying.diff_report import (
+    ConfigChange,
+    DeltaChange,
+    DiffReport,
+    DiffSide,
+    TensorChange,
+)
 
 _NOUNS = {"checkpoint": "full model", "adapter": "adapter"}
 _CONFIGS = {"checkpoint": "config.json", "adapter": "adapter_config.json"}
@@ -28,6 +34,8 @@ def render(report: DiffReport, *, limit: int | None) -> str:
     """
     parts = [
         _overview(report),
+        "\n".join(f"note: {note}" for note in report.notes),
+        _deltas(report.deltas, limit),
         _tensors(report.changed, limit),
         *_lists(report, limit),
         _answer(report),
@@ -42,6 +50,7 @@ def _overview(report: DiffReport) -> str:
     rows = [
         ("X", _side(report.x, report.kind)),
         ("Y", _side(report.y, report.kind)),
+        ("deltas", _delta_counts(report)),
         ("tensors", _tensor_counts(report)),
         ("moved", _moved(report)),
         ("config", "" if _with_config(report) else "not compared: a single file was given"),
@@ -70,6 +79,17 @@ def _tensor_counts(report: DiffReport) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number) or "none"
 
 
+def _delta_counts(report: DiffReport) -> str:
+    """Return how many deltas differ, and how far they are apart, taken together."""
+    if not (report.deltas or report.same_deltas):
+        return ""
+    counts = {"changed": len(report.deltas), "same": report.same_deltas}
+    told = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+    if report.relative_delta is None:
+        return told
+    return f"{told}; |Y-X|/|X| {_relative(report.relative_delta)}, over the changed deltas"
+
+
 def _moved(report: DiffReport) -> str:
     """Return how far the changed tensors moved, taken together."""
     measured = [t for t in report.changed if t.delta_norm is not None]
@@ -85,6 +105,45 @@ def _share(changed: int, elements: int) -> str:
     """Return a percentage, or the number itself of very few elements."""
     share = changed / elements if elements else 0.0
     return str(changed) if 0 < share < _FEW else percent(share)
+
+
+# ---- deltas
+
+
+def _deltas(changed: Sequence[DeltaChange], limit: int | None) -> str:
+    """Return a table of the modules whose deltas differ, those farthest apart first."""
+    if not changed:
+        return ""
+    rows: list[tuple[str, ...]] = [("deltas", "|Y-X|/|X|", "cosine", "rank", "scale", "")]
+    rows += [
+        (
+            delta.name,
+            _relative(delta.relative),
+            "-" if delta.cosine is None else f"{delta.cosine:.4f}",
+            _both(delta.ranks),
+            _both(delta.scales),
+            _delta_notes(delta),
+        )
+        for delta in changed[:limit]
+    ]
+    return _with_rest(table(rows, "lrrrrl").splitlines(), len(changed), limit)
+
+
+def _both(values: tuple[float | str | None, float | str | None]) -> str:
+    """Return what a field is in X and in Y, once if it is the same."""
+    shown = [f"{v:g}" if isinstance(v, int | float) else v or "-" for v in values]
+    return shown[0] if shown[0] == shown[1] else " -> ".join(shown)
+
+
+def _delta_notes(delta: DeltaChange) -> str:
+    if None in delta.ranks:
+        return "only in Y" if delta.ranks[0] is None else "only in X"
+    notes = [_both(delta.dtypes)] if delta.dtypes[0] != delta.dtypes[1] else []
+    if delta.sizes[0] != delta.sizes[1]:
+        notes.append(" -> ".join(_shape(sizes or ()) for sizes in delta.sizes))
+    elif delta.delta_norm is None:
+        notes.append("NaN, infinite or too large")
+    return ", ".join(notes)
 
 
 # ---- tensors
@@ -183,8 +242,10 @@ def _answer(report: DiffReport) -> str:
     told = f"; {files}" if files else ""
     if report.same:
         config = ", and the config" if _with_config(report) else ""
-        return f"same: {plural(report.unchanged, 'tensor')}{config}{told}"
+        deltas = f"{plural(report.same_deltas, 'delta')}, " if report.same_deltas else ""
+        return f"same: {deltas}{plural(report.unchanged, 'tensor')}{config}{told}"
     found = [
+        _some(len(report.deltas), "delta differs", "deltas differ"),
         _some(len(report.changed), "tensor changed", "tensors changed"),
         _some(len(report.removed), "tensor only in X", "tensors only in X"),
         _some(len(report.added), "tensor only in Y", "tensors only in Y"),

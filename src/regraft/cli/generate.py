@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Let a model answer a prompt, with or without adapters.")
+@options.adapters_to_attach("Several answer together, as a merge adds them up.")
 @speaking.model_and_sampling
 @click.option(
     "--prompt", required=True, metavar="TEXT", help="What to answer; - reads it from stdin."
@@ -46,7 +47,7 @@ def command(
     messages = [{"role": "user", "content": text}]
     if chosen["system"]:
         messages.insert(0, {"role": "system", "content": chosen["system"]})
-    speaker = speaking.opened(output, base, adapters, chosen)
+    speaker = speaking.opened(output, base, adapters, chosen, together=True)
     answer = speaker.answer(messages, how, output.stream, template=chosen["template"])
     if answer.stopped:
         raise KeyboardInterrupt

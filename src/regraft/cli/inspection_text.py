@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regraft.cli.text import count, pairs, percent, plural, size, table
+from regraft.formats.problems import quoted
 from regraft.inspection import AdapterFacts, Inspection, MergeFacts, ModelFacts
 
 _KINDS = {"base": "a base model", "merged": "a merged model", "adapter": "an adapter"}
@@ -96,6 +97,7 @@ def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
         ("bias", "" if adapter.bias == "none" else adapter.bias),
         ("init", "" if adapter.init in ("true", "false") else adapter.init),
         ("trained with", f"peft {adapter.peft_version}" if adapter.peft_version else ""),
+        ("not known", ", ".join(map(quoted, adapter.unknown_settings))),
         ("cannot merge", "; ".join(adapter.unmergeable)),
     ]
 

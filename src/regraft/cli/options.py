@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from regraft.tensors import parse_size
+from regraft.tensors import DTYPE_ALIASES, parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,9 +51,26 @@ def folder_to_make(
 
 out = folder_to_make()
 
+if TYPE_CHECKING:
+    _Choice = click.Choice[str]
+else:
+    _Choice = click.Choice  # it is generic since click 8.2
+
+
+class Dtype(_Choice):
+    """A dtype, by its name or a shorter one such as ``bf16``; it is passed on by its name."""
+
+    def __init__(self) -> None:
+        super().__init__(["float32", "bfloat16", "float16"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name of the dtype that ``value`` means."""
+        return super().convert(DTYPE_ALIASES.get(str(value).lower(), value), param, ctx)
+
+
 dtype = click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=Dtype(),
     help="Element type of the output.  [default: each tensor keeps the base's]",
 )
 
@@ -109,7 +126,7 @@ threads = click.option(
 overwrite = click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace OUT, if it holds a model or is empty, once the new one is complete.",
+    help="Replace OUT, if it holds a model, once the new one is complete.",
 )
 
 undo = click.option(
@@ -133,14 +150,18 @@ token = click.option(
     "machine cannot see.",
 )
 
-adapters_to_attach = click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="ADAPTER[=WEIGHT]",
-    help="Adapter to attach; =WEIGHT multiplies its scale. It is called by the last part of its "
-    "path. Several answer together, as a merge adds them up.",
-)
+
+def adapters_to_attach(several: str) -> Callable[[Function], Function]:
+    """Return the option ``--adapter`` of a live model; ``several`` says what several do."""
+    return click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="ADAPTER[=WEIGHT]",
+        help="Adapter to attach; =WEIGHT multiplies its scale. It is called by the last part of "
+        f"its path. {several}",
+    )
+
 
 load_in_4bit = click.option(
     "--load-in-4bit",
@@ -150,7 +171,7 @@ load_in_4bit = click.option(
 
 model_dtype = click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=Dtype(),
     help="Element type of the model in memory.  [default: the model's own]",
 )
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
     from regraft.cli.failures import Failure
     from regraft.demo.progress import Progress as StepProgress
     from regraft.merging.events import Progress, ProgressEvent
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show what ``warnings.warn`` says as the command line's other warnings, without its source."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        Output().warn([str(message)])
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 class ReaderGoneError(Exception):
@@ -68,9 +84,9 @@ class Output:
         if not self.quiet:
             _write(sys.stderr, prompt, end="")
 
-    def warn(self, warnings: Sequence[str]) -> None:
+    def warn(self, sentences: Sequence[str]) -> None:
         """Print warnings on stderr, quiet or not."""
-        for warning in warnings:
+        for warning in sentences:
             _write(sys.stderr, warning, label="warning", colour="yellow")
 
     def failure(self, failure: Failure) -> None:

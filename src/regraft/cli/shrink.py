@@ -15,7 +15,7 @@ from regraft.cli.output import Output
 @options.out
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=options.Dtype(),
     default="bfloat16",
     show_default=True,
     help="Element type of the factors.",
@@ -40,7 +40,7 @@ from regraft.cli.output import Output
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace OUT, if it holds an adapter or is empty, once the new one is complete.",
+    help="Replace OUT, if it holds an adapter, once the new one is complete.",
 )
 @options.token
 @options.as_json
@@ -67,4 +67,5 @@ def command(*, as_json: bool, quiet: bool, **chosen: Any) -> None:
 
     with output.progress() as progress:
         report = shrink(**chosen, progress=progress)
+    output.warn(report.warnings)
     output.data(report.to_json(), shrink_text.render(report))

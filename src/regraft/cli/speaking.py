@@ -20,24 +20,27 @@ _SAMPLING = ("max_new_tokens", "temperature", "top_p", "seed")
 
 
 def model_and_sampling(function: Function) -> Function:
-    """Add the argument ``BASE`` and the options of a model and its answers."""
+    """Add the argument ``BASE`` and the options of a model and its answers, but ``--adapter``."""
     for option in (
         options.token, options.chat_template, options.system, options.answer_seed, options.top_p,
         options.temperature, options.max_new_tokens, options.device, options.model_dtype,
-        options.load_in_4bit, options.adapters_to_attach,
+        options.load_in_4bit,
     ):  # fmt: skip
         function = option(function)
     return click.argument("base", metavar="BASE")(function)
 
 
-def opened(output: Output, base: str, adapters: Sequence[str], chosen: dict[str, Any]) -> Speaker:
-    """Load the model and its adapters."""
+def opened(
+    output: Output, base: str, adapters: Sequence[str], chosen: dict[str, Any], *, together: bool
+) -> Speaker:
+    """Load the model and its adapters, of which all answer, or the first."""
     output.mute_downloads()
     from regraft.merging.recipe import parse_adapters
     from regraft.runtime.generating import open_speaker
 
     wanted = parse_adapters(list(adapters)) if adapters else []
-    return open_speaker(base, wanted, **{name: chosen[name] for name in _MODEL})
+    how = {name: chosen[name] for name in _MODEL}
+    return open_speaker(base, wanted, **how, together=together)
 
 
 def sampling(chosen: dict[str, Any]) -> Sampling:

@@ -25,7 +25,7 @@ from regraft.cli.output import Output
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace BASE, if it holds a model or is empty, once the new one is complete.",
+    help="Replace BASE, if it holds a model, once the new one is complete.",
 )
 @options.token
 @options.as_json

@@ -23,6 +23,7 @@ from regraft.demo.result import DemoResult, Training
 from regraft.demo.state import DemoFolder
 from regraft.demo.text import memory, milliseconds, seconds, size
 from regraft.errors import MissingExtraError
+from regraft.merging.output import out_path
 
 if TYPE_CHECKING:
     from regraft.demo.live import Answers, InMemory, LiveModel, Switched
@@ -67,7 +68,7 @@ def run_demo(
         RegraftError: the model cannot be had, or the merge failed.
     """
     _require_extra()
-    demo = _Demo(DemoFolder(folder), _say_nothing if as_json else say)
+    demo = _Demo(DemoFolder(out_path(folder)), _say_nothing if as_json else say)
     demo.folder.open()
     wait_asleep()
     with quiet_libraries():

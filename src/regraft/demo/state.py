@@ -71,6 +71,7 @@ class DemoFolder:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         yield unfinished
+        _let_others_read(unfinished)
         shutil.rmtree(self.path / part, ignore_errors=True)
         unfinished.rename(self.path / part)
 
@@ -90,6 +91,14 @@ class DemoFolder:
 def adapter_part(name: str) -> str:
     """Return what the part of the folder is called that holds an adapter."""
     return f"adapter-{name}"
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give files the mode that the umask says; safetensors' library makes them for their owner."""
+    usual = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(usual)
 
 
 def _as_json(key: Mapping[str, Any]) -> Any:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from regraft.errors import FormatError, InputError, Problem, UnsupportedError
+from regraft.formats import foreign
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import (
@@ -21,6 +22,7 @@ from regraft.formats.layout import (
     ADAPTER_TORCH,
     DESCRIPTIONS,
     MLX_WEIGHTS,
+    NEW_EMBEDDINGS,
     TORCH_SUFFIXES,
     is_gguf,
     is_mostly_lora,
@@ -55,6 +57,10 @@ _WEIGHT_FILES = (  # the order in which transformers looks for them
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_OF_ITS_OWN = (ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH, "config.json", MLX_WEIGHTS)
+"""Files that show a folder to be what was meant, whatever lies below."""
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _SUFFIXES = (".safetensors", ".bin")
 _LOOKED_FOR = "model.safetensors or pytorch_model.bin, or either with an index"
 _ONE_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.")
@@ -116,6 +122,7 @@ class AdapterFiles:
         tensors: every tensor by the name it has in the file, in order of offset.
         weights_file: the file name of the weights.
         metadata: the strings the safetensors header carries; empty for PyTorch's files.
+        notes: what the user should know of how it was found.
     """
 
     root: Path
@@ -125,6 +132,22 @@ class AdapterFiles:
     tensors: dict[str, TensorSpec]
     weights_file: str
     metadata: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weights_shown(self) -> str:
+        """How messages name its weights."""
+        return f"{self._folder_shown}/{self.weights_file}"
+
+    @property
+    def config_shown(self) -> str:
+        """How messages name its config."""
+        return f"{self._folder_shown}/{ADAPTER_CONFIG}"
+
+    @property
+    def _folder_shown(self) -> str:
+        """The source, less the weights file if that was named."""
+        return self.source.removesuffix(f"/{self.weights_file}").rstrip("/") or "/"
 
 
 def open_checkpoint(located: Located) -> Checkpoint:
@@ -422,9 +445,13 @@ def open_adapter(located: Located) -> AdapterFiles:
 
 
 def _open_adapter(located: Located) -> AdapterFiles:
+    located, notes = adapter_folder(located), adapter_notes(located)
     named_file = not located.path.is_dir()
     root = located.path.parent if named_file else located.path
     on_hub = located.repo_id is not None
+    whole = (root / ADAPTER_CONFIG).is_file() and _has_adapter_weights(located.path)
+    if not whole or (root / NEW_EMBEDDINGS).is_file():
+        refuse_foreign(located.path)
     _refuse_other_kinds(located.path, root, on_hub=on_hub)
     weights = located.path if named_file else _adapter_weights(root, same_age=on_hub)
     config = _adapter_config(root)
@@ -437,20 +464,85 @@ def _open_adapter(located: Located) -> AdapterFiles:
         tensors=tensors,
         weights_file=weights.name,
         metadata=metadata,
+        notes=notes,
     )
+
+
+def adapter_folder(located: Located) -> Located:
+    """Return where an adapter lies: the folder that was named, or one below it.
+
+    A run's folder has its adapters in folders of their own, and PEFT saves one called ``sql`` in
+    ``sql/``. Of several checkpoints the one with the highest step is taken.
+
+    Raises:
+        InputError: several folders below hold an adapter, and nothing tells which one is meant.
+        AccessError: the system refused to look into one.
+    """
+    with typed_os_errors(located.path):
+        below = _adapters_below(located.path)
+    if not below:
+        return located
+    numbered = {name: int(match[1]) for name in below if (match := _CHECKPOINT.fullmatch(name))}
+    if len(below) > 1 and len(numbered) < len(below):
+        shown = ", ".join(map(quoted, below[:8])) + (", ..." if len(below) > 8 else "")
+        raise InputError(
+            "holds several adapters, each in a folder of its own",
+            where=str(located.path),
+            expected="one adapter",
+            found=shown,
+            hint=f"Name the one you mean, such as {located.source.rstrip('/')}/{below[0]}",
+        )
+    chosen = max(numbered, key=lambda name: numbered[name]) if len(below) > 1 else below[0]
+    source = f"{located.source.rstrip('/')}/{chosen}"
+    return replace(located, path=located.path / chosen, source=source)
+
+
+def adapter_notes(located: Located) -> tuple[str, ...]:
+    """Return what to say where the adapter lies in a folder below the one that was named."""
+    found = adapter_folder(located)
+    if found is located:
+        return ()
+    others = len(_adapters_below(located.path)) - 1
+    newest = f", the newest of {others + 1} checkpoints" if others else ""
+    return (f"{located.source}: the adapter in {found.path.name} is taken{newest}",)
+
+
+def _adapters_below(path: Path) -> list[str]:
+    """Return the names of the folders in a folder that hold an adapter, unless it does itself."""
+    if not path.is_dir() or any((path / name).exists() for name in _OF_ITS_OWN):
+        return []
+    found = path.glob(f"*/{ADAPTER_CONFIG}")
+    return sorted(each.parent.name for each in found if _has_adapter_weights(each.parent))
+
+
+def _has_adapter_weights(path: Path) -> bool:
+    if not path.is_dir():
+        return path.name in (ADAPTER_SAFE, ADAPTER_TORCH)
+    return any((path / name).is_file() for name in (ADAPTER_SAFE, ADAPTER_TORCH))
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise where a folder or file is an adapter in another layout than PEFT's.
+
+    Raises:
+        UnsupportedError: it is; says which layout.
+    """
+    if (path / NEW_EMBEDDINGS).is_file():
+        raise UnsupportedError(
+            "the adapter has rows of added tokens in a file of their own, which regraft does not "
+            "read", where=str(path / NEW_EMBEDDINGS), expected="an adapter that has its embeddings "
+            "in adapter_model.safetensors", hint="Save it with PEFT and the embeddings in "
+            "modules_to_save, or move the file away if the added tokens do not matter",
+        )  # fmt: skip
+    if found := foreign.of_path(path):
+        raise foreign.refusal(*found, path)
 
 
 def _refuse_other_kinds(path: Path, root: Path, *, on_hub: bool) -> None:
     """Raise where ``path`` is plainly something other than a PEFT adapter."""
     looks = looks_like(path)
     if looks == "mlx-adapter":
-        raise UnsupportedError(
-            "MLX adapters are not supported",
-            where=str(path),
-            expected=f"{ADAPTER_CONFIG} and {ADAPTER_SAFE} in PEFT's format",
-            found=MLX_WEIGHTS,
-            hint="Convert it to PEFT's format first",
-        )
+        raise foreign.refusal(foreign.MLX, MLX_WEIGHTS, path)
     if (root / ADAPTER_CONFIG).is_file():
         return
     if on_hub and (root / "config.json").is_file():  # a model's weights were not fetched
@@ -510,5 +602,6 @@ def _adapter_config(root: Path) -> dict[str, Any]:
         f"{ADAPTER_CONFIG} is missing",
         where=str(root),
         expected=f"{ADAPTER_CONFIG} beside the weights, in PEFT's format",
-        hint="Copy it from where the adapter was trained; rank and scale stand in it",
+        hint="If PEFT saved the weights, it is in the folder they were saved to; rank and scale "
+        "stand in it",
     )

@@ -198,6 +198,27 @@ def open_gguf(path: Path) -> GgufFile:
     return GgufFile(tuple(paths), architecture, metadata, tensors)
 
 
+def general_type(path: Path) -> str | None:
+    """Return ``general.type`` of a GGUF file, such as ``adapter``; None where it does not say.
+
+    The keys of a file are read and no tensors, so no package is needed.
+
+    Raises:
+        AccessError: the system refused to read it.
+    """
+    try:
+        fd = open_regular(path)
+        try:
+            header = _Header(fd, path)
+            _, keys = header.counts()
+            found = _metadata(header, keys).get("general.type")
+        finally:
+            os.close(fd)
+    except InputError:
+        return None  # malformed: whoever opens it says so
+    return found if isinstance(found, str) else None
+
+
 def _block_sizes() -> dict[int, tuple[str, int, int]]:
     """Return name, elements and bytes of a block of each ggml type, by its number."""
     sizes = gguf_package().GGML_QUANT_SIZES

@@ -17,6 +17,8 @@ Looks = Literal[
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_SAFE = "adapter_model.safetensors"
 ADAPTER_TORCH = "adapter_model.bin"
+NEW_EMBEDDINGS = "new_embeddings.safetensors"
+"""Rows of added tokens beside an adapter, as vLLM reads them."""
 MLX_WEIGHTS = "adapters.safetensors"
 RECEIPT = "regraft/receipt.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")

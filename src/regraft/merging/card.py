@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from regraft.formats.reading import typed_os_errors
 from regraft.merging.receipt import Receipt
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -20,48 +22,83 @@ _KEPT = (
 )
 
 
+_HEAD = 2**16
+"""Bytes of a card in which its metadata has to end."""
+
+
 def base_metadata(folder: Path) -> dict[str, Any]:
     """Return what a base's own card says of licence and language, {} if it has none to read."""
     path = folder / "README.md"
     if not path.is_file():
         return {}
-    match = re.match(r"^---\n(.*?)\n---", path.read_text("utf-8", "replace")[:65536], re.DOTALL)
+    with typed_os_errors(path), path.open("rb") as file:
+        text = file.read(_HEAD).decode("utf-8", "replace")
+    match = re.match(r"^---\r?\n(.*?)\n---", text, re.DOTALL)
     if match is None:
         return {}
     import yaml
 
     try:
         found = yaml.safe_load(match.group(1))
-    except yaml.YAMLError:  # a card that cannot be read has nothing to hand on
+    except (yaml.YAMLError, ValueError, RecursionError):  # what is not read is not handed on
         return {}
     return {k: found[k] for k in _KEPT if k in found} if isinstance(found, dict) else {}
 
 
 def model_card(
-    receipt: Receipt, *, claimed_base: str | None, inherited: Mapping[str, Any], auto_class: str
+    receipt: Receipt, *, claims: Iterable[str | None], inherited: Mapping[str, Any], auto_class: str
 ) -> str:
     """Return the text of README.md.
 
     Args:
         receipt: what was done.
-        claimed_base: the base's Hub id as the adapters name it, for a base given as a folder.
+        claims: what adapters and the base's config call a base that is given as a folder.
         inherited: the base's licence and the like.
         auto_class: the transformers class that loads the model.
     """
-    return f"{_front_matter(receipt, claimed_base, inherited)}\n{_body(receipt, auto_class)}"
+    return f"{_front_matter(receipt, claims, inherited)}\n{_body(receipt, auto_class)}"
 
 
-def _front_matter(receipt: Receipt, claimed: str | None, inherited: Mapping[str, Any]) -> str:
+def _front_matter(
+    receipt: Receipt, claims: Iterable[str | None], inherited: Mapping[str, Any]
+) -> str:
     import yaml
 
-    base = hub_id(receipt.base.source) or hub_id(claimed)
-    adapters = [hub_id(adapter.source) for adapter in receipt.adapters]
+    base = next(filter(None, map(repository_of, (receipt.base.source, *claims))), None)
+    adapters = [repository_of(adapter.source) for adapter in receipt.adapters]
     models = [name for name in [base, *adapters] if name]
     data: dict[str, Any] = dict(inherited)
+    relation = "merge" if receipt.adapters else "quantized" * bool(receipt.options.get("quantize"))
     if models:
-        data |= {"base_model": list(dict.fromkeys(models)), "base_model_relation": "merge"}
-    data |= {"library_name": "transformers", "tags": ["merge", "lora", "regraft"]}
+        data["base_model"] = list(dict.fromkeys(models))
+    if models and relation:
+        data["base_model_relation"] = relation
+    tags = ["merge", "lora"] if receipt.adapters else []
+    data |= {"library_name": "transformers", "tags": [*tags, "regraft"]}
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
+
+
+_IN_CACHE = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
+_TEMPORARY = re.compile(r"^\.?te?mp[-_.](?=.)|^\.(?=.+\.te?mp$)|\.te?mp$", re.IGNORECASE)
+_NAMELESS = re.compile(r"^$|^\.?te?mp$|^tmp[a-z0-9_]{8}$", re.IGNORECASE)
+"""What tempfile and others call a folder that is moved or removed when it is done."""
+
+
+def title_of(folder: str | Path, otherwise: str) -> str:
+    """Return what a card calls its folder: its last name, without marks of a temporary one.
+
+    Args:
+        folder: as it was named; it may be relative, such as ``"."``.
+        otherwise: for a folder whose name says nothing, such as ``tmpk3x_19ab``.
+    """
+    name = _TEMPORARY.sub("", Path(os.path.normpath(Path(folder).absolute())).name)
+    return otherwise if _NAMELESS.match(name) else name
+
+
+def repository_of(source: str | None) -> str | None:
+    """Return the Hub id that a source is, or that it is a copy of in the Hub's cache; or None."""
+    found = _IN_CACHE.search(source or "")
+    return hub_id(source) or (hub_id(f"{found[1]}/{found[2]}") if found else None)
 
 
 def hub_id(source: str | None) -> str | None:
@@ -75,15 +112,16 @@ def _body(receipt: Receipt, auto_class: str) -> str:
         f"| adapter {i + 1} | `{_shown(a.source)}` | {a.weight:g} |"
         for i, a in enumerate(receipt.adapters)
     )
+    title = title_of(receipt.output, "merged" if receipt.adapters else "model")
     return f"""
-# {Path(receipt.output).name}
+# {title}
 
 {_kind(receipt)}
 
 ```python
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained("{Path(receipt.output).name}")
+model = {auto_class}.from_pretrained("{title}")
 ```
 
 | | source | weight |
@@ -109,8 +147,8 @@ def _kind(receipt: Receipt) -> str:
     coded = bool(receipt.options.get("quantize"))
     plain = "A quantized transformers model" if coded else "A plain transformers model"
     if not receipt.adapters:
-        made = "quantized from another" if coded else "dequantized from another"
-        return f"{plain}, {made}."
+        plain_made = "dequantized" if receipt.base_formats else "converted"
+        return f"{plain}, {'quantized' if coded else plain_made} from another."
     return f"{plain}: adapters merged into a base. No adapter library is needed to run it."
 
 
@@ -144,14 +182,18 @@ def _command(receipt: Receipt) -> str:
     others = [receipt.trained_on] if receipt.trained_on is not None else []
     sources = [receipt.base.source, *(a.source for a in receipt.adapters), *others, receipt.output]
     for source in sorted(sources, key=len, reverse=True):
-        shown = Path(source).name if source == receipt.output else _shown(source)
+        is_out = source == receipt.output
+        shown = title_of(source, Path(source).name) if is_out else _shown(source)
         command = command.replace(source, shown)
     return command
 
 
 def _shown(source: str) -> str:
     """Folders are named without their path, which is nobody else's business."""
-    return Path(source).name if Path(source).exists() else source
+    path = Path(os.path.expanduser(source))  # noqa: PTH111  (a name of no user stays as it is)
+    if not path.exists():
+        return source
+    return repository_of(source) or Path(os.path.normpath(path.absolute())).name
 
 
 AUTO_CLASSES = (

@@ -249,10 +249,11 @@ class StepMath:
         return Pair(b, a)
 
     def _column_factors(self, delta: Delta, magnitude: View) -> Floats:
-        """Return DoRA's factors where norms run over all rows: one pass over the weight."""
+        """Return DoRA's factors where norms run over rows: one pass over those of the delta."""
         pair = factors_of(delta, self._store)
         left, right = pair.left.ravel(), pair.right.ravel()
-        height, width = self._step.matrix
+        width = self._step.matrix[1]
+        height = delta.rows[1] - delta.rows[0]
         row_bytes = width * self._step.source.itemsize
         each = max(1, self._scratch_bytes // row_bytes)
         buffer = np.empty(min(each, height) * row_bytes, np.uint8)
@@ -260,7 +261,7 @@ class StepMath:
         for first in range(0, height, each):
             rows = min(each, height - first)
             part = buffer[: rows * row_bytes]
-            self._read(first * row_bytes, part)
+            self._read((delta.rows[0] + first) * row_bytes, part)
             weights = Weights.of_bytes(part, self._step.source.dtype)
             kernels.square_sums(
                 *weights.arguments, rows, width, left, 0, right, 0, delta.rank,

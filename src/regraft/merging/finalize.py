@@ -62,9 +62,8 @@ def write_rest(
     if len(plan.shards) > 1:
         rest.write(_index_name(plan), json_bytes(_index(plan), sort_keys=True))
     receipt = _receipt(plan, outcome, command, used)
-    claimed = next((a.settings.base_model_name_or_path for a in plan.adapters), None)
     card = model_card(
-        receipt, claimed_base=claimed, inherited=base_metadata(plan.base.root),
+        receipt, claims=_claims(plan), inherited=base_metadata(plan.base.root),
         auto_class=auto_class_of(config),
     )  # fmt: skip
     rest.write("README.md", card.encode())
@@ -77,6 +76,13 @@ def write_rest(
     receipt = _with_usage(receipt, used)
     write_file(folder / "regraft" / "receipt.json", receipt_bytes(receipt))
     return receipt
+
+
+def _claims(plan: Plan) -> list[str | None]:
+    """Return what the adapters, and the base's own config, call the base."""
+    own = (plan.base.config or {}).get("_name_or_path")
+    named = [adapter.settings.base_model_name_or_path for adapter in plan.adapters]
+    return [*named, own if isinstance(own, str) else None]
 
 
 class _Rest:

@@ -8,7 +8,9 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from regraft.adapters.wrappers import PARALLEL, without_wrappers
 from regraft.formats.checkpoint import Checkpoint
+from regraft.merging.single_experts import as_slice, piece_of, stacks_of
 from regraft.names import NameMap, Piece
 from regraft.names.conv1d import is_conv1d
 from regraft.tensors import TensorSpec
@@ -65,6 +67,8 @@ class BaseIndex:
 
     def _pieces(self, name: str) -> tuple[Piece, ...]:
         pieces = self.names.pieces(name)
+        if pieces == (Piece(name),) and (single := as_slice(self.names, name)):
+            pieces = (single,)
         if name not in self.transposed:
             return pieces
         return tuple(replace(piece, transposed=not piece.transposed) for piece in pieces)
@@ -82,6 +86,10 @@ class BaseIndex:
         kind = (self.base.config or {}).get("model_type")
         return is_conv1d(kind if isinstance(kind, str) else None, module)
 
+    def is_transposed(self, module: str) -> bool | None:
+        """Whether an experts module stores (in, out) matrices; None when the model is not known."""
+        return self.names.is_transposed(module)
+
     def holding(self, parameter: str) -> tuple[Held, ...]:
         """Return the tensors of a parameter, whether or not the base has its model's prefix."""
         prefix = f"{self.names.base_model_prefix}."
@@ -98,6 +106,23 @@ class BaseIndex:
             found = [self._of_piece(piece) for piece in pieces]
             if any(found):
                 return tuple(f for f in found if f is not None)
+        if expert := self._expert(name):
+            return expert
+        # What DataParallel puts in front, where the base has no module of that name.
+        return self.find(name.removeprefix(PARALLEL)) if name.startswith(PARALLEL) else ()
+
+    def _expert(self, name: str) -> tuple[Found, ...]:
+        """Return what a name of one expert means, where the model keeps a stack of them."""
+        for stack, expert in stacks_of(name):
+            for whole in self.find(stack):
+                module = whole.piece.parameter.rpartition(".")[0]
+                piece = piece_of(whole.piece, expert, self.is_transposed(module))
+                held = tuple(h for h in whole.held if overlap(piece, h.piece))
+                axes = 2 if name.endswith(".bias") else 3
+                if held and all(
+                    h.piece.expert is not None or len(h.spec.shape) == axes for h in held
+                ):
+                    return (Found(piece, held),)
         return ()
 
     def _exact(self, name: str) -> Found | None:
@@ -145,6 +170,14 @@ class BaseIndex:
         return self._near[shape]
 
     @cached_property
+    def wrapped(self) -> str | None:
+        """One of the base's names in which training left a wrapper; None where there is none."""
+        names = self.base.tensors
+        if all(name.startswith(PARALLEL) for name in names):
+            return next(iter(names), None)
+        return next((name for name in names if without_wrappers(name) != name), None)
+
+    @cached_property
     def _shapes(self) -> dict[str, str]:
         """One name for each shape of name (numbers aside), so that a search stays short."""
         shapes: dict[str, str] = {}
@@ -171,6 +204,11 @@ def overlap(wanted: Piece, held: Piece) -> bool:
 
 def nearest_hint(index: BaseIndex, name: str) -> str:
     """Return a hint that lists the base's names most like ``name``."""
+    if wrapped := index.wrapped:
+        return (
+            f"Training left a wrapper in the base's names ({wrapped}), by which transformers does "
+            "not find them either. Save the base again from the model without it"
+        )
     near = index.nearest(name)
     if not near:
         return "Is this the base the adapter was trained on?"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,14 +11,17 @@ from regraft.adapters.settings import RESAVE
 from regraft.deltas.views import Delta, RowPatch, matrix_view
 from regraft.errors import MismatchError, Problem
 from regraft.formats.problems import quoted
+from regraft.merging.expert_stacks import StackOrientation
 from regraft.merging.lookup import BaseIndex, Found, Held, nearest_hint
 from regraft.merging.placing import (
     Misfit,
     Placement,
     bias_delta,
     embedding_delta,
+    expert_row,
     linear_deltas,
     residual_delta,
+    stack_orientation,
     whole_part,
 )
 from regraft.tensors import TensorSpec
@@ -89,6 +92,7 @@ class Matcher:
         self.index = index
         self.result = Matching()
         self._tying: dict[int, frozenset[str]] = {}
+        self._orientations: dict[int, StackOrientation] = {}
 
     def ties(self, number: int, module: str) -> bool:
         """Whether an adapter trained the two sides of a tie as one, of which ``module`` is one."""
@@ -141,7 +145,9 @@ class Matcher:
 
     def _place_target(self, number: int, adapter: Adapter, target: LoraTarget) -> None:
         parameter, key, selected = self._parameter_of(adapter, target)
-        place = Placement(number, adapter, target, key, selected)
+        place = Placement(
+            number, adapter, target, key, selected, self._orientation(number, adapter)
+        )
         finds = self.index.find(parameter)
         if not finds:
             raise Misfit(self._not_found(place.where(), parameter))
@@ -150,6 +156,23 @@ class Matcher:
                 self._add_deltas(place, found, held)
         if target.b_bias is not None:
             self._add_bias(place)
+
+    def _orientation(self, number: int, adapter: Adapter) -> StackOrientation:
+        if number not in self._orientations:
+            seen = StackOrientation(adapter, lambda: self._seen_orientations(adapter))
+            self._orientations[number] = seen
+        return self._orientations[number]
+
+    def _seen_orientations(self, adapter: Adapter) -> Iterator[bool]:
+        """Yield whether stacks of experts are stored (in, out), of those whose sizes tell."""
+        for target in adapter.targets:
+            try:
+                parameter, key, _ = self._parameter_of(adapter, target)
+                place = Placement(0, adapter, target, key)
+                for found in self.index.find(parameter):
+                    yield from stack_orientation(place, found, self.index)
+            except Misfit:
+                continue  # reported when the target itself is placed
 
     def _parameter_of(self, adapter: Adapter, target: LoraTarget) -> tuple[str, str, bool]:
         """Return the parameter a target means, the key of its rank and alpha patterns, and whether
@@ -220,7 +243,7 @@ class Matcher:
                         parameter, "nothing", "Nobody can merge this; serve it as an adapter")
             )  # fmt: skip
         work = self._work(finds[0], finds[0].held[0])
-        work.deltas.append(bias_delta(place, finds[0].held[0].spec))
+        work.deltas.append(bias_delta(place, finds[0], finds[0].held[0].spec))
 
     # -- whole tensors and rows ------------------------------------------------------------------
 
@@ -237,6 +260,9 @@ class Matcher:
             return
         for found in finds:
             for held in found.held:
+                if row := expert_row(number, whole.spec, found, held):
+                    self._place_row(row, found, held, where)
+                    continue
                 part = whole_part(whole.spec, found, held, self.index)
                 if part is None:
                     raise Misfit(_not_one_tensor(where, finds))
@@ -244,6 +270,14 @@ class Matcher:
                     self._carry(number, part, found.common, held, where)
                 else:
                     self._replace(number, part, found, held, where)
+
+    def _place_row(self, row: RowPatch, found: Found, held: Held, where: str) -> None:
+        """Put the bias of one expert in its place among those of all."""
+        work = self._work(found, held)
+        taken = {index for patch in work.patches for index in patch.indices}
+        if work.replaced is not None or work.deltas or taken.intersection(row.indices):
+            raise Misfit(_conflict(where, work.name))
+        work.patches.append(row)
 
     def _carry(self, number: int, spec: TensorSpec, found: Found, held: Held, where: str) -> None:
         """Take an adapter's copy of a base's parameter for the base's, on both sides of a tie."""

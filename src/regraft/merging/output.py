@@ -34,6 +34,11 @@ _MAY_REPLACE: dict[Kind, tuple[Looks, ...]] = {
 """What an output may take the place of, by what it is itself."""
 
 
+def out_path(out: str | Path) -> Path:
+    """Return where an output goes; ``~`` is the user's home, and stays where there is no such."""
+    return Path(os.path.expanduser(out))  # noqa: PTH111  (Path.expanduser raises there)
+
+
 def check_output(
     out: Path, inputs: Sequence[Path], *, overwrite: bool, kind: Kind = "model"
 ) -> None:
@@ -42,7 +47,8 @@ def check_output(
     Args:
         out: the folder.
         inputs: what is read.
-        overwrite: whether it may replace a folder that holds what it will hold, or nothing.
+        overwrite: whether it may replace a folder that holds what it will hold. One that holds
+            nothing is filled.
         kind: what it will hold.
 
     Raises:
@@ -59,6 +65,13 @@ def check_output(
             )  # fmt: skip
     if not os.path.lexists(out):
         return
+    if _is_below_our_feet(place):
+        raise OutputExistsError(
+            "the output would take the place of the current folder", where=str(out),
+            hint="Give a folder in it, such as -o ./NAME, or run this from another folder",
+        )  # fmt: skip
+    if _is_empty(out):
+        return
     if not overwrite:
         raise OutputExistsError(
             "the output exists already", where=str(out),
@@ -72,6 +85,19 @@ def check_output(
             expected=f"{article} {kind} folder, or an empty one", found=f"{found}",
             hint="Give another -o, or remove it yourself",
         )  # fmt: skip
+
+
+def _is_below_our_feet(place: Path) -> bool:
+    """Whether a folder is the current one or above it: whoever is in it would stay in the old."""
+    try:
+        inside = Path.cwd()
+    except FileNotFoundError:  # it was removed
+        return False
+    return place == inside or place in inside.parents
+
+
+def _is_empty(out: Path) -> bool:
+    return not out.is_symlink() and out.is_dir() and looks_like(out) == "empty"
 
 
 SUFFIX = ".regraft"
@@ -131,7 +157,8 @@ def publish(folder: Path, out: Path, *, overwrite: bool, kind: Kind = "model") -
     moved = _move(folder, out)
     if not moved:
         check_output(out, [], overwrite=overwrite, kind=kind)
-        _exchange(folder, out)
+        moved = _is_empty(out)
+        _take_empty(folder, out) if moved else _exchange(folder, out)
     try:
         sync_directory(out.parent)
     except OSError:
@@ -169,6 +196,20 @@ def _move(folder: Path, out: Path) -> bool:
     if failure not in (0, errno.EEXIST, *_UNSUPPORTED):
         raise OSError(failure, os.strerror(failure), str(out))
     return failure == 0
+
+
+def _take_empty(folder: Path, out: Path) -> None:
+    """Rename a folder to where an empty one is, which the system replaces only if it is empty.
+
+    Raises:
+        OutputExistsError: something was put into it meanwhile.
+    """
+    try:
+        folder.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise OutputExistsError("the output is no longer empty", where=str(out)) from None
 
 
 def _exchange(folder: Path, out: Path) -> None:

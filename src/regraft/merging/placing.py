@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from regraft.adapters.expert_layout import BY_EXPERT, FLAT, UNKNOWN, WAY_ON
 from regraft.adapters.model import Adapter, LoraTarget
 from regraft.adapters.settings import RESAVE
-from regraft.deltas.views import ONE, Delta, Feature, View, matrix_view
+from regraft.deltas.views import ONE, Delta, Feature, RowPatch, Select, View, matrix_view
 from regraft.errors import Problem
+from regraft.merging.expert_stacks import StackOrientation
 from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.names import Piece
 from regraft.tensors import WORKING_DTYPES, TensorSpec
@@ -39,6 +42,8 @@ class Factors:
         kernel: sizes of a convolution's kernel, () otherwise.
         rank: r.
         experts: how many experts' factors are stacked; 1 for an ordinary layer.
+        by_expert: whether columns of a stack's B lie expert by expert, as Unsloth packs them;
+            PEFT's lie the expert fastest.
     """
 
     out: int
@@ -46,6 +51,7 @@ class Factors:
     kernel: tuple[int, ...]
     rank: int
     experts: int
+    by_expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Placement:
         target: its target.
         key: the name under which rank and alpha are looked up.
         by_parameter: whether ``target_parameters`` selected it; such a matrix is never transposed.
+        orientation: what is known of the way that the adapter's square stacks lie.
     """
 
     adapter: int
@@ -65,6 +72,7 @@ class Placement:
     target: LoraTarget
     key: str
     by_parameter: bool = False
+    orientation: StackOrientation | None = None
 
     @property
     def scale(self) -> float:
@@ -109,7 +117,23 @@ def read_factors(place: Placement, stacked: bool) -> Factors:
             Problem("the factors' rank is not the config's", place.where(), f"r = {rank}",
                     f"r = {a[0]}", "Fix r or rank_pattern in adapter_config.json")
         )  # fmt: skip
-    return Factors(b[0], math.prod(a[1:]), tuple(a[2:]), rank, experts)
+    by_expert = experts > 1 and _is_packed_by_expert(place)
+    return Factors(b[0], math.prod(a[1:]), tuple(a[2:]), rank, experts, by_expert)
+
+
+def _is_packed_by_expert(place: Placement) -> bool:
+    """Whether columns of B lie expert by expert.
+
+    Raises:
+        Misfit: the config does not say, and there are adapters of both kinds.
+    """
+    layout = place.owner.settings.b_layout_of(place.key)
+    if layout == UNKNOWN:
+        raise Misfit(
+            Problem("it cannot be told how B packs its experts: adapters of Unsloth have two ways",
+                    place.where(), f"{FLAT} in adapter_config.json", "none", WAY_ON)
+        )  # fmt: skip
+    return layout == BY_EXPERT
 
 
 def check_storage(place: Placement, spec: TensorSpec) -> None:
@@ -173,7 +197,7 @@ def linear_deltas(place: Placement, found: Found, held: Held, index: BaseIndex) 
         return [_on_one_expert(place, factors, found.piece, spec)]
     if place.target.magnitude is not None:
         raise Misfit(dora_on_stack(place))
-    return _on_all_experts(place, factors, spec, index)
+    return _on_all_experts(place, factors, spec, _is_known_transposed(found.piece, index))
 
 
 def _of_matrix(
@@ -182,7 +206,8 @@ def _of_matrix(
     """A plain weight, a convolution, a slice of a fused weight, or a part of a fused target."""
     spec, stored = held.spec, held.piece
     rows, columns = spec.shape[0], math.prod(spec.shape[1:])
-    if _is_transposed(place, factors, wanted, held, index):
+    apart = wanted.expert is not None and stored.expert is not None
+    if not apart and _is_transposed(place, factors, wanted, held, index):
         return _delta(place, factors, (0, rows), None, transposed=True)
     kept = _kept_rows(place, factors, wanted, held, index)
     at = _slot(rows, stored.chunk, stored.chunks) if stored.chunks > 1 else (0, rows)
@@ -230,26 +255,32 @@ def _is_transposed(
 def _of_one_expert(place: Placement, factors: Factors, held: Held, index: BaseIndex) -> Delta:
     """A stacked target meets a checkpoint that keeps one matrix (or half) per expert."""
     spec, piece = held.spec, held.piece
-    if piece.transposed or piece.axis != 0:
+    if piece.axis != 0 or (piece.transposed and piece.parts > 1):
         raise Misfit(_no_inverse(place, spec, "Transpose"))
     expert = piece.expert or 0
     if factors.experts <= expert:
         raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
     start = index.part_offset(piece.parameter, piece) if piece.parts > 1 else 0
-    total = index.part_total(piece.parameter, piece)
-    if (total, spec.shape[1]) == (factors.out, factors.inputs):
-        kept = (start, start + spec.shape[0])
-        return _expert_delta(place, factors, expert, (0, spec.shape[0]), kept)
-    if (total, spec.shape[1]) == (factors.inputs, factors.out):
-        kept = (start, start + spec.shape[0])
-        return _expert_delta(place, factors, expert, (0, spec.shape[0]), kept, transposed=True)
-    raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
+    sizes = (index.part_total(piece.parameter, piece), spec.shape[1])
+    in_stack = (sizes[1], sizes[0]) if piece.transposed else sizes
+    known = piece.transposed or _is_known_transposed(piece, index)
+    transposed = _stack_is_transposed(place, factors, in_stack, known)
+    if transposed is None:
+        raise Misfit(_wrong_shape(place, spec, (factors.out, factors.inputs)))
+    transposed = transposed != piece.transposed
+    kept = (start, start + spec.shape[0])
+    at = (0, spec.shape[0])
+    return _expert_delta(place, factors, expert, at, kept, transposed=transposed)
 
 
 def _on_one_expert(place: Placement, factors: Factors, wanted: Piece, spec: TensorSpec) -> Delta:
     """A target that is one expert's matrix meets a checkpoint that stacks them all."""
     _, height, width = spec.shape
     expert = wanted.expert or 0
+    if expert < spec.shape[0] and _expert_is_transposed(place, factors, wanted, spec):
+        return _delta(
+            place, factors, (expert * height, (expert + 1) * height), None, transposed=True
+        )
     start = wanted.part * factors.out if wanted.parts > 1 else 0
     fits = height == factors.out * wanted.parts and width == factors.inputs
     if not fits or expert >= spec.shape[0]:
@@ -258,8 +289,27 @@ def _on_one_expert(place: Placement, factors: Factors, wanted: Piece, spec: Tens
     return _delta(place, factors, (at, at + factors.out), (0, factors.out))
 
 
+def _expert_is_transposed(
+    place: Placement, factors: Factors, wanted: Piece, spec: TensorSpec
+) -> bool:
+    """Whether a stack keeps one expert's matrix (in, out).
+
+    Raises:
+        Misfit: the matrix is square, and the model is not known.
+    """
+    normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
+    if normal == flipped == spec.shape[1:] and wanted.check_shape:
+        raise Misfit(
+            Problem("it cannot be told whether the base keeps these square experts transposed",
+                    f"{place.where()} -> {spec.name}", "a model that regraft knows",
+                    "an unknown one", "Give the base's config.json, with its architectures")
+        )  # fmt: skip
+    fits = wanted.parts == 1 and spec.shape[1:] == flipped
+    return fits and (normal != flipped or wanted.transposed)
+
+
 def _on_all_experts(
-    place: Placement, factors: Factors, spec: TensorSpec, index: BaseIndex
+    place: Placement, factors: Factors, spec: TensorSpec, known: bool | None
 ) -> list[Delta]:
     """A stacked target meets a stacked tensor (experts, d1, d2)."""
     experts, height, _ = spec.shape
@@ -268,7 +318,7 @@ def _on_all_experts(
             Problem("the base claims too many experts", f"{place.where()} -> {spec.name}",
                     f"at most {MAX_EXPERTS}", str(experts), "Do not trust this file")
         )  # fmt: skip
-    transposed = _stack_is_transposed(place, factors, spec, index)
+    transposed = _stack_is_transposed(place, factors, (spec.shape[1], spec.shape[2]), known)
     if factors.experts != experts or transposed is None:
         raise Misfit(_wrong_shape(place, spec, (factors.experts, factors.out, factors.inputs)))
     return [
@@ -280,14 +330,52 @@ def _on_all_experts(
 
 
 def _stack_is_transposed(
-    place: Placement, factors: Factors, spec: TensorSpec, index: BaseIndex
+    place: Placement, factors: Factors, sizes: tuple[int, int], known: bool | None
 ) -> bool | None:
-    """Whether experts are stored (in, out); None when the sizes fit neither way."""
+    """Whether experts of ``sizes`` are stored (in, out); None when the sizes fit neither way.
+
+    Args:
+        place: the target.
+        factors: its sizes.
+        sizes: of one expert's matrix in the stack.
+        known: whether the module is known to store (in, out); None if not known.
+
+    Raises:
+        Misfit: they fit both ways, and nothing tells which one is meant.
+    """
     normal, flipped = (factors.out, factors.inputs), (factors.inputs, factors.out)
-    if normal != flipped:
-        return {normal: False, flipped: True}.get((spec.shape[1], spec.shape[2]))
-    known = index.names.is_transposed(place.target.module)
-    return known if known is not None else False
+    if normal != flipped or normal != sizes or place.orientation is None:
+        return {normal: False, flipped: True}.get(sizes)
+    found = place.orientation.of_square(known)
+    if found is None:
+        raise Misfit(place.orientation.refused(place.where()))
+    return found
+
+
+def _is_known_transposed(piece: Piece, index: BaseIndex) -> bool | None:
+    return index.is_transposed(piece.parameter.rpartition(".")[0])
+
+
+def stack_orientation(place: Placement, found: Found, index: BaseIndex) -> Iterator[bool]:
+    """Yield whether a target's stack is stored (in, out), if its sizes alone tell.
+
+    Raises:
+        Misfit: its factors contradict each other.
+    """
+    if found.piece.expert is not None or not found.held:
+        return
+    held = found.held[0]
+    if held.piece.expert is None and len(held.spec.shape) != 3:
+        return
+    factors = read_factors(place, stacked=True)
+    if held.piece.expert is None:
+        sizes = (held.spec.shape[1], held.spec.shape[2])
+    else:
+        sizes = (index.part_total(held.piece.parameter, held.piece), held.spec.shape[-1])
+    if held.piece.transposed and held.piece.expert is not None:
+        sizes = (sizes[1], sizes[0])
+    if factors.out != factors.inputs and set(sizes) == {factors.out, factors.inputs}:
+        yield sizes == (factors.inputs, factors.out)
 
 
 def _expert_delta(
@@ -299,18 +387,27 @@ def _expert_delta(
     *,
     transposed: bool = False,
 ) -> Delta:
-    """One expert's delta. A is (experts * r, in), expert by expert; B is (out, r * experts),
-    expert fastest (PEFT's ParamWrapper.get_delta_weight)."""
-    a, b = place.target.a, place.target.b
-    r, e = factors.rank, factors.experts
+    """One expert's delta. A is (experts * r, in), expert by expert; B is (out, r * experts), the
+    expert fastest (PEFT's ParamWrapper.get_delta_weight), or slowest as Unsloth packs it."""
+    a, r, e = place.target.a, factors.rank, factors.experts
     a_rows = (r * expert, r * (expert + 1))
     if transposed:
         left = View(a, (r * e, factors.inputs), (a_rows, kept), (r, kept[1] - kept[0]), True)
-        right = View(b, (factors.out, r, e), (None, None, expert), (factors.out, r), True)
+        right = _b_of_expert(place, factors, expert, (0, factors.out), transpose=True)
     else:
-        left = View(b, (factors.out, r, e), (kept, None, expert), (kept[1] - kept[0], r))
+        left = _b_of_expert(place, factors, expert, kept)
         right = View(a, (r * e, factors.inputs), (a_rows, None), (r, factors.inputs))
     return Delta(place.adapter, "lora", at, r, place.scale, left, right)
+
+
+def _b_of_expert(
+    place: Placement, factors: Factors, expert: int, kept: Rows, *, transpose: bool = False
+) -> View:
+    """Return rows of one expert's B, (rows, r)."""
+    r, e, rows = factors.rank, factors.experts, kept[1] - kept[0]
+    axes: tuple[Select, ...] = (kept, expert, None) if factors.by_expert else (kept, None, expert)
+    shape = (factors.out, e, r) if factors.by_expert else (factors.out, r, e)
+    return View(place.target.b, shape, axes, (rows, r), transpose)
 
 
 def _delta(
@@ -341,8 +438,8 @@ def _magnitude(place: Placement, out: int, kept: Rows | None) -> View | None:
     return matrix_view(spec, out, 1, keep=kept)
 
 
-def bias_delta(place: Placement, spec: TensorSpec) -> Delta:
-    """Return the delta of ``lora_bias`` on a bias: scale * b.
+def bias_delta(place: Placement, found: Found, spec: TensorSpec) -> Delta:
+    """Return the delta of ``lora_bias`` on a bias: scale * b; of one expert, on its row of a stack.
 
     Raises:
         Misfit: the sizes differ.
@@ -350,6 +447,10 @@ def bias_delta(place: Placement, spec: TensorSpec) -> Delta:
     check_storage(place, spec)
     b_bias = place.target.b_bias
     assert b_bias is not None
+    expert = found.piece.expert
+    if expert is not None and spec.shape[1:] == b_bias.shape and expert < spec.shape[0]:
+        row = matrix_view(b_bias, 1, b_bias.numel)
+        return Delta(place.adapter, "lora-bias", (expert, expert + 1), 1, place.scale, ONE, row)
     if spec.shape != b_bias.shape:
         raise Misfit(_wrong_shape(place, spec, b_bias.shape))
     left = matrix_view(b_bias, spec.numel, 1)
@@ -455,3 +556,20 @@ def whole_part(spec: TensorSpec, found: Found, held: Held, index: BaseIndex) -> 
         name, spec.dtype, held.spec.shape, spec.path, spec.start + start * row_bytes,
         rows * row_bytes,
     )  # fmt: skip
+
+
+def expert_row(number: int, spec: TensorSpec, found: Found, held: Held) -> RowPatch | None:
+    """Return the row of a stack of biases that an adapter's bias of one expert replaces, if any.
+
+    Args:
+        number: the adapter's.
+        spec: its tensor.
+        found: what its name means.
+        held: the base's tensor.
+    """
+    expert, shape = found.piece.expert, held.spec.shape
+    if expert is None or held.piece.expert is not None or len(shape) != 2:
+        return None
+    if spec.shape != shape[1:] or expert >= shape[0]:
+        return None
+    return RowPatch(number, (expert,), matrix_view(spec, 1, spec.numel))

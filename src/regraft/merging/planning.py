@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.model import Adapter
 from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ from regraft.merging.receipt import Action
 from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
 from regraft.merging.tiles import smallest_tile
 from regraft.names import NameMap, class_for_task
-from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES
+from regraft.tensors import BY_CONFIG_NAME, DTYPE_ALIASES, DTYPES, WORKING_DTYPES
 
 BASELINE_BYTES = 170 * 2**20
 """Resident memory of the interpreter with numpy, numba and the compiled kernels, measured."""
@@ -103,7 +104,7 @@ def _format(choices: Choices, quantization: Quantization | None) -> str | None:
 
 
 def parse_dtype(name: str | None) -> str | None:
-    """Return the safetensors dtype for ``"bfloat16"``, ``"BF16"``, ``"torch.float16"``, ...
+    """Return the safetensors dtype for ``"bfloat16"``, ``"bf16"``, ``"torch.half"``, ...
 
     Raises:
         UsageError: it is none that regraft can write.
@@ -111,7 +112,7 @@ def parse_dtype(name: str | None) -> str | None:
     if name is None:
         return None
     short = str(name).removeprefix("torch.")
-    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(short.lower(), short)
+    short = DTYPE_ALIASES.get(short.lower(), short)
     found = BY_CONFIG_NAME.get(short) or DTYPES.get(short.upper())
     if found is None or found.name not in WORKING_DTYPES:
         raise UsageError(
@@ -563,7 +564,7 @@ def _notes_of_base(adapters: Sequence[Adapter], *, quantized: bool) -> list[str]
     notes = []
     for adapter in adapters:
         name = adapter.settings.base_model_name_or_path or ""
-        if not quantized and _QUANTIZED_NAME.search(name):
+        if not quantized and _QUANTIZED_NAME.search(Path(name).name):
             notes.append(
                 f"{adapter.label}: trained on {name}, by its name a quantized model, and this base "
                 "is not quantized; --trained-on says how far apart the two are"
@@ -579,6 +580,8 @@ def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:
             "written, and tie_word_embeddings is set to false"
         )
     for adapter in adapters:
+        notes += adapter.notes
+        notes += unknown_note(adapter.label, adapter.settings.unknown)
         init = str(adapter.settings.init_lora_weights).lower()
         if init.startswith("pissa_niter"):
             notes.append(

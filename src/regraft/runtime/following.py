@@ -139,7 +139,7 @@ def _sizes(shapes: Mapping[str, Any], path: str, module: nn.Module) -> dict[str,
 
 
 def _listed(sizes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{leaf} {list(shape)}" for leaf, shape in sizes.items())
+    return ", ".join(f"{leaf} {list(shape)}" for leaf, shape in sizes.items()) or "without weight"
 
 
 def shapes_of(base: LiveBase) -> dict[str, tuple[int, ...]]:

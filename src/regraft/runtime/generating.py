@@ -17,6 +17,8 @@ from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import looks_like
 from regraft.libraries import quieted, require
 from regraft.merging.card import auto_class_of
+from regraft.merging.planning import parse_dtype
+from regraft.tensors import DTYPES
 
 if TYPE_CHECKING:
     from regraft.runtime.handle import Adapters
@@ -234,17 +236,19 @@ def open_speaker(
     dtype: str | None = None,
     device: str | None = None,
     token: str | None = None,
+    together: bool = True,
 ) -> Speaker:
-    """Load a model, its tokenizer and adapters; all of these answer together, by their weights.
+    """Load a model, its tokenizer and adapters, which answer by their weights.
 
     Args:
         base: a folder, a ``.gguf`` file or a Hub id. Of an adapter's folder the base that it names
             is loaded, with the adapter before all others.
         adapters: source and weight of each.
         load_in_4bit: put linear layers into bitsandbytes' NF4.
-        dtype: of the weights, as transformers calls it; by default the model's own.
+        dtype: of the weights, such as ``"bfloat16"`` or ``"bf16"``; by default the model's own.
         device: such as ``"cuda:1"`` or ``"cpu"``; by default a GPU if there is one.
         token: Hub token.
+        together: whether all adapters answer, or the first one alone.
 
     Raises:
         MissingExtraError: a package is not installed.
@@ -253,6 +257,8 @@ def open_speaker(
     require("torch", "transformers", why="generating")
     if load_in_4bit:
         require("bitsandbytes", "accelerate", why="loading in 4 bits")
+    chosen = parse_dtype(dtype)
+    dtype = chosen and DTYPES[chosen].config_name
     folder, wanted = _base_and_adapters(base, adapters, token)
     with quiet():
         model = _model(folder, load_in_4bit=load_in_4bit, dtype=dtype, device=device)
@@ -261,7 +267,7 @@ def open_speaker(
 
     speaker = Speaker(model, tokenizer, attach(model))
     weights = {speaker.load(source, token=token): weight for source, weight in wanted}
-    speaker.choose(weights)
+    speaker.choose(weights if together else dict(list(weights.items())[:1]))
     return speaker
 
 

@@ -6,6 +6,7 @@ PEFT's names.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -146,6 +147,7 @@ class Adapters:
 
         Warns:
             BaseMismatchWarning: it was trained on another base, by the fingerprint it carries.
+            UserWarning: its config has settings that are switched on and not known here.
         """
         self._follow(thoroughly=True)
         self._library.check_new(name)
@@ -157,7 +159,7 @@ class Adapters:
             self._take(self._held(live))
         else:
             self._register(name, files, adapter, dtype)
-        loading.check_base(name, files, self._base)
+        loading.warn_of(name, files, adapter, self._base)
 
     def _register(
         self, name: str, files: AdapterFiles, adapter: Adapter, dtype: torch.dtype | str | None
@@ -354,14 +356,16 @@ class Adapters:
         names = dict.fromkeys(name for parts in of_row for name, _ in parts)
         repeated = tuple(parts for parts in of_row for _ in range(repeats))
         with self._library.choose(list(names)) as chosen:
-            rows = self._library.rows(repeated, lambda: self._rows(repeated, chosen))
+            make = functools.partial(self._rows, repeated, chosen, repeats)
+            rows = self._library.rows(repeated, repeats, make)
             with self._scope(rows):
                 yield
 
-    def _rows(self, of_row: Sequence[Named], chosen: Chosen) -> Rows:
+    def _rows(self, of_row: Sequence[Named], chosen: Chosen, repeats: int = 1) -> Rows:
+        before = self._rows(of_row[::repeats], chosen) if repeats > 1 else None
         distinct = {parts: self._selection(parts, chosen) for parts in of_row}
         number = {parts: at for at, parts in enumerate(distinct)}
-        rows = Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row))
+        rows = Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row), before)
         return self._following.rows(rows)
 
     @contextmanager

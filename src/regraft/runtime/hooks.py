@@ -334,7 +334,7 @@ class RootBefore(Hook):
 with contextlib.suppress(ImportError, AttributeError):
     # A compiled model calls the hook outside of the code that is compiled. It would be compiled by
     # itself then, once, and look at nothing any more; in one graph with the model it still can be.
-    from torch._C._dynamo.eval_frame import skip_code
+    from torch._dynamo.eval_frame import skip_code
 
     skip_code(RootBefore.__call__.__code__)
 

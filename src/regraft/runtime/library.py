@@ -81,7 +81,7 @@ class Library:
         self._held: dict[str, Held] = {}
         self._names: dict[str, bool] = {}  # whether the cache keeps it
         self._mixes: OrderedDict[Named, Selection] = OrderedDict()
-        self._rows: OrderedDict[tuple[Named, ...], Rows] = OrderedDict()
+        self._rows: OrderedDict[tuple[tuple[Named, ...], int], Rows] = OrderedDict()
         self._lock = threading.RLock()
 
     @property
@@ -165,8 +165,8 @@ class Library:
             self._held.pop(name, None)
             for mix in [mix for mix in self._mixes if name in dict(mix)]:
                 del self._mixes[mix]
-            for rows in [rows for rows in self._rows if any(name in dict(mix) for mix in rows)]:
-                del self._rows[rows]
+            for key in [key for key in self._rows if any(name in dict(mix) for mix in key[0])]:
+                del self._rows[key]
 
     def clear(self) -> None:
         """Let go of all."""
@@ -193,9 +193,9 @@ class Library:
         """Return what a mix does; kept, unless the cache might drop an adapter of it."""
         return self._kept(self._mixes, KEPT_MIXES, parts, [parts], make)
 
-    def rows(self, of_row: tuple[Named, ...], make: Callable[[], Rows]) -> Rows:
+    def rows(self, of_row: tuple[Named, ...], repeats: int, make: Callable[[], Rows]) -> Rows:
         """Return what answers for each row; kept in the same way."""
-        return self._kept(self._rows, KEPT_ROWS, of_row, of_row, make)
+        return self._kept(self._rows, KEPT_ROWS, (of_row, repeats), of_row, make)
 
     def _kept(
         self, kept: OrderedDict[K, V], most: int, key: K, mixes: Sequence[Named],

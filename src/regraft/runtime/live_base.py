@@ -17,6 +17,7 @@ from torch import nn
 
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.lookup import BaseIndex, Found, Held
+from regraft.merging.single_experts import as_slice
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
 from regraft.runtime.quantized_parameters import Scales, plain_form, remembered
@@ -177,7 +178,7 @@ class LiveIndex(BaseIndex):
         super().__init__(base, names)
 
     def _pieces(self, name: str) -> tuple[Piece, ...]:
-        return (Piece(name),)
+        return (as_slice(self.names, name) or Piece(name),)
 
     def _exact(self, name: str) -> Found | None:
         spec = self.base.tensors.get(name)
@@ -206,6 +207,11 @@ class LiveIndex(BaseIndex):
         """Whether a module stores its weight as (in, out): here it can be looked at."""
         found = self._live.modules.get(module)
         return is_conv1d(found) if found is not None else None
+
+    def is_transposed(self, module: str) -> bool | None:
+        """Whether an experts module stores (in, out) matrices: it says so, as PEFT asks it."""
+        found = self._live.modules.get(module)
+        return bool(getattr(found, "is_transposed", False)) if found is not None else None
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.model import Adapter
 from regraft.errors import BaseMismatchWarning
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
@@ -158,8 +159,10 @@ def bytes_in_use(adapter: LiveAdapter, base: LiveBase) -> int:
     return adapter.nbytes + (wide // 2 if narrow else 0)
 
 
-def check_base(name: str, files: AdapterFiles, base: LiveBase) -> None:
-    """Warn if an adapter carries the fingerprint of another base."""
+def warn_of(name: str, files: AdapterFiles, adapter: Adapter, base: LiveBase) -> None:
+    """Warn of settings that are not known, and if the adapter has another base's fingerprint."""
+    for note in (*adapter.notes, *unknown_note(f"adapter {name!r}", adapter.settings.unknown)):
+        warnings.warn(note, UserWarning, stacklevel=4)
     carried = files.metadata.get(KEY)
     if carried is None or compare(carried, base) != "another":
         return

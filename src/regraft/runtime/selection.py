@@ -14,6 +14,7 @@ from regraft.runtime.layers.grouped import GroupedLora
 from regraft.runtime.layers.operations import Operations
 from regraft.runtime.layers.quick import quick_dtype
 from regraft.runtime.layers.steps import Dora, LowRank, Step, run, scaled
+from regraft.runtime.mixed_replacement import MixedReplacement
 
 Named = tuple[tuple[str, float], ...]
 """Adapters by name with their weights, in their order."""
@@ -51,18 +52,32 @@ class Rows:
     Attributes:
         distinct: the different mixes; None stands for no adapter.
         of_row: which of them each row has.
+        before_repeats: the rows as they were before ``generate`` made several of each. An encoder
+            sees these, and the decoder after it those.
     """
 
     distinct: tuple[Selection | None, ...]
     of_row: tuple[int, ...]
+    before_repeats: Rows | None = None
     _after: dict[str, Any] = field(default_factory=dict)
+    _proved: set[Any] = field(default_factory=set)
 
     def after(self, path: str, module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
         """Return a module's output with each row's steps done to it; None for none."""
+        fitting = self.fitting(x.shape[0])
+        if fitting is not self:
+            return fitting.after(path, module, x, out)
         found = self._after.get(path)
         if found is None:
             found = self._make(path)
         return found(module, x, out) if found.wanted else None
+
+    def fitting(self, length: int) -> Rows:
+        """Return the rows that an axis of a length has: those before repeats, or after."""
+        other = self.before_repeats
+        if other is None or length == 1 or length % len(self.of_row) == 0:
+            return self
+        return other if length % len(other.of_row) == 0 else self
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def _make(self, path: str) -> MixedSteps:
@@ -73,7 +88,7 @@ class Rows:
         """Return what is called in the place of a module's forward pass, or None."""
         if not any(each is not None and each.instead(path) for each in self.distinct):
             return None
-        return MixedReplacement(self, path)
+        return MixedReplacement(self, path, self._proved)
 
     def check(self, batch: int) -> None:
         """Refuse a batch of another length.
@@ -81,12 +96,14 @@ class Rows:
         Raises:
             UsageError: it has more or fewer rows than were named.
         """
-        if batch != len(self.of_row):
+        other = self.before_repeats
+        if batch != len(self.of_row) and (other is None or batch != len(other.of_row)):
             raise wrong_length(batch, len(self.of_row))
 
     def forget(self) -> None:
         """Let go of what was computed from the mixes, because they have changed."""
         self._after.clear()
+        self._proved.clear()
 
     def groups(self, length: int) -> list[tuple[int, list[int]]]:
         """Return each mix with the places that it has along an axis of a length.
@@ -250,78 +267,3 @@ def _scaled(
     a, b = step.factors.on(device)
     a, b = (a, b) if dtype is None else (a.to(dtype), b.to(dtype))
     return a, b * step.scale
-
-
-class MixedReplacement:
-    """A module's forward pass for a batch whose rows have different weights."""
-
-    def __init__(self, rows: Rows, path: str) -> None:
-        self._rows, self._path = rows, path
-
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the module once for each mix, on its own rows."""
-        first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        axis = batch_axis(module)
-        length = first.shape[axis]
-        if length == 1 and len(self._rows.of_row) > 1:
-            count = len(self._rows.of_row)
-            args = tuple(_expand(v, axis, count) for v in args)
-            kwargs = {k: _expand(v, axis, count) for k, v in kwargs.items()}
-            length = count
-        parts, order = [], list[int]()
-        for number, places in self._rows.groups(length):
-            index = torch.tensor(places, device=first.device)
-            order += places
-            taken = [_take(v, axis, length, index) for v in args]
-            named = {k: _take(v, axis, length, index) for k, v in kwargs.items()}
-            parts.append(self._run(number, module, taken, named))
-        back = torch.tensor(order, device=first.device).argsort()
-        return _join(parts, axis, back)
-
-    def _run(self, number: int, module: nn.Module, args: Sequence[Any], kwargs: Any) -> Any:
-        selection = self._rows.distinct[number]
-        found = selection.instead(self._path) if selection is not None else None
-        if found is not None:
-            return found(module, *args, **kwargs)
-        return type(module).forward(module, *args, **kwargs)
-
-
-def batch_axis(module: nn.Module) -> int:
-    """Return the axis of a module's inputs that has one place per row (or several)."""
-    if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-        return 1
-    return 0
-
-
-def _expand(value: Any, axis: int, count: int) -> Any:
-    if not isinstance(value, Tensor) or value.dim() <= axis or value.shape[axis] != 1:
-        return value
-    return value.repeat_interleave(count, axis)
-
-
-def _take(value: Any, axis: int, length: int, index: Tensor) -> Any:
-    """Return a group's rows of an input; what has no rows is for all."""
-    if not isinstance(value, Tensor) or not value.dim():
-        return value
-    for each in dict.fromkeys((axis, 0)):
-        if value.dim() > each and value.shape[each] == length:
-            return value.index_select(each, index)
-        if value.dim() > each and length and value.shape[each] % length == 0:
-            many = value.shape[each] // length  # attention masks: heads of a row together
-            spread = (index.unsqueeze(1) * many + torch.arange(many, device=index.device)).reshape(
-                -1
-            )
-            return value.index_select(each, spread)
-    return value
-
-
-def _join(parts: Sequence[Any], axis: int, back: Tensor) -> Any:
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts), axis).index_select(axis, back)
-    if isinstance(parts[0], tuple):
-        axes = [axis, *[0] * (len(parts[0]) - 1)]  # attention: the weights have rows first
-        joined = (
-            _join(each, at, back) for each, at in zip(zip(*parts, strict=True), axes, strict=True)
-        )
-        return tuple(joined)
-    return parts[0]

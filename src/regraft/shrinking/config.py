@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from regraft.adapters.patterns import Expressions, FirstMatch, is_plain
 from regraft.adapters.settings import LoraSettings
+from regraft.adapters.wrappers import plain_config
 from regraft.shrinking.targets import new_alpha
 
 _Value = TypeVar("_Value", int, float)
@@ -44,7 +45,8 @@ def with_ranks(
         "alpha_pattern": patterns(alphas, alpha),
     }
     empty = [key for key, value in changes.items() if value == {} and key not in config]
-    changed = {**config, **{key: value for key, value in changes.items() if key not in empty}}
+    made = {key: value for key, value in changes.items() if key not in empty}
+    changed = {**plain_config(config), **made}
     if settings.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks.values()):
         changed["init_lora_weights"] = True  # PEFT draws such values on loading, of even rank only
     return changed

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regraft.adapters.dialects.peft import PREFIX, strip_wrappers
+from regraft.adapters.dialects.peft import strip_wrappers
 from regraft.adapters.model import Adapter
+from regraft.adapters.wrappers import plain_key
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.formats.checkpoint import AdapterFiles, Checkpoint
 from regraft.formats.reading import FilePool
@@ -47,8 +48,8 @@ def copies_in(files: AdapterFiles, adapter: Adapter) -> list[Copy]:
     known = {whole.spec.name for whole in adapter.whole}
     for name, spec in files.tensors.items():
         if _UNTRAINED in name and name not in known:  # beside the copy that modules_to_save trained
-            plain = name.replace("_orig_mod.", "").removeprefix(PREFIX)
-            found.append(Copy(strip_wrappers(plain.replace(_UNTRAINED, ".")), spec))
+            plain = plain_key(name).replace(_UNTRAINED, ".")
+            found.append(Copy(strip_wrappers(plain), spec))
     return found
 
 

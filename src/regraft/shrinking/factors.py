@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from regraft.deltas.reduction import (
 )
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.formats.reading import FilePool
+from regraft.merging.placing import Factors
 from regraft.shrinking.report import ShrunkModule
 from regraft.shrinking.targets import Pair
 from regraft.tensors import TensorSpec
@@ -59,7 +61,7 @@ def products(
     """Yield (B, A) of each expert, (out, r) and (r, in), in float64; of other layers one pair.
 
     A stack has A as (experts * r, in), expert by expert, and B as (out, r * experts), the expert
-    fastest (PEFT's ``ParamWrapper.get_delta_weight``).
+    fastest (PEFT's ``ParamWrapper.get_delta_weight``), or slowest where the config says so.
 
     Args:
         pair: whose factors they are.
@@ -69,9 +71,16 @@ def products(
     """
     sizes = pair.sizes
     a = decode(stored.a, dtype[0]).reshape(sizes.experts, rank, sizes.inputs)
-    b = decode(stored.b, dtype[1]).reshape(sizes.out, rank, sizes.experts)
+    b = by_rank(decode(stored.b, dtype[1]), sizes, rank)
     for expert in range(sizes.experts):
         yield b[:, :, expert].astype(np.float64), a[expert].astype(np.float64)
+
+
+def by_rank(b: Any, sizes: Factors, rank: int) -> Any:
+    """Return a stack's B as (out, r, experts), a view, however the adapter packs it."""
+    if sizes.by_expert:
+        return b.reshape(sizes.out, sizes.experts, rank).swapaxes(1, 2)
+    return b.reshape(sizes.out, rank, sizes.experts)
 
 
 def own_products(pair: Pair, stored: Stored) -> Iterator[tuple[Matrix, Matrix]]:
@@ -103,10 +112,11 @@ def reduced(pair: Pair, stored: Stored, rank: int, dtype: str) -> Stored:
         return Stored(encode(a, dtype), encode(b, dtype))
     sizes = pair.sizes
     new_a = np.empty((sizes.experts, rank, sizes.inputs), np.float32)
-    new_b = np.empty((sizes.out, rank, sizes.experts), np.float32)
+    new_b = np.empty(sizes.out * rank * sizes.experts, np.float32)
+    columns = by_rank(new_b, sizes, rank)
     with np.errstate(over="ignore"):  # it is counted by whoever asked
         for expert, (b64, a64) in enumerate(own_products(pair, stored)):
-            new_b[:, :, expert], new_a[expert] = truncated(decompose(b64, a64), rank)
+            columns[:, :, expert], new_a[expert] = truncated(decompose(b64, a64), rank)
     return Stored(encode(new_a, dtype), encode(new_b, dtype))
 
 

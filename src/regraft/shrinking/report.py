@@ -82,6 +82,7 @@ class ShrinkReport:
         bytes_after: size of the output's weights file.
         files: other files that travelled along.
         left_out: files and folders of the adapter's folder that did not.
+        warnings: sentences on deltas that are off by more than 5% of their norm.
         notes: sentences that are good to know.
         seconds: wall time, from the call to the renamed folder.
         peak_memory: peak resident memory of the process in bytes, as the system reports it.
@@ -103,6 +104,7 @@ class ShrinkReport:
     bytes_after: int
     files: tuple[str, ...]
     left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: float
     peak_memory: int

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regraft.adapters.dialects.peft import PREFIX
 from regraft.adapters.model import Adapter, LoraTarget
 from regraft.adapters.settings import RESAVE, LoraSettings
+from regraft.adapters.wrappers import plain_key
 from regraft.deltas.reduction import Vector, smallest_rank
 from regraft.errors import AdapterError, Problem, UnsupportedError
 from regraft.formats.problems import capped, quoted
@@ -151,8 +151,7 @@ def _group(settings: LoraSettings, target: LoraTarget) -> str:
     tied = target.kind == "embedding" or target.module.rpartition(".")[2] in PEFT_EMBEDDINGS
     if settings.ensure_weight_tying and tied:
         return _TIE
-    path = target.a.name.partition(".lora_")[0].replace("_orig_mod.", "").removeprefix(PREFIX)
-    return path.partition(".base_layer")[0]
+    return plain_key(target.a.name).partition(".lora_")[0].partition(".base_layer")[0]
 
 
 def refuse_reduction(adapter: Adapter, pairs: Sequence[Pair], rank: int | None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from regraft.adapters.wrappers import peft_key
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.errors import Problem
 from regraft.formats.checkpoint import AdapterFiles
@@ -46,6 +47,11 @@ class Item:
     def nbytes(self) -> int:
         """Bytes it takes in the output."""
         return nbytes_of(self.dtype, self.shape)
+
+    @property
+    def stored(self) -> TensorSpec:
+        """What it is in the output; of its place only the size is told."""
+        return replace(self.spec, dtype=self.dtype, shape=self.shape, nbytes=self.nbytes)
 
 
 class Told:
@@ -109,12 +115,13 @@ def items_of(
         of_a, of_b = shapes(pair, rank)
         items[a.name] = Item(a.name, dtypes[a.name], of_a, a, number, "a")
         items[b.name] = Item(b.name, dtypes[b.name], of_b, b, number, "b")
-    return sorted(items.values(), key=lambda item: (-DTYPES[item.dtype].bits, item.name))
+    return sorted(items.values(), key=lambda item: (-DTYPES[item.dtype].bits, peft_key(item.name)))
 
 
 def header_of(items: Sequence[Item]) -> bytes:
     """Return the first bytes of a file of these tensors."""
-    return build_header([(item.name, item.dtype, item.shape) for item in items], {"format": "pt"})
+    entries = [(peft_key(item.name), item.dtype, item.shape) for item in items]
+    return build_header(entries, {"format": "pt"})
 
 
 # -- what cannot be stored -------------------------------------------------------------------------

@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
+from regraft.adapters.wrappers import plain_config
 from regraft.deltas.threads import one_thread
 from regraft.errors import AdapterError, NumericError, Problem, UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
@@ -26,10 +28,11 @@ from regraft.formats.problems import capped
 from regraft.formats.reading import FilePool, typed_os_errors
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
-from regraft.merging.output import check_output, check_space, write_file, write_pieces
+from regraft.merging.output import check_output, check_space, out_path, write_file, write_pieces
 from regraft.merging.planning import parse_dtype
-from regraft.merging.sidefiles import adapter_side_files, json_bytes
+from regraft.merging.sidefiles import CARD, adapter_side_files, json_bytes
 from regraft.merging.workplace import workplace
+from regraft.shrinking.card import shrunk_card
 from regraft.shrinking.config import with_ranks
 from regraft.shrinking.copies import Copy, compare, copies_in
 from regraft.shrinking.factors import measured, read_stored, reduced, squared_values
@@ -42,6 +45,7 @@ from regraft.shrinking.targets import (
     read_pairs,
     refuse_reduction,
 )
+from regraft.shrinking.telling import error_warning, scale_note
 from regraft.shrinking.tensors import (
     Item,
     Told,
@@ -98,7 +102,7 @@ def shrink(
         NumericError: values are too large for the dtype; lists every tensor.
     """
     started = time.perf_counter()
-    place = Path(out)
+    place = out_path(out)
     check_output(place, [], overwrite=overwrite, kind="adapter")
     choices = _choices(dtype, rank, energy)
     tell(progress, "read", 0)
@@ -119,8 +123,10 @@ def shrink(
             sides = sum(path.stat().st_size for path in job.sides.values())
         check_space(place, _size(items) + sides)
         told.expect(sum(item.nbytes for item in items))
-        _write(job, items, ranks, files, place, told, overwrite=overwrite, progress=progress)
-    return _report(job, str(place), items, modules, outcomes, time.perf_counter() - started)
+        report = _report(job, str(place), items, ranks, modules, outcomes)
+        card = _card(job, place, items, ranks, report)
+        _write(job, items, ranks, files, card, place, told, overwrite=overwrite, progress=progress)
+    return replace(report, seconds=time.perf_counter() - started, peak_memory=peak_memory())
 
 
 # -- opening ---------------------------------------------------------------------------------------
@@ -155,7 +161,7 @@ class _Job:
     @property
     def where(self) -> str:
         """How messages name the weights file."""
-        return f"{self.files.source}/{self.files.weights_file}"
+        return self.files.weights_shown
 
     @property
     def inputs(self) -> list[Path]:
@@ -291,8 +297,8 @@ def _measured(
 
 
 def _write(
-    job: _Job, items: Sequence[Item], ranks: Sequence[int], files: FilePool, place: Path,
-    told: Told, *, overwrite: bool, progress: Progress | None,
+    job: _Job, items: Sequence[Item], ranks: Sequence[int], files: FilePool, card: bytes,
+    place: Path, told: Told, *, overwrite: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Write the output beside its place, and rename it into it.
 
@@ -302,20 +308,39 @@ def _write(
     with workplace(place, overwrite=overwrite, kind="adapter") as work:
         work.begin("shrink")
         work.keep_only(())  # nothing of an earlier try is taken over
-        write_file(work.out / ADAPTER_CONFIG, _config(job, ranks))
+        write_file(work.out / ADAPTER_CONFIG, _config_bytes(job, ranks))
         for name, path in job.sides.items():
             write_pieces(work.out / name, _file_pieces(path))
+        write_file(work.out / CARD, card)
         write_pieces(work.out / ADAPTER_SAFE, content(items, job.pairs, ranks, files, told))
         tell(progress, "finish", _size(items))
 
 
-def _config(job: _Job, ranks: Sequence[int]) -> bytes:
-    """Return the new config; where no rank changed, the old one byte for byte."""
-    if all(pair.rank == rank for pair, rank in zip(job.pairs, ranks, strict=True)):
+def _card(
+    job: _Job, place: Path, items: Sequence[Item], ranks: Sequence[int], report: ShrinkReport
+) -> bytes:
+    specs = [item.stored for item in items]
+    return shrunk_card(str(place), job.files.root, _config(job, ranks), specs, report)
+
+
+def _config_bytes(job: _Job, ranks: Sequence[int]) -> bytes:
+    """Return the new config; where nothing in it changed, the old one byte for byte."""
+    if _has_ranks(job, ranks) and plain_config(job.files.config) == job.files.config:
         with typed_os_errors(job.files.root):
             return (job.files.root / ADAPTER_CONFIG).read_bytes()
-    new = by_key(job.pairs, ranks)
-    return json_bytes(with_ranks(job.files.config, job.adapter.settings, new))
+    return json_bytes(_config(job, ranks))
+
+
+def _config(job: _Job, ranks: Sequence[int]) -> Mapping[str, Any]:
+    """Return the new config."""
+    if _has_ranks(job, ranks):
+        return plain_config(job.files.config)
+    return with_ranks(job.files.config, job.adapter.settings, by_key(job.pairs, ranks))
+
+
+def _has_ranks(job: _Job, ranks: Sequence[int]) -> bool:
+    """Whether the adapter has these ranks already."""
+    return all(pair.rank == rank for pair, rank in zip(job.pairs, ranks, strict=True))
 
 
 def _file_pieces(path: Path) -> Iterator[bytes]:
@@ -333,9 +358,11 @@ def _size(items: Sequence[Item]) -> int:
 
 
 def _report(
-    job: _Job, output: str, items: Sequence[Item], modules: tuple[ShrunkModule, ...],
-    copies: tuple[EmbeddingCopy, ...], seconds: float,
+    job: _Job, output: str, items: Sequence[Item], ranks: Sequence[int],
+    modules: tuple[ShrunkModule, ...], copies: tuple[EmbeddingCopy, ...],
 ) -> ShrinkReport:  # fmt: skip
+    """Return what is done, but for the time that it takes to write it."""
+    dtype = DTYPES[job.choices.dtype].config_name
     with typed_os_errors(job.files.root):
         before = (job.files.root / job.files.weights_file).stat().st_size
     return ShrinkReport(
@@ -343,7 +370,7 @@ def _report(
         revision=job.files.revision,
         base=str(job.base) if job.base is not None else None,
         output=output,
-        dtype=DTYPES[job.choices.dtype].config_name,
+        dtype=dtype,
         dtypes_before=_dtypes_before(job.pairs),
         rank=job.choices.rank,
         energy=job.choices.energy,
@@ -355,9 +382,10 @@ def _report(
         bytes_after=_size(items),
         files=tuple(sorted(job.sides)),
         left_out=_left_out(job),
-        notes=_notes(job, modules, copies),
-        seconds=seconds,
-        peak_memory=peak_memory(),
+        warnings=tuple(filter(None, [error_warning(modules, dtype)])),
+        notes=(*_notes(job, copies), *filter(None, [_scale_note(job, ranks)])),
+        seconds=0.0,
+        peak_memory=0,
     )
 
 
@@ -374,9 +402,11 @@ def _left_out(job: _Job) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name.rstrip("/") not in along))
 
 
-def _notes(
-    job: _Job, modules: Sequence[ShrunkModule], copies: Sequence[EmbeddingCopy]
-) -> tuple[str, ...]:
+def _scale_note(job: _Job, ranks: Sequence[int]) -> str:
+    return scale_note(_config(job, ranks), job.pairs, ranks)
+
+
+def _notes(job: _Job, copies: Sequence[EmbeddingCopy]) -> tuple[str, ...]:
     notes = [_note_on_copies(copies, outcome) for outcome in _KEPT]
     if job.base is not None and not copies:
         notes.append("the adapter holds no copies of embeddings, so the base was not read")
@@ -384,12 +414,6 @@ def _notes(
         notes.append(
             "the adapter has DoRA magnitudes: they are kept as they are, and the errors are those "
             "of the deltas, not of the weights that come of both"
-        )
-    changed = any(module.rank_after < module.rank_before for module in modules)
-    if changed and len({module.rank_after for module in modules}) > 1:
-        notes.append(
-            "the modules have several ranks, by rank_pattern and alpha_pattern in the config: not "
-            "every program that serves adapters reads these"
         )
     return tuple(note for note in notes if note)
 

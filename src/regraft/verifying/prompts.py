@@ -95,7 +95,7 @@ def compare_prompts(
         MissingExtraError: torch or transformers is missing.
         EnvironmentShortfall: memory or disk space does not suffice.
     """
-    path, prompts = Path(file), check_prompts(file)
+    path, prompts = Path(os.path.expanduser(file)), check_prompts(file)  # noqa: PTH111
     with _quiet(), _scratch() as folder:
         for checkpoint in (merged, base):
             _auto_class(checkpoint)
@@ -119,7 +119,7 @@ def check_prompts(file: str | Path) -> list[Prompt]:
         MissingExtraError: torch or transformers is missing.
         AccessError: the system refused to read the file.
     """
-    prompts = read_prompts(Path(file))
+    prompts = read_prompts(Path(os.path.expanduser(file)))  # noqa: PTH111  (raises less)
     require("torch", "transformers", why="comparing answers to prompts", where="--prompts")
     return prompts
 

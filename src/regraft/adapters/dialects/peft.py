@@ -9,12 +9,12 @@ from typing import Literal
 
 from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.adapters.settings import LoraSettings, read_settings
+from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, Problem
+from regraft.formats import foreign
 from regraft.formats.checkpoint import AdapterFiles
 from regraft.formats.problems import quoted
 from regraft.tensors import WORKING_DTYPES, TensorSpec
-
-PREFIX = "base_model.model."
 
 _FACTOR = re.compile(
     r"^(?P<module>.+?)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
@@ -24,7 +24,7 @@ _TOKENS = re.compile(r"^(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(\
 _UNTRAINED = ".original_module."
 _TOKEN_BASE = ".token_adapter.base_layer."
 _EMBEDDING_LEAVES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
-_COMPILED, _SAVED_COPY = "_orig_mod.", re.compile(r"\.modules_to_save(\.[^.]+)?\.")
+_SAVED_COPY = re.compile(r"\.modules_to_save(\.[^.]+)?\.")
 
 
 @dataclass
@@ -45,8 +45,10 @@ def read_adapter(files: AdapterFiles, weight: float = 1.0) -> Adapter:
         UnsupportedError: a feature that cannot be merged.
         AdapterError: tensors without their pair, of odd dtypes, or that belong to nothing.
     """
-    where = f"{files.source}/{files.weights_file}"
-    settings = read_settings(files.config, f"{files.source}/adapter_config.json")
+    where = files.weights_shown
+    if found := foreign.of_tensors({name: spec.shape for name, spec in files.tensors.items()}):
+        raise foreign.refusal(*found, where)
+    settings = read_settings(files.config, files.config_shown)
     problems: list[Problem] = []
     parts, rest = _gather(files, problems, where)
     targets = _targets(parts, problems, where)
@@ -62,7 +64,7 @@ def read_adapter(files: AdapterFiles, weight: float = 1.0) -> Adapter:
         raise AdapterError(problems)
     return Adapter(
         files.source, files.revision, str(files.root), files.weights_file, weight, settings,
-        targets, whole, tokens,
+        targets, whole, tokens, files.notes,
     )  # fmt: skip
 
 
@@ -73,14 +75,24 @@ def _gather(
     parts: dict[str, _Parts] = defaultdict(_Parts)
     rest: dict[str, TensorSpec] = {}
     for key, spec in files.tensors.items():
-        name = key.replace(_COMPILED, "").removeprefix(PREFIX)
+        name = plain_key(key)
         problems += _unusable(key, spec, where)
         if match := _FACTOR.match(name):
             slot = match["what"] + (".bias" if match["rest"].endswith(".bias") else "")
-            parts[match["module"]].found[slot] = spec
+            same = parts[match["module"]].found.setdefault(slot, spec)
         else:
-            rest[name] = spec
+            same = rest.setdefault(name, spec)
+        if same is not spec:
+            problems.append(_twice(same, spec, where))
     return parts, rest
+
+
+def _twice(first: TensorSpec, second: TensorSpec, where: str) -> Problem:
+    return Problem(
+        "two tensors of the file are one of the adapter", where, "one tensor",
+        f"{first.name!r} and {second.name!r}",
+        "They differ in what training put into the names; keep the one that was trained last",
+    )  # fmt: skip
 
 
 def _unusable(key: str, spec: TensorSpec, where: str) -> list[Problem]:
@@ -228,5 +240,6 @@ def _belongs_to_nothing(name: str, settings: LoraSettings, where: str) -> Proble
         f"tensor {name!r} belongs to nothing that the config describes",
         where,
         expected=f"LoRA factors, modules_to_save ({saved}), or biases (bias={bias})",
-        hint="PEFT would ignore it in silence; name its module in modules_to_save, or remove it",
+        hint="PEFT would leave it out in silence. If the adapter trained this module, its config "
+        "lacks it (modules_to_save); else another program wrote the file in its own layout",
     )

@@ -81,7 +81,7 @@ class ComputedWeight:
     def _with_one(self, value: Tensor, delta: Delta) -> Tensor:
         left, right = self.pair(delta, value.device)
         rows = value.reshape(-1, right.shape[1]) if value.dim() != 2 else value
-        if delta.feature == "lora-bias":
+        if delta.feature == "lora-bias" and value.dim() == 1:
             return value + left.reshape(value.shape) * delta.scale
         low, high = delta.rows
         part = rows[low:high].float() + (left.float() @ right.float()) * delta.scale
@@ -103,8 +103,8 @@ class ComputedWeight:
         plain = plain_weight(module or self.module, self.leaf, self.name)
         magnitude = self.tensors.matrix(delta.adapter, delta.magnitude).reshape(-1)
         with torch.no_grad():
-            rows = plain.reshape(plain.shape[0], -1)[slice(*delta.rows)].float()
-            left, right = self.pair(delta, rows.device)
+            left, right = self.pair(delta, plain.device)
+            rows = plain.reshape(-1, right.shape[1])[slice(*delta.rows)].float()
             grown = torch.addmm(rows, left.float(), right.float(), alpha=delta.scale)
             norm = grown.norm(dim=0 if delta.by_column else 1)
         return magnitude.to(norm.device) / norm.to(magnitude.dtype)
@@ -130,10 +130,11 @@ class ComputedWeight:
 
 def _stack_key(delta: Delta) -> tuple[Any, ...]:
     """Return what deltas have in common that can be computed as one stack: those of experts."""
-    if delta.is_residual or delta.magnitude is not None or delta.left is None:
+    left = delta.left
+    if delta.is_residual or delta.magnitude is not None or left is None or left.spec is None:
         return (id(delta),)
     rows = delta.rows[1] - delta.rows[0]
-    return (delta.adapter, delta.scale, rows, delta.left.spec, delta.left.shape)
+    return (delta.adapter, delta.scale, rows, left.spec, left.shape)
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.merging.card import hub_id
+from regraft.merging.card import repository_of, title_of
 from regraft.tensors import TensorSpec
 
 MARK = "Saved by [regraft](https://github.com/regraft/regraft)"
@@ -40,25 +40,35 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _SHOWN_TARGETS = 40
 
 
+def is_made(card: str) -> bool:
+    """Whether a card is one that regraft made, or PEFT and nobody filled in."""
+    return MARK in card or PEFT_MARK in card
+
+
 def adapter_card(
-    name: str, config: Mapping[str, Any], specs: Iterable[TensorSpec], base_format: str = ""
-) -> str:
+    name: str, config: Mapping[str, Any], specs: Iterable[TensorSpec], base_format: str = "",
+    inherited: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """Return the text of an adapter's README.md, for the Hub and for people.
 
     Args:
-        name: of the adapter's folder.
+        name: of the adapter's folder, or its path.
         config: its ``adapter_config.json``.
         specs: its tensors, as they are stored.
         base_format: of a quantized base that it was trained on, such as ``"nf4"``.
+        inherited: fields of the front matter, such as the licence, from an earlier card.
     """
-    return f"{_front_matter(config)}\n{_body(name, config, list(specs), base_format)}"
+    name = title_of(name, "adapter")
+    front = _front_matter(config, inherited or {})
+    return f"{front}\n{_body(name, config, list(specs), base_format)}"
 
 
-def _front_matter(config: Mapping[str, Any]) -> str:
+def _front_matter(config: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
     import yaml
 
-    base = hub_id(config.get("base_model_name_or_path"))
+    base = repository_of(config.get("base_model_name_or_path"))
     data: dict[str, Any] = {"base_model": base} if base else {}
+    data |= inherited
     data["library_name"] = "peft"
     pipeline = _PIPELINES.get(str(config.get("task_type")))
     if pipeline:
@@ -106,7 +116,7 @@ $ regraft merge {base or "BASE"} {name} -o merged
 
 
 def _load_base(config: Mapping[str, Any]) -> str:
-    auto = _AUTO_CLASSES.get(str(config.get("task_type")))
+    auto = _AUTO_CLASSES.get(str(config.get("task_type"))) or _class_of(config)
     if auto is None:
         return "\nmodel = ...  # the base"
     revision = config.get("revision")
@@ -115,10 +125,20 @@ def _load_base(config: Mapping[str, Any]) -> str:
     return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{base}"{chosen})'
 
 
+def _class_of(config: Mapping[str, Any]) -> str | None:
+    """Return the class of transformers that an adapter without a task type was trained on."""
+    mapping = config.get("auto_mapping")
+    if not isinstance(mapping, dict):
+        return None
+    ours = str(mapping.get("parent_library", "")).partition(".")[0] == "transformers"
+    name = str(mapping.get("base_model_class", ""))
+    return name if ours and name.isidentifier() else None
+
+
 def _base(config: Mapping[str, Any]) -> str:
     """Return the base's name; of a folder without its path, which is nobody else's business."""
     name = str(config.get("base_model_name_or_path") or "")
-    return name if hub_id(name) else Path(name).name
+    return repository_of(name) or Path(name).name
 
 
 def _facts(config: Mapping[str, Any], specs: list[TensorSpec], base_format: str) -> str:

@@ -31,13 +31,19 @@ from typing import Any
 
 import torch
 
-from regraft.adapters.dialects.peft import PREFIX
 from regraft.adapters.lora_config import as_json
+from regraft.adapters.wrappers import PREFIX
 from regraft.errors import AdapterError, BusyError, Problem, UsageError
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped
 from regraft.formats.safetensors import build_header
-from regraft.merging.output import exchange_at_once, sync_directory, write_file, write_pieces
+from regraft.merging.output import (
+    exchange_at_once,
+    out_path,
+    sync_directory,
+    write_file,
+    write_pieces,
+)
 from regraft.merging.planning import parse_dtype
 from regraft.merging.writer import write_error
 from regraft.runtime.live_base import dtype_name, spec_of, torch_dtype_of
@@ -90,7 +96,7 @@ def write_adapter(
     """
     stored = {spec.name: spec.dtype for spec in stored_specs(tensors, dtype)}
     _check_tensors(tensors, stored, str(folder))
-    place = Path(folder).expanduser().resolve()
+    place = out_path(folder).resolve()
     if place.exists() and not place.is_dir():
         raise UsageError("the folder to save to is a file", where=str(folder))
     try:
@@ -108,7 +114,7 @@ def write_adapter(
             _put_in_place(new, place, can_exchange)
     except OSError as error:
         raise write_error(place, error) from error
-    return Path(folder)
+    return out_path(folder)
 
 
 # -- content ---------------------------------------------------------------------------------------
@@ -229,13 +235,13 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _may_replace_card(path: Path) -> bool:
     """Whether a card is absent, or one that a program made."""
-    from regraft.runtime.saving.card import MARK, PEFT_MARK
+    from regraft.runtime.saving.card import is_made
 
     try:
         text = path.read_text("utf-8", "replace")
     except OSError:
         return not os.path.lexists(path)
-    return MARK in text or PEFT_MARK in text
+    return is_made(text)
 
 
 # -- into place ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.errors import OutputExistsError
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH, is_model_weights
 from regraft.libraries import require
+from regraft.merging.output import out_path
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ def save(
         DiskSpaceError, AccessError: the system refused.
         MissingExtraError: torch is not installed.
     """
-    place = Path(folder)
+    place = out_path(folder)
     _check_place(place, overwrite=overwrite)
     require("torch", why="a live model")
     from regraft.runtime.saving.saved import saved_of, write_saved

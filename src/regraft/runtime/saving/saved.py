@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft.adapters.wrappers import peft_key, plain_config
 from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.card import hub_id
 from regraft.runtime.handle import ATTACHED, Adapters
@@ -24,6 +26,8 @@ from regraft.runtime.wrappers import unwrapped
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _EMBEDDING_WRAPPER = ".base_layer."
 _UNTRAINED = ".original_module."
+_LIBRARIES = ("transformers", "diffusers")
+"""Whose classes PEFT's ``AutoPeftModel`` imports without being asked to."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,17 @@ class Saved:
 def write_saved(
     saved: Saved, place: Path, *, dtype: str | torch.dtype | None = None, tokenizer: Any = None
 ) -> Path:
-    """Write an adapter with its card; arguments and errors are those of :func:`write_adapter`."""
+    """Write an adapter with its card, its names without wrappers of training.
+
+    Arguments and errors are those of :func:`write_adapter`.
+    """
+    saved = replace(
+        saved,
+        config=plain_config(saved.config),
+        tensors={peft_key(key): tensor for key, tensor in saved.tensors.items()},
+    )
     specs = stored_specs(saved.tensors, dtype)
-    card = adapter_card(place.absolute().name, saved.config, specs, saved.base_format)
+    card = adapter_card(str(place), saved.config, specs, saved.base_format)
     return write_adapter(
         place, saved.config, saved.tensors, metadata=saved.metadata, card=card, dtype=dtype,
         tokenizer=tokenizer,
@@ -132,7 +144,22 @@ def with_base(
     if revision is None and hub_id(fields["base_model_name_or_path"]):
         revision = fields.get("revision") or getattr(settings, "_commit_hash", None)
     fields["revision"] = revision or fields.get("revision")
+    if fields.get("task_type") is None and fields.get("auto_mapping") is None:
+        fields["auto_mapping"] = _auto_mapping(model)
     return fields
+
+
+def _auto_mapping(model: Any) -> dict[str, str] | None:
+    """Return what PEFT's ``AutoPeftModel`` infers the base's class from; None if it cannot load it.
+
+    Above the class of a model there may be others that were made at run time, as of a twin.
+    """
+    classes = type(_unwrapped(model)).__mro__
+    real = (c for c in classes if getattr(sys.modules.get(c.__module__), c.__name__, None) is c)
+    cls = next((c for c in real if hasattr(c, "from_pretrained")), None)
+    if cls is None or cls.__module__.partition(".")[0] not in _LIBRARIES:
+        return None
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def of_live(

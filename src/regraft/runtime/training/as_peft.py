@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from regraft.adapters.dialects.peft import PREFIX
+from regraft.adapters.wrappers import PREFIX
 from regraft.runtime.matching import LiveAdapter
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")

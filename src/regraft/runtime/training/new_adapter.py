@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regraft.adapters.dialects.peft import PREFIX
 from regraft.adapters.lora_config import LoraConfig, as_config
 from regraft.adapters.settings import LoraSettings, read_settings
+from regraft.adapters.wrappers import PREFIX
 from regraft.deltas.residual import FACTORIZATIONS
 from regraft.errors import MismatchError, Problem, UnsupportedError
 from regraft.runtime.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from regraft.errors import UsageError
+from regraft.merging.output import out_path
 from regraft.runtime.handle import Adapters
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
@@ -196,7 +197,7 @@ class _Twin(nn.Module):  # type: ignore[misc]
         saved = of_live(adapter, adapters.base, None, merged=merged)
         gathered = kwargs.get("state_dict") or {}
         tensors = {key: gathered.get(key, tensor) for key, tensor in saved.tensors.items()}
-        folder = Path(save_directory)
+        folder = out_path(save_directory)
         write_saved(saved.with_tensors(tensors), folder)
         if folder.absolute().name.startswith(_CHECKPOINT):
             _write_for_trainer(adapter, tensors, folder / _WEIGHTS)
@@ -211,7 +212,7 @@ def _write_for_trainer(
     twin's, or to that of a ``PeftModel`` if the run goes on with PEFT.
     """
     names = names_in_peft(adapter)
-    plain = {names[key]: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    plain = {names[key]: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
     new = path.with_name(f".{path.name}.new")
     save_file(plain, new, metadata={"format": "pt"})
     new.replace(path)

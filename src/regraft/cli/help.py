@@ -1,0 +1,31 @@
+"""``regraft help``: the help of a command, or of all of them."""
+
+from __future__ import annotations
+
+import click
+
+from regraft.cli import options
+from regraft.cli.output import Output
+
+
+@click.command(short_help="Explain a command, or list all of them.")
+@click.argument("name", metavar="[COMMAND]", required=False)
+@options.as_json
+@click.pass_context
+def command(ctx: click.Context, /, name: str | None, as_json: bool) -> None:
+    """Explain a command, with all its options and examples, as `regraft COMMAND --help` does.
+
+    Without a COMMAND it lists all commands, in the order in which a newcomer needs them.
+
+    \b
+    Examples:
+      regraft help
+      regraft help merge
+    """
+    parent = ctx.find_root()
+    text = parent.get_help()
+    if name is not None and isinstance(parent.command, click.Group):
+        known, chosen, _ = parent.command.resolve_command(parent, [name])
+        if chosen is not None:
+            text = chosen.get_help(click.Context(chosen, info_name=known, parent=parent))
+    Output(as_json=as_json).data({"command": name, "help": text}, text)

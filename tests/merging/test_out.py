@@ -1,0 +1,98 @@
+"""Where an output goes: home, an empty folder, the current folder; and who may read it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import regraft
+from merging import toys
+from regraft.cli.app import app
+from regraft.errors import OutputExistsError
+from regraft.merging import output
+
+Verb = Callable[[Path, str], object]
+
+VERBS: dict[str, Verb] = {
+    "merge": lambda at, out: regraft.merge(at / "base", at / "a", out),
+    "swap": lambda at, out: regraft.swap(at / "merged", at / "a", out),
+    "unmerge": lambda at, out: regraft.unmerge(at / "merged", out),
+    "shrink": lambda at, out: regraft.shrink(at / "a", out),
+    "quantize": lambda at, out: regraft.quantize(at / "base", out, "int8"),
+    "dequantize": lambda at, out: regraft.dequantize(at / "int8", out),
+}
+"""Every verb that makes a folder and needs no torch."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    base, adapter = toys.write_base(folder / "base"), toys.write_adapter(folder / "a")
+    regraft.merge(base, adapter, folder / "merged")
+    regraft.quantize(base, folder / "int8", "int8")
+    return folder
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_tilde_is_home_in_every_verb(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    VERBS[verb](inputs, "~/out")
+    assert any((tmp_path / "home" / "out").glob("*.safetensors"))
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_tilde_is_home_on_the_command_line(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ["merge", str(inputs / "base"), str(inputs / "a"), "-o", "~/out", "-q"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert regraft.clean("~") == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_empty_folder_is_filled_without_more_words(
+    inputs: Path, tmp_path: Path, verb: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    VERBS[verb](inputs, str(tmp_path / "out"))
+    assert any((tmp_path / "out").glob("*.safetensors"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_comes_into_an_empty_folder_meanwhile_stays(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    whole = output._take_empty
+
+    def late(folder: Path, out: Path) -> None:
+        (out / "mine.txt").write_text("mine")
+        whole(folder, out)
+
+    monkeypatch.setattr(output, "_take_empty", late)
+    with pytest.raises(OutputExistsError, match="no longer empty"):
+        VERBS["merge"](inputs, str(tmp_path / "out"))
+    assert toys.tree(tmp_path / "out") == {"mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("out", [".", ".."])
+def test_the_folder_that_one_is_in_is_refused_with_what_to_do(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, out: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputExistsError, match="current folder") as caught:
+        VERBS[verb](inputs, out)
+    assert "-o ./NAME" in str(caught.value)
+    assert Path(os.path.relpath(tmp_path / "here")) == Path()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
