@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,47 @@ def test_the_twins_state_is_that_of_a_wrapper_too() -> None:
     state.pop(next(iter(state)))
     with pytest.raises(RuntimeError, match="lora_A"):
         wrapper.load_state_dict(state)
+
+
+class Preferences:
+    """Does with its models what TRL's trainers do."""
+
+    def __init__(self, model: Any, ref_model: Any = None, *, needs_one: bool = True) -> None:
+        self.ref_model = ref_model or (object() if needs_one else None)
+        model.add_model_tags(["trl", "dpo"])
+
+
+def test_a_reference_that_is_not_the_start_of_the_run_is_refused(tmp_path: Path) -> None:
+    going_on = regraft.attach(model(), started(tmp_path / "a"), is_trainable=True).for_trainer()
+    with pytest.raises(UsageError, match=r"Preferences.*reference.*load_merged"):
+        Preferences(going_on)
+    Preferences(going_on, object())
+    Preferences(going_on, needs_one=False)
+    new = regraft.attach(model(), regraft.LoraConfig(**FIELDS)).for_trainer()
+    Preferences(new)
+    assert new.model_tags == ["trl", "dpo"]
+
+
+class ContinuousBatchingManager:
+    """Runs a model in a thread of its own, as that of transformers does."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.error = model, ""
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+        self.thread.join()
+
+    def run(self) -> None:
+        try:
+            self.model(input_ids=ROWS[0]["input_ids"][None])
+        except UsageError as error:
+            self.error = str(error)
+
+
+def test_a_library_thread_that_has_no_scope_does_not_answer_for_it() -> None:
+    plain = model().eval()
+    handle = regraft.attach(plain, regraft.LoraConfig(**FIELDS), "a")
+    for scope in (handle.using("a"), handle.rows(["a"]), handle.disable_adapter()):
+        with scope:
+            assert "set_adapter" in ContinuousBatchingManager(plain).error
+    assert ContinuousBatchingManager(plain).error == ""

@@ -8,6 +8,7 @@ the adapter. The model itself is not touched.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -162,6 +163,17 @@ class _Twin(nn.Module):  # type: ignore[misc]
                 own[key].copy_(state_dict[key])
         return _IncompatibleKeys(missing, unknown)
 
+    def add_model_tags(self, tags: Any) -> None:
+        """Take the tags of TRL's trainers, which give them once they have their reference model.
+
+        Raises:
+            UsageError: the reference is the base, and the run does not begin there.
+        """
+        _check_reference(sys._getframe(1).f_locals, self._regraft_adapter)
+        add = getattr(super(), "add_model_tags", None)
+        if add is not None:
+            add(tags)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
@@ -201,6 +213,39 @@ class _Twin(nn.Module):  # type: ignore[misc]
         write_saved(saved.with_tensors(tensors), folder)
         if folder.absolute().name.startswith(_CHECKPOINT):
             _write_for_trainer(adapter, tensors, folder / _WEIGHTS)
+
+
+def _check_reference(local: Mapping[str, Any], adapter: LiveAdapter) -> None:
+    """Refuse a reference that TRL has loaded by the base's name, if the adapter is trained already.
+
+    For a ``PeftModel`` TRL copies the adapter that a run begins with; a twin is a plain model to it.
+
+    Args:
+        local: the variables of the trainer's method that calls.
+        adapter: the adapter.
+
+    Raises:
+        UsageError: the run would be held against the bare base.
+    """
+    reference = getattr(local.get("self"), "ref_model", None)
+    given = local.get("ref_model")
+    if reference is None or given is not None or not _is_trained(adapter):
+        return
+    raise UsageError(
+        "the reference model of this trainer is the base without the adapter that the run begins "
+        "with", where=type(local["self"]).__name__, expected="the model that training begins with",
+        found="the base, loaded by its name",
+        hint="Pass ref_model=regraft.load_merged(base, adapter), or another model with the same "
+        "adapter attached; or let TRL compute the reference first (precompute_ref_log_probs=True)",
+    )  # fmt: skip
+
+
+def _is_trained(adapter: LiveAdapter) -> bool:
+    """Whether an adapter surely changes its base: one that has just been made has a zero factor."""
+    if str(adapter.config.get("init_lora_weights")).lower().startswith(("pissa", "olora")):
+        return False
+    ends = (".lora_B.weight", ".lora_embedding_A")
+    return any(bool(t.any()) for key, t in adapter.tensors.items() if key.endswith(ends))
 
 
 def _write_for_trainer(
