@@ -4,7 +4,7 @@ Run it in an environment with the ``torch`` extra, after each release of transfo
 
     python scripts/generate_names.py
 
-It takes about a minute and needs no network. Classes that need an optional package (timm, Pillow,
+It takes a few minutes and needs no network. Classes that need an optional package (timm, Pillow,
 scipy, torchaudio, ...) are listed under ``skipped`` where it is missing, and then known in outline
 only: have timm, torchvision, Pillow and scipy installed, or compare the ``skipped`` of old and new.
 """
@@ -40,6 +40,7 @@ def extract_architectures() -> tuple[dict[str, Any], dict[str, str]]:
         except Exception as error:
             skipped[name] = _reason(error)
             facts |= _outline(name, model_class)
+    extraction.nest_tensors(facts)
     return facts, skipped
 
 

@@ -7,8 +7,9 @@ tested, never when regraft runs. Models are built on the meta device: no weights
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -265,7 +266,10 @@ def extract_architecture(model_class: Any) -> Facts:
     Keys: ``type``, ``prefix``, ``submodels`` (rows of path, class, model type, path of its
     configuration, auto class that built it), ``tied`` (rows of owner's path, target, source),
     ``ties`` (whether it ties when config.json does not say; ``"text_config"``: or when that
-    says so), ``input``, ``output``, ``experts``, ``keep`` (names that look old but are not).
+    says so), ``input``, ``output``, ``experts``, ``keep`` (names that look old but are not),
+    ``holds`` (templates of its tensors, those inside its submodels aside), ``lacks`` (templates of
+    tensors that its submodels have elsewhere, and not in it), ``labels`` (its tensors that have
+    one row for each label).
     """
     model = build(model_class)
     modules = {id(module): path for path, module in model.named_modules()}
@@ -277,6 +281,8 @@ def extract_architecture(model_class: Any) -> Facts:
         "output": modules.get(id(_embedding(model.get_output_embeddings))),
         "experts": extract_experts(model),
         "keep": extract_keep(model),
+        "holds": extract_tensors(model),
+        "labels": extract_labels(model_class, model),
     }
     return {key: value for key, value in facts.items() if value}
 
@@ -400,3 +406,50 @@ def extract_keep(model: Any) -> list[str]:
         if renamed != name and renamed not in names:
             kept.add(template(name))
     return sorted(kept)
+
+
+def extract_tensors(model: Any) -> list[str]:
+    """Return templates of the tensors that a checkpoint of a model has to have."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    optional = [re.compile(pattern) for pattern in ignored]
+    names = (name for name in model.state_dict() if not any(p.search(name) for p in optional))
+    return sorted({template(name) for name in names})
+
+
+def nest_tensors(facts: dict[str, Facts]) -> None:
+    """Have each class hold what lies outside its submodels only, and say what those lack in it."""
+    built = {name for name, entry in facts.items() if "holds" in entry}
+    whole = {name: frozenset(facts[name]["holds"]) for name in built}
+    for name, entry in facts.items():
+        inner = {
+            tensor
+            for path, class_name in outermost(entry.get("submodels", ()), whole)
+            for tensor in (f"{template(path)}.{below}" for below in whole[class_name])
+        }
+        if name in built:  # of an outline, nothing is known
+            entry["holds"] = sorted(whole[name] - inner)
+            entry |= {"lacks": sorted(inner - whole[name])} if inner - whole[name] else {}
+
+
+def outermost(
+    submodels: Iterable[Sequence[str]], known: Container[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield path and class of the submodels that are known and not inside another such one."""
+    above: list[str] = []
+    for path, class_name, *_ in submodels:
+        if class_name in known and not any(path.startswith(f"{outer}.") for outer in above):
+            above.append(path)
+            yield path, class_name
+
+
+def extract_labels(model_class: Any, model: Any) -> list[str]:
+    """Return the tensors whose first axis is as long as the configuration has labels."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with contextlib.suppress(Exception):
+        config = copy.deepcopy(model.config)
+        config.num_labels = model.config.num_labels + 5
+        with torch.device("meta"), initialization.no_init_weights():
+            other = model_class(config).state_dict()
+        grown = (name for name in shapes if name in other and shapes[name][:1])
+        return [name for name in grown if other[name].shape[0] == shapes[name][0] + 5]
+    return []

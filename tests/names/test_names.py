@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from regraft.names import NameMap, Piece, class_for_task, table
+from regraft.names.architecture import tensors_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -131,8 +132,11 @@ def test_every_auto_class_of_the_table_is_transformers_own(extraction: ModuleTyp
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_is_as_a_fresh_instance_shows_it(extraction: ModuleType, name: str) -> None:
-    fresh = extraction.extract_architecture(getattr(transformers, name))
-    assert table.architecture(name) == as_json(fresh)
+    fresh = as_json(extraction.extract_architecture(getattr(transformers, name)))
+    facts = dict(table.architecture(name) or {})
+    default = getattr(transformers, name).config_class().to_dict()
+    assert tensors_of(name, default) == set(fresh.pop("holds"))
+    assert {key: facts[key] for key in facts if key not in ("holds", "lacks")} == fresh
 
 
 def test_what_could_not_be_built_is_listed_and_is_not_what_people_adapt() -> None:

@@ -103,8 +103,8 @@ def test_what_is_chosen_in_a_block_goes_along(tmp_path: Path) -> None:
         adapters.detach()
         plain = answer(model, inputs)
     assert not torch.equal(in_block, plain)
-    assert torch.equal(in_rows[1], plain[1])
-    assert not torch.equal(in_rows[0], plain[0])
+    assert torch.allclose(in_rows[1], plain[1], atol=1e-6)
+    assert not torch.allclose(in_rows[0], plain[0], atol=1e-3)
 
 
 def test_a_replaced_parent_is_followed() -> None:

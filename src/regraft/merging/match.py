@@ -24,6 +24,7 @@ from regraft.merging.placing import (
     stack_orientation,
     whole_part,
 )
+from regraft.merging.prefixes import PrefixChange, changes_for, moved, several
 from regraft.tensors import TensorSpec
 
 _Item = TypeVar("_Item", WholeTensor, LoraTarget, TokenRows)
@@ -456,12 +457,28 @@ def match(index: BaseIndex, adapters: Iterable[Adapter]) -> Matching:
     if unfit := _unfit_embeddings(index):
         raise MismatchError(unfit)
     matcher = Matcher(index)
-    for number, adapter in enumerate(adapters):
-        matcher.add(number, adapter)
     result = matcher.result
+    for number, adapter in enumerate(adapters):
+        changes = prefix_changes(index, adapter)
+        if len(changes) > 1:
+            result.problems.append(several(adapter, changes))
+            continue
+        result.warnings += [change.note(adapter.label) for change in changes]
+        matcher.add(number, moved(adapter, changes[0]) if changes else adapter)
     works = (*result.works.values(), *result.tied.values())
     result.problems += [_shared_residual(work) for work in works if _shares_residual(work)]
     return result
+
+
+def prefix_changes(index: BaseIndex, adapter: Adapter) -> list[PrefixChange]:
+    """Return how an adapter's names become the base's: none, one way, or several."""
+
+    def fits(other: Adapter) -> bool:
+        matcher = Matcher(index)
+        matcher.add(0, other)
+        return not matcher.result.problems
+
+    return changes_for(index, adapter, fits)
 
 
 def _unfit_embeddings(index: BaseIndex) -> list[Problem]:

@@ -13,9 +13,16 @@ from typing import Any
 
 from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.model import Adapter
-from regraft.errors import MemoryCapError, MismatchError, Problem, UnsupportedError, UsageError
+from regraft.errors import MemoryCapError, MismatchError, Problem, UsageError
 from regraft.formats.checkpoint import Checkpoint
-from regraft.formats.layout import TORCH_SUFFIXES
+from regraft.merging.classes import (
+    choose_class,
+    class_updates,
+    left_out_of,
+    missing_head,
+    note_left_out,
+)
+from regraft.merging.completeness import notes_of_class
 from regraft.merging.gap import TrainedOn
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, match
@@ -33,7 +40,7 @@ from regraft.merging.quantizing import (
 from regraft.merging.receipt import Action
 from regraft.merging.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
 from regraft.merging.tiles import smallest_tile
-from regraft.names import NameMap, class_for_task
+from regraft.names import NameMap
 from regraft.tensors import BY_CONFIG_NAME, DTYPE_ALIASES, DTYPES, WORKING_DTYPES
 
 BASELINE_BYTES = 170 * 2**20
@@ -42,18 +49,10 @@ BASELINE_BYTES = 170 * 2**20
 BYTES_PER_TENSOR = 4 * 2**10
 """Memory that the specs, steps and records of one tensor take, measured."""
 
-TORCH_BYTES = 200 * 2**20
-"""What importing torch adds, which reading a ``.bin`` file needs."""
-
 LARGEST_TILE = 2 * 2**20
 SMALLEST_TILE = 64 * 2**10
 FACTOR_BYTES = 48 * 2**20
 """Room for the factors of the steps in flight, when none alone needs more."""
-
-MOST_LABELS = 1_000_000
-"""Labels of a classification head: each gets two lines of the config."""
-
-_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -151,14 +150,16 @@ def make_plan(
     if choices.quantize == KEEP:
         kept = kept_format(base, quantization)
         base, transposed = turned(base, kept), kept.transposed
-    names = NameMap.for_config(base.config, _task_class(base, adapters))
+    chosen = choose_class(base, adapters)
+    names = NameMap.for_config(base.config, chosen.name)
     index = BaseIndex(base, names, transposed)
     matching = match(index, adapters)
     ties = settle_ties(index, matching, base.config)
     works = {**matching.works, **{work.name: work for work in ties.parted}}
-    updates = _config_updates(index, adapters, works, ties, choices, matching)
-    left_out = _left_out(base, index)
-    matching.problems += _missing_head(index, adapters, works, left_out)
+    updates = _config_updates(index, works, ties, choices, matching)
+    updates |= class_updates(index, adapters, works, chosen)
+    left_out = left_out_of(base, index)
+    matching.problems += [*chosen.problems, *missing_head(index, adapters, works, left_out)]
     matching.problems += unfit_for_codes(works.values(), kept=choices.quantize == KEEP)
     if matching.problems:
         raise MismatchError(matching.problems)
@@ -176,7 +177,8 @@ def make_plan(
     elif choices.quantize is None and quantization is not None:
         updates |= dict.fromkeys(removed(base.config or {}))
     warnings = [
-        *matching.warnings, *_notes(adapters, ties), *_note_left_out(index, left_out),
+        *matching.warnings, *_notes(adapters, ties), *note_left_out(index, left_out), *chosen.notes,
+        *notes_of_class(index, works, left_out, kept=choices.quantize == KEEP),
         *(quantization.warnings if quantization is not None else ()),
         *_notes_of_base(adapters, quantized=bool(quantization or trained_on)),
     ]  # fmt: skip
@@ -211,59 +213,11 @@ def _rounding(choices: Choices) -> str:
     return choices.rounding or ("stochastic" if choices.quantize == KEEP else "nearest")
 
 
-def _task_class(base: Checkpoint, adapters: Sequence[Adapter]) -> str | None:
-    """Return the class the adapters were trained on when it is not the base's own."""
-    for adapter in adapters:
-        settings = adapter.settings
-        if settings.base_model_class:
-            return settings.base_model_class
-        if settings.task_type in _HEAD_TASKS and base.config:
-            return class_for_task(settings.task_type, str(base.config.get("model_type")))
-    return None
-
-
-def _left_out(base: Checkpoint, index: BaseIndex) -> frozenset[str]:
-    """Return the base's tensors that the output's class does not have: an old output head."""
-    before = NameMap.for_config(base.config)
-    head = before.output_embedding
-    if index.names.architecture == before.architecture or not head or index.names.output_embedding:
-        return frozenset()
-    return frozenset(name for name in base.tensors if name.startswith(f"{head}."))
-
-
-def _missing_head(
-    index: BaseIndex,
-    adapters: Sequence[Adapter],
-    works: Mapping[str, Work],
-    left_out: frozenset[str],
-) -> list[Problem]:
-    """Return the problem of a task whose head neither the base nor an adapter holds."""
-    if not left_out or any(work.base is None for work in works.values()):
-        return []
-    labels = [a.label for a in adapters if a.settings.task_type in _HEAD_TASKS]
-    return [
-        Problem(
-            "the adapter was trained with a head that neither it nor the base holds", label,
-            f"the head of {index.names.architecture}", ", ".join(sorted(left_out)),
-            "Save the adapter with its head in modules_to_save",
-        )
-        for label in labels
-    ]  # fmt: skip
-
-
-def _note_left_out(index: BaseIndex, left_out: frozenset[str]) -> list[str]:
-    if not left_out:
-        return []
-    names = ", ".join(sorted(left_out))
-    return [f"{names} of the base is left out: {index.names.architecture} has no such output"]
-
-
 # -- config ----------------------------------------------------------------------------------------
 
 
 def _config_updates(
     index: BaseIndex,
-    adapters: Sequence[Adapter],
     works: Mapping[str, Work],
     ties: TieOutcome,
     choices: Choices,
@@ -279,7 +233,7 @@ def _config_updates(
     updates |= _vocabulary_updates(index, works, matching, config)
     if choices.dtype:
         updates |= _dtype_updates(config, DTYPES[choices.dtype].config_name)
-    return updates | _class_updates(index, adapters, works, config)
+    return updates
 
 
 def _vocabulary_updates(
@@ -320,50 +274,14 @@ def _vocabulary_sizes(index: BaseIndex, works: Mapping[str, Work]) -> dict[str, 
 
 
 def _dtype_updates(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return what changes with the dtype; nothing for a model of diffusers, which stops at one."""
+    if is_of_diffusers(config):
+        return {}
     paths = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     for name, part in config.items():
         if isinstance(part, dict):
             paths += [f"{name}.{key}" for key in ("dtype", "torch_dtype") if key in part]
     return dict.fromkeys(paths, dtype)
-
-
-def _class_updates(
-    index: BaseIndex,
-    adapters: Sequence[Adapter],
-    works: Mapping[str, Work],
-    config: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the architecture and labels when the adapter brings a head of its own."""
-    architecture = index.names.architecture
-    added = [work for work in works.values() if work.base is None]
-    if not architecture or not (_task_class(index.base, adapters) or added):
-        return {}
-    updates: dict[str, Any] = {}
-    if config.get("architectures") != [architecture] and index.names.known:
-        updates["architectures"] = [architecture]
-    heads = [w for w in works.values() if _is_head(w, adapters)]
-    if len(heads) == 1:
-        count = heads[0].source.shape[0]
-        if count > MOST_LABELS:
-            raise UnsupportedError(
-                "a classification head has too many labels to be listed in the config",
-                where=f"tensor {heads[0].name!r}", expected=f"at most {MOST_LABELS} rows",
-                found=str(count), hint="Is it a classification head at all?",
-            )  # fmt: skip
-        if len(config.get("id2label") or {}) != count:
-            updates["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
-            updates["label2id"] = {f"LABEL_{i}": i for i in range(count)}
-    return updates
-
-
-def _is_head(work: Work, adapters: Sequence[Adapter]) -> bool:
-    """Whether a work writes the last layer of a classification head."""
-    owner = work.source_adapter
-    if owner is None or adapters[owner].settings.task_type not in _HEAD_TASKS:
-        return False
-    module = work.name.removesuffix(".weight")
-    last = module.rpartition(".")[2] in ("classifier", "score", "out_proj", "qa_outputs")
-    return last and work.name.endswith(".weight") and len(work.source.shape) == 2
 
 
 # -- steps and files -------------------------------------------------------------------------------
@@ -397,18 +315,27 @@ def _shards(
         extra = [each for step in extra for each in made.of(step)]
     if choices.shard_size:
         files = _split([step for steps in files for step in steps] + extra, choices.shard_size)
-        names = numbered_names(len(files))
+        names = numbered_names(len(files), _stem(base))
     else:
         files[-1].extend(extra)
         names = _kept_names(base)
     return [OutputShard(name, tuple(steps)) for name, steps in zip(names, files, strict=True)]
 
 
-def numbered_names(count: int) -> list[str]:
-    """Return transformers' file names for ``count`` weight files."""
+def is_of_diffusers(config: Mapping[str, Any] | None) -> bool:
+    """Return whether a config is that of a part of a diffusers pipeline."""
+    return "_class_name" in (config or {})
+
+
+def numbered_names(count: int, stem: str = "model") -> list[str]:
+    """Return transformers' file names for ``count`` weight files, or diffusers' by its stem."""
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _stem(base: Checkpoint) -> str:
+    return "diffusion_pytorch_model" if is_of_diffusers(base.config) else "model"
 
 
 def _kept_names(base: Checkpoint) -> list[str]:
@@ -420,7 +347,7 @@ def _kept_names(base: Checkpoint) -> list[str]:
     )
     if base.container == "safetensors" and usual and not base.single_file:
         return names
-    return numbered_names(len(names))
+    return numbered_names(len(names), _stem(base))
 
 
 def _split(steps: list[Step], limit: int) -> list[list[Step]]:
@@ -520,8 +447,7 @@ def fit_memory(
     largest = max(steps, key=cost)
     factors = max(FACTOR_BYTES, cost(largest))
     wanted = choices.threads or default_threads()
-    torch = TORCH_BYTES if any(path.suffix in TORCH_SUFFIXES for path in _paths(steps)) else 0
-    fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
+    fixed = BASELINE_BYTES + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
     tiles = PER_THREAD + TO_KEEP * bool(choices.undo) + TO_RESTORE * (undone is not None)
     tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
     tiles += TO_DECODE_GGUF * any(step.source.path.suffix == ".gguf" for step in steps)
@@ -544,11 +470,6 @@ def fit_memory(
         found=f"{math.ceil(needed / 2**20)} MiB",
         hint=f"Allow it: --max-memory {math.ceil(needed / 2**20)}MiB",
     )
-
-
-def _paths(steps: Sequence[Step]) -> set[Path]:
-    """Return the files that steps read."""
-    return {path for step in steps for path in step.paths}
 
 
 def default_threads() -> int:

@@ -9,6 +9,6 @@ needed.
 
 from regraft.names.namemap import NameMap
 from regraft.names.pieces import Piece
-from regraft.names.table import class_for_task
+from regraft.names.table import class_for_task, classes_of
 
-__all__ = ["NameMap", "Piece", "class_for_task"]
+__all__ = ["NameMap", "Piece", "class_for_task", "classes_of"]

@@ -268,3 +268,28 @@ def _owner_facts(facts: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
         if row[3] == owner:
             return table.architecture(row[1]) or {}
     return {}
+
+
+def tensors_of(class_name: str, config: Config) -> frozenset[str] | None:
+    """Return templates of the tensors that a class has under ``config``; None when not known.
+
+    What hangs on settings other than a submodel's class is as the default configuration has it.
+    """
+    facts = table.architecture(class_name)
+    if facts is None or "holds" not in facts:
+        return None
+    swaps = {swap.path: (swap.class_name, inner) for swap, inner in _swaps(facts, config)}
+    gone = tuple(template(f"{path}.") for path in swaps)
+    found = {name for name in facts["holds"] if not name.startswith(gone)}
+    above: list[str] = []
+    for path, default, _, config_path, *_ in facts.get("submodels", ()):
+        if any(path.startswith(f"{outer}.") for outer in above):
+            continue
+        inner_class, inner = swaps.get(path, (default, subconfig(config, config_path)))
+        inside = tensors_of(inner_class, inner)
+        if inside is not None:
+            above.append(path)
+            found |= {f"{template(path)}.{name}" for name in inside}
+        elif path in swaps:
+            return None
+    return frozenset(found - set(facts.get("lacks", ())))

@@ -9,7 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 from regraft.names import table
-from regraft.names.architecture import Architecture, Config, compose, rules_for, template
+from regraft.names.architecture import (
+    Architecture,
+    Config,
+    compose,
+    rules_for,
+    template,
+    tensors_of,
+)
 from regraft.names.pieces import Piece
 from regraft.names.rules import RuleSet
 
@@ -132,6 +139,25 @@ class NameMap:
     def is_transposed(self, module: str) -> bool | None:
         """Return whether an experts module stores (in, out) matrices; None when unknown."""
         return self._facts.experts.get(template(module), (None, ()))[0]
+
+    @cached_property
+    def tensors(self) -> frozenset[str] | None:
+        """Templates (``*`` for a number) of the tensors that the class has; None when unknown."""
+        return tensors_of(self._facts.class_name, self._config) if self.known else None
+
+    def has(self, parameter: str, tensors: frozenset[str]) -> bool:
+        """Whether a parameter, or it with or without the base model's prefix, is among templates.
+
+        transformers' loader tries the same three names.
+        """
+        name, prefix = template(parameter), f"{self.base_model_prefix}."
+        return not tensors.isdisjoint((name, prefix + name, name.removeprefix(prefix)))
+
+    @cached_property
+    def label_tensors(self) -> frozenset[str]:
+        """The tensors that have one row for each label of a head; none when unknown."""
+        facts = table.architecture(self._facts.class_name) or {}
+        return frozenset(facts.get("labels", ()))
 
     @cached_property
     def _rules(self) -> RuleSet:

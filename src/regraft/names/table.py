@@ -48,3 +48,9 @@ def class_for_task(task_type: str, model_type: str) -> str | None:
         if found := auto_class(auto, model_type):
             return found
     return None
+
+
+def classes_of(model_type: str) -> list[str]:
+    """Return every class of a model type, in the order of their names."""
+    types = ((name, architecture(name)) for name in sorted(load()["architectures"]))
+    return [name for name, facts in types if facts and facts.get("type") == model_type]

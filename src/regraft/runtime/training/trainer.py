@@ -216,9 +216,9 @@ class _Twin(nn.Module):  # type: ignore[misc]
 
 
 def _check_reference(local: Mapping[str, Any], adapter: LiveAdapter) -> None:
-    """Refuse a reference that TRL has loaded by the base's name, if the adapter is trained already.
+    """Refuse a reference that TRL has loaded by the base's name, if the adapter is trained.
 
-    For a ``PeftModel`` TRL copies the adapter that a run begins with; a twin is a plain model to it.
+    For a ``PeftModel`` TRL copies the adapter that a run begins with; a twin is a plain model.
 
     Args:
         local: the variables of the trainer's method that calls.
