@@ -13,10 +13,18 @@ from regraft.errors import Problem, RegraftError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
 from regraft.memory import peak_memory
+from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, open_base_headers, see
 from regraft.merging.events import Progress, tell
 from regraft.merging.gap import TrainedOn
-from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes, out_path
+from regraft.merging.output import (
+    SLACK_BYTES,
+    check_output,
+    check_space,
+    free_bytes,
+    out_path,
+    replaced_inputs,
+)
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan, settled
 from regraft.merging.quantized import check_scales
@@ -94,7 +102,8 @@ def merge(
     """
     started = time.perf_counter()
     place = out_path(out)
-    check_output(place, [], overwrite=overwrite)  # before anything is fetched from the Hub
+    inputs = replaced_inputs(place, base, adapters, trained_on)
+    check_output(place, inputs, overwrite=overwrite)  # before anything is fetched from the Hub
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
@@ -175,9 +184,12 @@ def _plan(
     trained_on: TrainedOn | None = None,
 ) -> Plan:
     read = [read_adapter(files, weight) for files, weight in open_adapters(adapters, token)]
-    plain, quantization = see(base)
+    plain, quantization = see(base, choices.dtype)
     choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
+    notes = notes_of_another_base(read, plain, quantization)
+    warn(notes, stacklevel=3)
+    made = replace(made, warnings=(*made.warnings, *notes))
     if out is None:
         return made
     files = [shard.path for shard in base.shards] if base.single_file else [base.root]
@@ -211,7 +223,8 @@ def check(
 ) -> CheckReport:
     """Say whether adapters would merge into a base, with everything that stands in the way.
 
-    Reads headers only. NaN in an adapter, which headers do not show, is found by the merge itself.
+    Reads headers, and of an adapter that carries a fingerprint a few values of the base. NaN in an
+    adapter, which headers do not show, is found by the merge itself.
 
     Of a base on the Hub too, only headers are read.
 
@@ -230,15 +243,17 @@ def check(
         except RegraftError as error:
             problems += error.problems
     try:
-        plain, quantization = see(checkpoint)
+        plain, quantization = see(checkpoint, choices.dtype)
         choices = settled(choices, quantization)
         made = make_plan(plain, read, choices, None, quantization=quantization)
     except RegraftError as error:
         return CheckReport(False, (*problems, *error.problems))
     if problems:
         return CheckReport(False, tuple(problems), made.warnings)
+    notes = notes_of_another_base(read, plain, quantization)
+    warn(notes, stacklevel=2)
     summary = {**made.totals(), "memory": made.memory}
-    return CheckReport(True, (), made.warnings, summary)
+    return CheckReport(True, (), (*made.warnings, *notes), summary)
 
 
 def call_of(verb: str, base: str, made: Plan) -> str:

@@ -13,7 +13,14 @@ from regraft.formats.hub import locate
 from regraft.memory import peak_memory
 from regraft.merging.bases import open_base, see
 from regraft.merging.events import Progress, tell
-from regraft.merging.output import SLACK_BYTES, check_output, check_space, free_bytes, out_path
+from regraft.merging.output import (
+    SLACK_BYTES,
+    check_output,
+    check_space,
+    free_bytes,
+    out_path,
+    replaced_inputs,
+)
 from regraft.merging.plan import Plan
 from regraft.merging.planning import Choices, make_plan
 from regraft.merging.quantized import Quantization, check_scales
@@ -163,10 +170,10 @@ def _convert(
 ) -> Receipt:  # fmt: skip
     """Write a model in another form: a merge without adapters, which keeps no undo."""
     started = time.perf_counter()
-    check_output(out, [], overwrite=overwrite)
+    check_output(out, replaced_inputs(out, base), overwrite=overwrite)
     tell(progress, "read", 0)
     stored = open_base(locate(base, kind="base", token=token))
-    plain, quantization = see(stored)
+    plain, quantization = see(stored, choices.dtype)
     check = _check_convertible if verb == "convert" else _check_wanted
     check(stored, quantization, choices)
     if quantization is not None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from regraft.adapters.fingerprint import KEY, parsed
 from regraft.adapters.known_settings import unknown_settings
 from regraft.adapters.settings import refusals
 from regraft.adapters.wrappers import plain_key
@@ -115,6 +116,21 @@ class MergeFacts:
 
 
 @dataclass(frozen=True)
+class FingerprintFacts:
+    """The fingerprint of its base that an adapter carries.
+
+    Attributes:
+        parameters: of how many parameters values are kept.
+        values: how many values.
+        quantized: whether the base was quantized.
+    """
+
+    parameters: int
+    values: int
+    quantized: bool
+
+
+@dataclass(frozen=True)
 class AdapterFacts:
     """What ``adapter_config.json`` and the adapter's tensors say.
 
@@ -142,6 +158,7 @@ class AdapterFacts:
         unmergeable: features that cannot be merged, each with its reason.
         peft_version: version of PEFT that saved it.
         unknown_settings: settings that are switched on and that regraft does not know.
+        fingerprint: of its base; None if it carries none.
     """
 
     peft_type: str
@@ -167,6 +184,7 @@ class AdapterFacts:
     unmergeable: tuple[str, ...]
     peft_version: str | None
     unknown_settings: tuple[str, ...]
+    fingerprint: FingerprintFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +234,6 @@ def inspect(path: str | Path, *, token: str | None = None) -> Inspection:
         FormatError: a header, an index or a config is malformed.
         AdapterError: an adapter's config holds values of the wrong kind.
         UnsupportedError: it is of a kind that regraft does not read, such as GGUF.
-        MissingExtraError: it is a ``.bin`` file, and PyTorch is not installed.
         AccessError: the system refused to read it.
         EnvironmentShortfall: the Hub cannot be reached.
     """
@@ -419,9 +436,17 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         unmergeable=tuple(what for what, _ in refusals(adapter.config)),
         peft_version=config.text("peft_version"),
         unknown_settings=unknown_settings(adapter.config),
+        fingerprint=_fingerprint_facts(adapter.metadata.get(KEY)),
     )
     config.raise_problems()
     return facts
+
+
+def _fingerprint_facts(text: str | None) -> FingerprintFacts | None:
+    found = parsed(text) if text is not None else None
+    if found is None:
+        return None
+    return FingerprintFacts(len(found.shapes), sum(map(len, found.values)), found.coded)
 
 
 def _ranks(tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, int]:

@@ -17,12 +17,13 @@ from regraft.formats.hub import Located, locate
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import FilePool
 from regraft.memory import peak_memory
+from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import see
 from regraft.merging.events import Progress, tell
 from regraft.merging.jobs import plan_digest
 from regraft.merging.keep import keeps
 from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
-from regraft.merging.output import check_output, check_space, out_path
+from regraft.merging.output import check_output, check_space, out_path, replaced_inputs
 from regraft.merging.patch import PatchReader, digest_of
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype, settled
@@ -82,7 +83,7 @@ def unmerge(
     """
     started = time.perf_counter()
     place = out_path(out)
-    check_output(place, [], overwrite=overwrite)
+    check_output(place, replaced_inputs(place, merged, adapters), overwrite=overwrite)
     choices = choices_of(None, None, max_memory, threads)
     tell(progress, "read", 0)
     found = _find(merged, adapters, token, "--adapter")
@@ -159,7 +160,8 @@ def swap(
     """
     started = time.perf_counter()
     place = out_path(out)
-    check_output(place, [], overwrite=overwrite)
+    sources = replaced_inputs(place, merged, adapters, merged_adapters)
+    check_output(place, sources, overwrite=overwrite)
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
@@ -170,14 +172,19 @@ def swap(
     check_space(place, sum(file.size for file in found.manifest.files))
 
     from regraft.merging.building import build
+    from regraft.merging.execute import FACTOR_CACHE
+    from regraft.merging.factors import FactorStore
 
     with workplace(place, overwrite=overwrite) as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, choices)
-        choices = settled(choices, undone.quantization)
-        made = make_plan(
-            undone.base, read, choices, place, undone.steps, quantization=undone.quantization
-        )
+        base, quantization = undone.seen_as(choices.dtype)
+        choices = settled(choices, quantization)
+        made = make_plan(base, read, choices, place, undone.steps, quantization=quantization)
+        restored = _opener(undone, found)(files, FactorStore(files, FACTOR_CACHE))
+        notes = notes_of_another_base(read, base, quantization, restored)
+        warn(notes, stacklevel=2)
+        made = replace(made, warnings=(*made.warnings, *notes))
         check_space(place, made.disk_bytes)
         new = [path for adapter in read for path in Path(adapter.root).iterdir() if path.is_file()]
         called = command or call_of("swap", found.located.source, made)
@@ -255,6 +262,11 @@ class _Undone:
     def stored(self) -> Checkpoint:
         """The base as it was on disk."""
         return self.base if self.quantization is None else self.quantization.stored
+
+    def seen_as(self, dtype: str | None) -> tuple[Checkpoint, Quantization | None]:
+        """Return the base as a merge with this ``dtype`` sees it; see :func:`see`."""
+        seen = (self.base, self.quantization)
+        return see(self.stored, dtype) if self.stored.container == "gguf" else seen
 
 
 def _find(
@@ -362,7 +374,7 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
         quantize=options.get("quantize"), rounding=options.get("rounding"),
         seed=options.get("seed", 0), double_quant=options.get("double_quant", False),
     )  # fmt: skip
-    base, quantization = see(base)
+    base, quantization = see(base, old.dtype)
     made = make_plan(base, found.adapters, old, None, quantization=quantization)
     if plan_digest(made) != found.manifest.plan:
         raise UnsupportedError(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import pickle
+import random
+import tarfile
+import time
+import tracemalloc
+import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from regraft.errors import EnvironmentShortfall, FormatError, MissingExtraError, UnsupportedError
-from regraft.formats import torch_zip
+from regraft.errors import FormatError, UnsupportedError
 from regraft.formats.reading import FilePool
 from regraft.formats.torch_zip import read_torch_file
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec
@@ -33,7 +37,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 def assert_located(specs: dict[str, TensorSpec], path: Path) -> None:
     """Every spec's bytes are those of the tensor that PyTorch loads."""
-    loaded = torch.load(path, weights_only=True)
+    loaded = torch.load(path, "cpu", weights_only=True)
     assert set(specs) == set(loaded)
     with FilePool() as pool:
         for name, tensor in loaded.items():
@@ -74,15 +78,6 @@ def test_every_tensor_lies_where_the_spec_says(
     assert [spec.start for spec in specs.values()] == sorted(s.start for s in specs.values())
     assert specs["tied"].start == specs["whole"].start
     assert specs["view"].start == specs["whole"].start + 8 * 4
-
-
-def test_the_way_for_older_versions_gives_the_same(
-    tmp_path: Path, values: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = save(tmp_path, values)
-    expected = read_torch_file(path)
-    monkeypatch.setattr(torch_zip, "_tells_offsets_on_meta", lambda _: False)
-    assert read_torch_file(path) == expected
 
 
 def test_tensors_of_a_gpu_are_located_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,12 +186,20 @@ def test_a_zip_that_was_packed_again_without_compression_is_located(tmp_path: Pa
     assert_located(read_torch_file(changed), changed)
 
 
-def test_a_zip_whose_records_moved_is_refused_rather_than_misread(tmp_path: Path) -> None:
-    # PyTorch computes offsets from the alignment it wrote with; here they do not hold any more
+def test_a_zip_whose_records_moved_is_read_where_they_are(tmp_path: Path) -> None:
     path = save(tmp_path, {"a": torch.arange(5.0), "b": torch.arange(3)})
     changed = rewrite(path, lambda name, content: (name, content))
-    with pytest.raises(FormatError, match="its storage is not in the zip"):
-        read_torch_file(changed)
+    with FilePool() as pool:
+        assert pool.read_bytes(read_torch_file(changed)["a"]) == raw(torch.arange(5.0))
+
+
+def test_checksums_that_were_never_computed_do_not_matter(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(tmp_path, {"a": torch.arange(5.0)})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_located(read_torch_file(path), path)
 
 
 def test_compressed_records_are_refused(tmp_path: Path) -> None:
@@ -223,7 +226,7 @@ def test_a_storage_smaller_than_its_tensor_is_refused(tmp_path: Path) -> None:
         short = content[:8] if name.endswith("data/0") else content
         return name.replace(".format_version", "ignored"), short
 
-    with pytest.raises(FormatError, match=r"tensor 'a'.*at least 20 bytes; found 8 bytes"):
+    with pytest.raises(FormatError, match=r"tensor 'a'.*20 bytes in data/0; found 8 bytes"):
         read_torch_file(rewrite(path, cut))
 
 
@@ -235,28 +238,118 @@ def test_a_record_named_twice_is_refused(tmp_path: Path) -> None:
         read_torch_file(path)
 
 
-def test_an_unsafe_version_of_pytorch_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tar_archive_and_a_program_are_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "old.bin", "w", format=tarfile.USTAR_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("sys_info"))
+    with pytest.raises(UnsupportedError, match=r"before version 0.1.10.*a tar archive"):
+        read_torch_file(tmp_path / "old.bin")
     path = save(tmp_path, {"a": torch.ones(2)})
-    monkeypatch.setattr(torch, "__version__", "2.5.1+cu124")
-    with pytest.raises(EnvironmentShortfall, match=r"CVE-2025-32434.*2.10 or newer; found 2.5.1"):
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("pytorch_model/constants.pkl", b"")
+    with pytest.raises(UnsupportedError, match=r"TorchScript program.*torch.jit.load"):
         read_torch_file(path)
-    monkeypatch.setattr(torch, "__version__", "2.10.0")
-    assert list(read_torch_file(path)) == ["a"]
 
 
-def test_without_pytorch_the_extra_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_models_state_dict_carries_beside_tensors_is_passed_over(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    path = save(tmp_path, model.state_dict())
+    assert b"_metadata" in path.read_bytes()
+    assert_located(read_torch_file(path), path)
+    parameters = dict(model.named_parameters())
+    parameters["0.weight"].note = "an attribute"
+    noted = torch.ones(3)
+    noted.note = [1, {"x": 2}]
+    path = save(tmp_path, {**parameters, "noted": noted})
+    assert_located(read_torch_file(path), path)
+
+
+def pickled(folder: Path, program: bytes) -> Path:
+    """Write a file whose pickle is given, instruction by instruction."""
+    path = save(folder, {"a": torch.ones(2)})
+    return rewrite(path, lambda name, old: (name, program if name.endswith("data.pkl") else old))
+
+
+@pytest.mark.parametrize(
+    ("program", "found"),
+    [
+        (b"cos\nsystem\n(U\x04trueltR.", "the Python object os.system"),
+        (b"ctorch._utils\n_import_dotted_name\n.", "_import_dotted_name"),
+        (b"X\xff\xff\xff\xffabc.", "the end inside an instruction"),
+        (b"\x8b\xff\xff\xff\x7f.", "which no tensor needs"),
+        (b"\x96\xff\xff\xff\xff\xff\xff\xff\x7f.", "which no tensor needs"),
+        (b"h\x00.", "damaged"),
+        (b"K\x01K\x02\x87.", "a tuple of more values"),
+        (b"}]K\x01s.", "a dict with a list as a key"),
+        (b"}\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x1fNs.", "a dict with a int as a key"),
+        (b"N" * 100, "damaged"),
+        (b"(" * 1001, "nested more than 1000 deep"),
+        (b"N" * 4_000_001, "more than 4000000 instructions"),
+        (b"]q\x00" + b"(" * 20 + b"h\x00K\x01a." , "a int under|a list|damaged"),
+        (b"ccollections\nOrderedDict\nK\x01\x85R.", "damaged"),
+        (b"", "damaged"),
+    ],
+)  # fmt: skip
+def test_a_pickle_that_asks_for_more_than_tensors_is_refused(
+    tmp_path: Path, program: bytes, found: str
 ) -> None:
-    path = save(tmp_path, {"a": torch.ones(2)})
-    real = builtins.__import__
-
-    def fail(name: str, *rest: Any) -> Any:
-        if name == "torch":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", fail)
-    with pytest.raises(MissingExtraError, match=r"pip install 'regraft\[torch\]'"):
+    path = pickled(tmp_path, b"\x80\x02" + program)
+    with pytest.raises(FormatError, match=found):
         read_torch_file(path)
+
+
+def test_a_pickle_that_asks_for_memory_does_not_get_it(tmp_path: Path) -> None:
+    path = pickled(tmp_path, b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.")
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="a bytearray"):
+            read_torch_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_lists_that_are_copied_again_and_again_run_out_of_steps(tmp_path: Path) -> None:
+    pairs = b"(" + b"U\x01xN\x86" * 50_000 + b"t"
+    copies = b"ccollections\nOrderedDict\nh\x00\x85R" * 1000
+    path = pickled(tmp_path, pairs + b"q\x00" + copies + b".")
+    begin = time.process_time()
+    with pytest.raises(FormatError, match="more than 4000000 instructions"):
+        read_torch_file(path)
+    assert time.process_time() - begin < 10
+
+
+def outcome_of(load: Callable[[], Any]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load()
+    except Exception as error:
+        return error
+
+
+def test_a_damaged_pickle_is_refused_or_read_as_pytorch_reads_it(
+    tmp_path: Path, values: dict[str, torch.Tensor]
+) -> None:
+    path = save(tmp_path, OrderedDict(values))
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read("pytorch_model/data.pkl")
+    start = whole.index(content)
+    rng = random.Random(0)
+    agreed = 0
+    for _ in range(1000):
+        changed = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            changed[start + rng.randrange(len(content))] = rng.choice(
+                (rng.randrange(256), *content[rng.randrange(len(content)) :][:1])
+            )
+        path.write_bytes(changed)
+        specs = outcome_of(lambda: read_torch_file(path))
+        if isinstance(specs, dict):
+            theirs = outcome_of(lambda: torch.load(path, "cpu", weights_only=True))
+            if isinstance(theirs, dict):  # PyTorch minds more of what is not needed
+                assert_located(specs, path)
+                agreed += 1
+        else:
+            assert isinstance(specs, FormatError | UnsupportedError), specs
+    assert agreed > 20

@@ -96,3 +96,38 @@ def test_the_folder_that_one_is_in_is_refused_with_what_to_do(
     assert "-o ./NAME" in str(caught.value)
     assert Path(os.path.relpath(tmp_path / "here")) == Path()
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_overwrite_is_not_suggested_where_it_would_be_refused(
+    inputs: Path, tmp_path: Path, verb: str
+) -> None:
+    names = {"swap": "merged", "unmerge": "merged", "shrink": "a", "dequantize": "int8"}
+    own = inputs / names.get(verb, "base")
+    (tmp_path / "file").write_text("notes")
+    (tmp_path / "link").symlink_to(own)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").write_text("notes")
+    said = {own: "over) an input", inputs: "over) an input", tmp_path / "file": "is a file",
+            tmp_path / "link": "over) an input", tmp_path / "other": "already, and --overwrite "
+            "replaces only"}  # fmt: skip
+    for out, words in said.items():
+        with pytest.raises(regraft.RegraftError) as caught:
+            VERBS[verb](inputs, str(out))
+        assert words in str(caught.value)
+        assert "or --overwrite" not in str(caught.value)
+
+
+def test_a_link_is_called_a_link_and_home_is_not_replaced(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toys.write_base(tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "link").symlink_to("home")
+    (tmp_path / "broken").symlink_to("nowhere")
+    for overwrite in (False, True):
+        for out, words in {"link": r"is a link.*found a link to home",
+                           "broken": r"is a link.*found a link to nowhere",
+                           "home": r"the home folder is not replaced"}.items():  # fmt: skip
+            with pytest.raises(OutputExistsError, match=words):
+                regraft.merge(inputs / "base", inputs / "a", tmp_path / out, overwrite=overwrite)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import regraft
 from merging import toys
@@ -40,6 +41,31 @@ def test_only_the_adapted_tensors_change(base: Path, adapter: Path, tmp_path: Pa
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
     assert changed == MERGED
     assert {tensor.dtype for tensor in after.values()} == {np.dtype(BF16)}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_part_of_a_diffusers_pipeline_keeps_its_config_and_names(
+    tmp_path: Path, form: str
+) -> None:
+    import torch
+
+    base, config = tmp_path / "unet", {"_class_name": "UNet2DConditionModel", "sample_size": 8}
+    write_json(base / "config.json", config)
+    name = "diffusion_pytorch_model"
+    tensors = {"down.0.to_q.weight": toys.draw(8, 8), "down.0.to_q.bias": toys.draw(8)}
+    if form == "bin":
+        torch.save({n: torch.from_numpy(t) for n, t in tensors.items()}, base / f"{name}.bin")
+    else:
+        save_file(tensors, base / f"{name}.safetensors", {"format": "pt"})
+    adapter = write_adapter(tmp_path / "a", toys.lora("down.0.to_q", 8, 8), target_modules=["to_q"])
+    for number, options in enumerate(({}, {"dtype": "bfloat16"}, {"shard_size": 200})):
+        out = tmp_path / str(number)
+        regraft.merge(base, adapter, out, **options)
+        assert toys.read_json(out / "config.json") == config
+        found = {path.name.split(".")[0].split("-")[0] for path in out.glob("*.safetensors*")}
+        assert found == {name}
+        again = regraft.merge(out, adapter, tmp_path / f"{number} again")
+        assert len(again.tensors) == 2
 
 
 def test_the_files_of_a_sharded_base_are_kept(adapter: Path, tmp_path: Path) -> None:

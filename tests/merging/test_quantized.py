@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
@@ -55,6 +56,24 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 # -- out -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8", "gptq", "awq", "compressed-tensors"])
+def test_what_lies_beside_the_codes_keeps_its_dtype(tmp_path: Path, kind: str) -> None:
+    base = write_quantized(tmp_path / "base", kind)
+    kept = {"model.norm.weight": torch.float32, "lm_head.weight": torch.float16}
+    stored: dict[str, torch.Tensor] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        tensors = load_torch(path)
+        stored |= {n: tensors[n].to(dtype) * 1.001 for n, dtype in kept.items() if n in tensors}
+        save_torch(tensors | {n: stored[n] for n in kept if n in tensors}, path, {"format": "pt"})
+    regraft.dequantize(base, tmp_path / "plain")
+    found: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "plain").glob("*.safetensors"):
+        found |= load_torch(path)
+    for name, dtype in kept.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], stored[name])
 
 
 def test_a_merge_is_that_into_the_dequantized_base(

@@ -392,8 +392,9 @@ def test_an_out_that_exists_is_refused(
 ) -> None:
     occupy(tmp_path / "out", kind)
     before = listing(tmp_path)
-    with pytest.raises(OutputExistsError, match="--overwrite") as caught:
+    with pytest.raises(OutputExistsError, match=r"is a link|is a file|--overwrite") as caught:
         regraft.merge(base, adapter, tmp_path / "out")
+    assert "or --overwrite" not in str(caught.value)
     assert caught.value.exit_code == 3
     assert caught.value.problems[0].where == str(tmp_path / "out")
     assert listing(tmp_path) == before
@@ -411,7 +412,7 @@ def test_overwrite_replaces_nothing_but_models(
     else:
         occupy(tmp_path / "out", kind)
     before = listing(tmp_path)
-    with pytest.raises(OutputExistsError, match="replaces only folders that hold a model"):
+    with pytest.raises(OutputExistsError, match=r"replaces only folders|is a link|is a file"):
         regraft.merge(base, adapter, tmp_path / "out", overwrite=True)
     assert listing(tmp_path) == before
 
@@ -508,7 +509,7 @@ def test_a_lone_file_may_have_out_beside_it_but_not_over_it(base: Path, adapter:
     assert toys.load(base / "out").keys() == toys.load(base).keys()
     with pytest.raises(UsageError, match="over"):
         regraft.merge(lone, adapter, base, overwrite=True)
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(UsageError, match="over"):
         regraft.merge(lone, adapter, lone, overwrite=True)
 
 

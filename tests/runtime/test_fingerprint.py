@@ -13,13 +13,18 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from regraft.adapters.fingerprint import parsed, places_of
+from regraft.formats.hub import locate
+from regraft.formats.reading import FilePool
+from regraft.merging.another_base import SeenBase
+from regraft.merging.bases import open_base, see
+from regraft.merging.source import FileSource
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.saving.fingerprint import (
     Parameter,
     compare,
     fingerprint_of,
     parameters_of,
-    places_of,
     sampled,
 )
 from regraft.testing import zoo
@@ -130,6 +135,43 @@ def test_other_shapes_and_other_names_are_another_base() -> None:
     found = taken(build())
     assert compare(found, LiveBase(zoo.make_model("llama"))) == "another"
     assert compare(found, LiveBase(zoo.make_model("gpt2"))) == "another"
+
+
+def test_a_vocabulary_that_grew_is_the_same_base() -> None:
+    model = build()
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
+    found = fingerprint_of(parameters_of(LiveBase(model), names))
+    assert found is not None
+    model.resize_token_embeddings(72, mean_resizing=False)
+    assert compare(found, LiveBase(model)) == "same"
+
+
+@pytest.mark.parametrize(
+    "architecture", ["gpt2", "mixtral", "gpt_oss", "bert_seqcls", "llava", "t5", "llama_tied"]
+)
+def test_files_hold_the_base_by_other_names_and_in_other_parts(
+    tmp_path: Path, architecture: str
+) -> None:
+    model = zoo.make_model(architecture)
+    live = LiveBase(model)
+    text = fingerprint_of(parameters_of(live, live.checkpoint.tensors))
+    assert text is not None
+    model.save_pretrained(tmp_path / "same", max_shard_size="20KB")
+    zoo.randomize(model, seed=5)
+    model.save_pretrained(tmp_path / "other")
+    assert on_files(text, tmp_path / "same") == "same"
+    assert on_files(text, tmp_path / "other") == "another"
+
+
+def on_files(text: str, folder: Path) -> str:
+    """Return what the base in a folder is to the one of a fingerprint; every value has to count."""
+    base, quantization = see(open_base(locate(folder, kind="base")))
+    with FilePool() as files:
+        seen = SeenBase(base, quantization, FileSource(files), at_hand=False)
+        fingerprint = parsed(text)
+        assert fingerprint is not None
+        assert seen.compared(fingerprint) == sum(map(len, fingerprint.values))
+        return seen.compare(text)
 
 
 def test_the_base_without_its_head_is_the_same() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import regraft
 from faithful.cases import ATTENTION, MIXTRAL_EXPERTS, lora
@@ -268,3 +270,30 @@ def test_what_is_missing_is_named_with_what_to_install() -> None:
     with pytest.raises(regraft.MissingExtraError, match="needs no_such_package") as error:
         require("torch", "no_such_package", why="a model in memory")
     assert "pip install 'regraft[torch]'" in error.value.problems[0].hint
+
+
+def test_a_generation_config_that_is_not_valid_is_saved_again(tmp_path: Path) -> None:
+    base, adapter = written(Case("llama", lora()), tmp_path)
+    said = {"do_sample": False, "temperature": 0.7}
+    toys.write_json(base / "generation_config.json", said)
+    model = regraft.load_merged(base, adapter)
+    assert model.generation_config.temperature == 0.7
+    model.save_pretrained(tmp_path / "saved")
+    again = toys.read_json(tmp_path / "saved" / "generation_config.json")
+    assert said.items() <= again.items()
+    model.generation_config.top_p = 0.5
+    with pytest.raises(ValueError, match="top_p"):
+        model.save_pretrained(tmp_path / "changed")
+
+
+def test_parameters_that_nobody_brings_are_named(tmp_path: Path) -> None:
+    base, adapter = written(Case("llama", lora()), tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"1 of the parameters of \w+ are in neither .*score.weight"
+    ):
+        regraft.load_merged(base, adapter, model_class=LlamaForSequenceClassification)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, info = regraft.load_merged(base, adapter, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert type(model).__name__ == "LlamaForCausalLM"

@@ -85,6 +85,8 @@ class Adapter:
         whole: tensors that replace parameters.
         token_rows: embedding rows that are replaced.
         notes: what the user should know of how it was found.
+        fingerprint: of the base that it was trained on, if it carries one; see
+            :mod:`regraft.adapters.fingerprint`.
     """
 
     source: str
@@ -97,6 +99,7 @@ class Adapter:
     whole: tuple[WholeTensor, ...]
     token_rows: tuple[TokenRows, ...]
     notes: tuple[str, ...] = ()
+    fingerprint: str | None = None
 
     @property
     def files(self) -> tuple[Path, Path]:

@@ -87,6 +87,7 @@ def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
     return [
         ("adapter", ", ".join(filter(None, [_kind(adapter), adapter.task_type or ""]))),
         ("claims base", f"{adapter.base}{revision}" if adapter.base else "none"),
+        ("fingerprint", _fingerprint(adapter)),
         ("rank", _rank(adapter)),
         ("scale", _scale(adapter)),
         ("adapts", _adapted(adapter)),
@@ -105,6 +106,15 @@ def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
 def _kind(adapter: AdapterFacts) -> str:
     flags = {"rsLoRA": adapter.rslora, "DoRA": adapter.dora, "with lora_bias": adapter.lora_bias}
     return " ".join([adapter.peft_type, *(name for name, is_set in flags.items() if is_set)])
+
+
+def _fingerprint(adapter: AdapterFacts) -> str:
+    """Return what the adapter carries of its base's weights."""
+    found = adapter.fingerprint
+    if found is None:
+        return ""
+    base = "its quantized base" if found.quantized else "its base"
+    return f"{found.values} values of {plural(found.parameters, 'parameter')} of {base}"
 
 
 def _rank(adapter: AdapterFacts) -> str:

@@ -75,6 +75,7 @@ def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
     from regraft import api
     from regraft.cli import plan_text
 
+    output.mute_repeated()
     unplanned = ("keep_adapter", "trained_on")
     asked = {name: value for name, value in chosen.items() if name not in unplanned}
     plan = api.plan(**_arguments(asked)).to_json()
@@ -84,6 +85,7 @@ def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
 
 def _merge(output: Output, command_line: str, chosen: dict[str, Any]) -> None:
     output.mute_downloads()
+    output.mute_repeated()
     from regraft import api
     from regraft.cli import receipt_text
 

@@ -123,6 +123,12 @@ class Output:
 
         return on_terminal(sys.stderr)
 
+    def mute_repeated(self) -> None:
+        """Keep Python from printing the warnings that a report holds, too."""
+        from regraft.errors import BaseMismatchWarning
+
+        warnings.simplefilter("ignore", BaseMismatchWarning)
+
     def mute_downloads(self) -> None:
         """Keep huggingface_hub from drawing its own bars; call before it is imported."""
         if self.quiet:

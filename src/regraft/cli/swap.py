@@ -51,6 +51,7 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, **chosen: Any) ->
     """
     output = Output(as_json=as_json, quiet=quiet)
     output.mute_downloads()
+    output.mute_repeated()
     from regraft import undoing
     from regraft.cli import receipt_text
 

@@ -62,6 +62,7 @@ def command(
     """
     output = Output(as_json=as_json, quiet=quiet)
     output.mute_downloads()
+    output.mute_repeated()
     from regraft.cli import verify_text
     from regraft.verifying.verify import verify
 

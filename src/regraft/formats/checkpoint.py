@@ -54,6 +54,7 @@ _WEIGHT_FILES = (  # the order in which transformers looks for them
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
@@ -161,7 +162,6 @@ def open_checkpoint(located: Located) -> Checkpoint:
         FormatError: a file is malformed, or the index and its shards do not fit; lists all misfits.
         InputError: this is not a full model; the message says what it looks like.
         UnsupportedError: GGUF, or a kind of ``.bin`` that is refused.
-        MissingExtraError: ``.bin`` files, and PyTorch is not installed.
         AccessError: the system refused to read a file.
     """
     with typed_os_errors(located.path):
@@ -437,7 +437,6 @@ def open_adapter(located: Located) -> AdapterFiles:
         InputError: config or weights are missing, two weights files contradict each other, or
             this is not an adapter; the message says what it looks like.
         UnsupportedError: an MLX adapter.
-        MissingExtraError: the weights are a ``.bin`` file and PyTorch is not installed.
         AccessError: the system refused to read a file.
     """
     with typed_os_errors(located.path):

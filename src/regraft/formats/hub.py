@@ -51,7 +51,11 @@ _SAFE_WEIGHTS = {
     "adapter": ("adapter_model.safetensors",),
     "merged": ("*.safetensors", "regraft/*"),
 }
-_TORCH_WEIGHTS = {"base": ("pytorch_model*.bin",), "adapter": ("adapter_model.bin",), "merged": ()}
+_TORCH_WEIGHTS = {
+    "base": ("pytorch_model*.bin", "diffusion_pytorch_model.bin"),
+    "adapter": ("adapter_model.bin",),
+    "merged": (),
+}
 _OTHER_COPIES = (
     "original/*",
     "consolidated*.safetensors",

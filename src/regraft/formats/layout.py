@@ -79,7 +79,8 @@ def is_model_weights(name: str) -> bool:
     if name in (ADAPTER_SAFE, ADAPTER_TORCH, MLX_WEIGHTS):
         return False
     return name.endswith((".safetensors", ".safetensors.index.json")) or (
-        name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))
+        name.startswith(("pytorch_model", "diffusion_pytorch_model"))
+        and name.endswith((".bin", ".bin.index.json"))
     )
 
 

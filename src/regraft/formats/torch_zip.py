@@ -1,38 +1,26 @@
 """PyTorch's zip files (``.bin``): where each tensor's bytes lie, without reading them.
 
-Only ``torch.load(weights_only=True)`` ever unpickles. It loads onto the "meta" device, which
-allocates nothing, and tells at which offset of the file each storage begins. Those offsets are
-believed only where the zip's own directory has an uncompressed record of the same size there.
+The pickle in the file says which part of which record a tensor is (see
+:mod:`regraft.formats.torch_pickle`); the zip's own directory says where the record is. PyTorch is
+not needed, and no code of the file is run. Records have to be plain, as PyTorch writes them.
 """
 
 from __future__ import annotations
 
-import functools
-import io
+import math
 import os
-import re
 import struct
-import warnings
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from regraft.errors import (
-    EnvironmentShortfall,
-    FormatError,
-    MissingExtraError,
-    Problem,
-    UnsupportedError,
-)
+from regraft.errors import FormatError, Problem, UnsupportedError
 from regraft.formats.problems import DOWNLOAD_AGAIN, SAFE_NAME, capped, is_unsafe_name, quoted
 from regraft.formats.reading import open_regular, read_at
+from regraft.formats.torch_pickle import PickleError, StoredTensor, kind_of, read_pickle
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec
-
-_SAFE_TORCH = (2, 10)
-"""The first version without CVE-2025-32434 (before 2.6) and CVE-2026-24747 (before 2.10): with
-``weights_only`` too, a file could run code there, or corrupt memory."""
 
 _MAX_PICKLE_BYTES = 16 * 2**20
 _MAX_DIRECTORY_BYTES = 32 * 2**20
@@ -43,7 +31,38 @@ _ZIP64_LOCATOR, _ZIP64_LOCATOR_BYTES = b"PK\x06\x07", 20
 _LOCAL_HEADER_BYTES = 30
 _LOCAL_HEADER_MAGIC = b"PK\x03\x04"
 _ENCRYPTED = 0x1
+_TAR_MARK, _TAR_MARK_AT = b"ustar", 257
+_MAGIC_BYTES = _TAR_MARK_AT + len(_TAR_MARK)
 _SAVE_AGAIN = "Load it in PyTorch and save it as safetensors"
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """A zip that is open, and has been found to be as PyTorch writes it.
+
+    Attributes:
+        path: the file.
+        fd: its descriptor.
+        prefix: the folder in the zip that all records lie in, with its slash.
+        records: every record by its name in the zip.
+    """
+
+    path: Path
+    fd: int
+    prefix: str
+    records: dict[str, zipfile.ZipInfo]
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Return where a record's bytes begin, and how many there are; (-1, -1) for none."""
+        entry = self.records.get(self.prefix + name)
+        if entry is None:
+            return -1, -1
+        return _data_offset(self.fd, self.path, entry), entry.file_size
+
+    def read(self, name: str) -> bytes | None:
+        """Return a small record; checksums are not looked at, as some files have none."""
+        start, size = self.place(name)
+        return None if start < 0 else read_at(self.fd, self.path, start, size)
 
 
 def read_torch_file(path: Path) -> dict[str, TensorSpec]:
@@ -54,63 +73,15 @@ def read_torch_file(path: Path) -> dict[str, TensorSpec]:
     Raises:
         FormatError: it is not a sound zip of uncompressed records with a flat dict of dense,
             contiguous tensors; it lists every bad tensor.
-        UnsupportedError: sound, but big-endian or in the format before PyTorch 1.6.
-        MissingExtraError: PyTorch is not installed.
-        EnvironmentShortfall: PyTorch is too old to be safe.
+        UnsupportedError: sound, but big-endian, TorchScript, or in a format before PyTorch 1.6.
         InputError: there is no such file.
         AccessError: the system refused to read it.
     """
-    records = _records(path)
-    torch = _torch()
-    value = _load(torch, path)
-    _check_flat(torch, path, value)
-    placed = [_place(path, name, tensor, records) for name, tensor in value.items()]
-    problems = [place for place in placed if isinstance(place, Problem)]
-    if problems:
-        raise FormatError(capped(problems, path))
-    specs = [place for place in placed if isinstance(place, TensorSpec)]
-    specs.sort(key=lambda spec: spec.start)
-    return {spec.name: spec for spec in specs}
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise MissingExtraError(
-            "PyTorch is needed to read .bin files",
-            hint="Run pip install 'regraft[torch]', or use the safetensors files of this model",
-        ) from None
-    _check_version(torch)
-    return torch
-
-
-def _check_version(torch: ModuleType) -> None:
-    release = re.match(r"(\d+)\.(\d+)(?:\.\d+)?(?P<early>a|b|rc|\.?dev)?", str(torch.__version__))
-    if release is not None:
-        version = (int(release[1]), int(release[2]))
-        if version > _SAFE_TORCH or (version == _SAFE_TORCH and not release["early"]):
-            return
-    raise EnvironmentShortfall(
-        "this PyTorch can be made to run code by a .bin file (CVE-2025-32434, CVE-2026-24747)",
-        expected="PyTorch 2.10 or newer",
-        found=str(torch.__version__),
-        hint="Run pip install -U 'torch>=2.10', or use the safetensors files of this model",
-    )
-
-
-def _records(path: Path) -> dict[int, int]:
-    """Return the size of every storage in the zip by the absolute offset of its first byte."""
     fd = open_regular(path)
     try:
-        _check_magic(path, read_at(fd, path, 0, len(_LOCAL_HEADER_MAGIC)))
-        _check_directory(fd, path)
-        with os.fdopen(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            _check_entries(path, entries)
-            _check_byte_order(path, archive)
-        storages = [entry for entry in entries if "/data/" in entry.filename]
-        return {_data_offset(fd, path, entry): entry.file_size for entry in storages}
+        archive = _open_archive(fd, path)
+        tensors = _state_dict(archive)
+        placed = _place_all(archive, tensors)
     except (zipfile.BadZipFile, struct.error, ValueError, OverflowError, LookupError) as error:
         raise FormatError(
             "is not a sound zip",
@@ -121,10 +92,26 @@ def _records(path: Path) -> dict[int, int]:
         ) from None
     finally:
         os.close(fd)
+    placed.sort(key=lambda spec: spec.start)
+    return {spec.name: spec for spec in placed}
+
+
+def _open_archive(fd: int, path: Path) -> _Archive:
+    """Return the zip's records, after a look at all that can be wrong with them."""
+    _check_magic(path, read_at(fd, path, 0, _MAGIC_BYTES))
+    _check_directory(fd, path)
+    with os.fdopen(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as opened:
+        entries = opened.infolist()
+    _check_entries(path, entries)
+    prefix = entries[0].filename.partition("/")[0] + "/" if entries else ""
+    archive = _Archive(path, fd, prefix, {entry.filename: entry for entry in entries})
+    _check_byte_order(archive)
+    _check_no_program(archive)
+    return archive
 
 
 def _check_magic(path: Path, magic: bytes) -> None:
-    if magic == _LOCAL_HEADER_MAGIC:
+    if magic.startswith(_LOCAL_HEADER_MAGIC):
         return
     if magic[:1] == b"\x80":
         raise UnsupportedError(
@@ -134,11 +121,19 @@ def _check_magic(path: Path, magic: bytes) -> None:
             found="a bare pickle",
             hint=_SAVE_AGAIN,
         )
+    if magic[_TAR_MARK_AT:].startswith(_TAR_MARK):
+        raise UnsupportedError(
+            "is a PyTorch file of the kind written before version 0.1.10",
+            where=str(path),
+            expected="PyTorch's zip format",
+            found="a tar archive",
+            hint=_SAVE_AGAIN,
+        )
     raise FormatError(
         "is not a PyTorch file",
         where=str(path),
         expected="a zip that begins with PK",
-        found=quoted(magic.decode("latin-1")),
+        found=quoted(magic[:4].decode("latin-1")),
         hint=f"{DOWNLOAD_AGAIN}; a Git LFS pointer must first be fetched (git lfs pull)",
     )
 
@@ -169,7 +164,7 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
         for entry in entries
         for trouble in _entry_troubles(entry)
     ]
-    if len({entry.filename for entry in entries}) != len(entries):
+    if len({entry.filename.lower() for entry in entries}) != len(entries):
         problems.append(Problem("the zip names a record twice", str(path), hint=DOWNLOAD_AGAIN))
     if problems:
         raise FormatError(capped(problems, path))
@@ -189,16 +184,27 @@ def _entry_troubles(entry: zipfile.ZipInfo) -> Iterator[dict[str, str]]:
         }
 
 
-def _check_byte_order(path: Path, archive: zipfile.ZipFile) -> None:
-    for name in archive.namelist():
-        if name.count("/") == 1 and name.endswith("/byteorder") and archive.read(name) != b"little":
-            raise UnsupportedError(
-                "was saved on a big-endian machine",
-                where=str(path),
-                expected="little-endian tensors",
-                found=quoted(archive.read(name).decode("latin-1")),
-                hint=_SAVE_AGAIN,
-            )
+def _check_byte_order(archive: _Archive) -> None:
+    order = archive.read("byteorder")
+    if order not in (None, b"little"):
+        raise UnsupportedError(
+            "was saved on a big-endian machine",
+            where=str(archive.path),
+            expected="little-endian tensors",
+            found=quoted(order.decode("latin-1")),
+            hint=_SAVE_AGAIN,
+        )
+
+
+def _check_no_program(archive: _Archive) -> None:
+    if archive.prefix + "constants.pkl" in archive.records:
+        raise UnsupportedError(
+            "is a TorchScript program, not weights alone",
+            where=str(archive.path),
+            expected="a state dict as torch.save writes it",
+            found="constants.pkl in the zip",
+            hint="Load it with torch.jit.load and save its state_dict() as safetensors",
+        )
 
 
 def _data_offset(fd: int, path: Path, entry: zipfile.ZipInfo) -> int:
@@ -213,50 +219,39 @@ def _data_offset(fd: int, path: Path, entry: zipfile.ZipInfo) -> int:
     return start
 
 
-def _load(torch: Any, path: Path) -> Any:
-    """Return the unpickled value, its tensors without memory but knowing their offsets."""
+def _state_dict(archive: _Archive) -> dict[str, StoredTensor]:
+    """Return the tensors that the pickle describes, by name.
+
+    Raises:
+        FormatError: it is damaged, or holds anything else.
+    """
+    content = archive.read("data.pkl")
+    if content is None:
+        raise zipfile.BadZipFile("it has no data.pkl")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if _tells_offsets_on_meta(torch):
-                return torch.load(path, weights_only=True, map_location="meta")
-            return _load_fake(torch, path)
-    except Exception as error:  # a bad file can make torch's unpickler raise anything
+        value = read_pickle(content)
+    except PickleError as error:
         raise FormatError(
-            "PyTorch cannot read it as tensors only",
-            where=str(path),
+            "cannot be read as tensors only",
+            where=str(archive.path),
             expected="a flat dict of tensors, and no other objects",
-            found=f"{type(error).__name__}: {quoted(str(error).partition(chr(10))[0])}",
+            found=quoted(str(error)),
             hint=f"{_SAVE_AGAIN}, if you trust its origin",
         ) from None
+    _check_flat(archive.path, value)
+    return dict(value)
 
 
-@functools.cache
-def _tells_offsets_on_meta(torch: Any) -> bool:
-    """Return whether this PyTorch notes offsets when it loads onto "meta"; older ones do not."""
-    file = io.BytesIO()
-    torch.save(torch.zeros(1), file)
-    file.seek(0)
-    tensor = torch.load(file, weights_only=True, map_location="meta")
-    return hasattr(tensor.untyped_storage(), "_checkpoint_offset")
-
-
-def _load_fake(torch: Any, path: Path) -> Any:
-    """Return the value with fake tensors: slower to start, but older versions can do it too."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        return torch.load(path, weights_only=True)
-
-
-def _check_flat(torch: Any, path: Path, value: Any) -> None:
+def _check_flat(path: Path, value: Any) -> None:
     if not isinstance(value, dict):
-        trouble = f"a {type(value).__name__}"
+        trouble = f"a {kind_of(value)}"
     else:
-        odd = [k for k, v in value.items() if not (isinstance(k, str) and torch.is_tensor(v))]
+        odd = [
+            k for k, v in value.items() if not (isinstance(k, str) and isinstance(v, StoredTensor))
+        ]
         if not odd:
             return
-        trouble = f"a {type(value[odd[0]]).__name__} under {quoted(odd[0])}"
+        trouble = f"a {kind_of(value[odd[0]])} under {quoted(odd[0])}"
     raise FormatError(
         "is not a plain state dict",
         where=str(path),
@@ -266,34 +261,64 @@ def _check_flat(torch: Any, path: Path, value: Any) -> None:
     )
 
 
-def _place(path: Path, name: str, tensor: Any, records: dict[int, int]) -> TensorSpec | Problem:
-    """Return where a tensor's bytes lie, or why they cannot be read as they are."""
-    where = f"{path}, tensor {quoted(name)}"
-    odd = _oddity(name, tensor)
-    if odd:
-        return Problem("cannot be read as plain bytes", where, *odd, _SAVE_AGAIN)
-    dtype = BY_CONFIG_NAME[str(tensor.dtype).removeprefix("torch.")].name
-    storage_start = getattr(tensor.untyped_storage(), "_checkpoint_offset", -1)
-    skipped = tensor.storage_offset() * tensor.element_size()
-    nbytes = tensor.numel() * tensor.element_size()
-    if skipped + nbytes > records.get(storage_start, -1):
-        found = f"{records.get(storage_start, 'no')} bytes at {storage_start}"
-        expected = f"a record of at least {skipped + nbytes} bytes"
-        return Problem("its storage is not in the zip", where, expected, found, DOWNLOAD_AGAIN)
-    return TensorSpec(name, dtype, tuple(tensor.shape), path, storage_start + skipped, nbytes)
+def _place_all(archive: _Archive, tensors: dict[str, StoredTensor]) -> list[TensorSpec]:
+    """Return where all tensors' bytes lie.
+
+    Raises:
+        FormatError: some cannot be read as they are; it lists them.
+    """
+    specs: list[TensorSpec] = []
+    problems: list[Problem] = []
+    places: dict[str, tuple[int, int]] = {}
+    for name, tensor in tensors.items():
+        where = f"{archive.path}, tensor {quoted(name)}"
+        if odd := _oddity(name, tensor):
+            problems.append(Problem("cannot be read as plain bytes", where, *odd, _SAVE_AGAIN))
+            continue
+        if tensor.key not in places:
+            places[tensor.key] = archive.place(f"data/{tensor.key}")
+        spec = _place(archive.path, name, tensor, *places[tensor.key])
+        if spec is None:
+            parts = _misplaced(tensor, places[tensor.key][1])
+            problems.append(Problem("its storage is not in the zip", where, *parts, DOWNLOAD_AGAIN))
+        else:
+            specs.append(spec)
+    if problems:
+        raise FormatError(capped(problems, archive.path))
+    return specs
 
 
-def _oddity(name: str, tensor: Any) -> tuple[str, str] | None:
+def _place(path: Path, name: str, tensor: StoredTensor, start: int, size: int) -> TensorSpec | None:
+    """Return where a tensor lies in its record; None where the record does not hold it."""
+    begin, nbytes = _span(tensor)
+    if size != tensor.storage_bytes or begin + nbytes > size:
+        return None
+    dtype = BY_CONFIG_NAME[tensor.dtype].name
+    return TensorSpec(name, dtype, tensor.shape, path, start + begin, nbytes)
+
+
+def _span(tensor: StoredTensor) -> tuple[int, int]:
+    """Return where a tensor begins in its storage and how long it is, in bytes."""
+    itemsize = BY_CONFIG_NAME[tensor.dtype].bits // 8
+    return tensor.offset * itemsize, math.prod(tensor.shape) * itemsize
+
+
+def _misplaced(tensor: StoredTensor, size: int) -> tuple[str, str]:
+    """Return (expected, found) for a tensor that its record does not hold."""
+    needed = max(sum(_span(tensor)), tensor.storage_bytes)
+    found = "no record" if size < 0 else f"{size} bytes in its record"
+    return f"{needed} bytes in data/{tensor.key[:64]}", found
+
+
+def _oddity(name: str, tensor: StoredTensor) -> tuple[str, str] | None:
     """Return (expected, found) for a tensor whose storage does not hold its values in order."""
     if is_unsafe_name(name):
         return SAFE_NAME, quoted(name)
-    if str(tensor.layout) != "torch.strided":
-        return "a dense tensor", str(tensor.layout)
-    dtype = BY_CONFIG_NAME.get(str(tensor.dtype).removeprefix("torch."))
+    if tensor.oddity:
+        return "a dense tensor with its values as stored", tensor.oddity
+    dtype = BY_CONFIG_NAME.get(tensor.dtype)
     if dtype is None or dtype.bits % 8:
-        return "a dtype that safetensors knows", str(tensor.dtype)
-    if tensor.is_conj() or tensor.is_neg():
-        return "values as stored", "a lazily conjugated or negated view"
-    if not tensor.is_contiguous():
-        return "a contiguous tensor", f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        return "a dtype that safetensors knows", quoted(tensor.dtype)
+    if not tensor.is_contiguous:
+        return "a contiguous tensor", f"shape {tensor.shape}, strides {tensor.strides}"
     return None

@@ -9,7 +9,9 @@ from regraft.formats.hub import Located, locate
 from regraft.formats.layout import looks_like
 from regraft.formats.remote import open_headers
 from regraft.merging.quantized import Quantization, logical_checkpoint, see_through
+from regraft.quant.gguf import UNQUANTIZED
 from regraft.quant.weight import QuantizedWeight
+from regraft.tensors import WORKING_DTYPES
 
 
 def open_base(located: Located) -> Checkpoint:
@@ -49,8 +51,13 @@ def open_base_headers(base: str | Path, token: str | None) -> Checkpoint:
     return open_headers(base, token=token)
 
 
-def see(stored: Checkpoint) -> tuple[Checkpoint, Quantization | None]:
+def see(stored: Checkpoint, dtype: str | None = None) -> tuple[Checkpoint, Quantization | None]:
     """Return a base as plain weights, and how it is quantized; None if it is not.
+
+    Args:
+        stored: the base as it is on disk.
+        dtype: safetensors dtype that is wanted of the weights. The quantized weights of a GGUF
+            model, which compute in no dtype of their own, are decoded to it; None for bfloat16.
 
     Raises:
         UnsupportedError: it is quantized in a way that is not known.
@@ -58,10 +65,28 @@ def see(stored: Checkpoint) -> tuple[Checkpoint, Quantization | None]:
     """
     if stored.container != "gguf":
         return see_through(stored)
-    from regraft.merging.gguf_base import open_gguf_base
+    from regraft.merging.gguf_base import DECODED, open_gguf_base
 
-    base = open_gguf_base(stored.shards[0].path)
+    base = open_gguf_base(stored.shards[0].path, dtype or DECODED)
     weights: dict[str, QuantizedWeight] = base.weights
     owners = {spec.name: w.name for w in weights.values() for spec in w.parts.values()}
     quantization = Quantization("gguf", stored, weights, owners, frozenset(), base.warnings)
     return logical_checkpoint(quantization), quantization
+
+
+def decoded_like(stored: Checkpoint, merged: Checkpoint) -> str | None:
+    """Return the dtype that a GGUF base's quantized weights were decoded to for a merged model.
+
+    That is the one that most of them have in it; None where it does not tell, and for other bases.
+
+    Raises:
+        RegraftError: what :func:`see` raises of the base.
+    """
+    if stored.container != "gguf":
+        return None
+    quantization = see(stored)[1]
+    coded = quantization.weights.items() if quantization is not None else ()
+    names = [name for name, weight in coded if weight.codec.name not in UNQUANTIZED]
+    found = [merged.tensors[name].dtype for name in names if name in merged.tensors]
+    known = [dtype for dtype in found if dtype in WORKING_DTYPES]
+    return max(sorted(set(known)), key=known.count) if known else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from regraft.names.gguf import (
     huggingface_names,
     is_optional,
 )
-from regraft.quant.gguf import TYPES, GgufDecoder
+from regraft.quant.gguf import TYPES, UNQUANTIZED, GgufDecoder
 from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import DTYPES
 
-__all__ = ["GgufBase", "open_gguf_base"]
+__all__ = ["DECODED", "GgufBase", "open_gguf_base"]
+
+DECODED = "BF16"
+"""What quantized weights become unless another dtype is asked for."""
 
 _COUNTS = ("block_count", "embedding_length", "attention.head_count")
 _ANOTHER_BASE = "Name the 16-bit base that this was converted from"
@@ -43,7 +46,8 @@ class GgufBase:
         files: its files, in order.
         architecture: GGUF's name of its architecture, such as ``llama``.
         types: the ggml types of its tensors, sorted.
-        config: ``config.json``: the one beside the file, else one made from the metadata.
+        config: ``config.json``: the one beside the file, else one made from the metadata. The dtype
+            that it names is the one that most values have.
         config_is_made: whether it was made from the metadata.
         weights: every parameter of the model by transformers' name, in order of file and offset.
         unused: stored tensors that are no parameters.
@@ -61,12 +65,13 @@ class GgufBase:
     warnings: tuple[str, ...]
 
 
-def open_gguf_base(path: Path, dtype: str = "BF16") -> GgufBase:
+def open_gguf_base(path: Path, dtype: str = DECODED) -> GgufBase:
     """Open a model in GGUF: a file, any part of a split one, or a folder that holds one model.
 
     Args:
         path: the file or folder.
-        dtype: safetensors dtype that its weights have dequantized, of ``WORKING_DTYPES``.
+        dtype: safetensors dtype that its quantized weights are decoded to, of ``WORKING_DTYPES``.
+            What is stored as F32, F16 or BF16 keeps that.
 
     Raises:
         FormatError: a file is malformed, or tensors are missing or do not fit the metadata.
@@ -88,7 +93,8 @@ def _open(file: GgufFile, dtype: str) -> GgufBase:
     beside = read_base_config(root / "config.json")
     if beside is not None:
         _check_beside(root / "config.json", beside, family)
-    config = _made(file, family, dtype) if beside is None else beside
+    config = _made(file, family) if beside is None else beside
+    config = _with_dtype(config, _main_dtype(weights), named=beside is None)
     return GgufBase(
         root=root,
         files=file.paths,
@@ -190,7 +196,8 @@ def _weights(
         added = 1.0 if family.centered and tensor.name.endswith("norm.weight") else 0.0
         decoder = GgufDecoder(tensor.type, heads, added)
         name, parts = f"{modules[module]}.{kind}", {"codes": tensor.stored}
-        weights.append(QuantizedWeight(name, tensor.shape, dtype, decoder, parts))
+        own = tensor.type if tensor.type in UNQUANTIZED else dtype
+        weights.append(QuantizedWeight(name, tensor.shape, own, decoder, parts))
     if refused:
         raise UnsupportedError(capped(refused, file.paths[0]))
     if problems:
@@ -240,7 +247,30 @@ def _check_beside(path: Path, config: dict[str, Any], family: GgufFamily) -> Non
     )
 
 
-def _made(file: GgufFile, family: GgufFamily, dtype: str) -> dict[str, Any]:
+def _main_dtype(weights: Iterable[QuantizedWeight]) -> str:
+    """Return the dtype that most values have."""
+    counts: dict[str, int] = {}
+    for weight in weights:
+        counts[weight.dtype] = counts.get(weight.dtype, 0) + math.prod(weight.shape)
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else DECODED
+
+
+def _with_dtype(config: dict[str, Any], dtype: str, *, named: bool) -> dict[str, Any]:
+    """Return a config whose dtype is that of the weights.
+
+    The config of the model that a GGUF file was converted from names that model's dtype, to which
+    transformers would round what the file holds.
+
+    Args:
+        config: the config.
+        dtype: safetensors dtype of the weights.
+        named: whether a config that names no dtype gets one.
+    """
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"] * named
+    return config | dict.fromkeys(keys, DTYPES[dtype].config_name)
+
+
+def _made(file: GgufFile, family: GgufFamily) -> dict[str, Any]:
     """Return a config made from the metadata."""
     vocabulary = file.tensors["token_embd.weight"].shape[0]
 
@@ -248,8 +278,7 @@ def _made(file: GgufFile, family: GgufFamily, dtype: str) -> dict[str, Any]:
         value = file.metadata.get(f"tokenizer.ggml.{key}")
         return value if isinstance(value, int) else None
 
-    config = config_of(family, file.of_architecture, token, file.tensors, vocabulary)
-    return config | {"dtype": DTYPES[dtype].config_name}
+    return config_of(family, file.of_architecture, token, file.tensors, vocabulary)
 
 
 def _warnings(file: GgufFile, root: Path, *, made: bool) -> Iterator[str]:

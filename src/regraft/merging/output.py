@@ -14,7 +14,7 @@ from typing import Literal
 from blake3 import blake3
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
-from regraft.formats.layout import Looks, looks_like
+from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
 from regraft.merging.writer import write_error
 
 SLACK_BYTES = 64 * 2**20
@@ -72,19 +72,62 @@ def check_output(
         )  # fmt: skip
     if _is_empty(out):
         return
+    if obstacle := _obstacle(out, kind):
+        what, found, hint = obstacle
+        if out.is_dir() and not overwrite:
+            what = f"the output exists already, and {what}"
+        raise OutputExistsError(what, where=str(out), found=found, hint=hint)
     if not overwrite:
         raise OutputExistsError(
             "the output exists already", where=str(out),
             hint="Give another -o, or --overwrite to replace it once the new one is complete",
         )  # fmt: skip
-    found = looks_like(out) if out.is_dir() else "unknown"
-    if out.is_symlink() or found not in _MAY_REPLACE[kind]:
-        article = {"model": "a", "adapter": "an"}[kind]
-        raise OutputExistsError(
-            f"--overwrite replaces only folders that hold {article} {kind}", where=str(out),
-            expected=f"{article} {kind} folder, or an empty one", found=f"{found}",
-            hint="Give another -o, or remove it yourself",
+
+
+def _obstacle(out: Path, kind: Kind) -> tuple[str, str, str] | None:
+    """Return why something may not be replaced at all (what, found, hint); None if it may be."""
+    if out.is_symlink():
+        return (
+            "the output is a link, which is not replaced", f"a link to {out.readlink()}",
+            "Give the folder that it leads to, or another -o",
         )  # fmt: skip
+    if not out.is_dir():
+        return "the output is a file", "a file", "Give a folder as -o, or remove the file yourself"
+    if out.is_mount() or out.resolve() == _home():
+        found = "a mount point" if out.is_mount() else "the home folder"
+        return f"{found} is not replaced", found, "Give a folder in it as -o"
+    looks = looks_like(out)
+    if looks in _MAY_REPLACE[kind]:
+        return None
+    held = {"model": "a model", "adapter": "an adapter"}[kind]
+    what = f"--overwrite replaces only folders that hold {held}"
+    return what, DESCRIPTIONS[looks], "Give another -o, or remove it yourself"
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home().resolve()
+    except (RuntimeError, OSError):  # there is none
+        return None
+
+
+def replaced_inputs(out: Path, *sources: object) -> list[Path]:
+    """Return those of a call's inputs that lie at or below ``out``, before any is opened.
+
+    Args:
+        out: the output.
+        sources: paths, Hub ids, pairs of one and a weight, lists of these, or None.
+    """
+    found: list[Path] = []
+    place = out.resolve()
+    for source in sources:
+        if isinstance(source, list | tuple):
+            found += replaced_inputs(out, *source)
+        elif isinstance(source, str | Path):
+            path = out_path(source)
+            if os.path.lexists(path) and place in (path.resolve(), *path.resolve().parents):
+                found.append(path)
+    return found
 
 
 def _is_below_our_feet(place: Path) -> bool:

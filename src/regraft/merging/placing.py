@@ -110,6 +110,11 @@ def read_factors(place: Placement, stacked: bool) -> Factors:
     wanted = "A of (r, in) and B of (out, r), r from the config"
     flat_b = len(b) == 2 or (len(b) > 2 and set(b[2:]) == {1})
     if len(a) < 2 or not flat_b or (len(b) > 2 and len(b) != len(a)) or a[0] != b[1]:
+        grouped = len(a) == len(b) > 2 and 0 < b[1] < a[0] and a[0] % b[1] == 0
+        what = "the adapter of a grouped convolution can be attached, not merged"
+        if grouped:
+            raise Misfit(Problem(what, place.where(), wanted, f"{a}, {b}",
+                                 "Attach it with regraft.attach(model, adapter)"))  # fmt: skip
         raise Misfit(Problem("factors do not fit each other", place.where(), wanted, f"{a}, {b}"))
     experts, left_over = divmod(a[0], rank)
     if left_over or (experts != 1 and not stacked):

@@ -15,7 +15,6 @@ from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.model import Adapter
 from regraft.errors import MemoryCapError, MismatchError, Problem, UsageError
 from regraft.formats.checkpoint import Checkpoint
-from regraft.formats.layout import TORCH_SUFFIXES
 from regraft.merging.classes import (
     choose_class,
     class_updates,
@@ -49,9 +48,6 @@ BASELINE_BYTES = 170 * 2**20
 
 BYTES_PER_TENSOR = 4 * 2**10
 """Memory that the specs, steps and records of one tensor take, measured."""
-
-TORCH_BYTES = 200 * 2**20
-"""What importing torch adds, which reading a ``.bin`` file needs."""
 
 LARGEST_TILE = 2 * 2**20
 SMALLEST_TILE = 64 * 2**10
@@ -281,6 +277,9 @@ def _vocabulary_sizes(index: BaseIndex, works: Mapping[str, Work]) -> dict[str, 
 
 
 def _dtype_updates(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return what changes with the dtype; nothing for a model of diffusers, which stops at one."""
+    if is_of_diffusers(config):
+        return {}
     paths = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     for name, part in config.items():
         if isinstance(part, dict):
@@ -319,18 +318,27 @@ def _shards(
         extra = [each for step in extra for each in made.of(step)]
     if choices.shard_size:
         files = _split([step for steps in files for step in steps] + extra, choices.shard_size)
-        names = numbered_names(len(files))
+        names = numbered_names(len(files), _stem(base))
     else:
         files[-1].extend(extra)
         names = _kept_names(base)
     return [OutputShard(name, tuple(steps)) for name, steps in zip(names, files, strict=True)]
 
 
-def numbered_names(count: int) -> list[str]:
-    """Return transformers' file names for ``count`` weight files."""
+def is_of_diffusers(config: Mapping[str, Any] | None) -> bool:
+    """Return whether a config is that of a part of a diffusers pipeline."""
+    return "_class_name" in (config or {})
+
+
+def numbered_names(count: int, stem: str = "model") -> list[str]:
+    """Return transformers' file names for ``count`` weight files, or diffusers' by its stem."""
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _stem(base: Checkpoint) -> str:
+    return "diffusion_pytorch_model" if is_of_diffusers(base.config) else "model"
 
 
 def _kept_names(base: Checkpoint) -> list[str]:
@@ -342,7 +350,7 @@ def _kept_names(base: Checkpoint) -> list[str]:
     )
     if base.container == "safetensors" and usual and not base.single_file:
         return names
-    return numbered_names(len(names))
+    return numbered_names(len(names), _stem(base))
 
 
 def _split(steps: list[Step], limit: int) -> list[list[Step]]:
@@ -442,8 +450,7 @@ def fit_memory(
     largest = max(steps, key=cost)
     factors = max(FACTOR_BYTES, cost(largest))
     wanted = choices.threads or default_threads()
-    torch = TORCH_BYTES if any(path.suffix in TORCH_SUFFIXES for path in _paths(steps)) else 0
-    fixed = BASELINE_BYTES + torch + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
+    fixed = BASELINE_BYTES + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
     tiles = PER_THREAD + TO_KEEP * bool(choices.undo) + TO_RESTORE * (undone is not None)
     tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
     tiles += TO_DECODE_GGUF * any(step.source.path.suffix == ".gguf" for step in steps)
@@ -466,11 +473,6 @@ def fit_memory(
         found=f"{math.ceil(needed / 2**20)} MiB",
         hint=f"Allow it: --max-memory {math.ceil(needed / 2**20)}MiB",
     )
-
-
-def _paths(steps: Sequence[Step]) -> set[Path]:
-    """Return the files that steps read."""
-    return {path for step in steps for path in step.paths}
 
 
 def default_threads() -> int:

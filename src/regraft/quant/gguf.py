@@ -25,6 +25,9 @@ TYPES = (
 )  # fmt: skip
 """Types that are decoded. NVFP4 is not: a second scale of it is in a tensor of its own."""
 
+UNQUANTIZED = ("F32", "F16", "BF16")
+"""Types that are plain numbers, by the names that safetensors has for them too."""
+
 _PIECE = 2**17
 """Elements decoded together: what lies between blocks and values stays in the second cache."""
 

@@ -6,7 +6,6 @@ PEFT's names.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from regraft.runtime.layers.operations import Part, operations_of
 from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.row_axes import is_of_transformers
 from regraft.runtime.selection import Named, Rows, Selection
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
@@ -299,24 +299,24 @@ class Adapters:
             MismatchError: adapters of one row cannot go together.
         """
         self._check_unmerged()
-        of_row = [named(each) for each in adapters]
+        of_row = tuple(named(each) for each in adapters)
         if not of_row or repeats < 1:
             raise UsageError(
                 "no rows were named", where="rows()", hint="Name an adapter or None for each row"
             )
         names = dict.fromkeys(name for parts in of_row for name, _ in parts)
-        repeated = tuple(parts for parts in of_row for _ in range(repeats))
         with self._library.choose(list(names)) as chosen:
-            make = functools.partial(self._rows, repeated, chosen, repeats)
-            rows = self._library.rows(repeated, repeats, make)
+            rows = self._library.rows(of_row, repeats, lambda: self._rows(of_row, repeats, chosen))
             with self._scope(rows):
                 yield
 
-    def _rows(self, of_row: Sequence[Named], chosen: Chosen, repeats: int = 1) -> Rows:
-        before = self._rows(of_row[::repeats], chosen) if repeats > 1 else None
+    def _rows(self, of_row: Sequence[Named], repeats: int, chosen: Chosen) -> Rows:
         distinct = {parts: self._selection(parts, chosen) for parts in of_row}
         number = {parts: at for at, parts in enumerate(distinct)}
-        return Rows(tuple(distinct.values()), tuple(number[parts] for parts in of_row), before)
+        mixes, numbers = tuple(distinct.values()), tuple(number[parts] for parts in of_row)
+        if not is_of_transformers(self.model):
+            self._hooks.cover((), ("",))  # such a model is run as a whole, once for each mix
+        return Rows(mixes, numbers, self.base, self._state.key, repeats)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -126,6 +126,8 @@ class Hooks:
             model.register_forward_pre_hook(RootBefore(state), with_kwargs=True),
             model.register_forward_hook(RootAfter(state)),
         ]
+        for part in parts_called_alone(model):
+            self._root.append(part.register_forward_pre_hook(PartBefore(state), with_kwargs=True))
 
     def cover(self, outputs: Iterable[str], forwards: Iterable[str]) -> None:
         """See to it that these modules are looked after."""
@@ -197,7 +199,32 @@ class RootBefore(Hook):
         if selection is not None:
             batch = batch_of(args, kwargs)
             if batch is not None:
-                selection.check(batch)
+                selection.check(batch, kwargs)
+
+
+class PartBefore(Hook):
+    """Before a part of the model runs that is also called by itself: does its batch fit?"""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Check the batch."""
+        if torch.compiler.is_compiling():
+            return
+        selection = self.state.selection()
+        batch = batch_of(args, kwargs) if selection is not None else None
+        if selection is not None and batch is not None:
+            selection.check(batch)
+
+
+def parts_called_alone(model: Any) -> list[nn.Module]:
+    """Return the parts of a model that generate, or a user, calls by themselves."""
+    found: list[Any] = [getattr(model, "base_model", None)]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        found += [getattr(model, f"get_{side}", lambda: None)() for side in ("encoder", "decoder")]
+    parts = {id(part): part for part in found if isinstance(part, nn.Module) and part is not model}
+    return list(parts.values())
 
 
 class RootAfter(Hook):
@@ -208,9 +235,13 @@ class RootAfter(Hook):
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Note the scopes with the outputs."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return
         selection = self.state.selection()
+        if selection is not None:
+            selection.done()
+        if not torch.is_grad_enabled():
+            return
         scopes.remember_for_backward(
             tensors_in(output), {**scopes.current(), self.state.key: selection}
         )

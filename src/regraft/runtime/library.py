@@ -165,8 +165,8 @@ class Library:
             self._held.pop(name, None)
             for mix in [mix for mix in self._mixes if name in dict(mix)]:
                 del self._mixes[mix]
-            for key in [key for key in self._rows if any(name in dict(mix) for mix in key[0])]:
-                del self._rows[key]
+            for rows in [each for each in self._rows if any(name in dict(mix) for mix in each[0])]:
+                del self._rows[rows]
 
     def clear(self) -> None:
         """Let go of all."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from regraft.adapters.fingerprint import KEY, mismatch
 from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.model import Adapter
 from regraft.errors import BaseMismatchWarning
@@ -21,7 +22,7 @@ from regraft.merging.match import prefix_changes
 from regraft.merging.planning import parse_dtype
 from regraft.runtime.live_base import LiveBase, torch_dtype_of
 from regraft.runtime.matching import LiveAdapter, adapter_of
-from regraft.runtime.saving.fingerprint import KEY, compare
+from regraft.runtime.saving.fingerprint import compare
 from regraft.tensors import DTYPES, TensorSpec
 
 
@@ -169,9 +170,5 @@ def warn_of(name: str, files: AdapterFiles, adapter: Adapter, base: LiveBase) ->
     carried = files.metadata.get(KEY)
     if carried is None or compare(carried, base) != "another":
         return
-    trained_on = files.config.get("base_model_name_or_path") or "another base"
-    message = (
-        f"adapter {name!r} was trained on other weights than this model has: on {trained_on}, "
-        f"and this is {base.checkpoint.source}. It may answer nonsense here"
-    )
+    message = mismatch(name, files.config.get("base_model_name_or_path"), base.checkpoint.source)
     warnings.warn(message, BaseMismatchWarning, stacklevel=4)

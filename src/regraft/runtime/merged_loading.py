@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
 from regraft.libraries import require
+from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, see
 from regraft.merging.card import auto_class_of
 from regraft.merging.in_memory import MemoryMerge
@@ -39,6 +41,9 @@ NO_CAP = 2**50
 
 HUGE = 2 * 2**20
 """Size of a large page. A tensor of less is not worth a mapping of its own."""
+
+_SHOWN = 5
+"""So many names of parameters are shown in a warning."""
 
 _OURS = {
     "quantization_config": "weights are merged into plain values; quantize the loaded model, or "
@@ -89,20 +94,49 @@ def load_merged(
     require("torch", "transformers", why="a model in memory")
     _refuse(kwargs)
     made = _plan(base, adapters, _chosen(dtype, kwargs), threads, token)
+    warn(notes_of_another_base(made.adapters, made.base, made.quantization), stacklevel=2)
     if made.quantization is not None:
         check_scales(made.quantization)
     config, raw, rest = _config(made, kwargs)
     cls = _class_of(made, raw, config, model_class, rest)
     if getattr(cls, "config_class", None) is type(config.get_text_config()):
         config = config.get_text_config()  # the text model alone of one that sees, too
-    rest.setdefault("generation_config", _generation_config(made))
+    own = _generation_config(made) if rest.get("generation_config") is None else None
+    with_info = rest.pop("output_loading_info", False)
+    given = {"generation_config": own, **rest} if own is not None else rest
     with MemoryMerge(made) as merge:
         loading = _Loading(merge)
-        weights = _weights(made, loading)
-        result = loading.run(cls, config=config, state_dict=weights, device_map=device_map, **rest)
-    model = result[0] if isinstance(result, tuple) else result
-    model.config.name_or_path = model.name_or_path = str(base)
-    return result
+        model, info = loading.run(
+            cls, config=config, state_dict=_weights(made, loading), device_map=device_map,
+            output_loading_info=True, **given,
+        )  # fmt: skip
+    _finish(model, made, str(base), own)
+    if lacking := sorted(info.get("missing_keys", ())):
+        warnings.warn(_newly_made(cls.__name__, lacking), stacklevel=2)
+    return (model, info) if with_info else model
+
+
+def _finish(model: Any, made: Plan, base: str, generation: Any) -> None:
+    """Give a model what ``from_pretrained`` sets by the name that it loads from.
+
+    Its own generation config is one that knows that it was not changed since it was read: only such
+    a one is saved again if it is not valid. What is handed to ``from_pretrained`` gets copied.
+    """
+    model.config.name_or_path = model.name_or_path = base
+    if made.base.revision is not None:
+        model.config._commit_hash = made.base.revision
+    if generation is not None and model.can_generate():
+        model.generation_config = generation
+
+
+def _newly_made(cls: str, names: Sequence[str]) -> str:
+    """Return what to say of parameters that were loaded from nowhere."""
+    shown = ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+    return (
+        f"{len(names)} of the parameters of {cls} are in neither the base nor the adapters, and "
+        f"were newly initialized: {shown}. Two loads answer differently; name the class that the "
+        "adapter was trained on with model_class, or save these modules with it (modules_to_save)"
+    )
 
 
 def _refuse(kwargs: Mapping[str, Any]) -> None:
@@ -126,7 +160,7 @@ def _plan(
     wanted = parse_adapters(adapters)
     stored = open_base(locate(base, kind="base", token=token))
     read = [read_adapter(files, weight) for files, weight in open_adapters(wanted, token)]
-    plain, quantization = see(stored)
+    plain, quantization = see(stored, choices.dtype)
     if not plain.config:
         raise UsageError(
             "a model cannot be made of weights alone", where=stored.source, expected="config.json",

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import UsageError
+from regraft.runtime import scopes
+from regraft.runtime.hooks import tensors_in
 from regraft.runtime.layers.grouped import GroupedLora
 from regraft.runtime.layers.operations import Operations
 from regraft.runtime.layers.quick import quick_dtype
 from regraft.runtime.layers.steps import Dora, LowRank, Step, run, scaled
-from regraft.runtime.mixed_replacement import MixedReplacement
+from regraft.runtime.live_base import LiveBase
+from regraft.runtime.mixed_modules import by_name, prove, split_of
+from regraft.runtime.row_axes import (
+    Axis,
+    axis_of,
+    doubt_of_images,
+    is_in_backward,
+    is_of_transformers,
+    unknown_rows,
+    wrong_length,
+)
 
 Named = tuple[tuple[str, float], ...]
 """Adapters by name with their weights, in their order."""
@@ -41,8 +54,27 @@ class Selection:
         """Return what is called in the place of a module's forward pass, or None."""
         return self.operations.replacements.get(path)
 
-    def check(self, batch: int) -> None:
+    def check(self, batch: int, given: Mapping[str, Any] | None = None) -> None:
         """Accept any batch."""
+
+    def done(self) -> None:
+        """Note that a call of the model is over."""
+
+
+UNCALLED = "the model is not called as a whole"
+"""Why nothing is known of images where a part of a model is called by itself."""
+
+
+class Call(threading.local):
+    """What is known of the call of the model that runs in this thread.
+
+    Attributes:
+        batch: its rows.
+        images: why it is not known which row each image belongs to; None where it is.
+    """
+
+    batch: int = 1
+    images: str | None = UNCALLED
 
 
 @dataclass(eq=False)
@@ -52,32 +84,31 @@ class Rows:
     Attributes:
         distinct: the different mixes; None stands for no adapter.
         of_row: which of them each row has.
-        before_repeats: the rows as they were before ``generate`` made several of each. An encoder
-            sees these, and the decoder after it those.
+        base: the model.
+        key: the handle's number.
+        repeats: how many rows the model may make of each, one after the other.
+        proved: modules whose rows were found not to depend on one another.
     """
 
     distinct: tuple[Selection | None, ...]
     of_row: tuple[int, ...]
-    before_repeats: Rows | None = None
+    base: LiveBase
+    key: int
+    repeats: int = 1
     _after: dict[str, Any] = field(default_factory=dict)
-    _proved: set[Any] = field(default_factory=set)
+    proved: set[str] = field(default_factory=set)
+    _axes: dict[str, Axis] = field(default_factory=dict)
+    _calls: Call = field(default_factory=Call)
 
     def after(self, path: str, module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
         """Return a module's output with each row's steps done to it; None for none."""
-        fitting = self.fitting(x.shape[0])
-        if fitting is not self:
-            return fitting.after(path, module, x, out)
+        if len(self.distinct) == 1:
+            only = self.distinct[0]
+            return None if only is None else only.after(path, module, x, out)
         found = self._after.get(path)
         if found is None:
             found = self._make(path)
         return found(module, x, out) if found.wanted else None
-
-    def fitting(self, length: int) -> Rows:
-        """Return the rows that an axis of a length has: those before repeats, or after."""
-        other = self.before_repeats
-        if other is None or length == 1 or length % len(self.of_row) == 0:
-            return self
-        return other if length % len(other.of_row) == 0 else self
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def _make(self, path: str) -> MixedSteps:
@@ -86,19 +117,84 @@ class Rows:
 
     def instead(self, path: str) -> Any | None:
         """Return what is called in the place of a module's forward pass, or None."""
+        if len(self.distinct) == 1:
+            return None if self.distinct[0] is None else self.distinct[0].instead(path)
+        if not path and not is_of_transformers(self.base.model):
+            return MixedModel(self)
         if not any(each is not None and each.instead(path) for each in self.distinct):
             return None
-        return MixedReplacement(self, path, self._proved)
+        return MixedReplacement(self, path)
 
-    def check(self, batch: int) -> None:
-        """Refuse a batch of another length.
+    def check(self, batch: int, given: Mapping[str, Any] | None = None) -> None:
+        """Refuse a batch of another length, and note what a call says of its rows.
+
+        Args:
+            batch: its rows; those that were named, or as many times more as the model makes.
+            given: what the model was called with; None for a part of it that is called by itself.
 
         Raises:
             UsageError: it has more or fewer rows than were named.
         """
-        other = self.before_repeats
-        if batch != len(self.of_row) and (other is None or batch != len(other.of_row)):
-            raise wrong_length(batch, len(self.of_row))
+        count = len(self.of_row)
+        if batch not in (count, count * self.repeats):
+            raise wrong_length(batch, count * self.repeats)
+        self._calls.batch = batch
+        if given is not None and len(self.distinct) > 1:
+            self._calls.images = doubt_of_images(self.base.config or {}, given, batch)
+
+    def done(self) -> None:
+        """Forget what the call that is over said of its images."""
+        self._calls.images = UNCALLED
+
+    def axis(self, path: str) -> Axis:
+        """Return what is known of the rows in what a module is given."""
+        found = self._axes.get(path)
+        if found is None:
+            found = self._axes[path] = axis_of(self.base, path)
+        return found
+
+    def check_shape(self, axis: Axis, shape: Sequence[int]) -> None:
+        """Refuse an input of which it is not known where its rows are.
+
+        Raises:
+            UnsupportedError: it is not known.
+            UsageError: its rows cannot be those that were named.
+        """
+        if axis.of_images and self._calls.images is not None and not is_in_backward():
+            raise unknown_rows(axis.path, self._calls.images)
+        axis.check(shape, len(self.of_row), self.repeats)
+
+    def is_to_be_proved(self, path: str, module: nn.Module) -> bool:
+        """Whether it is to be tried out that a module's rows do not depend on one another.
+
+        Not in training, where dropout would differ, nor while compiling.
+        """
+        if path in self.proved or module.training or torch.compiler.is_compiling():
+            return False
+        return not isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+
+    def run(
+        self, selection: Selection | None, path: str, module: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
+        """Run a module with one of the mixes; the whole model with that one for all its layers."""
+        found = selection.instead(path) if selection is not None else None
+        forward = type(module).forward if found is None else found
+        if path:
+            return forward(module, *args, **kwargs)
+        with scopes.scope(self.key, selection):
+            output = forward(module, *args, **kwargs)
+        if torch.is_grad_enabled():
+            inner = {**scopes.current(), self.key: selection}
+            scopes.remember_for_backward(tensors_in(output), inner)
+        return output
+
+    def spread(self, value: Any) -> Any:
+        """Return ids that are the same for all rows, such as positions, for each row."""
+        count = len(self.of_row)
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != 1 or count == 1:
+            return value
+        batch = count if self.repeats == 1 else self._calls.batch
+        return value.expand(batch, *value.shape[1:])
 
     def groups(self, length: int) -> list[tuple[int, list[int]]]:
         """Return each mix with the places that it has along an axis of a length.
@@ -125,16 +221,6 @@ class Rows:
         return [of for of in self.of_row for _ in range(each)]
 
 
-def wrong_length(batch: int, rows: int) -> UsageError:
-    """Return the error for a batch whose rows are not those that were named."""
-    return UsageError(
-        "the batch does not have as many rows as adapters were named", where="rows()",
-        expected=f"{rows} rows", found=f"a batch of {batch}",
-        hint="Name one adapter (or None) for each row; where generate() makes several rows of one "
-        "(num_beams, num_return_sequences), say so: rows(names, repeats=num_beams)",
-    )  # fmt: skip
-
-
 class MixedSteps:
     """The steps of one module for a batch whose rows have different mixes.
 
@@ -143,7 +229,7 @@ class MixedSteps:
     """
 
     def __init__(self, rows: Rows, path: str) -> None:
-        self._rows, self._path = rows, path
+        self._rows, self._path, self._axis = rows, path, rows.axis(path)
         self._steps = [
             None if each is None else each.operations.steps.get(path) for each in rows.distinct
         ]
@@ -158,12 +244,12 @@ class MixedSteps:
 
     def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Return the output with each row's steps done to it."""
-        count = len(self._rows.of_row)
-        if x.shape[0] == 1 and count > 1:  # what is the same for all rows, such as positions
-            x = x.expand(count, *x.shape[1:])
-            out = out.expand(count, *out.shape[1:]).contiguous()
-        if x.shape[0] % count:
-            raise wrong_length(x.shape[0], count)
+        self._rows.check_shape(self._axis, x.shape)
+        if self._axis.is_ids and x.shape[0] == 1:
+            x = self._rows.spread(x)
+            out = out.expand(x.shape[0], *out.shape[1:]).contiguous()
+        if out.shape[0] != x.shape[0]:
+            raise unknown_rows(self._path, "what comes out does not have its input's rows")
         if self._alike and not (self._dropout and module.training):
             return self._group(x, out)(module, x, out)
         return self._by_mix(module, x, out)
@@ -262,3 +348,43 @@ def _scaled(
     a, b = step.factors.on(device)
     a, b = (a, b) if dtype is None else (a.to(dtype), b.to(dtype))
     return a, b * step.scale
+
+
+class MixedReplacement:
+    """A module's forward pass for a batch whose rows have different weights."""
+
+    def __init__(self, rows: Rows, path: str) -> None:
+        self._rows, self._path = rows, path
+        self._axis = rows.axis(path)
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the module once for each mix, on its own rows.
+
+        Raises:
+            UnsupportedError: it is not known which row its inputs belong to, or one row's answer
+                depends on other rows.
+            UsageError: the rows cannot be those that were named.
+        """
+        rows, given = self._rows, by_name(module, args, kwargs)
+        if self._axis.is_ids:
+            given = {name: rows.spread(value) for name, value in given.items()}
+
+        def run(selection: Selection | None, taken: Mapping[str, Any]) -> Any:
+            values = list(taken.items())
+            ordered = [value for _, value in values[: len(args)]]  # names may be those of others
+            return rows.run(selection, self._path, module, ordered, dict(values[len(args) :]))
+
+        split = split_of(self._axis, rows.groups, rows.check_shape, module, given)
+        if rows.is_to_be_proved(self._path, module):
+            prove(self._path, split, module, given, functools.partial(run, None))
+            rows.proved.add(self._path)
+        return split.run(lambda number, taken: run(rows.distinct[number], taken))
+
+
+class MixedModel(MixedReplacement):
+    """A whole model, run once for each mix: of its layers it is not known where their rows are."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows, self._path, self._axis = rows, "", Axis("")
+
+    __call__ = torch.compiler.disable(MixedReplacement.__call__)

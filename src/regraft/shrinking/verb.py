@@ -28,7 +28,14 @@ from regraft.formats.problems import capped
 from regraft.formats.reading import FilePool, typed_os_errors
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
-from regraft.merging.output import check_output, check_space, out_path, write_file, write_pieces
+from regraft.merging.output import (
+    check_output,
+    check_space,
+    out_path,
+    replaced_inputs,
+    write_file,
+    write_pieces,
+)
 from regraft.merging.planning import parse_dtype
 from regraft.merging.sidefiles import CARD, adapter_side_files, json_bytes
 from regraft.merging.workplace import workplace
@@ -103,7 +110,8 @@ def shrink(
     """
     started = time.perf_counter()
     place = out_path(out)
-    check_output(place, [], overwrite=overwrite, kind="adapter")
+    inputs = replaced_inputs(place, adapter, base)
+    check_output(place, inputs, overwrite=overwrite, kind="adapter")
     choices = _choices(dtype, rank, energy)
     tell(progress, "read", 0)
     job = _opened(adapter, base, choices, token)

@@ -69,7 +69,6 @@ def diff(
         InputError: one of them is missing, is no model or adapter, or they are one of each.
         FormatError: a file is malformed.
         UnsupportedError: one is of a kind that regraft does not read, such as GGUF.
-        MissingExtraError: one is a ``.bin`` file, and PyTorch is not installed.
         AccessError: the system refused to read a file.
         EnvironmentShortfall: the Hub cannot be reached.
     """

@@ -23,7 +23,8 @@ from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
-from regraft.merging.bases import see
+from regraft.merging.another_base import notes_of_another_base
+from regraft.merging.bases import decoded_like, see
 from regraft.merging.coding import Coder, block_of, noise_key
 from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
@@ -66,12 +67,14 @@ class Judgement:
         touched: names of the tensors that an adapter has a say in.
         config: what the merged model's config says and the merge would not.
         warnings: what the user should know.
+        another_base: which adapters were trained on another base, likewise.
     """
 
     tensors: tuple[TensorVerdict, ...]
     touched: frozenset[str]
     config: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    another_base: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def judge(
     """
     if choices.quantize is None:
         _refuse_packed(merged)
-    base, quantization = see(base)
+    base, quantization = see(base, decoded_like(base, merged))
     plan = make_plan(base, adapters, choices, None, quantization=quantization)
     places = Places(merged, base)
     answers, subjects = _find(plan, places)
@@ -119,6 +122,7 @@ def judge(
         frozenset(s.name for s in (*plan.steps, *(s.step for s in subjects)) if is_touched(s)),
         _config_differences(plan, merged),
         plan.warnings,
+        notes_of_another_base(adapters, base, quantization),
     )
 
 

@@ -489,7 +489,7 @@ def _merged_float32(
 
     out = folder / "float32"
     wide = Choices("F32", None, choices.max_memory, choices.threads)
-    plain, quantization = see(base)
+    plain, quantization = see(base, wide.dtype)
     plan = make_plan(plain, adapters, wide, out, quantization=quantization)
     _check_disk(folder, plan.nbytes)
     with workplace(out, overwrite=False) as place:

@@ -14,6 +14,7 @@ from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageE
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT
+from regraft.merging.another_base import warn
 from regraft.merging.bases import open_base
 from regraft.merging.events import Progress
 from regraft.merging.planning import Choices, default_threads
@@ -87,7 +88,9 @@ def verify(
         return _report(located.source, check, None)
     recipe = _recipe(base, wanted, token)
     coded = _as_coded(choices, located.path)
-    report = _report(located.source, check, _again(opened, recipe, coded, progress))
+    judged = _again(opened, recipe, coded, progress)
+    warn(judged.another_base, stacklevel=2)
+    report = _report(located.source, check, judged)
     if prompts is None:
         return report
     return _with_answers(report, opened, recipe, prompts, choices, progress)
@@ -227,7 +230,7 @@ def _report(source: str, check: ReceiptCheck | None, judged: Judgement | None) -
         tensors, said = conclude(judged.tensors, judged.touched)
         sentences += said
         differences += tuple(Difference("config.json", "", what) for what in judged.config)
-        warnings += judged.warnings
+        warnings += judged.warnings + judged.another_base
         checked["judged"] = sum(tensor.verdict != "unjudged" for tensor in tensors)
     verdict = overall(differences, tensors)
     return VerifyReport(

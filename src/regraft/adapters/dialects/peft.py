@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
+from regraft.adapters.fingerprint import KEY
 from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.adapters.settings import LoraSettings, read_settings
 from regraft.adapters.wrappers import plain_key
@@ -64,7 +65,7 @@ def read_adapter(files: AdapterFiles, weight: float = 1.0) -> Adapter:
         raise AdapterError(problems)
     return Adapter(
         files.source, files.revision, str(files.root), files.weights_file, weight, settings,
-        targets, whole, tokens, files.notes,
+        targets, whole, tokens, files.notes, files.metadata.get(KEY),
     )  # fmt: skip
 
 

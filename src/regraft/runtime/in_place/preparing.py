@@ -26,6 +26,7 @@ from regraft.runtime.in_place.jobs import CodedJob, Job, PlainJob
 from regraft.runtime.in_place.pool import Piece
 from regraft.runtime.in_place.quantized import LiveQuantized
 from regraft.runtime.in_place.weights import check_at_hand, plain
+from regraft.runtime.layers.served import check_mergeable
 from regraft.runtime.live_base import LiveBase, torch_dtype_of
 from regraft.runtime.matching import LiveAdapter, match_live, weighted, without_place
 from regraft.tensors import TensorSpec
@@ -125,6 +126,7 @@ def prepare(
         AdapterError: an adapter holds NaN or infinity.
         UnsupportedError: a weight is offloaded, or no layer can take its place.
     """
+    check_mergeable(base, [adapter.adapter for adapter, _ in adapters])
     works = match_live(base, [weighted(a.adapter, weight) for a, weight in adapters])
     coded = [work for name, work in works.items() if name in base.quantized]
     problems = unfit_for_codes(coded, kept=not choices.dequantize)

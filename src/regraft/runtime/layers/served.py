@@ -6,12 +6,15 @@ B, (out, r / groups, 1, ...).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from regraft.adapters.model import Adapter, LoraTarget
+from regraft.errors import Problem, UnsupportedError
 from regraft.runtime.layers.kinds import GROUPED_CONVOLUTION
 from regraft.runtime.layers.steps import Factors, LowRank
 from regraft.runtime.live_base import LiveBase
@@ -41,6 +44,31 @@ def _is_served(base: LiveBase, adapter: Adapter, target: LoraTarget) -> bool:
     plain = target.b_bias is None and target.magnitude is None and module.padding_mode == "zeros"
     fits = (target.a.shape, target.b.shape) == (a, b) and rank % groups == 0
     return plain and fits and adapter.settings.targets(target.module)
+
+
+def check_mergeable(base: LiveBase, adapters: Sequence[Adapter]) -> None:
+    """Refuse to merge what can only be served.
+
+    Raises:
+        UnsupportedError: an adapter has a grouped convolution; every one is listed.
+    """
+    problems = [
+        Problem(
+            "the adapter of a grouped convolution can be served and saved, not merged",
+            f"{adapter.source}: {path}", "a delta that a weight can stand for",
+            f"a convolution in {groups_of(base, path)} groups, whose A reads all input channels",
+            "Leave it unmerged, or train without this layer",
+        )
+        for adapter in adapters for path, _ in split(base, adapter)[1]
+    ]  # fmt: skip
+    if problems:
+        raise UnsupportedError(problems)
+
+
+def groups_of(base: LiveBase, path: str) -> int:
+    """Return in how many groups a convolution is."""
+    module: Any = base.modules[path]
+    return int(module.groups)
 
 
 def grouped_step(adapter: LiveAdapter, weight: float, target: LoraTarget) -> LowRank:

@@ -1,43 +1,29 @@
-"""What a base looks like, in a few hundred bytes that travel with an adapter.
+"""The fingerprint of a running model: values of its parameters, read one by one.
 
-An adapter is a difference to one base, and on another it is noise. Names and shapes do not tell
-bases of one family apart, so a few of the weights themselves are kept: of at most 16 of the adapted
-parameters, 32 values each, as float32, at places that follow from the shape alone. Only these are
-read, and of quantized weights only these are decoded.
-
-The same base in another precision differs by rounding. What was measured on
-normally distributed weights, as ‖a - b‖ / ‖a‖ over the values that are kept:
-
-=======================================  ======
-the same base, float32 to bfloat16       0.0016
-float32 to float16                       0.0002
-8 bits (bitsandbytes)                    0.0071
-NF4 in blocks of 64                      0.091
-the same, scales quantized too           0.091
-FP4                                      0.12
-fine-tuned, by 1% of the weights' norm   0.01
-another base of the same shapes          1.4
-=======================================  ======
-
-So a base is "another" where a plain weight is off by more than a step of bfloat16 (2^-8 of the
-value) in more than 2% of the places, and a quantized one where the norm is off by more than 0.5. By
-the first rule a fine-tuned descendant is told from its ancestor; changes of 0.3% of the norm still
-show. Behind the noise of 4 bits it is not.
+What a fingerprint is and what it tells is said in :mod:`regraft.adapters.fingerprint`.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from regraft.adapters.fingerprint import (
+    KEY,
+    Fingerprint,
+    Verdict,
+    grown,
+    parsed,
+    places_of,
+    spread,
+    verdict,
+)
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.quantized_parameters import (
     has_lost_scales,
@@ -48,23 +34,8 @@ from regraft.runtime.quantized_parameters import (
     scales_of_8bit,
 )
 
-KEY = "regraft_base"
-"""The key of a fingerprint in the header of an adapter's weights."""
+__all__ = ["KEY", "Parameter", "compare", "fingerprint_of", "parameters_of", "sampled"]
 
-Verdict = Literal["same", "other precision", "another", "unknown"]
-
-PARAMETERS, VALUES = 16, 32
-STEP = 2.0**-8
-"""A step of bfloat16, relative to the value."""
-
-TINY = 2.0**-24
-"""A step of the smallest float16 values, which have no exponent to spare."""
-
-SHARE_OFF = 0.02
-CODED = 0.5
-
-_VERSION = 1
-_GOLDEN = 0.6180339887498949  # places k * golden mod 1 are spread evenly for any number of them
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -100,89 +71,43 @@ def fingerprint_of(parameters: Mapping[str, Parameter]) -> str | None:
         parameters: those that an adapter changes, by name.
     """
     readable = {n: p for n, p in parameters.items() if _is_readable(p)}
-    chosen = _spread(sorted(readable), PARAMETERS)
-    values = {name: sampled(readable[name]) for name in chosen}
-    if not values:
+    chosen = spread(sorted(readable))
+    if not chosen:
         return None
-    taken = np.concatenate(list(values.values()))
-    fields = {
-        "version": _VERSION,
-        "coded": any(is_coded(readable[name]) for name in chosen),
-        "sampled": {name: list(shape_of(readable[name])) for name in chosen},
-        "values": base64.b64encode(taken.astype("<f4").tobytes()).decode(),
-    }
-    return json.dumps(fields, separators=(",", ":"))
+    return Fingerprint(
+        {name: shape_of(readable[name]) for name in chosen},
+        tuple(sampled(readable[name]) for name in chosen),
+        any(is_coded(readable[name]) for name in chosen),
+    ).to_text()
 
 
 def compare(fingerprint: str, base: LiveBase) -> Verdict:
     """Return what a base is to the one that a fingerprint was taken of.
 
-    ``"same"``: the values are equal. ``"other precision"``: they differ by rounding. ``"unknown"``:
-    they cannot be read here, with names and shapes as they should be, or this is no fingerprint
-    that this version knows. ``"another"``: anything else.
-
     Args:
         fingerprint: as :func:`fingerprint_of` made it.
         base: the base that is here, with no adapter merged into it.
     """
-    parsed = _parsed(fingerprint)
-    if parsed is None:
+    taken = parsed(fingerprint)
+    if taken is None:
         return "unknown"
-    sampled_there, values, coded = parsed
-    here = parameters_of(base, (_name_in(base, name) for name in sampled_there))
-    if len(here) < len(sampled_there):
+    here = parameters_of(base, (_name_in(base, name) for name in taken.shapes))
+    if len(here) < len(taken.shapes):
         return "another"
-    there, found = [], []
-    for (shape, before), parameter in zip(
-        zip(sampled_there.values(), values, strict=True), here.values(), strict=True
+    there, found, coded = [], [], taken.coded
+    for shape, before, parameter in zip(
+        taken.shapes.values(), taken.values, here.values(), strict=True
     ):
-        if shape_of(parameter) != tuple(shape):
+        common = grown(shape, shape_of(parameter))
+        if common is None:
             return "another"
         if _is_readable(parameter):
             coded = coded or is_coded(parameter)
-            there.append(before)
-            found.append(sampled(parameter))
-    if not found:
+            there.append(before[common])
+            found.append(sampled(parameter, places_of(math.prod(shape))[common]))
+    if not sum(map(len, found)):
         return "unknown"
     return verdict(np.concatenate(there), np.concatenate(found), coded=coded)
-
-
-def verdict(there: np.ndarray, here: np.ndarray, *, coded: bool) -> Verdict:
-    """Return what values of one base are to those of another at the same places.
-
-    Args:
-        there: float32 ``(n,)``.
-        here: the same.
-        coded: whether one of the bases is quantized.
-    """
-    if np.array_equal(there, here):
-        return "same"
-    a, b = there.astype(np.float64), here.astype(np.float64)
-    if coded:
-        close = float(np.linalg.norm(a - b)) <= CODED * max(float(np.linalg.norm(a)), TINY)
-    else:
-        off = np.abs(a - b) > STEP * np.maximum(np.abs(a), np.abs(b)) + TINY
-        close = float(off.mean()) <= SHARE_OFF
-    return "other precision" if close else "another"
-
-
-def _parsed(text: str) -> tuple[dict[str, Sequence[int]], list[np.ndarray], bool] | None:
-    """Return the shapes of the sampled parameters, their values, and whether they were coded.
-
-    None for what is no fingerprint: it comes with the files of strangers.
-    """
-    try:
-        fields: Any = json.loads(text)
-        version, shapes = fields["version"], dict(fields["sampled"])
-        raw = np.frombuffer(base64.b64decode(fields["values"], validate=True), "<f4")
-        counts = [min(VALUES, math.prod(shape)) for shape in shapes.values()]
-        coded = bool(fields["coded"])
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
-        return None
-    good = all(isinstance(count, int) and count > 0 for count in counts)
-    if version != _VERSION or not counts or not good or sum(counts) != raw.size:
-        return None
-    return shapes, np.split(raw, np.cumsum(counts)[:-1]), coded
 
 
 def _name_in(base: LiveBase, name: str) -> str:
@@ -192,21 +117,6 @@ def _name_in(base: LiveBase, name: str) -> str:
     found = base.index.find(name)
     held = [h.spec.name for f in found for h in f.held]
     return held[0] if len(held) == 1 else name
-
-
-def _spread(names: Sequence[str], count: int) -> list[str]:
-    """Return some of the names, evenly spread."""
-    if len(names) <= count:
-        return list(names)
-    return [names[i * (len(names) - 1) // (count - 1)] for i in range(count)]
-
-
-def places_of(numel: int, count: int = VALUES) -> np.ndarray:
-    """Return where values are taken from a weight of ``numel``: int64 ``(min(count, numel),)``."""
-    if numel <= count:
-        return np.arange(numel, dtype=np.int64)
-    steps = (np.arange(1, count + 1) * _GOLDEN) % 1.0
-    return np.minimum((steps * numel).astype(np.int64), numel - 1)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -232,11 +142,17 @@ def _is_readable(parameter: Parameter) -> bool:
     return is_4bit(weight) or weight.dtype in _FLOATS
 
 
-def sampled(parameter: Parameter) -> np.ndarray:
-    """Return the values of a parameter at :func:`places_of` its shape: float32 ``(n,)``."""
-    numel = math.prod(shape_of(parameter))
+def sampled(parameter: Parameter, at: np.ndarray | None = None) -> np.ndarray:
+    """Return the values of a parameter at places in row-major order: float32 ``(n,)``.
+
+    Args:
+        parameter: the parameter.
+        at: the places; by default :func:`places_of` its shape.
+    """
+    if at is None:
+        at = places_of(math.prod(shape_of(parameter)))
     with torch.no_grad():
-        places = torch.from_numpy(places_of(numel)).to(parameter.weight.device)
+        places = torch.from_numpy(at).to(parameter.weight.device)
         if is_4bit(parameter.weight):
             values = _four_bit(parameter.weight, places)
         elif is_8bit(parameter.weight):

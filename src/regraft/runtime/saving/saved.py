@@ -15,6 +15,7 @@ from regraft.adapters.wrappers import peft_key, plain_config
 from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.card import hub_id
 from regraft.runtime.handle import ATTACHED, Adapters
+from regraft.runtime.layers.served import split
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, match_live
 from regraft.runtime.quantized_parameters import is_4bit, is_8bit
@@ -176,7 +177,9 @@ def of_live(
     A fingerprint that came with the adapter stays, unless the adapter is trained here.
     """
     metadata = {key: value for key, value in adapter.metadata.items() if key != "format"}
-    parameters = parameters_of(base, match_live(base, [adapter.adapter]))
+    matched, served = split(base, adapter.adapter)
+    names = [*match_live(base, [matched]), *(f"{path}.weight" for path, _ in served)]
+    parameters = parameters_of(base, names)
     if not merged and (adapter.is_trainable or KEY not in metadata):
         found = fingerprint_of(parameters)
         metadata = {**metadata, **({KEY: found} if found is not None else {})}
