@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -41,21 +40,22 @@ def tokenizer() -> Any:
 def write_base(folder: Path) -> Path:
     """Write a llama in bfloat16 whose linear layers fit every format, with its tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     speaker = tokenizer()
     torch.manual_seed(0)
+    tokens = {f"{n}_token_id": getattr(speaker, f"{n}_token_id") for n in ("pad", "bos", "eos")}
     config = LlamaConfig(
         vocab_size=len(speaker),
         hidden_size=HIDDEN,
         intermediate_size=INTER,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        pad_token_id=speaker.pad_token_id,
-        bos_token_id=speaker.bos_token_id,
-        eos_token_id=speaker.eos_token_id,
+        **tokens,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(max_new_tokens=4, **tokens)  # answers are short
+    model.save_pretrained(folder)
     speaker.save_pretrained(folder)
     return folder
 
@@ -110,7 +110,7 @@ def write_world(root: Path) -> Path:
         regraft.quantize(base, root / name, "nf4")
     both: list[str | Path] = [f"{root / 'style'}=0.5", root / "facts"]
     regraft.merge(base, both, root / "merged-by-peft", undo=False)
+    copytree(root / "merged-by-peft", root / "models" / "merged")
+    regraft.merge(base, root / "adapter", root / "merged")
     (root / "prompts.txt").write_text("List all users\nWho is it?\n")
-    rows = [json.dumps({"text": f"Question {n}: answer"}) for n in range(4)]
-    (root / "data.jsonl").write_text("\n".join(rows) + "\n")
     return root
