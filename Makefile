@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench bench-quantized bench-qlora bench-live torture docs clean help
+.PHONY: demo test check bench bench-quantized bench-qlora bench-live practice torture docs clean help
 
 help:
 	@echo "make demo    train two adapters on a real model, switch, merge, take back (under 3 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench-quantized  work on 4-bit models against PEFT and bitsandbytes; writes its page"
 	@echo "make bench-qlora      what survives of a QLoRA adapter, on a real model; writes its page"
 	@echo "make bench-live       adapters on a running model against PEFT; writes its page"
+	@echo "make practice    PEFT's toy models, Trainer, serving, beside PEFT; counts of docs/faithfulness.md"
 	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (an hour)"
 	@echo "make docs    check that the docs are in step with the code"
 
@@ -51,6 +52,9 @@ bench-qlora: $(VENV)/.model
 
 bench-live: $(VENV)/.dev
 	$(PY) benchmarks/live.py
+
+practice: $(VENV)/.dev
+	PYTHONPATH=scripts $(PY) -m practice --write
 
 # Inputs and outputs of some gigabytes lie in .torture; the figures are left there as JSON.
 torture: $(VENV)/.dev

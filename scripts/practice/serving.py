@@ -1,0 +1,334 @@
+"""Ways of serving an adapter, each beside PEFT's model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import functools
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers as tf
+
+import regraft
+from practice.bases import BASES, Base, answer, inputs, made
+from practice.outcome import Case, require, require_close
+
+LLAMA = next(base for base in BASES if base.name == "llama")
+T5 = next(base for base in BASES if base.name == "t5")
+Settings = dict[str, Any]
+
+GENERATING: dict[str, Settings] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 8},
+    "beams": {"num_beams": 3},
+    "several answers each": {"do_sample": True, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+"""Ways of ``generate`` that are its arguments alone."""
+
+
+class World:
+    """A model with two adapters attached, and PEFT's model with the same two."""
+
+    def __init__(self, base: Base, folder: Path) -> None:
+        self.base, self.folder, self.plain = base, folder, made(base)
+        self.paths = {name: self._made(name, seed) for seed, name in enumerate(("one", "two"))}
+        self.model = copy.deepcopy(self.plain)
+        self.adapters = regraft.attach(self.model, self.paths["one"], "one")
+        self.adapters.load_adapter(self.paths["two"], "two")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(self.plain), self.paths["one"], "one")
+        theirs.load_adapter(self.paths["two"], "two")
+        self.theirs = theirs.eval()
+
+    def _made(self, name: str, seed: int) -> Path:
+        config = peft.LoraConfig(
+            r=4, target_modules=list(self.base.linear), init_lora_weights=False
+        )
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(copy.deepcopy(self.plain), config)
+        model.save_pretrained(self.folder / name)
+        return self.folder / name
+
+    def expected(self, name: str | None) -> Any:
+        """Return what PEFT's model answers with an adapter, or as the base."""
+        if name is None:
+            return answer(self.plain, self.base).detach()
+        self.theirs.set_adapter(name)
+        return answer(self.theirs, self.base).detach()
+
+    def answer(self) -> Any:
+        """Return what the model with regraft's adapters answers now."""
+        return answer(self.model, self.base).detach()
+
+
+def generated(model: Any, seed: int = 0, **settings: Any) -> Any:
+    """Return ids that the model generates for two prompts of six tokens."""
+    torch.manual_seed(seed)
+    fixed: Settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    return model.generate(**{"input_ids": inputs(LLAMA)["input_ids"], **fixed, **settings})
+
+
+def cases() -> Iterator[Case]:
+    """Yield every way of serving."""
+    for name, settings in GENERATING.items():
+        yield Case(f"generate: {name}", _in_world(functools.partial(_generates, settings)))
+    for name, way in WAYS.items():
+        yield Case(name, _in_world(way))
+    yield Case("rows: encoder and decoder", _in_world(_rows, T5))
+    yield Case("rows: encoder and decoder, beams", _in_world(_rows_with_beams, T5))
+
+
+def _in_world(way: Callable[[World], None], base: Base = LLAMA) -> Callable[[], None]:
+    def attempt() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            way(World(base, Path(folder)))
+
+    return attempt
+
+
+def _generates(settings: Settings, world: World) -> None:
+    found = generated(world.model, **settings)
+    require(torch.equal(found, generated(world.theirs, **settings)), "other tokens")
+
+
+def _prompt_lookup(world: World) -> None:
+    one = {"input_ids": inputs(LLAMA)["input_ids"][:1]}
+    _generates({**one, "prompt_lookup_num_tokens": 2}, world)
+
+
+def _left_padding(world: World) -> None:
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    _generates({"attention_mask": mask}, world)
+
+
+def _assisted(world: World) -> None:
+    _generates({"input_ids": inputs(LLAMA)["input_ids"][:1], "assistant_model": world.plain}, world)
+
+
+def _rows(world: World) -> None:
+    with world.adapters.rows(["one", None]):
+        found = world.answer()
+    require_close(found[:1], world.expected("one")[:1], "first row")
+    require_close(found[1:], world.expected(None)[1:], "second row")
+
+
+def _rows_with_beams(world: World) -> None:
+    found = {}
+    for name in ("one", "two"):
+        with world.adapters.using(name):
+            found[name] = generated(world.model, num_beams=2)
+    with world.adapters.rows(["one", "two"], repeats=2):
+        mixed = generated(world.model, num_beams=2)
+    for row, name in enumerate(found):
+        width = min(mixed.shape[1], found[name].shape[1])
+        require(torch.equal(mixed[row, :width], found[name][row, :width]), f"row of {name}")
+
+
+def _scopes(world: World) -> None:
+    with world.adapters.using("two"):
+        with world.adapters.disable_adapter():
+            require_close(world.answer(), world.expected(None), "inner scope")
+        require_close(world.answer(), world.expected("two"), "outer scope")
+    require_close(world.answer(), world.expected("one"), "after both")
+
+
+def _exception(world: World) -> None:
+    try:
+        with world.adapters.using("two"):
+            raise KeyError("of the caller")
+    except KeyError:
+        require_close(world.answer(), world.expected("one"), "after an exception")
+
+
+def _threads(world: World) -> None:
+    expected = {name: world.expected(name) for name in ("one", "two", None)}
+    found: dict[str | None, Any] = {}
+
+    def serve(name: str | None) -> None:
+        with world.adapters.using(name):
+            found[name] = [world.answer() for _ in range(5)]
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, answers in found.items():
+        for each in answers:
+            require_close(each, expected[name], f"thread of {name}")
+    require(len(found) == len(expected), "a thread did not answer")
+
+
+def _asyncio(world: World) -> None:
+    async def serve(name: str) -> Any:
+        with world.adapters.using(name):
+            return await asyncio.to_thread(world.answer)
+
+    async def both() -> list[Any]:
+        return list(await asyncio.gather(serve("one"), serve("two")))
+
+    for name, found in zip(("one", "two"), asyncio.run(both()), strict=True):
+        require_close(found, world.expected(name), f"task of {name}")
+
+
+def _context(world: World) -> None:
+    found: list[Any] = []
+    with world.adapters.using("two"):
+        run = contextvars.copy_context().run
+        thread = threading.Thread(target=run, args=(lambda: found.append(world.answer()),))
+        thread.start()
+        thread.join()
+    require_close(found[0], world.expected("two"), "a thread in a copied context")
+
+
+def _continuous(world: World) -> None:
+    few = tf.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+    settings = tf.GenerationConfig(
+        max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=63
+    )
+    prompts = inputs(LLAMA)["input_ids"].tolist()
+    with world.adapters.using("two"):
+        batch = world.model.generate_batch(
+            inputs=prompts,
+            generation_config=settings,
+            continuous_batching_config=few,
+            warmup=False,
+        )
+    world.theirs.set_adapter("two")
+    expected = generated(world.theirs, max_new_tokens=4, eos_token_id=63)[:, 6:].tolist()
+    found = [list(each.generated_tokens) for each in batch.values()]
+    require(sorted(found) == sorted(expected), "other tokens")
+
+
+def _compiled(world: World) -> None:
+    compiled = torch.compile(world.model, backend="eager")
+    require_close(answer(compiled, LLAMA), world.expected("one"), "compiled")
+    with world.adapters.using("two"):
+        require_close(answer(compiled, LLAMA), world.expected("two"), "switched")
+
+
+def _merged(world: World) -> None:
+    world.adapters.merge_adapter("two")
+    world.theirs.set_adapter("two")
+    require_close(world.answer(), world.expected("two"), "merged")
+    world.adapters.unmerge_adapter()
+    require_close(world.answer(), world.expected("one"), "unmerged; the active adapter answers")
+
+
+def _unloaded(world: World) -> None:
+    model = world.adapters.merge_and_unload("two")
+    require_close(answer(model, LLAMA), world.expected("two"), "merged and unloaded")
+
+
+def _load_merged(world: World) -> None:
+    world.plain.save_pretrained(world.folder / "base")
+    model = regraft.load_merged(world.folder / "base", [world.paths["one"]])
+    require_close(answer(model.eval(), LLAMA), world.expected("one"), "loaded merged")
+
+
+def _base_saved(world: World) -> None:
+    world.model.save_pretrained(world.folder / "base")
+    loaded = tf.LlamaForCausalLM.from_pretrained(world.folder / "base").eval()
+    require_close(answer(loaded, LLAMA), world.expected(None), "the saved base")
+    require_close(world.answer(), world.expected("one"), "the model meanwhile")
+
+
+def _cache(world: World) -> None:
+    model = copy.deepcopy(world.plain)
+    adapters = regraft.attach(model, cache=regraft.AdapterCache("1MiB"))
+    for name, path in world.paths.items():
+        adapters.load_adapter(path, name)
+    for name in ("one", "two", "one"):
+        with adapters.using(name):
+            require_close(answer(model, LLAMA), world.expected(name), f"cached {name}")
+
+
+def _reloaded(world: World) -> None:
+    world.adapters.set_adapter("two")
+    world.adapters.delete_adapter("one")
+    world.adapters.load_adapter(world.paths["two"], "one")
+    world.adapters.set_adapter("one")
+    require_close(world.answer(), world.expected("two"), "another adapter under a name")
+
+
+def _weighted(world: World) -> None:
+    model = copy.deepcopy(world.theirs)
+    model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "both", combination_type="cat")
+    model.set_adapter("both")
+    with world.adapters.using({"one": 0.7, "two": 0.3}):
+        require_close(world.answer(), answer(model, LLAMA), "weighted")
+
+
+def _bfloat16(world: World) -> None:
+    world.model.to(torch.bfloat16)
+    world.theirs.to(torch.bfloat16)
+    require_close(world.answer(), world.expected("one"), "in bfloat16", 0.03)
+
+
+def _streamed(world: World) -> None:
+    streamed: list[Any] = []
+
+    class Streamer(tf.generation.streamers.BaseStreamer):  # type: ignore[misc]
+        def put(self, value: Any) -> None:
+            streamed.append(value.reshape(-1))
+
+        def end(self) -> None: ...
+
+    one = {"input_ids": inputs(LLAMA)["input_ids"][:1]}
+    found = generated(world.model, **one, streamer=Streamer())
+    require(torch.equal(torch.cat(streamed), found[0]), "streamed other tokens than returned")
+    require(torch.equal(found, generated(world.theirs, **one)), "other tokens")
+
+
+def _copied(world: World) -> None:
+    found = answer(copy.deepcopy(world.model), LLAMA).detach()
+    require_close(found, world.expected("one"), "a copy of the model")
+
+
+def _replaced(world: World) -> None:
+    projection = world.model.model.layers[0].self_attn.q_proj
+    world.model.model.layers[0].self_attn.q_proj = copy.deepcopy(projection)
+    require_close(world.answer(), world.expected("one"), "a module was replaced")
+
+
+def _parallel(world: World) -> None:
+    wrapped = torch.nn.DataParallel(world.model)
+    require_close(answer(wrapped, LLAMA), world.expected("one"), "inside DataParallel")
+
+
+WAYS: dict[str, Callable[[World], None]] = {
+    "prompt lookup": _prompt_lookup,
+    "left padding": _left_padding,
+    "assisted by the base": _assisted,
+    "rows": _rows,
+    "rows with beams": _rows_with_beams,
+    "nested scopes": _scopes,
+    "an exception in a scope": _exception,
+    "threads": _threads,
+    "asyncio": _asyncio,
+    "a thread in a copied context": _context,
+    "continuous batching": _continuous,
+    "compiled": _compiled,
+    "merged in memory, and taken back": _merged,
+    "merged and unloaded": _unloaded,
+    "load_merged": _load_merged,
+    "the base saved meanwhile": _base_saved,
+    "a cache of adapters": _cache,
+    "a name loaded anew": _reloaded,
+    "weighted adapters": _weighted,
+    "cast to bfloat16": _bfloat16,
+    "streamed": _streamed,
+    "a deep copy": _copied,
+    "a replaced module": _replaced,
+    "DataParallel": _parallel,
+}
+"""Ways of serving by name; each raises `WrongError` if an answer is not PEFT's."""
