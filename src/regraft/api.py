@@ -32,6 +32,7 @@ from regraft.merging.quantizing import KEEP
 from regraft.merging.recipe import (
     AdapterArg,
     Coding,
+    base_named_by,
     choices_of,
     open_adapters,
     parse_adapters,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    base: str | Path,
+    base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
     out: str | Path,
     *,
@@ -68,7 +69,8 @@ def merge(
 
     Args:
         base: a folder, a single ``.safetensors`` or ``.gguf`` file, or a Hub id
-            ``org/name[@revision]``; plain or quantized.
+            ``org/name[@revision]``; plain or quantized. None for the one that the adapters name in
+            their configs.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
         out: the folder to make; it appears whole or not at all.
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
@@ -108,8 +110,9 @@ def merge(
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
     wanted = parse_adapters(adapters)
-    refuse_swapped(base, wanted)
     tell(progress, "read", 0)
+    base = base_named_by(wanted, token) if base is None else base
+    refuse_swapped(base, wanted)
     checkpoint = open_base(locate(base, kind="base", token=token))
     made = _plan(
         checkpoint, wanted, choices, place, overwrite=overwrite, token=token,
@@ -142,7 +145,7 @@ def _inputs(made: Plan) -> list[Path]:
 
 
 def plan(
-    base: str | Path,
+    base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
     out: str | Path | None = None,
     *,
@@ -169,8 +172,9 @@ def plan(
     coding = Coding(quantize, rounding, seed, double_quant)
     choices = choices_of(dtype, shard_size, max_memory, threads, undo, coding=coding)
     wanted = parse_adapters(adapters)
-    refuse_swapped(base, wanted)
     tell(progress, "read", 0)
+    base = base_named_by(wanted, token) if base is None else base
+    refuse_swapped(base, wanted)
     checkpoint = open_base_headers(base, token)
     place = out_path(out) if out is not None else None
     return _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
@@ -216,7 +220,7 @@ def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None
 
 
 def check(
-    base: str | Path,
+    base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
     *,
     dtype: str | None = None,
@@ -239,6 +243,7 @@ def check(
     coding = Coding(quantize)
     choices = choices_of(dtype, None, max_memory, None, None, coding=coding)
     wanted = parse_adapters(adapters)
+    base = base_named_by(wanted, token) if base is None else base
     refuse_swapped(base, wanted)
     checkpoint = open_base_headers(base, token)
     read, problems = [], list[Problem]()

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from regraft.adapters.fingerprint import KEY, parsed
 from regraft.adapters.known_settings import unknown_settings
+from regraft.adapters.model import FINGERPRINT
 from regraft.adapters.settings import refusals
 from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, FormatError, InputError, Problem
@@ -438,14 +438,18 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         unmergeable=tuple(what for what, _ in refusals(adapter.config)),
         peft_version=config.text("peft_version"),
         unknown_settings=unknown_settings(adapter.config),
-        fingerprint=_fingerprint_facts(adapter.metadata.get(KEY)),
+        fingerprint=_fingerprint_facts(adapter.metadata.get(FINGERPRINT)),
     )
     config.raise_problems()
     return facts
 
 
 def _fingerprint_facts(text: str | None) -> FingerprintFacts | None:
-    found = parsed(text) if text is not None else None
+    if text is None:
+        return None
+    from regraft.adapters.fingerprint import parsed
+
+    found = parsed(text)
     if found is None:
         return None
     return FingerprintFacts(len(found.shapes), sum(map(len, found.values)), found.coded)

@@ -51,7 +51,7 @@ def test_a_mistyped_option_is_answered_with_the_one_meant(run: Run) -> None:
         ["shrink", "adapter", "-o", "out", "--energy", "1.5"],
         ["shrink", "adapter", "-o", "out", "--rank", "4", "--energy", "0.9"],
         ["shrink", "adapter", "-o", "out", "--dtype", "int3"],
-        ["check", "base"],
+        ["check"],
         ["inspect"],
         ["completion", "tcsh"],
         ["nonsense"],

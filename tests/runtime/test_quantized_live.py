@@ -151,3 +151,37 @@ def test_a_quantized_base_is_trained_around(form: str, base: Path) -> None:
     for name, parameter in model.named_parameters():
         if name in codes:
             assert torch.equal(parameter, codes[name]), name
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_dequantized_after_attaching_the_adapter_is_merged_and_saved(
+    name: str, form: str, base: Path, tmp_path: Path
+) -> None:
+    path, inputs = adapter(base, tmp_path, name), zoo.example_inputs("llama")
+    model = load(base, form)
+    adapters = regraft.attach(model, path)
+    zoo.logits(model, inputs)
+    plain = model.dequantize().float()
+    found = zoo.logits(plain, inputs)
+    with adapters.disable_adapter():
+        assert_visible(found, zoo.logits(plain, inputs))
+    merged = adapters.merge_and_unload()
+    assert distance(zoo.logits(merged, inputs), found) <= 1e-4
+    merged.save_pretrained(tmp_path / "merged")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert distance(zoo.logits(again, inputs), found) <= 1e-4
+
+
+def test_dequantized_after_a_merge_stays_merged(base: Path, tmp_path: Path) -> None:
+    path, inputs = adapter(base, tmp_path, "lora"), zoo.example_inputs("llama")
+    model = load(base, "nf4")
+    adapters = regraft.attach(model, path)
+    adapters.merge_adapter()
+    expected = zoo.logits(model, inputs)
+    model.dequantize()
+    assert distance(zoo.logits(model, inputs), expected) <= ROUNDED
+    with pytest.raises(regraft.UsageError, match="not kept"):
+        adapters.unmerge_adapter()
+    adapters.merge_and_unload()
+    assert distance(zoo.logits(model, inputs), expected) <= ROUNDED

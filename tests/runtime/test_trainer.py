@@ -169,7 +169,7 @@ def test_checkpoints_are_adapters(base: Path, tmp_path: Path) -> None:
     assert again.peft_config["default"].r == 4
     size = sum(t.nbytes for t in trainer.model.state_dict().values())
     assert (checkpoint / WEIGHTS).stat().st_size < size + 10_000
-    assert (checkpoint / "model.safetensors").samefile(checkpoint / WEIGHTS)
+    assert (checkpoint / "model.safetensors").stat().st_size < size + 10_000
 
 
 def test_what_is_saved_at_the_end_is_the_adapter_alone(base: Path, tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-KEY = "regraft_base"
-"""The key of a fingerprint in the header of an adapter's weights."""
+from regraft.adapters.model import FINGERPRINT
+
+KEY = FINGERPRINT
 
 Verdict = Literal["same", "other precision", "another", "unknown"]
 """What a base is to the one that a fingerprint was taken of.

@@ -21,6 +21,10 @@ Origin = Literal["saved", "bias", "embedding"]
 """
 
 
+FINGERPRINT = "regraft_base"
+"""The key of a base's fingerprint in the header of an adapter's weights."""
+
+
 @dataclass(frozen=True)
 class LoraTarget:
     """The tensors one adapted module (or parameter) has in an adapter.

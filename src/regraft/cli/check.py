@@ -39,6 +39,7 @@ def command(
 
     output = Output(as_json=as_json)
     output.mute_repeated()
+    base, adapters = options.base_named(output, base, adapters, chosen["token"])
     report = api.check(base, list(adapters), **chosen)
     output.warn(report.warnings)
     output.data(report.to_json(), _render(report))

@@ -62,6 +62,7 @@ def command(
       regraft merge ./base-4bit ./adapter -o ./merged-4bit --quantize keep
       regraft merge ./base ./adapter -o ./merged --trained-on ./base-4bit
       regraft merge ./base ./adapter --dry-run
+      regraft merge ./adapter -o ./merged    (the base that the adapter names)
     """
     if dry_run:
         _dry_run(Output(as_json=as_json), verbose, chosen)
@@ -78,7 +79,7 @@ def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
     output.mute_repeated()
     unplanned = ("keep_adapter", "trained_on")
     asked = {name: value for name, value in chosen.items() if name not in unplanned}
-    plan = api.plan(**_arguments(asked)).to_json()
+    plan = api.plan(**_arguments(output, asked)).to_json()
     output.warn(plan["warnings"])
     output.data(plan, plan_text.render(plan, verbose=verbose))
 
@@ -89,12 +90,14 @@ def _merge(output: Output, command_line: str, chosen: dict[str, Any]) -> None:
     from regraft import api
     from regraft.cli import receipt_text
 
+    arguments = _arguments(output, chosen)
     with output.progress() as progress:
-        receipt = api.merge(**_arguments(chosen), progress=progress, command=command_line)
+        receipt = api.merge(**arguments, progress=progress, command=command_line)
     output.warn(receipt.warnings)
     payload = receipt.to_json() | {"quiet": receipt.quiet}
     output.data(payload, receipt_text.render(receipt, cap=chosen["max_memory"]))
 
 
-def _arguments(chosen: dict[str, Any]) -> dict[str, Any]:
-    return chosen | {"adapters": list(chosen["adapters"])}
+def _arguments(output: Output, chosen: dict[str, Any]) -> dict[str, Any]:
+    base, adapters = options.base_named(output, chosen["base"], chosen["adapters"], chosen["token"])
+    return chosen | {"base": base, "adapters": list(adapters)}

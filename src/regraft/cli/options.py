@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from regraft.cli.output import Output
 from regraft.tensors import DTYPE_ALIASES, parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -28,11 +29,32 @@ def check_size(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 
 def base_and_adapters(function: Function) -> Function:
-    """Add the arguments ``BASE ADAPTER[=WEIGHT]...``."""
-    function = click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)(
-        function
-    )
-    return click.argument("base", metavar="BASE")(function)
+    """Add the arguments ``[BASE] ADAPTER[=WEIGHT]...``; see :func:`base_named`."""
+    function = click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1)(function)
+    return click.argument("base", metavar="[BASE]")(function)
+
+
+def base_named(
+    output: Output, base: str, adapters: tuple[str, ...], token: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """Return base and adapters; of an adapter alone, the base that it names, which is said.
+
+    Raises:
+        click.UsageError: a base alone was given.
+    """
+    if adapters:
+        return base, adapters
+    from pathlib import Path
+
+    from regraft.formats.layout import looks_like
+    from regraft.merging.recipe import base_named_by, parse_adapters
+
+    path = Path(parse_adapters(base)[0][0]).expanduser()
+    if path.exists() and looks_like(path) in ("checkpoint", "merged", "gguf"):
+        raise click.UsageError("Missing argument 'ADAPTER[=WEIGHT]...': what to merge into it.")
+    found = base_named_by(parse_adapters(base), token)
+    output.note(f"base: {found}, which the adapter names")
+    return found, (base,)
 
 
 def folder_to_make(

@@ -9,7 +9,7 @@ So only those differences are reported that no setting makes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from regraft.errors import MismatchError
 from regraft.merging.lookup import BaseIndex
@@ -26,7 +26,7 @@ def notes_of_class(
     works: Mapping[str, Work],
     left_out: Iterable[str] = (),
     *,
-    kept: bool = False,
+    merged_out: bool = False,
 ) -> list[str]:
     """Return what to say of tensors that the output's class lacks in it, or does not know.
 
@@ -34,7 +34,8 @@ def notes_of_class(
         index: the base, with the output's class.
         works: what the output has otherwise than the base.
         left_out: names of the base that the output does not have.
-        kept: whether the output is quantized as the base is, for whoever loads that.
+        merged_out: whether the base is quantized and the output is not: nobody who could load the
+            one needs to be able to load the other.
 
     Raises:
         MismatchError: the base keeps experts apart in names that the class does not know.
@@ -43,19 +44,14 @@ def notes_of_class(
     if names.tensors is None:
         return []
     added = [name for name, work in works.items() if name not in index.base.tensors]
-    gone = set(left_out)
-    stored = [
-        parameter
-        for parameter, held in index.by_parameter.items()
-        if any(h.spec.name not in gone for h in held)
-    ]
+    stored = _stored(index, frozenset(left_out))
     contents = _Contents(names, [*stored, *added])
     before = NameMap.for_config(index.base.config).tensors
     notes = []
     if made := contents.made_by_class(before):
         notes.append(_anew(names, made))
     if misnamed := contents.misnamed():
-        if not kept and any(_EXPERTS in f".{name}." for name in misnamed[0]):
+        if merged_out and any(_EXPERTS in f".{name}." for name in misnamed[0]):
             raise _experts_apart(index, *misnamed)
         notes.append(_misnamed(names, *misnamed))
     if unread := [name for name in added if not contents.knows(name)]:
@@ -64,6 +60,25 @@ def notes_of_class(
             "does not have, and with it what was trained there"
         )
     return notes
+
+
+def _stored(index: BaseIndex, left_out: frozenset[str]) -> Iterator[str]:
+    """Yield the parameters that transformers makes of the base's tensors.
+
+    The index knows experts by more names than transformers reads; these keep the base's name.
+    """
+    read: dict[str, bool] = {}
+    for parameter, held in index.by_parameter.items():
+        for one in held:
+            if one.spec.name in left_out:
+                continue
+            if one.piece.expert is None:
+                yield parameter
+                continue
+            kind = template(one.spec.name)
+            if kind not in read:
+                read[kind] = any(p.expert is not None for p in index.names.pieces(one.spec.name))
+            yield parameter if read[kind] else one.spec.name
 
 
 class _Contents:
@@ -107,8 +122,8 @@ def _experts_apart(index: BaseIndex, missing: list[str], instead: list[str]) -> 
         f"the base keeps its experts in a layout that {index.names.architecture} does not read: "
         "merged, they would be made anew at each load",
         where=index.base.source, expected=_list(missing), found=_list(instead),
-        hint="Merge into the model as it was published; a quantized base can also stay as it is, "
-        "for the program that wrote it: --quantize keep",
+        hint="Merge into the model as it was published, or leave the base in its format, for the "
+        "program that wrote it: --quantize keep",
     )  # fmt: skip
 
 

@@ -178,7 +178,10 @@ def make_plan(
         updates |= dict.fromkeys(removed(base.config or {}))
     warnings = [
         *matching.warnings, *_notes(adapters, ties), *note_left_out(index, left_out), *chosen.notes,
-        *notes_of_class(index, works, left_out, kept=choices.quantize == KEEP),
+        *notes_of_class(
+            index, works, left_out,
+            merged_out=choices.quantize is None and quantization is not None,
+        ),
         *(quantization.warnings if quantization is not None else ()),
         *_notes_of_base(adapters, quantized=bool(quantization or trained_on)),
     ]  # fmt: skip

@@ -157,3 +157,39 @@ def open_adapters(
         (open_adapter(locate(source, kind="adapter", token=token)), weight)
         for source, weight in adapters
     ]
+
+
+def base_named_by(adapters: Sequence[tuple[str, float]], token: str | None) -> str:
+    """Return the base that adapters name in their configs: a path that exists, or a Hub id.
+
+    A relative path is looked for from the current folder, then from the adapter's own. A Hub id
+    gets the revision that the config names.
+
+    Raises:
+        UsageError: an adapter names none, or they name several.
+        RegraftError: an adapter cannot be opened.
+    """
+    opened = [files for files, _ in open_adapters(adapters, token)]
+    named = [_base_of(files) for files in opened]
+    if len(set(named)) == 1 and named[0]:
+        return named[0]
+    found = ", ".join(
+        f"{f.source}: {name or 'none'}" for f, name in zip(opened, named, strict=True)
+    )
+    raise UsageError(
+        "the adapters do not name one base", expected="base_model_name_or_path, of one base",
+        found=found, hint="Name the base before the adapters",
+    )  # fmt: skip
+
+
+def _base_of(files: AdapterFiles) -> str:
+    name, revision = (files.config.get(k) for k in ("base_model_name_or_path", "revision"))
+    if not isinstance(name, str) or not name:
+        return ""
+    if Path(name).expanduser().exists():
+        return name
+    if not Path(name).is_absolute() and (files.root / name).exists():
+        return str(files.root / name)
+    return (
+        f"{name}@{revision}" if revision and isinstance(revision, str) and "@" not in name else name
+    )

@@ -29,7 +29,8 @@ def attach(
     """Put adapters on a running model, without a wrapper.
 
     Args:
-        model: a torch model: transformers' (16-bit, or bitsandbytes 8-bit or 4-bit), or any other.
+        model: a torch model: transformers' (16-bit, or bitsandbytes 8-bit or 4-bit), or any other;
+            compiled ones too, and models in DataParallel or with checkpointed layers.
         adapter: an adapter's folder or Hub id ``org/name[@revision]``, which then answers; a
             :class:`LoraConfig` (regraft's or PEFT's), for one to be trained; None for none yet.
         name: what it is called from now on.
@@ -43,15 +44,17 @@ def attach(
         ``state_dict()``.
 
     Raises:
-        UsageError: the model has a handle already, or is no model.
+        UsageError: the model has a handle already, is no model, has PEFT's adapters in it, or is
+            wrapped in what adapters do not work in.
         MissingExtraError: torch is not installed.
         RegraftError: the adapter cannot be read, or does not fit; the model is then as before.
     """
     require("torch", why="a live model")
     from regraft.runtime.handle import ATTACHED, Adapters
+    from regraft.runtime.wrappers import unwrapped
 
     _check_model(model)
-    if model in ATTACHED:
+    if unwrapped(model) in ATTACHED:
         raise UsageError(
             "this model has adapters attached already", where=type(model).__name__,
             hint="Use that handle's load_adapter; regraft.handle_of(model) finds it",
@@ -73,7 +76,7 @@ def attach(
 
 
 def _check_model(model: Any) -> None:
-    """Refuse what is no torch model, or is PEFT's.
+    """Refuse what is no torch model, is PEFT's, or is wrapped in what adapters do not work in.
 
     Raises:
         UsageError: it is.
@@ -90,11 +93,32 @@ def _check_model(model: Any) -> None:
             "this model has PEFT's adapters on it", where=type(model).__name__,
             hint="Attach to the plain base: model.unload() gives it",
         )  # fmt: skip
+    for path, module in model.named_modules():
+        _check_module(path, module)
+
+
+def _check_module(path: str, module: nn.Module) -> None:
+    if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+        raise UsageError(
+            "this model has PEFT's adapters in it", where=path or type(module).__name__,
+            found=f"{type(module).__module__}.{type(module).__name__}",
+            hint="Attach to the plain base: load it again with from_pretrained(), and pass the "
+            "adapter's folder to attach() instead of model.load_adapter(); unload() of a PeftModel "
+            "gives its base",
+        )  # fmt: skip
+    names = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.")}
+    if "FullyShardedDataParallel" in names:
+        raise UsageError(
+            "the weights of this model are sharded, so adapters do not fit them",
+            where=path or "the model", found="wrapped in FullyShardedDataParallel",
+            hint="Attach to the plain model, before it is wrapped",
+        )  # fmt: skip
 
 
 def handle_of(model: nn.Module) -> Adapters | None:
-    """Return the handle of a model, None if it has none."""
+    """Return the handle of a model, or of the one inside of wrappers; None if it has none."""
     require("torch", why="a live model")
     from regraft.runtime.handle import ATTACHED
+    from regraft.runtime.wrappers import unwrapped
 
-    return ATTACHED.get(model)
+    return ATTACHED.get(unwrapped(model))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +23,17 @@ from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles
 from regraft.runtime import loading, scopes
 from regraft.runtime.cache import AdapterCache
+from regraft.runtime.following import Following
 from regraft.runtime.hooks import Hooks, State
 from regraft.runtime.in_place.merge import Merged, MergeReport, merge, swap
-from regraft.runtime.layers.operations import Part, operations_of
+from regraft.runtime.layers.operations import Part
 from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
 from regraft.runtime.row_axes import is_of_transformers
 from regraft.runtime.selection import Named, Rows, Selection
+from regraft.runtime.training.optimizers import watch_optimizers
+from regraft.runtime.wrappers import check_trainable, unwrapped
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 """Adapters that answer together: a name, names, names with weights; None for no adapter."""
@@ -48,9 +51,12 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, cache: AdapterCache | None = None) -> None:
-        self.base = LiveBase(model)
+        self._given = weakref.ref(model)
+        model = unwrapped(model)
+        self._base = LiveBase(model)
         self._state = State(next(_numbers))
-        self._hooks = Hooks(self.base, self._state)
+        self._hooks = Hooks(self._base, self._state, self._follow)
+        self._following = Following(self._base, self._hooks)
         self._library = Library(cache)
         self._default: Chosen | None = None
         self._merged: _Merged | None = None
@@ -63,9 +69,20 @@ class Adapters:
         return f"Adapters({names}; active: {_listed(self._default_names)}{merged})"
 
     @property
+    def base(self) -> LiveBase:
+        """The model's parameters and modules, as they are now.
+
+        Raises:
+            MismatchError: modules were replaced by others that the adapters do not fit.
+        """
+        self._follow(thoroughly=True)
+        return self._base
+
+    @property
     def model(self) -> nn.Module:
-        """The model itself."""
-        return self.base.model
+        """The model itself, as it was given to ``attach``: wrapped, if it was."""
+        given = self._given()
+        return self._base.model if given is None else given
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,16 +149,17 @@ class Adapters:
             BaseMismatchWarning: it was trained on another base, by the fingerprint it carries.
             UserWarning: its config has settings that are switched on and not known here.
         """
+        self._follow(thoroughly=True)
         self._library.check_new(name)
         files = loading.open_files(source, token)
         adapter = read_adapter(files)
         if self._library.cache is None or is_trainable:
             live = loading.load(name, files, adapter)
-            live = loading.prepared(live, self.base, dtype, is_trainable=is_trainable)
+            live = loading.prepared(live, self._base, dtype, is_trainable=is_trainable)
             self._take(self._held(live))
         else:
             self._register(name, files, adapter, dtype)
-        loading.warn_of(name, files, adapter, self.base)
+        loading.warn_of(name, files, adapter, self._base)
 
     def _register(
         self, name: str, files: AdapterFiles, adapter: Adapter, dtype: torch.dtype | str | None
@@ -154,10 +172,10 @@ class Adapters:
             return loading.load(name, files, adapter)
 
         def place(live: LiveAdapter) -> Held:
-            return self._held(loading.prepared(live, self.base, dtype))
+            return self._held(loading.prepared(live, self._base, dtype))
 
-        size = loading.bytes_in_use(outline, self.base)
-        if self.base.device.type == "cpu":
+        size = loading.bytes_in_use(outline, self._base)
+        if self._base.device.type == "cpu":
             self._library.register(name, lambda: place(read()), size)
         else:
             self._library.register(name, read, size, place)
@@ -176,30 +194,59 @@ class Adapters:
         """
         from regraft.runtime.training.new_adapter import as_config, new_adapter
 
+        self._follow(thoroughly=True)
         self._library.check_new(name)
-        self._take(self._held(new_adapter(self.base, as_config(config), name)))
+        self._take(self._held(new_adapter(self._base, as_config(config), name)))
 
     def _held(self, adapter: LiveAdapter) -> Held:
         return Held(adapter, self._together([(adapter, 1.0)]))
 
     def _together(self, parts: Sequence[Part]) -> Selection:
         """Find out what adapters do together, and see to the modules that this needs."""
-        operations = operations_of(self.base, parts)
-        self._hooks.cover(operations.steps, operations.replacements)
-        return Selection(tuple((adapter.name, weight) for adapter, weight in parts), operations)
+        return self._following.selection(parts)
 
     def _take(self, held: Held) -> None:
+        if held.adapter.is_trainable:
+            check_trainable(self.model)
         self._library.add(held)
         if held.adapter.is_trainable:
             self._freeze_base()
 
-    def _freeze_base(self) -> None:
+    def _freeze_base(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Let nothing but adapters be trained; undone by :meth:`detach`."""
-        for parameter in self.model.parameters():
+        for parameter in self._base.model.parameters() if parameters is None else parameters:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 self._frozen.append(parameter)
         self._hooks.keep_gradients()
+        watch_optimizers(_trained_adapters)
+
+    # -- the model changes -----------------------------------------------------------------------
+
+    def _follow(self, *, thoroughly: bool = False) -> None:
+        """Go along with modules that were replaced since the adapters were attached.
+
+        Args:
+            thoroughly: look at all modules and parameters, and not only at whether the modules that
+                adapters touch are there.
+
+        Raises:
+            MismatchError: the adapters do not fit what the model has now.
+        """
+        if self._base.is_current() if thoroughly else self._hooks.watch.holds():
+            return
+        with self._following.lock:
+            if self._hooks.watch.holds() and (self._merged is not None or not thoroughly):
+                return  # another thread was here; of merged parameters the way back sees to itself
+            new = self._following.follow(self._merged.work.names if self._merged else ())
+            if new and self._merged is not None:
+                self._merged.work.forget()
+        there = {id(parameter) for parameter in self._base.model.parameters()}
+        self._frozen = [parameter for parameter in self._frozen if id(parameter) in there]
+        if any(adapter.is_trainable for adapter in self._library.resident()):
+            self._freeze_base(
+                p for module in new for p in module._parameters.values() if p is not None
+            )
 
     def delete_adapter(self, name: str) -> None:
         """Let go of an adapter.
@@ -225,9 +272,8 @@ class Adapters:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
-        model = self.model
-        ATTACHED.pop(model, None)
-        return model
+        ATTACHED.pop(self._base.model, None)
+        return self.model
 
     unload = detach
 
@@ -244,6 +290,7 @@ class Adapters:
             MismatchError: they cannot go together.
         """
         self._check_unmerged()
+        self._follow()
         self._choose(adapters)
 
     def _choose(self, adapters: Choice) -> None:
@@ -282,6 +329,7 @@ class Adapters:
             UsageError, MismatchError: as :meth:`set_adapter`.
         """
         self._check_unmerged()
+        self._follow()
         with self._chosen(adapters) as chosen, self._scope(chosen.selection):
             yield
 
@@ -299,6 +347,7 @@ class Adapters:
             MismatchError: adapters of one row cannot go together.
         """
         self._check_unmerged()
+        self._follow()
         of_row = tuple(named(each) for each in adapters)
         if not of_row or repeats < 1:
             raise UsageError(
@@ -314,9 +363,10 @@ class Adapters:
         distinct = {parts: self._selection(parts, chosen) for parts in of_row}
         number = {parts: at for at, parts in enumerate(distinct)}
         mixes, numbers = tuple(distinct.values()), tuple(number[parts] for parts in of_row)
-        if not is_of_transformers(self.model):
+        if not is_of_transformers(self._base.model):
             self._hooks.cover((), ("",))  # such a model is run as a whole, once for each mix
-        return Rows(mixes, numbers, self.base, self._state.key, repeats)
+        rows = Rows(mixes, numbers, self._base, self._state.key, repeats)
+        return self._following.rows(rows)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -325,22 +375,29 @@ class Adapters:
         Adapters that are merged are taken out of the weights for the block, for all threads, and
         merged again after it.
         """
+        self._follow()
         merged = self._merged
         if merged is not None:
             merged.work.unmerge()
+            self._hooks.look()
         try:
             with self._scope(None):
                 yield
         finally:
             if merged is not None:
                 merged.work.carry_out(to_the_end=True)
+                self._hooks.look()
 
     @contextmanager
     def _scope(self, selection: Selection | Rows | None) -> Iterator[None]:
         if scopes.in_task():
             self._state.in_tasks = True
-        with scopes.scope(self._state.key, selection):
-            yield
+        self._state.open_scopes.append(None)
+        try:
+            with scopes.scope(self._state.key, selection):
+                yield
+        finally:
+            self._state.open_scopes.pop()
 
     # -- merged into the weights -----------------------------------------------------------------
 
@@ -369,12 +426,13 @@ class Adapters:
             RegraftError: they cannot be merged; the model is then as before.
         """
         self._check_unmerged()
+        self._follow(thoroughly=True)
         parts = named(adapters) if adapters is not None else self._active_mix()
         if not parts:
             raise UsageError("no adapter answers here, so none can be merged", hint="Name one")
         with self._library.choose([name for name, _ in parts]) as chosen:
             weighted = chosen.parts(parts)
-            work = merge(self.base, weighted, rounding=rounding, seed=seed, dequantize=dequantize)
+            work = merge(self._base, weighted, rounding=rounding, seed=seed, dequantize=dequantize)
         self._note_merged(_Merged(parts, work))
         return work.report
 
@@ -387,6 +445,7 @@ class Adapters:
         """
         if self._merged is None:
             raise UsageError("no adapter is merged", hint="merge_adapter(name) merges one")
+        self._follow()
         self._merged.work.unmerge()
         self._note_merged(None)
 
@@ -407,6 +466,7 @@ class Adapters:
                 "this is not what is merged", where=repr(merged_adapter),
                 expected=_listed(there.names) if there is not None else "nothing is merged",
             )  # fmt: skip
+        self._follow()
         parts = named(adapter)
         with self._library.choose([name for name, _ in parts]) as chosen:
             work = swap(there.work, chosen.parts(parts))
@@ -427,6 +487,7 @@ class Adapters:
         """
         if self._merged is None:
             self.merge_adapter(adapters, rounding=rounding, seed=seed, dequantize=dequantize)
+        self._follow()
         if self._merged is not None:
             self._merged.work.forget()
             self._note_merged(None)
@@ -435,6 +496,7 @@ class Adapters:
     def _note_merged(self, merged: _Merged | None) -> None:
         self._merged = merged
         self._state.is_merged = merged is not None
+        self._hooks.look()  # layers that a merge takes out of their codes are other modules
 
     def _active_mix(self) -> Named:
         selection = self._state.selection()
@@ -485,6 +547,11 @@ class Adapters:
         from regraft.runtime.saving.save import save
 
         return save(self, folder, name=name, **options)
+
+
+def _trained_adapters() -> Iterator[Adapters]:
+    """Yield every handle on which something can be trained."""
+    yield from list(ATTACHED.values())
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,23 @@ adapters; a pickled model is the plain one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from regraft.errors import UsageError
 from regraft.runtime import scopes
 from regraft.runtime.live_base import LiveBase
+from regraft.runtime.watching import Watch, lost_in_copy
+from regraft.runtime.wrappers import plain_paths
 
 
 class State:
@@ -30,6 +35,7 @@ class State:
         default: the selection of the handle, where no scope says otherwise.
         is_merged: whether the adapters are in the weights, so that nothing is to be added.
         in_tasks: whether scopes were opened in asyncio tasks.
+        open_scopes: one element for each scope that is open now, in whatever thread.
     """
 
     def __init__(self, key: int) -> None:
@@ -37,6 +43,7 @@ class State:
         self.default: Any | None = None
         self.is_merged = False
         self.in_tasks = False
+        self.open_scopes: list[None] = []
 
     def selection(self) -> Any | None:
         """Return the selection that answers here, or None."""
@@ -74,11 +81,19 @@ class OutputHook(Hook):
     def __init__(self, state: State, path: str) -> None:
         self.state, self.path = state, path
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Return the output as the adapters have it, or None to leave it."""
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        """Return the output as the adapters have it, or None to leave it.
+
+        Args:
+            module: the layer.
+            args: what it was called with.
+            rest: its keyword arguments and its output; the output alone where a library has moved
+                the hook to another module, as torch.ao does.
+        """
         selection = self.state.selection()
         if selection is None:
             return None
+        kwargs, output = rest if len(rest) == 2 else ({}, rest[0])
         x = args[0] if args else next(iter(kwargs.values()))
         return selection.after(self.path, module, x, output)
 
@@ -115,15 +130,24 @@ def forget_compiled() -> None:
 class Hooks:
     """The hooks of one handle, and their removal."""
 
-    def __init__(self, base: LiveBase, state: State) -> None:
+    def __init__(self, base: LiveBase, state: State, follow: Callable[[], None]) -> None:
+        """Put hooks on the whole model.
+
+        Args:
+            base: the model.
+            state: what all hooks ask.
+            follow: called before a forward pass of a model in which a module was replaced.
+        """
         self._base, self._state = base, state
-        self._outputs: dict[str, RemovableHandle] = {}
+        self._outputs: dict[str, tuple[nn.Module, OutputHook, RemovableHandle]] = {}
         self._forwards: dict[str, Forward] = {}
-        self._keeping = False
+        self._keeping: tuple[nn.Module, RemovableHandle] | None = None
+        self.watch = Watch()
         forget_compiled()
         model = base.model
+        before = RootBefore(state, self, follow)
         self._root = [
-            model.register_forward_pre_hook(RootBefore(state), with_kwargs=True),
+            model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(RootAfter(state)),
         ]
         for part in parts_called_alone(model):
@@ -131,21 +155,72 @@ class Hooks:
 
     def cover(self, outputs: Iterable[str], forwards: Iterable[str]) -> None:
         """See to it that these modules are looked after."""
-        for path in outputs:
-            if path not in self._outputs:
-                hook = OutputHook(self._state, path)
-                module = self._base.modules[path]
-                self._outputs[path] = module.register_forward_hook(hook, with_kwargs=True)
+        new = [path for path in outputs if path not in self._outputs]
+        for path in new:
+            self._outputs[path] = self._hooked(path)
         for path in forwards:
             if path not in self._forwards:
                 self._forwards[path] = self._stand_in(path)
                 self.cover((path,), ())  # a hook also keeps torch from its fused fast paths
+        if new:
+            self.look()
+
+    def _hooked(self, path: str) -> tuple[nn.Module, OutputHook, RemovableHandle]:
+        hook, module = OutputHook(self._state, path), self._base.modules[path]
+        _drop_hooks(module, self._state)
+        return module, hook, module.register_forward_hook(hook, with_kwargs=True)
 
     def _stand_in(self, path: str) -> Forward:
         module: Any = self._base.modules[path]
-        forward = Forward(self._state, path, module, module.__dict__.get("forward"))
+        inner = module.__dict__.get("forward")
+        if isinstance(inner, Forward) and inner.state is self._state:  # it came with a copy
+            inner = inner.inner
+        forward = Forward(self._state, path, module, inner)
         module.forward = forward
         return forward
+
+    def look(self) -> None:
+        """Note where the modules are that hooks are on, so that it shows if one is replaced."""
+        self.watch = Watch(self._base.model, self._touched())
+
+    def _touched(self) -> set[str]:
+        kept = [] if self._keeping is None else [self._keeping[0]]
+        there = {id(module) for module in kept}
+        return {*self._outputs, *(p for p, m in self._base.modules.items() if id(m) in there)}
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the modules that hooks are on."""
+        return list(self._outputs)
+
+    def watch_of(self, model: nn.Module) -> Watch:
+        """Return the same for another model that shares the hooks: a copy, or a twin.
+
+        Raises:
+            MismatchError: a module of it lacks the hook.
+        """
+        modules = {path: module for _, path, module in plain_paths(model)}
+        lost = [path for path in self._outputs if not _has_hook(modules.get(path), self._state)]
+        if lost:
+            raise lost_in_copy(lost)
+        return Watch(model, set(self._outputs))
+
+    def follow(self) -> None:
+        """Move hooks from modules that were replaced to those that are there now."""
+        for path, forward in list(self._forwards.items()):
+            if forward.module is not self._base.modules[path]:
+                _take_out(forward.module, forward)
+                self._forwards[path] = self._stand_in(path)
+        for path, (module, _, handle) in list(self._outputs.items()):
+            if module is not self._base.modules[path]:
+                handle.remove()
+                self._outputs[path] = self._hooked(path)
+        if self._keeping is not None:
+            self._keeping[1].remove()
+            self._keeping = None
+            self.keep_gradients()
+        self.look()
+        forget_compiled()
 
     def keep_gradients(self) -> None:
         """Let gradients reach adapters through checkpoints of a frozen model.
@@ -156,19 +231,36 @@ class Hooks:
         model: Any = self._base.model
         find = getattr(model, "get_input_embeddings", None)
         embeddings = find() if find is not None else None
-        if isinstance(embeddings, nn.Module) and not self._keeping:
-            self._keeping = True
-            self._root.append(embeddings.register_forward_hook(GradientHook(model)))
+        if isinstance(embeddings, nn.Module) and self._keeping is None:
+            handle = embeddings.register_forward_hook(GradientHook(model))
+            self._keeping = embeddings, handle
+            self.look()
 
     def remove(self) -> None:
         """Leave the model as it was before."""
-        for handle in (*self._outputs.values(), *self._root):
+        outputs = [handle for _, _, handle in self._outputs.values()]
+        for handle in (*outputs, *self._root):
             handle.remove()
-        for path, forward in self._forwards.items():
-            _take_out(self._base.modules[path], forward)
+        if self._keeping is not None:
+            self._keeping[1].remove()
+        for forward in self._forwards.values():
+            _take_out(forward.module, forward)
         self._outputs.clear()
         self._forwards.clear()
-        self._root = []
+        self._root, self._keeping, self.watch = [], None, Watch()
+
+
+def _has_hook(module: nn.Module | None, state: State) -> bool:
+    hooks = module._forward_hooks.values() if module is not None else ()
+    return any(isinstance(hook, OutputHook) and hook.state is state for hook in hooks)
+
+
+def _drop_hooks(module: nn.Module, state: State) -> None:
+    """Take a handle's hooks off that a library has copied to a module in the place of another."""
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, OutputHook) and hook.state is state:
+            del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
 
 
 def _take_out(module: nn.Module, forward: Forward) -> None:
@@ -184,22 +276,61 @@ def _take_out(module: nn.Module, forward: Forward) -> None:
 
 
 class RootBefore(Hook):
-    """Before the whole model runs: does the batch fit, and does compiled code know the scopes?"""
+    """Before the whole model runs: are the adapters' modules there, and does the batch fit?"""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
+    def __init__(self, state: State, hooks: Hooks, follow: Callable[[], None]) -> None:
+        self.state, self._hooks, self._follow = state, hooks, follow
+        self._others: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
-    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Check the batch."""
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Look for modules that were replaced, and check the batch."""
         if self.state.in_tasks:
             scopes.refresh_mirror()
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling():
+            self._before(module, args, kwargs)
+        elif not self._holds():
+            self._check(module)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._look(module)
+        if self.state.open_scopes and scopes.find(self.state.key) is scopes.UNSET:
+            check_thread()
         selection = self.state.selection()
         if selection is not None:
             batch = batch_of(args, kwargs)
             if batch is not None:
                 selection.check(batch, kwargs)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
+    def _holds(self) -> bool:
+        """Whether all modules are there; asked while code is compiled, and not in the code."""
+        return self._hooks.watch.holds()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
+    def _check(self, module: nn.Module) -> None:
+        self._look(module)
+
+    def _look(self, module: nn.Module) -> None:
+        """See whether the model that runs has the modules that the hooks are on.
+
+        Raises:
+            MismatchError: it has others, which the adapters do not fit.
+        """
+        if module is not self._hooks.watch.model():
+            self._look_at_other(module)
+        elif not self._hooks.watch.holds():
+            self._follow()
+
+    def _look_at_other(self, module: nn.Module) -> None:
+        """See to a copy, or to the twin that transformers' Trainer has."""
+        if "_regraft_model" in vars(module) and not self._hooks.watch.holds():
+            self._follow()
+        if getattr(module, "_is_replica", False):
+            raise on_several_devices()
+        watch = self._others.get(module)
+        if watch is None or not watch.holds():
+            self._others[module] = self._hooks.watch_of(module)
 
 
 class PartBefore(Hook):
@@ -225,6 +356,40 @@ def parts_called_alone(model: Any) -> list[nn.Module]:
         found += [getattr(model, f"get_{side}", lambda: None)() for side in ("encoder", "decoder")]
     parts = {id(part): part for part in found if isinstance(part, nn.Module) and part is not model}
     return list(parts.values())
+
+
+with contextlib.suppress(ImportError, AttributeError):
+    # A compiled model calls the hook outside of the code that is compiled. It would be compiled by
+    # itself then, once, and look at nothing any more; in one graph with the model it still can be.
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(RootBefore.__call__.__code__)
+
+
+def check_thread() -> None:
+    """Refuse a library's thread that answers for a scope which it does not have.
+
+    Raises:
+        UsageError: it is the thread of transformers' ``generate_batch``.
+    """
+    target = getattr(threading.current_thread(), "_target", None)
+    if type(getattr(target, "__self__", None)).__name__ == "ContinuousBatchingManager":
+        raise UsageError(
+            "generate_batch() runs in a thread of its own, which has not the adapters of this "
+            "scope", where="using(), rows() or disable_adapter()",
+            hint="Choose adapters with set_adapter() before generate_batch(), outside of scopes; "
+            "or use generate(), which runs in the scope",
+        )  # fmt: skip
+
+
+def on_several_devices() -> UsageError:
+    """Return the error of a copy of the model that DataParallel has made for another device."""
+    return UsageError(
+        "adapters do not work in torch.nn.DataParallel on several devices", where="forward()",
+        expected="one device, or DistributedDataParallel", found="a replica of DataParallel",
+        hint="Start one process for each device (torchrun, accelerate launch), or let the process "
+        "see one device only (CUDA_VISIBLE_DEVICES=0)",
+    )  # fmt: skip
 
 
 class RootAfter(Hook):

@@ -8,7 +8,7 @@ adapter's names still are, from whatever version of transformers they come.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.merging.single_experts import as_slice
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
-from regraft.runtime.quantized_parameters import plain_form, remembered
+from regraft.runtime.quantized_parameters import Scales, plain_form, remembered
+from regraft.runtime.wrappers import plain_paths
 from regraft.tensors import BY_CONFIG_NAME, DTYPES, VIRTUAL, TensorSpec, nbytes_of
 
 IN_MEMORY = Path("memory")
@@ -65,21 +66,30 @@ class LiveBase:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.scales: dict[str, Scales] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Look at the model as it is now: again after modules or parameters were replaced."""
+        model = self.model
+        paths = list(plain_paths(model))
+        self.modules: dict[str, nn.Module] = {path: module for _, path, module in paths}
         self.config = config_of(model)
         self._paths = {id(module): path for path, module in reversed(self.modules.items())}
         first: dict[int, str] = {}
         self.tied: dict[str, str] = {}
         self.quantized: list[str] = []
         tensors: dict[str, TensorSpec] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in _parameters(self.modules):
             owner = first.setdefault(id(parameter), name)
             if owner != name:
                 self.tied[name] = owner
             else:
                 tensors[name] = self._spec(name, parameter)
         tensors |= self._without_weight()
-        self.scales = remembered({name: self.owner(name)[1:] for name in self.quantized})
+        kept = {name: scales for name, scales in self.scales.items() if name in self.quantized}
+        self.scales = kept | remembered({name: self.owner(name)[1:] for name in self.quantized})
+        self._seen = _outline(self.modules)
         self.checkpoint = Checkpoint(
             root=IN_MEMORY,
             source=_source_of(model, self.config),
@@ -106,6 +116,13 @@ class LiveBase:
         if model is None:
             raise ReferenceError("the model is gone")
         return model
+
+    def is_current(self) -> bool:
+        """Whether modules and parameters still are what they were when this was looked at."""
+        now = {path: module for _, path, module in plain_paths(self.model)}
+        known = self.modules
+        same = now.keys() == known.keys() and all(now[path] is known[path] for path in now)
+        return same and _outline(now) == self._seen
 
     @property
     def dtype(self) -> torch.dtype:
@@ -195,6 +212,23 @@ class LiveIndex(BaseIndex):
         """Whether an experts module stores (in, out) matrices: it says so, as PEFT asks it."""
         found = self._live.modules.get(module)
         return bool(getattr(found, "is_transposed", False)) if found is not None else None
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield all parameters by name; one that has several names with each."""
+    for path, module in modules.items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{leaf}".removeprefix("."), parameter
+
+
+def _outline(modules: Mapping[str, nn.Module]) -> list[Any]:
+    """Return what tells one state of the parameters from another: ties, shapes, dtypes."""
+    first: dict[int, int] = {}
+    return [
+        (name, first.setdefault(id(p), at), p.dtype, p.shape)
+        for at, (name, p) in enumerate(_parameters(modules))
+    ]
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -111,10 +111,12 @@ def prepared(
     """
     wanted = torch_dtype(dtype) or (torch.float32 if is_trainable else None)
     device = base.device
+    frozen_b = str(adapter.config.get("init_lora_weights")).lower() == "mica"  # it trains A alone
     tensors: dict[str, torch.Tensor] = {}
     for key, tensor in adapter.tensors.items():
         moved = tensor.to(device=device, dtype=wanted or tensor.dtype)
-        tensors[key] = nn.Parameter(moved.clone()) if is_trainable else moved
+        trained = not (frozen_b and ".lora_B." in key)
+        tensors[key] = nn.Parameter(moved.clone(), trained) if is_trainable else moved
     if wanted is None:
         return replace(adapter, tensors=tensors)
     described = adapter_of(adapter.name, adapter.config, tensors, adapter.adapter.source)

@@ -196,6 +196,12 @@ class Rows:
         batch = count if self.repeats == 1 else self._calls.batch
         return value.expand(batch, *value.shape[1:])
 
+    def forget(self) -> None:
+        """Let go of what was computed from the mixes, because they have changed."""
+        self._after.clear()
+        self.proved.clear()
+        self._axes.clear()
+
     def groups(self, length: int) -> list[tuple[int, list[int]]]:
         """Return each mix with the places that it has along an axis of a length.
 

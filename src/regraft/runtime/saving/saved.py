@@ -22,6 +22,7 @@ from regraft.runtime.quantized_parameters import is_4bit, is_8bit
 from regraft.runtime.saving.card import adapter_card
 from regraft.runtime.saving.files import stored_specs, write_adapter
 from regraft.runtime.saving.fingerprint import KEY, Parameter, fingerprint_of, parameters_of
+from regraft.runtime.wrappers import unwrapped
 
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _EMBEDDING_WRAPPER = ".base_layer."
@@ -95,16 +96,9 @@ def saved_of(what: Any, name: str | None, revision: str | None) -> Saved:
 
 
 def _unwrapped(what: Any) -> Any:
-    """Return a model without what compiling or training puts around it."""
-    while isinstance(what, nn.Module):
-        inner = getattr(what, "_orig_mod", None)
-        if inner is None and type(what).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = what.module
-        inner = what.__dict__.get("_regraft_model", inner)  # of a twin for transformers' Trainer
-        if not isinstance(inner, nn.Module):
-            break
-        what = inner
-    return what
+    """Return a model without what compiling, distributing or Trainer puts around it."""
+    what = unwrapped(what)
+    return vars(what).get("_regraft_model", what) if isinstance(what, nn.Module) else what
 
 
 def _handle_of(what: Any) -> Adapters | None:

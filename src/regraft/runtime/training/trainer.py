@@ -8,23 +8,24 @@ the adapter. The model itself is not touched.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Mapping
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from regraft.errors import UsageError
-from regraft.formats.layout import ADAPTER_SAFE
+from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.output import out_path
 from regraft.runtime.handle import Adapters
+from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
 from regraft.runtime.saving.saved import of_live, write_saved
+from regraft.runtime.training.as_peft import in_order_of_peft, names_in_peft
 
 _PARAMETERS = "regraft_adapter"
 _CHECKPOINT, _WEIGHTS = "checkpoint-", "model.safetensors"
@@ -37,8 +38,8 @@ def trainer_model(adapters: Adapters, name: str | None = None) -> Any:
     It runs as the model does, in the same modules, and is of its class. Trainer finds the adapter's
     tensors among its parameters, saves the adapter in PEFT's format, and goes on from a checkpoint
     (``resume_from_checkpoint``, ``load_best_model_at_end``), on a quantized base too. In
-    checkpoints ``model.safetensors`` is a second name of the adapter's weights, because Trainer
-    looks for it.
+    checkpoints ``model.safetensors`` has the adapter's weights once more, because Trainer looks for
+    it, by the names of PEFT's model: a run can go on with a ``PeftModel``.
 
     Args:
         adapters: what ``attach`` returned.
@@ -48,18 +49,19 @@ def trainer_model(adapters: Adapters, name: str | None = None) -> Any:
         UsageError: no adapter is trainable, several are, or the one to train does not answer.
     """
     adapter = _chosen(adapters, name)
-    base: Any = adapters.model
+    base: Any = adapters.base.model
     make: Any = type
     names = {"__module__": type(base).__module__}
     cls = make(type(base).__name__, (_Twin, type(base)), names)
     twin: Any = cls.__new__(cls)
     twin.__dict__.update(base.__dict__)
     twin.__dict__.update(
-        _modules={**base._modules, _PARAMETERS: _holder(adapter)},
+        _modules={**base._modules, _PARAMETERS: _holder(adapter, adapters.base)},
         _parameters=dict(base._parameters),
         _regraft_model=base,
         _regraft_adapters=adapters,
         _regraft_adapter=adapter,
+        _load_state_dict_post_hooks=OrderedDict({0: _only_adapters}),
         _hf_peft_config_loaded=True,  # Trainer takes a quantized model only with adapters on it
     )
     return twin
@@ -91,18 +93,24 @@ def _chosen(adapters: Adapters, name: str | None) -> LiveAdapter:
     return adapter
 
 
-def _holder(adapter: LiveAdapter) -> nn.Module:
-    """Return a module that has an adapter's trained tensors, in an order that a file keeps too.
+def _holder(adapter: LiveAdapter, base: LiveBase) -> nn.Module:
+    """Return a module that has an adapter's trained tensors, in the order that PEFT has them in.
 
-    An optimizer's state goes by the order of parameters, and an adapter that was loaded has them in
-    another one than an adapter that was made.
+    An optimizer's state goes by the order of parameters; so a run that PEFT began can go on here,
+    and the other way round.
     """
     holder = nn.Module()
-    for key in sorted(adapter.tensors):
+    for key in in_order_of_peft(adapter.tensors, list(base.modules)):
         tensor = adapter.tensors[key]
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             holder._parameters[key] = tensor  # register_parameter takes no names with dots
     return holder
+
+
+def _only_adapters(twin: Any, keys: _IncompatibleKeys) -> None:
+    """Take from the keys that are missing those of the base, which the twin does not save."""
+    prefix, own = twin._regraft_prefix, twin._regraft_missing
+    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith(prefix) or k in own]
 
 
 class _Twin(nn.Module):  # type: ignore[misc]
@@ -111,6 +119,17 @@ class _Twin(nn.Module):  # type: ignore[misc]
     _regraft_model: Any
     _regraft_adapters: Adapters
     _regraft_adapter: LiveAdapter
+    _regraft_prefix: str = ""
+    _regraft_missing: Sequence[str] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Raises:
+            UnsupportedError: the adapter's tensors, or the model's, are sharded over processes.
+        """
+        check_whole(self, self._modules[_PARAMETERS], self._regraft_adapter)
+        return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> _Twin:
         """Switch the shared modules, and the model itself, which is not among them."""
@@ -121,7 +140,8 @@ class _Twin(nn.Module):  # type: ignore[misc]
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the adapter's tensors by PEFT's keys, after ``prefix``."""
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        found: dict[str, Any] = kwargs.get("destination", args[0] if args else None) or {}
+        given = kwargs.get("destination", args[0] if args else None)
+        found: dict[str, Any] = {} if given is None else given
         keep = kwargs.get("keep_vars", False)
         for key, tensor in self._regraft_adapter.tensors.items():
             found[f"{prefix}{key}"] = tensor if keep else tensor.detach()
@@ -137,6 +157,8 @@ class _Twin(nn.Module):  # type: ignore[misc]
         """
         del assign  # the handle knows the tensors that there are
         own = self._regraft_adapter.tensors
+        saved = {name: key for key, name in names_in_peft(self._regraft_adapter).items()}
+        state_dict = {saved.get(name, name): tensor for name, tensor in state_dict.items()}
         missing = [key for key in own if key not in state_dict]
         unknown = [key for key in state_dict if key not in own]
         bad = [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
@@ -149,6 +171,34 @@ class _Twin(nn.Module):  # type: ignore[misc]
             for key in own.keys() & state_dict.keys():
                 own[key].copy_(state_dict[key])
         return _IncompatibleKeys(missing, unknown)
+
+    def add_model_tags(self, tags: Any) -> None:
+        """Take the tags of TRL's trainers, which give them once they have their reference model.
+
+        Raises:
+            UsageError: the reference is the base, and the run does not begin there.
+        """
+        _check_reference(sys._getframe(1).f_locals, self._regraft_adapter)
+        add = getattr(super(), "add_model_tags", None)
+        if add is not None:
+            add(tags)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Load as the child of another module, such as DistributedDataParallel."""
+        del local_metadata, strict
+        state = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
+        try:
+            missing, unknown = self.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            error_msgs.append(str(error))
+            return
+        self._regraft_missing = [prefix + key for key in missing]
+        unexpected_keys += [prefix + key for key in unknown]
+        missing_keys += self._regraft_missing
+        self._regraft_prefix = prefix
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
@@ -171,16 +221,91 @@ class _Twin(nn.Module):  # type: ignore[misc]
         folder = out_path(save_directory)
         write_saved(saved.with_tensors(tensors), folder)
         if folder.absolute().name.startswith(_CHECKPOINT):
-            _second_name(folder / ADAPTER_SAFE, folder / _WEIGHTS)
+            _write_for_trainer(adapter, tensors, folder / _WEIGHTS)
 
 
-def _second_name(path: Path, other: Path) -> None:
-    """Give a file a second name: a link, or a copy where there are no links."""
-    new = other.with_name(f".{other.name}.new")
-    with contextlib.suppress(FileNotFoundError):
-        new.unlink()
-    try:
-        os.link(path, new)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, new)
-    new.replace(other)
+_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+"""Classes of modules whose parameters are spread over processes."""
+
+
+def check_whole(twin: nn.Module, holder: Any, adapter: LiveAdapter) -> None:
+    """Refuse to train an adapter that is sharded over processes.
+
+    Its own tensors are what answers. Sharding puts others in their places, which would be trained
+    and not used; with the model's layers alone sharded, no process would hear of the others'
+    gradients.
+
+    Raises:
+        UnsupportedError: it is.
+    """
+    replaced = any(adapter.tensors[key] is not value for key, value in holder._parameters.items())
+    gone = len(holder._parameters) < sum(
+        isinstance(each, nn.Parameter) and each.requires_grad for each in adapter.tensors.values()
+    )
+    parted = any(hasattr(each, "ds_id") and not each.numel() for each in adapter.tensors.values())
+    if replaced or gone or parted or _has_sharded_layers(twin):
+        raise UnsupportedError(
+            "an adapter cannot be trained sharded over processes", where=repr(adapter.name),
+            found="fully_shard, FullyShardedDataParallel or DeepSpeed's stage 3",
+            hint="Train with DistributedDataParallel (torchrun or accelerate launch without FSDP; "
+            "DeepSpeed's stage 1 or 2): only the adapter has gradients and an optimizer's state. "
+            "If the base does not fit on one device, load it in 4 bits",
+        )  # fmt: skip
+
+
+def _has_sharded_layers(twin: nn.Module) -> bool:
+    """Whether a module is sharded; looked for once, before the first step."""
+    if "_regraft_is_whole" not in twin.__dict__:
+        names = {cls.__name__ for each in twin.modules() for cls in type(each).__mro__}
+        if not names.isdisjoint(_SHARDED):
+            return True
+        twin.__dict__["_regraft_is_whole"] = True
+    return False
+
+
+def _check_reference(local: Mapping[str, Any], adapter: LiveAdapter) -> None:
+    """Refuse a reference that TRL has loaded by the base's name, if the adapter is trained.
+
+    For a ``PeftModel`` TRL copies the adapter that a run begins with; a twin is a plain model.
+
+    Args:
+        local: the variables of the trainer's method that calls.
+        adapter: the adapter.
+
+    Raises:
+        UsageError: the run would be held against the bare base.
+    """
+    reference = getattr(local.get("self"), "ref_model", None)
+    given = local.get("ref_model")
+    if reference is None or given is not None or not _is_trained(adapter):
+        return
+    raise UsageError(
+        "the reference model of this trainer is the base without the adapter that the run begins "
+        "with", where=type(local["self"]).__name__, expected="the model that training begins with",
+        found="the base, loaded by its name",
+        hint="Pass ref_model=regraft.load_merged(base, adapter), or another model with the same "
+        "adapter attached; or let TRL compute the reference first (precompute_ref_log_probs=True)",
+    )  # fmt: skip
+
+
+def _is_trained(adapter: LiveAdapter) -> bool:
+    """Whether an adapter surely changes its base: one that has just been made has a zero factor."""
+    if str(adapter.config.get("init_lora_weights")).lower().startswith(("pissa", "olora")):
+        return False
+    ends = (".lora_B.weight", ".lora_embedding_A")
+    return any(bool(t.any()) for key, t in adapter.tensors.items() if key.endswith(ends))
+
+
+def _write_for_trainer(
+    adapter: LiveAdapter, tensors: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    """Write an adapter's tensors by the names that PEFT's model has for them.
+
+    Trainer looks for this file, and gives what is in it to the model's ``load_state_dict``: to the
+    twin's, or to that of a ``PeftModel`` if the run goes on with PEFT.
+    """
+    names = names_in_peft(adapter)
+    plain = {names[key]: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+    new = path.with_name(f".{path.name}.new")
+    save_file(plain, new, metadata={"format": "pt"})
+    new.replace(path)
