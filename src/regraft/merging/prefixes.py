@@ -120,7 +120,7 @@ def changes_for(
         fits: whether an adapter under other names can be matched.
     """
     strange = [name for name in _modules(adapter) if not _is_found(index, adapter, name)]
-    if not strange:
+    if not strange or index.wrapped is not None:  # no prefix: what training left in the base
         return []
     changes = [c for c in _candidates(index, strange) if _finds_all(index, moved(adapter, c))]
     if len(changes) > 1:
