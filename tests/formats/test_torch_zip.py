@@ -353,3 +353,23 @@ def test_a_damaged_pickle_is_refused_or_read_as_pytorch_reads_it(
         else:
             assert isinstance(specs, FormatError | UnsupportedError), specs
     assert agreed > 20
+
+
+def test_a_zip_of_a_version_that_nobody_reads_is_refused(
+    tmp_path: Path, values: dict[str, torch.Tensor]
+) -> None:
+    path = save(tmp_path, values)
+    content = bytearray(path.read_bytes())
+    content[content.find(b"PK\1\2") + 6] = 99
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match="not a sound zip"):
+        read_torch_file(path)
+
+
+def test_a_pickle_that_leaves_values_behind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}}.")
+        archive.writestr("a/byteorder", "little")
+    with pytest.raises(FormatError, match="belong to nothing"):
+        read_torch_file(path)

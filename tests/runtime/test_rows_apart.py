@@ -117,6 +117,27 @@ class OfAll(nn.Module):
         return (x - x.mean(0)) @ self.weight
 
 
+class OfAllThroughAdapters(nn.Module):
+    """A module whose rows depend on one another by what an adapter adds, and by nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4, bias=False)
+        nn.init.zeros_(self.lin.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lin(x)
+        return x + y - y.mean(0, keepdim=True)
+
+
+@torch.no_grad()
+def test_rows_are_tried_out_with_an_adapter_too(tmp_path: Path) -> None:
+    base = OfAllThroughAdapters().eval()
+    model, handle = attached(base, adapters_of(base, tmp_path, target_modules=["lin"]))
+    with handle.rows(ROWS), pytest.raises(regraft.UnsupportedError, match="taken apart"):
+        model(torch.randn(3, 4))
+
+
 class Around(nn.Module):
     def __init__(self, inner: nn.Module, *more: Any) -> None:
         super().__init__()

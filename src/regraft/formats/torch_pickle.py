@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_STEPS = 4_000_000
+MAX_STEPS = 2_000_000
 """Instructions of one pickle; a tensor takes about sixty."""
 
 _MAX_DEPTH = 1000
@@ -147,11 +147,17 @@ class _Machine:
             self._at += 1
             self.spend(1)
             if code == _STOP:
-                return self.stack.pop()
+                return self._result()
             operation = operations.get(code)
             if operation is None:
                 raise PickleError(f"the instruction {bytes([code])!r}, which no tensor needs")
             operation(self)
+
+    def _result(self) -> Any:
+        value = self.stack.pop()
+        if self.stack or self._below:
+            raise PickleError("values that belong to nothing")
+        return value
 
     def spend(self, steps: int) -> None:
         """Count steps; what copies several values counts each of them."""

@@ -22,8 +22,13 @@ from regraft.formats.reading import open_regular, read_at
 from regraft.formats.torch_pickle import PickleError, StoredTensor, kind_of, read_pickle
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec
 
+_ZIP_TROUBLE = (
+    zipfile.BadZipFile, struct.error, ValueError, OverflowError, LookupError, NotImplementedError,
+)  # fmt: skip
+"""What :mod:`zipfile` raises of files that are none, or of a version that it does not know."""
+
 _MAX_PICKLE_BYTES = 16 * 2**20
-_MAX_DIRECTORY_BYTES = 32 * 2**20
+_MAX_DIRECTORY_BYTES = 8 * 2**20
 _ZIP_TAIL_BYTES = 2**16 + 2**10
 _DIRECTORY_END, _DIRECTORY_END_BYTES = b"PK\x05\x06", 22
 _ZIP64_DIRECTORY_END, _ZIP64_DIRECTORY_END_BYTES = b"PK\x06\x06", 56
@@ -82,7 +87,7 @@ def read_torch_file(path: Path) -> dict[str, TensorSpec]:
         archive = _open_archive(fd, path)
         tensors = _state_dict(archive)
         placed = _place_all(archive, tensors)
-    except (zipfile.BadZipFile, struct.error, ValueError, OverflowError, LookupError) as error:
+    except _ZIP_TROUBLE as error:
         raise FormatError(
             "is not a sound zip",
             where=str(path),

@@ -209,7 +209,11 @@ def split_of(
 def prove(path: str, split: Split, module: nn.Module, given: Arguments, run: Run) -> None:
     """Refuse a module whose rows do not answer by themselves what they answer together.
 
-    Tried out without adapters: ``run`` gives the module's own answer.
+    Args:
+        path, module: the module.
+        split: the call, taken apart.
+        given: the call's arguments.
+        run: gives the module's answer with one mix of adapters, or none, for all rows.
 
     Raises:
         UnsupportedError: the answers differ, or the rows cannot be run by themselves.

@@ -382,7 +382,9 @@ class MixedReplacement:
 
         split = split_of(self._axis, rows.groups, rows.check_shape, module, given)
         if rows.is_to_be_proved(self._path, module):
-            prove(self._path, split, module, given, functools.partial(run, None))
+            mixes = (None, next((each for each in rows.distinct if each is not None), None))
+            for mix in dict.fromkeys(mixes):
+                prove(self._path, split, module, given, functools.partial(run, mix))
             rows.proved.add(self._path)
         return split.run(lambda number, taken: run(rows.distinct[number], taken))
 
