@@ -87,7 +87,7 @@ def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
     return [
         ("adapter", ", ".join(filter(None, [_kind(adapter), adapter.task_type or ""]))),
         ("claims base", f"{adapter.base}{revision}" if adapter.base else "none"),
-        ("fingerprint", _fingerprint(adapter)),
+        ("fingerprint", _of_base(adapter)),
         ("rank", _rank(adapter)),
         ("scale", _scale(adapter)),
         ("adapts", _adapted(adapter)),
@@ -108,7 +108,7 @@ def _kind(adapter: AdapterFacts) -> str:
     return " ".join([adapter.peft_type, *(name for name, is_set in flags.items() if is_set)])
 
 
-def _fingerprint(adapter: AdapterFacts) -> str:
+def _of_base(adapter: AdapterFacts) -> str:
     """Return what the adapter carries of its base's weights."""
     found = adapter.fingerprint
     if found is None:

@@ -601,6 +601,6 @@ def _adapter_config(root: Path) -> dict[str, Any]:
         f"{ADAPTER_CONFIG} is missing",
         where=str(root),
         expected=f"{ADAPTER_CONFIG} beside the weights, in PEFT's format",
-        hint="If PEFT saved the weights, it is in the folder they were saved to; rank and scale "
-        "stand in it",
+        hint="PEFT saves it beside the weights, where the adapter was trained; rank and scale stand "
+        "in it",
     )

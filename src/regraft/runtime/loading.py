@@ -167,10 +167,12 @@ def warn_of(name: str, files: AdapterFiles, adapter: Adapter, base: LiveBase) ->
     """Warn of settings that are not known, of other names, and of another base's fingerprint."""
     for note in (*adapter.notes, *unknown_note(f"adapter {name!r}", adapter.settings.unknown)):
         warnings.warn(note, UserWarning, stacklevel=4)
-    for change in prefix_changes(base.index, adapter):
+    changes = prefix_changes(base.index, adapter)
+    for change in changes:
         warnings.warn(change.note(f"adapter {name!r}"), UserWarning, stacklevel=4)
     carried = files.metadata.get(KEY)
-    if carried is None or compare(carried, base) != "another":
+    rename = changes[0].in_base if changes else str
+    if carried is None or compare(carried, base, rename) != "another":
         return
     message = mismatch(name, files.config.get("base_model_name_or_path"), base.checkpoint.source)
     warnings.warn(message, BaseMismatchWarning, stacklevel=4)

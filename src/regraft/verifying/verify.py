@@ -14,7 +14,6 @@ from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageE
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT
-from regraft.merging.another_base import warn
 from regraft.merging.bases import open_base
 from regraft.merging.events import Progress
 from regraft.merging.planning import Choices, default_threads
@@ -89,7 +88,10 @@ def verify(
     recipe = _recipe(base, wanted, token)
     coded = _as_coded(choices, located.path)
     judged = _again(opened, recipe, coded, progress)
-    warn(judged.another_base, stacklevel=2)
+    if judged.another_base:
+        from regraft.merging.another_base import warn  # which needs compiled code
+
+        warn(judged.another_base, stacklevel=2)
     report = _report(located.source, check, judged)
     if prompts is None:
         return report

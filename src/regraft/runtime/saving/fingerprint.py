@@ -6,7 +6,7 @@ What a fingerprint is and what it tells is said in :mod:`regraft.adapters.finger
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,17 +81,19 @@ def fingerprint_of(parameters: Mapping[str, Parameter]) -> str | None:
     ).to_text()
 
 
-def compare(fingerprint: str, base: LiveBase) -> Verdict:
+def compare(fingerprint: str, base: LiveBase, rename: Callable[[str], str] = str) -> Verdict:
     """Return what a base is to the one that a fingerprint was taken of.
 
     Args:
         fingerprint: as :func:`fingerprint_of` made it.
         base: the base that is here, with no adapter merged into it.
+        rename: gives this base's name for a parameter of the one that was trained on, where all
+            names of the adapter begin otherwise here.
     """
     taken = parsed(fingerprint)
     if taken is None:
         return "unknown"
-    here = parameters_of(base, (_name_in(base, name) for name in taken.shapes))
+    here = parameters_of(base, (_name_in(base, rename(name)) for name in taken.shapes))
     if len(here) < len(taken.shapes):
         return "another"
     there, found, coded = [], [], taken.coded
