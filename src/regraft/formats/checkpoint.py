@@ -601,5 +601,5 @@ def _adapter_config(root: Path) -> dict[str, Any]:
         f"{ADAPTER_CONFIG} is missing",
         where=str(root),
         expected=f"{ADAPTER_CONFIG} beside the weights, in PEFT's format",
-        hint="PEFT saves it beside the weights, where the adapter was trained; it has rank and scale",
+        hint="PEFT saves it where the adapter was trained; rank and scale stand in it",
     )
