@@ -474,8 +474,8 @@ def test_hub_ids_are_fetched_by_what_they_are(
 ) -> None:
     folder, fetched = make(tmp_path / "hub"), []
 
-    def snapshot(repo_id: str, revision: str | None, kind: str, token: str | None) -> Path:
-        fetched.append((repo_id, revision, kind, token))
+    def snapshot(reference: Any, kind: str, token: str | None) -> Path:
+        fetched.append((reference.repo_id, reference.revision, kind, token))
         return folder
 
     monkeypatch.setattr("regraft.formats.hub._snapshot", snapshot)
