@@ -245,7 +245,7 @@ def inspect(path: str | Path, *, token: str | None = None) -> Inspection:
 
 
 def _inspect(located: Located, token: str | None) -> Inspection:
-    if (below := adapter_folder(located)) is not located:
+    if (below := adapter_folder(located)[0]) is not located:
         raise InputError(
             "is neither a model nor an adapter: the adapter lies in a folder below",
             where=str(located.path), expected="the adapter's own folder",

@@ -444,7 +444,7 @@ def open_adapter(located: Located) -> AdapterFiles:
 
 
 def _open_adapter(located: Located) -> AdapterFiles:
-    located, notes = adapter_folder(located), adapter_notes(located)
+    located, notes = adapter_folder(located)
     named_file = not located.path.is_dir()
     root = located.path.parent if named_file else located.path
     on_hub = located.repo_id is not None
@@ -467,8 +467,8 @@ def _open_adapter(located: Located) -> AdapterFiles:
     )
 
 
-def adapter_folder(located: Located) -> Located:
-    """Return where an adapter lies: the folder that was named, or one below it.
+def adapter_folder(located: Located) -> tuple[Located, tuple[str, ...]]:
+    """Return where an adapter lies, and what to say where that is a folder below the one named.
 
     A run's folder has its adapters in folders of their own, and PEFT saves one called ``sql`` in
     ``sql/``. Of several checkpoints the one with the highest step is taken.
@@ -480,7 +480,7 @@ def adapter_folder(located: Located) -> Located:
     with typed_os_errors(located.path):
         below = _adapters_below(located.path)
     if not below:
-        return located
+        return located, ()
     numbered = {name: int(match[1]) for name in below if (match := _CHECKPOINT.fullmatch(name))}
     if len(below) > 1 and len(numbered) < len(below):
         shown = ", ".join(map(quoted, below[:8])) + (", ..." if len(below) > 8 else "")
@@ -493,17 +493,9 @@ def adapter_folder(located: Located) -> Located:
         )
     chosen = max(numbered, key=lambda name: numbered[name]) if len(below) > 1 else below[0]
     source = f"{located.source.rstrip('/')}/{chosen}"
-    return replace(located, path=located.path / chosen, source=source)
-
-
-def adapter_notes(located: Located) -> tuple[str, ...]:
-    """Return what to say where the adapter lies in a folder below the one that was named."""
-    found = adapter_folder(located)
-    if found is located:
-        return ()
-    others = len(_adapters_below(located.path)) - 1
-    newest = f", the newest of {others + 1} checkpoints" if others else ""
-    return (f"{located.source}: the adapter in {found.path.name} is taken{newest}",)
+    newest = f", the newest of {len(below)} checkpoints" if len(below) > 1 else ""
+    note = f"{located.source}: the adapter in {chosen} is taken{newest}"
+    return replace(located, path=located.path / chosen, source=source), (note,)
 
 
 def _adapters_below(path: Path) -> list[str]:
