@@ -68,7 +68,8 @@ def test_rounding_alone_is_no_warning_and_is_within_the_rounding_of_verify(tmp_p
 def test_modules_that_other_programs_scale_otherwise_are_counted(
     tmp_path: Path, config: dict[str, object], alone: int, by_tensor: int
 ) -> None:
-    report = regraft.shrink(write_adapter(tmp_path / "a", **config), tmp_path / "s", rank=4)
+    adapter = write_adapter(tmp_path / "a", **config)
+    report = regraft.shrink(adapter, tmp_path / "s", rank=4, uniform=False)
     told = " ".join(report.notes)
     assert (f"{alone} of 4 modules in programs that read lora_alpha and r alone" in told) == bool(
         alone

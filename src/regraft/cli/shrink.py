@@ -33,6 +33,12 @@ from regraft.cli.output import Output
     help="Instead of --rank: the share of each delta's squared norm to keep, such as 0.99.",
 )
 @click.option(
+    "--uniform/--no-uniform",
+    default=None,
+    help="Multiply every scale into B and give all modules one rank, for programs that read no "
+    "patterns (vLLM, llama.cpp).  [default: with --rank, where they would be wrong]",
+)
+@click.option(
     "--base",
     metavar="BASE",
     help="The base it was trained on: copies of its embeddings are then left out.",
@@ -50,9 +56,10 @@ def command(*, as_json: bool, quiet: bool, **chosen: Any) -> None:
 
     ADAPTER is a folder in PEFT's format, its weights file, or a Hub id. By default its factors
     become bfloat16. --rank or --energy cut each delta to its largest singular values, the best
-    approximation there is of that rank. The config is changed to match, and every scale stays. It
-    tells how far each delta is from what it was, rounding included. Embeddings that PEFT saved
-    along, although they are the base's, are left out if --base names that base.
+    approximation there is of that rank. The config is changed to match, and what each delta is
+    multiplied by stays. It tells how far each delta is from what it was, rounding included.
+    Embeddings that PEFT saved along, although they are the base's, are left out if --base names
+    that base.
 
     \b
     Examples:

@@ -64,6 +64,8 @@ def _said(report: ShrinkReport) -> str:
             f"The rank of {len(lower)} of {len(report.modules)} modules was cut: {before} -> "
             f"{after}."
         )
+    if report.uniform:
+        said.append("Every module's scale was multiplied into its B, and all have one rank.")
     worst = max(report.modules, key=lambda m: m.error, default=None)
     if worst is not None:
         said.append(

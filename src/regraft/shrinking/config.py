@@ -1,6 +1,7 @@
 """The config of an adapter with other ranks, right for whoever reads it.
 
-Every module keeps its scale, and so its alpha changes with its rank. ``r`` becomes the largest
+Every module keeps its scale, and so its alpha changes with its rank; in the uniform form, where the
+scales are in B, all have the scale 1. ``r`` becomes the largest
 rank, because programs that serve adapters make room for that many. Where all modules had one scale,
 ``lora_alpha`` over ``r`` is that scale still, also for programs that read no patterns.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from regraft.adapters.patterns import Expressions, FirstMatch, is_plain
@@ -44,10 +45,35 @@ def with_ranks(
         "rank_pattern": patterns(ranks, r),
         "alpha_pattern": patterns(alphas, alpha),
     }
-    empty = [key for key, value in changes.items() if value == {} and key not in config]
-    made = {key: value for key, value in changes.items() if key not in empty}
+    return _changed(config, settings, changes, [*ranks.values()])
+
+
+def with_one_scale(config: Mapping[str, Any], settings: LoraSettings, rank: int) -> dict[str, Any]:
+    """Return a config in which all modules have one rank, and the scale 1.
+
+    Args:
+        config: the adapter's, whose every key is kept.
+        settings: what it means.
+        rank: of every module.
+    """
+    changes = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+    }
+    return _changed(config, settings, changes, [rank])
+
+
+def _changed(
+    config: Mapping[str, Any], settings: LoraSettings, changes: Mapping[str, Any],
+    ranks: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
+    """Return a config with changes, but for keys that it lacks and that would say nothing."""
+    made = {key: value for key, value in changes.items() if value or key in config}
     changed = {**plain_config(config), **made}
-    if settings.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks.values()):
+    if settings.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
         changed["init_lora_weights"] = True  # PEFT draws such values on loading, of even rank only
     return changed
 

@@ -22,6 +22,7 @@ from regraft.deltas.reduction import (
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.formats.reading import FilePool
 from regraft.merging.placing import Factors
+from regraft.shrinking.forms import Form
 from regraft.shrinking.report import ShrunkModule
 from regraft.shrinking.targets import Pair
 from regraft.tensors import TensorSpec
@@ -34,10 +35,12 @@ class Stored:
     Attributes:
         a: bytes of A.
         b: bytes of B.
+        bias: bytes of B's bias, if it has one.
     """
 
     a: Bytes
     b: Bytes
+    bias: Bytes | None = None
 
 
 def read_stored(files: FilePool, pair: Pair) -> Stored:
@@ -46,7 +49,12 @@ def read_stored(files: FilePool, pair: Pair) -> Stored:
     Raises:
         FormatError, InputError, AccessError: they cannot be read.
     """
-    return Stored(_read(files, pair.target.a), _read(files, pair.target.b))
+    bias = pair.target.b_bias
+    return Stored(
+        _read(files, pair.target.a),
+        _read(files, pair.target.b),
+        _read(files, bias) if bias is not None else None,
+    )
 
 
 def _read(files: FilePool, spec: TensorSpec) -> Bytes:
@@ -98,26 +106,45 @@ def squared_values(pair: Pair, stored: Stored) -> Vector:
     return total
 
 
-def reduced(pair: Pair, stored: Stored, rank: int, dtype: str) -> Stored:
-    """Return a pair's factors at another rank, as they will be stored.
+def reduced(pair: Pair, stored: Stored, form: Form, dtype: str) -> Stored:
+    """Return a pair's factors in another form, as they will be stored.
 
     Args:
         pair: whose factors they are.
         stored: their bytes.
-        rank: the new rank; at the pair's own the values stay, but for their rounding.
+        form: what they are to become. At the pair's own rank the values stay, but for the scale
+            that goes into B, and for their rounding.
         dtype: the dtype to store them in.
     """
-    if rank == pair.rank:
-        a, b = decode(stored.a, pair.target.a.dtype), decode(stored.b, pair.target.b.dtype)
-        return Stored(encode(a, dtype), encode(b, dtype))
-    sizes = pair.sizes
-    new_a = np.empty((sizes.experts, rank, sizes.inputs), np.float32)
-    new_b = np.empty(sizes.out * rank * sizes.experts, np.float32)
-    columns = by_rank(new_b, sizes, rank)
     with np.errstate(over="ignore"):  # it is counted by whoever asked
+        bias = _reduced_bias(pair, stored, form, dtype)
+        if form.is_that_of(pair):
+            a, b = decode(stored.a, pair.target.a.dtype), decode(stored.b, pair.target.b.dtype)
+            return Stored(encode(a, dtype), encode(b, dtype), bias)
+        sizes = pair.sizes
+        new_a = np.zeros((sizes.experts, form.rank, sizes.inputs), np.float32)
+        new_b = np.zeros(sizes.out * form.rank * sizes.experts, np.float32)
+        columns = by_rank(new_b, sizes, form.rank)
         for expert, (b64, a64) in enumerate(own_products(pair, stored)):
-            columns[:, :, expert], new_a[expert] = truncated(decompose(b64, a64), rank)
-    return Stored(encode(new_a, dtype), encode(new_b, dtype))
+            if form.kept < pair.rank:
+                b64, a64 = truncated(decompose(b64, a64), form.kept)
+            columns[:, : form.kept, expert] = b64 * _factor(form)
+            new_a[expert, : form.kept] = a64
+        return Stored(encode(new_a, dtype), encode(new_b, dtype), bias)
+
+
+def _reduced_bias(pair: Pair, stored: Stored, form: Form, dtype: str) -> Bytes | None:
+    """Return B's bias as it will be stored: the scale multiplies it as it does B A."""
+    if pair.target.b_bias is None or stored.bias is None:
+        return None
+    values = decode(stored.bias, pair.target.b_bias.dtype)
+    if form.folded is not None:
+        values = (values.astype(np.float64) * form.folded).astype(np.float32)
+    return encode(values, dtype)
+
+
+def _factor(form: Form) -> float:
+    return 1.0 if form.folded is None else form.folded
 
 
 def shapes(pair: Pair, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -127,22 +154,23 @@ def shapes(pair: Pair, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (rank * experts, *a[1:]), (b[0], rank * experts, *b[2:])
 
 
-def measured(pair: Pair, stored: Stored, new: Stored, rank: int, dtype: str) -> ShrunkModule:
-    """Return how far a pair's new factors are from its own."""
+def measured(pair: Pair, stored: Stored, new: Stored, form: Form, dtype: str) -> ShrunkModule:
+    """Return how far the delta of a pair's new factors is from its own."""
     norms, errors = [], []
-    after = products(pair, new, rank, (dtype, dtype))
+    after = products(pair, new, form.rank, (dtype, dtype))
+    before, scale = (pair.scale, 1.0) if form.folded is not None else (1.0, abs(pair.scale))
     for (b, a), (new_b, new_a) in zip(own_products(pair, stored), after, strict=True):
+        b = b * before
         norms.append(product_norm(b, a))
-        same = rank == pair.rank and np.array_equal(b, new_b) and np.array_equal(a, new_a)
+        same = form.rank == pair.rank and np.array_equal(b, new_b) and np.array_equal(a, new_a)
         errors.append(0.0 if same else difference_norm(b, a, new_b, new_a))
-    kept = 1.0 if rank == pair.rank else kept_share(squared_values(pair, stored), rank)
-    size = abs(pair.scale)
+    kept = 1.0 if form.kept == pair.rank else kept_share(squared_values(pair, stored), form.kept)
     return ShrunkModule(
         name=pair.name,
         layer=pair.layer,
         rank_before=pair.rank,
-        rank_after=rank,
+        rank_after=form.rank,
         kept=kept,
-        delta_norm=size * math.hypot(*norms),
-        error_norm=size * math.hypot(*errors),
+        delta_norm=scale * math.hypot(*norms),
+        error_norm=scale * math.hypot(*errors),
     )

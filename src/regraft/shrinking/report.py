@@ -74,6 +74,7 @@ class ShrinkReport:
         dtypes_before: what they were stored in.
         rank: the rank that was asked for, or None.
         energy: the share of the squared norm that was asked for, or None.
+        uniform: whether every scale was multiplied into B, and all ranks were made one.
         error: what all deltas together are off by, relative to all deltas.
         modules: one record per adapted module, in the order of their names.
         copies: one record per copy of an embedding.
@@ -96,6 +97,7 @@ class ShrinkReport:
     dtypes_before: tuple[str, ...]
     rank: int | None
     energy: float | None
+    uniform: bool
     error: float
     modules: tuple[ShrunkModule, ...]
     copies: tuple[EmbeddingCopy, ...]

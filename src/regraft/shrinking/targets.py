@@ -18,7 +18,8 @@ from regraft.merging.match import EXPERT_ORDER, PEFT_EMBEDDINGS
 from regraft.merging.placing import Factors, Misfit, Placement, dora_on_stack, read_factors
 from regraft.shrinking.report import Layer
 
-_TIE = "both sides of a tie"
+TIE = "both sides of a tie"
+"""The group of modules that share their factors."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _group(settings: LoraSettings, target: LoraTarget) -> str:
     """
     tied = target.kind == "embedding" or target.module.rpartition(".")[2] in PEFT_EMBEDDINGS
     if settings.ensure_weight_tying and tied:
-        return _TIE
+        return TIE
     return plain_key(target.a.name).partition(".lora_")[0].partition(".base_layer")[0]
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from regraft.shrinking.forms import Form
 from regraft.shrinking.report import ShrunkModule, overall_error
 from regraft.shrinking.targets import Pair
 
@@ -40,7 +41,7 @@ def error_warning(modules: tuple[ShrunkModule, ...], dtype: str) -> str:
 
 
 def _way_on(off: Sequence[ShrunkModule], dtype: str) -> str:
-    if all(module.rank_after == module.rank_before for module in off):  # rounding alone did it
+    if all(module.rank_after >= module.rank_before for module in off):  # rounding alone did it
         return f"Give a dtype that holds its factors better than {dtype}, such as float32"
     return f"Give a higher --rank, or --energy {_ENERGY:g} to stay within {WARN_ABOVE:.0%}"
 
@@ -74,7 +75,19 @@ def scale_note(config: Mapping[str, Any], pairs: Sequence[Pair], ranks: Sequence
         return ""
     return (
         "this adapter needs rank_pattern, alpha_pattern or use_rslora of its config to be read, as "
-        f"PEFT does: another scale than theirs is given to {', and to '.join(said)}"
+        f"PEFT does: another scale than theirs is given to {', and to '.join(said)}. --uniform "
+        "writes it so that these are right too"
+    )
+
+
+def uniform_note(pairs: Sequence[Pair], forms: Sequence[Form]) -> str:
+    """Return what was done for programs that take one scale for all modules."""
+    filled = sum(form.rank > form.kept for form in forms)
+    rank = forms[0].rank
+    zeros = f" ({filled} of {len(pairs)} filled up with zeros)" if filled else ""
+    return (
+        f"every module's scale is in its B, and all have rank {rank}{zeros} and lora_alpha {rank}: "
+        "programs that read no rank_pattern, alpha_pattern or use_rslora scale it rightly too"
     )
 
 

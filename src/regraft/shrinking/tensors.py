@@ -16,6 +16,7 @@ from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import build_header
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.shrinking.factors import Stored, read_stored, reduced, shapes
+from regraft.shrinking.forms import Form
 from regraft.shrinking.targets import Pair
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 
@@ -32,8 +33,8 @@ class Item:
         dtype: what it is stored in.
         shape: its dimensions.
         spec: the tensor it comes from.
-        pair: number of the pair of which it is a factor; None for other tensors.
-        side: which factor.
+        pair: number of the pair of which it is a factor, or B's bias; None for other tensors.
+        side: which of them.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Item:
     shape: tuple[int, ...]
     spec: TensorSpec
     pair: int | None = None
-    side: Literal["a", "b"] = "a"
+    side: Literal["a", "b", "bias"] = "a"
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +94,7 @@ def dtypes_of(files: AdapterFiles, pairs: Sequence[Pair], dtype: str) -> dict[st
 
 
 def items_of(
-    files: AdapterFiles, pairs: Sequence[Pair], ranks: Sequence[int], dtypes: Mapping[str, str]
+    files: AdapterFiles, pairs: Sequence[Pair], forms: Sequence[Form], dtypes: Mapping[str, str]
 ) -> list[Item]:
     """Return the tensors of the output, in the order of the file.
 
@@ -102,7 +103,7 @@ def items_of(
     Args:
         files: the adapter.
         pairs: its factors.
-        ranks: the new rank of each pair.
+        forms: what each pair becomes.
         dtypes: what each tensor is stored in, by name; those that are not named are left out.
     """
     items = {
@@ -110,18 +111,26 @@ def items_of(
         for name, spec in files.tensors.items()
         if name in dtypes
     }
-    for number, (pair, rank) in enumerate(zip(pairs, ranks, strict=True)):
-        a, b = pair.target.a, pair.target.b
-        of_a, of_b = shapes(pair, rank)
+    for number, (pair, form) in enumerate(zip(pairs, forms, strict=True)):
+        a, b, bias = pair.target.a, pair.target.b, pair.target.b_bias
+        of_a, of_b = shapes(pair, form.rank)
         items[a.name] = Item(a.name, dtypes[a.name], of_a, a, number, "a")
         items[b.name] = Item(b.name, dtypes[b.name], of_b, b, number, "b")
+        if bias is not None:
+            items[bias.name] = Item(bias.name, dtypes[bias.name], bias.shape, bias, number, "bias")
     return sorted(items.values(), key=lambda item: (-DTYPES[item.dtype].bits, peft_key(item.name)))
 
 
-def header_of(items: Sequence[Item]) -> bytes:
-    """Return the first bytes of a file of these tensors."""
+def header_of(items: Sequence[Item], metadata: Mapping[str, str]) -> bytes:
+    """Return the first bytes of a file of these tensors.
+
+    Args:
+        items: the tensors.
+        metadata: the strings in the header of the adapter's file, which go along: among them is
+            what the base looked like.
+    """
     entries = [(peft_key(item.name), item.dtype, item.shape) for item in items]
-    return build_header(entries, {"format": "pt"})
+    return build_header(entries, {**metadata, "format": "pt"})
 
 
 # -- what cannot be stored -------------------------------------------------------------------------
@@ -157,8 +166,10 @@ def too_large(name: str, where: str, count: int, dtype: str) -> Problem:
 
 
 def overflow_of(pair: Pair, new: Stored, dtype: str, where: str) -> list[Problem]:
-    """Return the refusal of each new factor that holds infinities."""
-    sides = ((pair.target.a.name, new.a), (pair.target.b.name, new.b))
+    """Return the refusal of each new factor, or bias, that holds infinities."""
+    sides = [(pair.target.a.name, new.a), (pair.target.b.name, new.b)]
+    if pair.target.b_bias is not None and new.bias is not None:
+        sides.append((pair.target.b_bias.name, new.bias))
     counts = [(name, _not_finite(decode(raw, dtype))) for name, raw in sides]
     return [too_large(name, where, count, dtype) for name, count in counts if count]
 
@@ -171,24 +182,25 @@ def _not_finite(values: np.ndarray) -> int:
 
 
 def content(
-    items: Sequence[Item], pairs: Sequence[Pair], ranks: Sequence[int], files: FilePool, told: Told
-) -> Iterator[bytes]:
+    items: Sequence[Item], pairs: Sequence[Pair], forms: Sequence[Form],
+    metadata: Mapping[str, str], files: FilePool, told: Told,
+) -> Iterator[bytes]:  # fmt: skip
     """Yield the bytes of the output's weights file, front to back.
 
     Factors are in memory one pair at a time, other tensors a piece at a time.
     """
-    yield header_of(items)
+    yield header_of(items, metadata)
     made: tuple[int, Stored] | None = None
     for item in items:
         if item.pair is None:
             for raw in _pieces_of(files, item.spec):
                 yield _converted(raw, item.spec.dtype, item.dtype).tobytes()
         else:
-            if made is None or made[0] != item.pair:  # the two factors come one after the other
+            if made is None or made[0] != item.pair:  # a pair's tensors come one after the other
                 made = None
-                pair, rank = pairs[item.pair], ranks[item.pair]
-                made = item.pair, reduced(pair, read_stored(files, pair), rank, item.dtype)
-            yield (made[1].a if item.side == "a" else made[1].b).tobytes()
+                pair, form = pairs[item.pair], forms[item.pair]
+                made = item.pair, reduced(pair, read_stored(files, pair), form, item.dtype)
+            yield getattr(made[1], item.side).tobytes()
         told.add(item.nbytes, item.name)
 
 

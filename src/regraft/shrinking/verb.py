@@ -40,9 +40,17 @@ from regraft.merging.planning import parse_dtype
 from regraft.merging.sidefiles import CARD, adapter_side_files, json_bytes
 from regraft.merging.workplace import workplace
 from regraft.shrinking.card import shrunk_card
-from regraft.shrinking.config import with_ranks
+from regraft.shrinking.config import with_one_scale, with_ranks
 from regraft.shrinking.copies import Copy, compare, copies_in
 from regraft.shrinking.factors import measured, read_stored, reduced, squared_values
+from regraft.shrinking.forms import (
+    Form,
+    is_uniform,
+    refuse_uniform,
+    scaled_by_config,
+    uniform_forms,
+    why_not_uniform,
+)
 from regraft.shrinking.report import EmbeddingCopy, ShrinkReport, ShrunkModule, overall_error
 from regraft.shrinking.targets import (
     Pair,
@@ -52,7 +60,7 @@ from regraft.shrinking.targets import (
     read_pairs,
     refuse_reduction,
 )
-from regraft.shrinking.telling import error_warning, scale_note
+from regraft.shrinking.telling import error_warning, scale_note, uniform_note
 from regraft.shrinking.tensors import (
     Item,
     Told,
@@ -76,6 +84,7 @@ def shrink(
     dtype: str = "bfloat16",
     rank: int | None = None,
     energy: float | None = None,
+    uniform: bool | None = None,
     base: str | Path | None = None,
     overwrite: bool = False,
     token: str | None = None,
@@ -84,15 +93,22 @@ def shrink(
     """Write an adapter anew: in fewer bits, at a lower rank, without copies of the base's tensors.
 
     The rank is lowered by the singular value decomposition of each delta, which gives the best
-    approximation of that rank (Eckart and Young 1936). The scale of every module stays what it was.
+    approximation of that rank (Eckart and Young 1936). What every delta is multiplied by stays, in
+    the config, or in B where the form is uniform.
 
     Args:
         adapter: a folder in PEFT's format, its weights file, or a Hub id ``org/name[@revision]``.
         out: the folder to make; it appears whole or not at all.
         dtype: dtype of the factors: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
-        rank: the highest rank of a module; lower ones stay as they are.
+        rank: the highest rank of a module; lower ones stay as they are, or are filled up with
+            zeros where the form is uniform.
         energy: instead of ``rank``: the share of each delta's squared Frobenius norm to keep, above
             0 and up to 1; every module gets the smallest rank that does.
+        uniform: True: write the uniform form, in which every scale is multiplied into B, all
+            modules have one rank, and ``lora_alpha`` is ``r``, so that programs which read no
+            patterns and no ``use_rslora`` (vLLM, llama.cpp) are right too. False: keep scales in
+            the config. None: the uniform form where ``rank`` is given, such programs would
+            otherwise be wrong, and the adapter has one.
         base: the base it was trained on; copies of its embeddings are then left out.
         overwrite: replace ``out``, once the new one is complete, if it holds an adapter.
         token: Hub token; by default the one the machine is logged in with.
@@ -105,14 +121,15 @@ def shrink(
         RegraftError: one of :mod:`regraft.errors`; ``out`` is then as it was before the call.
         UsageError: the call contradicts itself.
         AdapterError: the adapter contradicts itself, or holds NaN or infinity; lists every tensor.
-        UnsupportedError: a feature that is not read, or whose rank cannot be reduced.
+        UnsupportedError: a feature that is not read, whose rank cannot be reduced, or that has no
+            uniform form.
         NumericError: values are too large for the dtype; lists every tensor.
     """
     started = time.perf_counter()
     place = out_path(out)
     inputs = replaced_inputs(place, adapter, base)
     check_output(place, inputs, overwrite=overwrite, kind="adapter")
-    choices = _choices(dtype, rank, energy)
+    choices = _choices(dtype, rank, energy, uniform)
     tell(progress, "read", 0)
     job = _opened(adapter, base, choices, token)
     check_output(place, job.inputs, overwrite=overwrite, kind="adapter")
@@ -121,19 +138,19 @@ def shrink(
         lost = _looked_through(job, files, told)
         outcomes = _compared(job, token)
         dropped = {copy.name for copy in outcomes if copy.outcome == "dropped"}
-        ranks = _ranks(job, files)
+        forms = _forms(job, _ranks(job, files))
         modules = _measured(
-            job, ranks, files, told, [p for n, p in lost.items() if n not in dropped]
+            job, forms, files, told, [p for n, p in lost.items() if n not in dropped]
         )
         dtypes = {name: kind for name, kind in job.dtypes.items() if name not in dropped}
-        items = items_of(job.files, job.pairs, ranks, dtypes)
+        items = items_of(job.files, job.pairs, forms, dtypes)
         with typed_os_errors(job.files.root):
             sides = sum(path.stat().st_size for path in job.sides.values())
-        check_space(place, _size(items) + sides)
+        check_space(place, _size(job, items) + sides)
         told.expect(sum(item.nbytes for item in items))
-        report = _report(job, str(place), items, ranks, modules, outcomes)
-        card = _card(job, place, items, ranks, report)
-        _write(job, items, ranks, files, card, place, told, overwrite=overwrite, progress=progress)
+        report = _report(job, str(place), items, forms, modules, outcomes)
+        card = _card(job, place, items, forms, report)
+        _write(job, items, forms, files, card, place, told, overwrite=overwrite, progress=progress)
     return replace(report, seconds=time.perf_counter() - started, peak_memory=peak_memory())
 
 
@@ -147,6 +164,7 @@ class _Choices:
     dtype: str
     rank: int | None
     energy: float | None
+    uniform: bool | None
 
 
 @dataclass(frozen=True)
@@ -189,7 +207,7 @@ class _Job:
         return read + written
 
 
-def _choices(dtype: str, rank: int | None, energy: float | None) -> _Choices:
+def _choices(dtype: str, rank: int | None, energy: float | None, uniform: bool | None) -> _Choices:
     """Return the options, checked.
 
     Raises:
@@ -206,7 +224,7 @@ def _choices(dtype: str, rank: int | None, energy: float | None) -> _Choices:
                                 f"{energy:g}"))  # fmt: skip
     if problems:
         raise UsageError(problems)
-    return _Choices(parse_dtype(dtype) or "BF16", rank, energy)
+    return _Choices(parse_dtype(dtype) or "BF16", rank, energy, uniform)
 
 
 def _opened(
@@ -231,13 +249,14 @@ def _opened(
 
 def _looked_through(job: _Job, files: FilePool, told: Told) -> dict[str, Problem]:
     """Look at every value; return the refusal of each tensor, by name, that the dtype is too small
-    for. Factors whose rank is reduced are looked at once they are.
+    for. Factors, and biases of B, are looked at once they have their new form.
 
     Raises:
         AdapterError: values are NaN or infinite; lists every such tensor.
     """
     problems, lost = list[Problem](), dict[str, Problem]()
-    factors = {spec.name for pair in job.pairs for spec in (pair.target.a, pair.target.b)}
+    targets = [pair.target for pair in job.pairs]
+    factors = {spec.name for t in targets for spec in (t.a, t.b, t.b_bias) if spec is not None}
     for name, spec in job.files.tensors.items():
         bad, beyond = scan(files, spec, job.dtypes[name])
         told.add(spec.nbytes)
@@ -278,8 +297,28 @@ def _ranks(job: _Job, files: FilePool) -> list[int]:
     return [pair.rank for pair in job.pairs]
 
 
+def _forms(job: _Job, ranks: Sequence[int]) -> list[Form]:
+    """Return what each pair becomes.
+
+    Raises:
+        UnsupportedError: the uniform form was asked for, and the adapter has none.
+    """
+    asked, settings = job.choices.uniform, job.adapter.settings
+    kept = scaled_by_config(ranks)
+    if asked is False or (asked is None and job.choices.rank is None):
+        return kept
+    if asked is None and not scale_note(_config(job, kept), job.pairs, ranks):
+        return kept
+    if is_uniform(settings, job.pairs, ranks):
+        return kept
+    reason = why_not_uniform(settings, job.pairs)
+    if reason and asked:
+        raise refuse_uniform(job.adapter.label, reason)
+    return kept if reason else uniform_forms(job.pairs, ranks)
+
+
 def _measured(
-    job: _Job, ranks: Sequence[int], files: FilePool, told: Told, problems: list[Problem]
+    job: _Job, forms: Sequence[Form], files: FilePool, told: Told, problems: list[Problem]
 ) -> tuple[ShrunkModule, ...]:
     """Return how far the new factors of each pair are from its own.
 
@@ -288,13 +327,13 @@ def _measured(
             among them.
     """
     dtype, modules = job.choices.dtype, []
-    for pair, rank in zip(job.pairs, ranks, strict=True):
+    for pair, form in zip(job.pairs, forms, strict=True):
         stored = read_stored(files, pair)
-        new = reduced(pair, stored, rank, dtype)
+        new = reduced(pair, stored, form, dtype)
         too_much = overflow_of(pair, new, dtype, job.where)
         problems += too_much
         if not too_much:
-            modules.append(measured(pair, stored, new, rank, dtype))
+            modules.append(measured(pair, stored, new, form, dtype))
         told.add(stored.a.nbytes + stored.b.nbytes)
     if problems:
         raise NumericError(capped(problems, job.files.root))
@@ -305,7 +344,7 @@ def _measured(
 
 
 def _write(
-    job: _Job, items: Sequence[Item], ranks: Sequence[int], files: FilePool, card: bytes,
+    job: _Job, items: Sequence[Item], forms: Sequence[Form], files: FilePool, card: bytes,
     place: Path, told: Told, *, overwrite: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Write the output beside its place, and rename it into it.
@@ -316,39 +355,43 @@ def _write(
     with workplace(place, overwrite=overwrite, kind="adapter") as work:
         work.begin("shrink")
         work.keep_only(())  # nothing of an earlier try is taken over
-        write_file(work.out / ADAPTER_CONFIG, _config_bytes(job, ranks))
+        write_file(work.out / ADAPTER_CONFIG, _config_bytes(job, forms))
         for name, path in job.sides.items():
             write_pieces(work.out / name, _file_pieces(path))
         write_file(work.out / CARD, card)
-        write_pieces(work.out / ADAPTER_SAFE, content(items, job.pairs, ranks, files, told))
-        tell(progress, "finish", _size(items))
+        pieces = content(items, job.pairs, forms, job.files.metadata, files, told)
+        write_pieces(work.out / ADAPTER_SAFE, pieces)
+        tell(progress, "finish", _size(job, items))
 
 
 def _card(
-    job: _Job, place: Path, items: Sequence[Item], ranks: Sequence[int], report: ShrinkReport
+    job: _Job, place: Path, items: Sequence[Item], forms: Sequence[Form], report: ShrinkReport
 ) -> bytes:
     specs = [item.stored for item in items]
-    return shrunk_card(str(place), job.files.root, _config(job, ranks), specs, report)
+    return shrunk_card(str(place), job.files.root, _config(job, forms), specs, report)
 
 
-def _config_bytes(job: _Job, ranks: Sequence[int]) -> bytes:
+def _config_bytes(job: _Job, forms: Sequence[Form]) -> bytes:
     """Return the new config; where nothing in it changed, the old one byte for byte."""
-    if _has_ranks(job, ranks) and plain_config(job.files.config) == job.files.config:
+    if _is_as_before(job, forms) and plain_config(job.files.config) == job.files.config:
         with typed_os_errors(job.files.root):
             return (job.files.root / ADAPTER_CONFIG).read_bytes()
-    return json_bytes(_config(job, ranks))
+    return json_bytes(_config(job, forms))
 
 
-def _config(job: _Job, ranks: Sequence[int]) -> Mapping[str, Any]:
+def _config(job: _Job, forms: Sequence[Form]) -> Mapping[str, Any]:
     """Return the new config."""
-    if _has_ranks(job, ranks):
+    if _is_as_before(job, forms):
         return plain_config(job.files.config)
-    return with_ranks(job.files.config, job.adapter.settings, by_key(job.pairs, ranks))
+    if any(form.folded is not None for form in forms):
+        return with_one_scale(job.files.config, job.adapter.settings, forms[0].rank)
+    ranks = by_key(job.pairs, [form.rank for form in forms])
+    return with_ranks(job.files.config, job.adapter.settings, ranks)
 
 
-def _has_ranks(job: _Job, ranks: Sequence[int]) -> bool:
-    """Whether the adapter has these ranks already."""
-    return all(pair.rank == rank for pair, rank in zip(job.pairs, ranks, strict=True))
+def _is_as_before(job: _Job, forms: Sequence[Form]) -> bool:
+    """Whether the adapter has these ranks and scales already."""
+    return all(form.is_that_of(pair) for pair, form in zip(job.pairs, forms, strict=True))
 
 
 def _file_pieces(path: Path) -> Iterator[bytes]:
@@ -357,16 +400,16 @@ def _file_pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _size(items: Sequence[Item]) -> int:
+def _size(job: _Job, items: Sequence[Item]) -> int:
     """Return the size of a weights file."""
-    return len(header_of(items)) + sum(item.nbytes for item in items)
+    return len(header_of(items, job.files.metadata)) + sum(item.nbytes for item in items)
 
 
 # -- the report ------------------------------------------------------------------------------------
 
 
 def _report(
-    job: _Job, output: str, items: Sequence[Item], ranks: Sequence[int],
+    job: _Job, output: str, items: Sequence[Item], forms: Sequence[Form],
     modules: tuple[ShrunkModule, ...], copies: tuple[EmbeddingCopy, ...],
 ) -> ShrinkReport:  # fmt: skip
     """Return what is done, but for the time that it takes to write it."""
@@ -382,16 +425,17 @@ def _report(
         dtypes_before=_dtypes_before(job.pairs),
         rank=job.choices.rank,
         energy=job.choices.energy,
+        uniform=any(form.folded is not None for form in forms),
         error=overall_error(modules),
         modules=modules,
         copies=copies,
         tensors=len(items),
         bytes_before=before,
-        bytes_after=_size(items),
+        bytes_after=_size(job, items),
         files=tuple(sorted(job.sides)),
         left_out=_left_out(job),
         warnings=tuple(filter(None, [error_warning(modules, dtype)])),
-        notes=(*_notes(job, copies), *filter(None, [_scale_note(job, ranks)])),
+        notes=(*_notes(job, copies), *filter(None, [_scale_note(job, forms)])),
         seconds=0.0,
         peak_memory=0,
     )
@@ -410,8 +454,10 @@ def _left_out(job: _Job) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name.rstrip("/") not in along))
 
 
-def _scale_note(job: _Job, ranks: Sequence[int]) -> str:
-    return scale_note(_config(job, ranks), job.pairs, ranks)
+def _scale_note(job: _Job, forms: Sequence[Form]) -> str:
+    if any(form.folded is not None for form in forms):
+        return uniform_note(job.pairs, forms)
+    return scale_note(_config(job, forms), job.pairs, [form.rank for form in forms])
 
 
 def _notes(job: _Job, copies: Sequence[EmbeddingCopy]) -> tuple[str, ...]:
