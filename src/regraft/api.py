@@ -59,6 +59,7 @@ def merge(
     seed: int = 0,
     double_quant: bool = False,
     trained_on: str | Path | None = None,
+    peft_version: str | None = None,
     undo: bool | None = None,
     keep_adapter: bool = True,
     token: str | None = None,
@@ -88,6 +89,8 @@ def merge(
         trained_on: the base that the adapters were trained on, where it is another one, such as
             the 4-bit version of this one. It changes no byte: the receipt says for each tensor how
             far apart the two are, against the delta.
+        peft_version: the release of PEFT that trained adapters whose config does not say it, such
+            as ``"0.18.0"``. Only square stacks of experts need it: PEFT 0.19 turned them round.
         undo: keep in ``out/regraft/undo`` what :func:`unmerge` and :func:`swap` need. By default
             it is kept, unless weights are put into another quantized format: that would take a copy
             of them.
@@ -108,7 +111,10 @@ def merge(
     inputs = replaced_inputs(place, base, adapters, trained_on)
     check_output(place, inputs, overwrite=overwrite)  # before anything is fetched from the Hub
     coding = Coding(quantize, rounding, seed, double_quant)
-    choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
+    choices = choices_of(
+        dtype, shard_size, max_memory, threads, undo, keep_adapter, coding,
+        peft_version,
+    )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     base = base_named_by(wanted, token) if base is None else base
@@ -158,6 +164,7 @@ def plan(
     rounding: str | None = None,
     seed: int = 0,
     double_quant: bool = False,
+    peft_version: str | None = None,
     undo: bool | None = None,
     token: str | None = None,
     progress: Progress | None = None,
@@ -170,7 +177,9 @@ def plan(
         RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
     """
     coding = Coding(quantize, rounding, seed, double_quant)
-    choices = choices_of(dtype, shard_size, max_memory, threads, undo, coding=coding)
+    choices = choices_of(
+        dtype, shard_size, max_memory, threads, undo, coding=coding, peft_version=peft_version
+    )
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     base = base_named_by(wanted, token) if base is None else base
@@ -190,7 +199,8 @@ def _plan(
     token: str | None,
     trained_on: TrainedOn | None = None,
 ) -> Plan:
-    read = [read_adapter(files, weight) for files, weight in open_adapters(adapters, token)]
+    opened = open_adapters(adapters, token, choices.peft_version)
+    read = [read_adapter(files, weight) for files, weight in opened]
     plain, quantization = see(base, choices.dtype)
     choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
@@ -226,6 +236,7 @@ def check(
     dtype: str | None = None,
     quantize: str | None = None,
     max_memory: str | int = "512MiB",
+    peft_version: str | None = None,
     token: str | None = None,
 ) -> CheckReport:
     """Say whether adapters would merge into a base, with everything that stands in the way.
@@ -241,13 +252,15 @@ def check(
         EnvironmentShortfall: an input cannot be read, or needs an optional package.
     """
     coding = Coding(quantize)
-    choices = choices_of(dtype, None, max_memory, None, None, coding=coding)
+    choices = choices_of(
+        dtype, None, max_memory, None, None, coding=coding, peft_version=peft_version
+    )
     wanted = parse_adapters(adapters)
     base = base_named_by(wanted, token) if base is None else base
     refuse_swapped(base, wanted)
     checkpoint = open_base_headers(base, token)
     read, problems = [], list[Problem]()
-    for files, weight in open_adapters(wanted, token):
+    for files, weight in open_adapters(wanted, token, peft_version):
         try:
             read.append(read_adapter(files, weight))
         except RegraftError as error:

@@ -20,6 +20,7 @@ from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import see
 from regraft.merging.events import Progress, tell
+from regraft.merging.expert_stacks import with_version
 from regraft.merging.jobs import plan_digest
 from regraft.merging.keep import keeps
 from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
@@ -132,6 +133,7 @@ def swap(
     rounding: str | None = None,
     seed: int = 0,
     double_quant: bool = False,
+    peft_version: str | None = None,
     undo: bool | None = None,
     keep_adapter: bool = True,
     token: str | None = None,
@@ -148,7 +150,7 @@ def swap(
         out: the folder to make; it appears whole or not at all.
         merged_adapters: the adapters that were merged, where no copy of them was kept.
         dtype, shard_size, max_memory, threads, overwrite: as in :func:`regraft.merge`.
-        quantize, rounding, seed, double_quant: as in :func:`regraft.merge`.
+        quantize, rounding, seed, double_quant, peft_version: as in :func:`regraft.merge`.
         undo, keep_adapter, token, progress, command: as in :func:`regraft.merge`.
 
     Returns:
@@ -163,11 +165,14 @@ def swap(
     sources = replaced_inputs(place, merged, adapters, merged_adapters)
     check_output(place, sources, overwrite=overwrite)
     coding = Coding(quantize, rounding, seed, double_quant)
-    choices = choices_of(dtype, shard_size, max_memory, threads, undo, keep_adapter, coding)
+    choices = choices_of(
+        dtype, shard_size, max_memory, threads, undo, keep_adapter, coding, peft_version
+    )
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     found = _find(merged, merged_adapters, token, "--merged-adapter")
-    read = [read_adapter(files, weight) for files, weight in open_adapters(wanted, token)]
+    opened = open_adapters(wanted, token, peft_version)
+    read = [read_adapter(files, weight) for files, weight in opened]
     check_output(place, [*found.inputs, *(Path(a.root) for a in read)], overwrite=overwrite)
     check_space(place, sum(file.size for file in found.manifest.files))
 
@@ -322,6 +327,7 @@ def _merged_adapters(
         ]
     for files, record in zip(opened, receipt.adapters, strict=True):
         _check_adapter(files, record)
+    opened = [with_version(files, receipt.options.get("peft_version")) for files in opened]
     return [read_adapter(files, weight) for files, weight in zip(opened, weights, strict=True)]
 
 
@@ -373,6 +379,7 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
         choices, dtype=parse_dtype(options.get("dtype")), shard_size=None, threads=1,
         quantize=options.get("quantize"), rounding=options.get("rounding"),
         seed=options.get("seed", 0), double_quant=options.get("double_quant", False),
+        peft_version=options.get("peft_version"),
     )  # fmt: skip
     base, quantization = see(base, old.dtype)
     made = make_plan(base, found.adapters, old, None, quantization=quantization)

@@ -117,7 +117,78 @@ def test_a_square_stack_of_an_unknown_release_is_refused(
     assert [problem.what.partition(":")[0] for problem in report.problems] == [
         "it cannot be told which way these factors of square experts lie"
     ]
-    assert '"peft_version": "0.18.0"' in report.problems[0].hint
+    assert "--peft-version 0.18.0" in report.problems[0].hint
+    assert regraft.check(base, adapter, peft_version="0.18.0").ok
+
+
+@pytest.mark.parametrize(("version", "flipped"), [("0.18", True), ("0.21.2", False)])
+def test_a_square_stack_lies_as_in_the_release_that_is_told(
+    tmp_path: Path, version: str, flipped: bool
+) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a", GATE)
+    receipt = regraft.merge(base, adapter, tmp_path / "out", peft_version=version)
+    found = toys.load(tmp_path / "out")[f"{MOE}.gate_up_proj"]
+    added = found - toys.load(base)[f"{MOE}.gate_up_proj"]
+    np.testing.assert_allclose(added, delta(GATE, flipped=flipped), atol=1e-5)
+    assert receipt.options["peft_version"] == version
+    assert regraft.plan(base, adapter, peft_version=version).options["peft_version"] == version
+
+
+def test_the_config_is_believed_before_what_is_told(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a", GATE, peft_version="0.18.0")
+    regraft.merge(base, adapter, tmp_path / "out", peft_version="0.19.1")
+    found = toys.load(tmp_path / "out")[f"{MOE}.gate_up_proj"]
+    added = found - toys.load(base)[f"{MOE}.gate_up_proj"]
+    np.testing.assert_allclose(added, delta(GATE, flipped=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_was_told_is_remembered_to_take_the_merge_back(tmp_path: Path, keep: bool) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a", GATE)
+    other = write_adapter(tmp_path / "b", factors(MOE, SIZE, SIZE), lora_alpha=5)
+    merged = tmp_path / "out"
+    regraft.merge(base, adapter, merged, peft_version="0.18.0", keep_adapter=keep)
+    given = None if keep else adapter
+    regraft.unmerge(merged, tmp_path / "back", adapters=given)
+    assert toys.tree(tmp_path / "back") == toys.tree(base)
+    swapped = {"merged_adapters": given, "peft_version": "0.19.1"}
+    regraft.swap(merged, other, tmp_path / "swapped", **swapped)
+    regraft.merge(base, other, tmp_path / "direct", peft_version="0.19.1")
+    name = "model.safetensors"
+    assert (tmp_path / "swapped" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+
+
+@pytest.mark.parametrize("version", ["0.19.0", "banana", ""])
+def test_a_release_that_tells_nothing_is_refused(tmp_path: Path, version: str) -> None:
+    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "a", GATE)
+    with pytest.raises(regraft.UsageError, match=r"0\.18\.0, or 0\.19\.1"):
+        regraft.merge(base, adapter, tmp_path / "out", peft_version=version)
+
+
+@pytest.mark.parametrize(("version", "flipped"), [("0.18.0", True), ("0.19.1", False)])
+def test_a_square_stack_lies_as_told_in_memory(tmp_path: Path, version: str, flipped: bool) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.zeros(EXPERTS, SIZE, SIZE))
+
+    model = torch.nn.Module()
+    model.experts = Experts()
+    pair = {key.replace(MOE, "experts"): value for key, value in GATE.items()}
+    adapter = toys.write_adapter(
+        tmp_path / "a", pair, r=RANK, lora_alpha=ALPHA, target_modules=[],
+        target_parameters=["experts.gate_up_proj"],
+    )  # fmt: skip
+    with pytest.raises(regraft.MismatchError, match="cannot be told which way"):
+        regraft.attach(model, adapter)
+    regraft.attach(model, adapter, peft_version=version).merge_adapter()
+    found = model.experts.gate_up_proj.detach().numpy()
+    np.testing.assert_allclose(found, delta(GATE, flipped=flipped), atol=1e-5)
 
 
 def test_modules_that_store_input_first_have_one_layout_in_all_releases_but_one() -> None:

@@ -25,6 +25,7 @@ from regraft.cli.output import Output
     help="The base that the adapters were trained on, if another one (say, the 4-bit version of "
     "this one): report, per tensor, how far the two are apart against the delta.",
 )
+@options.peft_version
 @options.max_memory
 @options.threads
 @options.overwrite

@@ -129,6 +129,13 @@ seed = click.option(
     help="Which random bits stochastic rounding takes.  [default: 0]",
 )
 
+peft_version = click.option(
+    "--peft-version",
+    metavar="VERSION",
+    help="Release of PEFT that trained adapters whose config does not say it, such as 0.18.0. Only "
+    "square stacks of experts need it: PEFT 0.19 turned them round.",
+)
+
 max_memory = click.option(
     "--max-memory",
     callback=check_size,

@@ -30,6 +30,7 @@ from regraft.cli.output import Output
 @options.rounding
 @options.seed
 @options.double_quant
+@options.peft_version
 @options.undo
 @options.keep_adapter
 @options.token

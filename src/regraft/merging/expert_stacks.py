@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from regraft.adapters.model import Adapter
-from regraft.errors import Problem
+from regraft.errors import Problem, UsageError
+from regraft.formats.checkpoint import AdapterFiles
 
 Orientation = bool
 """Whether a stack is stored (experts, in, out) as seen from its factors A (.., in), B (out, ..)."""
@@ -23,8 +24,8 @@ _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)", re.DOTALL)
 _LAST_OLD, _FIRST_NEW = (0, 18), (0, 19, 1)
 
 WAY_ON = (
-    'Say which PEFT trained it in adapter_config.json: "peft_version": "0.18.0" for 0.17 and 0.18, '
-    '"peft_version": "0.19.1" for 0.19.1 and later'
+    "Say which PEFT trained it: --peft-version 0.18.0 (in Python peft_version) for 0.17 and 0.18, "
+    '0.19.1 for 0.19.1 and later; or write it into adapter_config.json, as "peft_version"'
 )
 
 
@@ -59,8 +60,8 @@ class StackOrientation:
         version = self.adapter.settings.peft_version
         return Problem(
             "it cannot be told which way these factors of square experts lie: PEFT turned them "
-            "round in 0.19", where, "peft_version in adapter_config.json, of a release other than "
-            "0.19.0", version or "none", WAY_ON,
+            "round in 0.19", where, "a peft_version, of a release other than 0.19.0",
+            version or "none", WAY_ON,
         )  # fmt: skip
 
 
@@ -78,6 +79,32 @@ def by_version(version: str | None, is_transposed: bool | None) -> Orientation |
         return bool(is_transposed)
     # Neither is known: the two rules agree where a module stores (in, out).
     return True if is_transposed and version is None else None
+
+
+def check_version(version: str | None) -> None:
+    """Refuse what does not tell the orientation of a stack.
+
+    Raises:
+        UsageError: it is no release, or one that made both.
+    """
+    if version is not None and _release(version) is None:
+        raise UsageError(
+            "no release of PEFT that turns stacks of experts one way", where="--peft-version",
+            expected="such as 0.18.0, or 0.19.1 for any later one", found=version,
+        )  # fmt: skip
+
+
+def with_version(files: AdapterFiles, version: str | None) -> AdapterFiles:
+    """Return an adapter whose config says which PEFT trained it, where it does not by itself.
+
+    Args:
+        files: the adapter.
+        version: the release that is told; None for none.
+    """
+    own = files.config.get("peft_version")
+    if version is None or (isinstance(own, str) and _release(own) is not None):
+        return files
+    return replace(files, config={**files.config, "peft_version": version})
 
 
 def _release(version: str | None) -> tuple[int, int, int] | None:

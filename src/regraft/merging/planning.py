@@ -71,6 +71,7 @@ class Choices:
             chooses.
         seed: which random bits rounding takes.
         double_quant: whether the scales of a 4-bit format are quantized too.
+        peft_version: the release of PEFT that trained adapters whose config does not say it.
     """
 
     dtype: str | None
@@ -83,6 +84,7 @@ class Choices:
     rounding: str | None = None
     seed: int = 0
     double_quant: bool = False
+    peft_version: str | None = None
 
 
 def settled(choices: Choices, quantization: Quantization | None) -> Choices:
@@ -204,6 +206,8 @@ def _options(choices: Choices) -> dict[str, Any]:
         options |= {"seed": choices.seed}
     if choices.quantize not in (None, KEEP):
         options["double_quant"] = choices.double_quant
+    if choices.peft_version is not None:
+        options["peft_version"] = choices.peft_version
     return options
 
 

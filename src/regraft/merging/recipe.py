@@ -10,6 +10,7 @@ from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.layout import looks_like
+from regraft.merging.expert_stacks import check_version, with_version
 from regraft.merging.planning import Choices, parse_dtype
 from regraft.merging.quantizing import KEEP
 from regraft.quant.weight import FORMATS, ROUNDINGS
@@ -102,6 +103,7 @@ def choices_of(
     undo: bool | None = False,
     keep_adapter: bool = False,
     coding: Coding = PLAIN,
+    peft_version: str | None = None,
 ) -> Choices:
     """Return the options of a merge, checked.
 
@@ -116,9 +118,11 @@ def choices_of(
             raise UsageError(str(error), where=f"--{name.replace('_', '-')}") from None
     if threads is not None and threads < 1:
         raise UsageError("threads has to be at least 1", where="--threads", found=str(threads))
+    check_version(peft_version)
     kept = undo is not False and keep_adapter
     return Choices(
         parse_dtype(dtype), sizes[0], sizes[1] or 0, threads, undo, kept, *_coding(coding),
+        peft_version=peft_version,
     )  # fmt: skip
 
 
@@ -150,13 +154,20 @@ def _coding(coding: Coding) -> tuple[str | None, str | None, int, bool]:
 
 
 def open_adapters(
-    adapters: Sequence[tuple[str, float]], token: str | None
+    adapters: Sequence[tuple[str, float]], token: str | None, peft_version: str | None = None
 ) -> list[tuple[AdapterFiles, float]]:
-    """Open adapters, all of them before any is read."""
-    return [
+    """Open adapters, all of them before any is read.
+
+    Args:
+        adapters: sources and weights.
+        token: Hub token.
+        peft_version: the release of PEFT that trained those whose config does not say it.
+    """
+    opened = [
         (open_adapter(locate(source, kind="adapter", token=token)), weight)
         for source, weight in adapters
     ]
+    return [(with_version(files, peft_version), weight) for files, weight in opened]
 
 
 def base_named_by(adapters: Sequence[tuple[str, float]], token: str | None) -> str:

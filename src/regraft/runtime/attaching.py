@@ -24,6 +24,7 @@ def attach(
     is_trainable: bool = False,
     dtype: torch.dtype | str | None = None,
     cache: AdapterCache | None = None,
+    peft_version: str | None = None,
     token: str | None = None,
 ) -> Adapters:
     """Put adapters on a running model, without a wrapper.
@@ -37,6 +38,7 @@ def attach(
         is_trainable: whether an adapter that is loaded goes on in training.
         dtype: of the adapter's tensors; by default as they are stored.
         cache: keeps adapters that are loaded within a cap; without one all stay in memory.
+        peft_version: as for :func:`regraft.merge`, of an adapter that is loaded.
         token: Hub token; by default the one the machine is logged in with.
 
     Returns:
@@ -63,8 +65,9 @@ def attach(
     try:
         if isinstance(adapter, str | Path):
             adapters.load_adapter(
-                adapter, name, is_trainable=is_trainable, dtype=dtype, token=token
-            )
+                adapter, name, is_trainable=is_trainable, dtype=dtype, peft_version=peft_version,
+                token=token,
+            )  # fmt: skip
         elif adapter is not None:
             adapters.add_adapter(name, adapter)
         if adapter is not None:

@@ -128,6 +128,7 @@ class Adapters:
         *,
         is_trainable: bool = False,
         dtype: torch.dtype | str | None = None,
+        peft_version: str | None = None,
         token: str | None = None,
     ) -> None:
         """Load an adapter beside the others; which ones answer stays as it is.
@@ -139,6 +140,7 @@ class Adapters:
             name: what it is called.
             is_trainable: whether it goes on in training; its tensors are then float32.
             dtype: of its tensors; by default as they are stored.
+            peft_version: as for :func:`regraft.merge`.
             token: Hub token; by default the one the machine is logged in with.
 
         Raises:
@@ -151,7 +153,7 @@ class Adapters:
         """
         self._follow(thoroughly=True)
         self._library.check_new(name)
-        files = loading.open_files(source, token)
+        files = loading.open_files(source, token, peft_version)
         adapter = read_adapter(files)
         if self._library.cache is None or is_trainable:
             live = loading.load(name, files, adapter)

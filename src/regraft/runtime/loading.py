@@ -17,6 +17,7 @@ from regraft.errors import BaseMismatchWarning
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
+from regraft.merging.expert_stacks import check_version, with_version
 from regraft.merging.factors import not_finite
 from regraft.merging.match import prefix_changes
 from regraft.merging.planning import parse_dtype
@@ -26,13 +27,22 @@ from regraft.runtime.saving.fingerprint import compare
 from regraft.tensors import DTYPES, TensorSpec
 
 
-def open_files(source: str | Path, token: str | None = None) -> AdapterFiles:
+def open_files(
+    source: str | Path, token: str | None = None, peft_version: str | None = None
+) -> AdapterFiles:
     """Open an adapter's files: a folder, or a Hub id ``org/name[@revision]``.
 
+    Args:
+        source: the folder or id.
+        token: Hub token.
+        peft_version: the release of PEFT that trained it, where its config does not say so.
+
     Raises:
+        UsageError: ``peft_version`` is no release that tells anything.
         RegraftError: it is none, or is malformed.
     """
-    return open_adapter(locate(source, kind="adapter", token=token))
+    check_version(peft_version)
+    return with_version(open_adapter(locate(source, kind="adapter", token=token)), peft_version)
 
 
 def load(name: str, files: AdapterFiles, adapter: Adapter) -> LiveAdapter:

@@ -73,6 +73,7 @@ def load_merged(
     device_map: Any = None,
     model_class: Any = None,
     threads: int | None = None,
+    peft_version: str | None = None,
     token: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -89,6 +90,7 @@ def load_merged(
         model_class: the class to load, or one of transformers' auto classes; by default the one
             that the config names.
         threads: worker threads; by default three more than there are cores at hand.
+        peft_version: as for :func:`regraft.merge`.
         token: Hub token; by default the one the machine is logged in with.
         kwargs: for ``from_pretrained``, such as ``attn_implementation`` or ``trust_remote_code``.
 
@@ -99,7 +101,7 @@ def load_merged(
     """
     require("torch", "transformers", why="a model in memory")
     _refuse(kwargs)
-    made = _plan(base, adapters, _chosen(dtype, kwargs), threads, token)
+    made = _plan(base, adapters, _chosen(dtype, kwargs), threads, token, peft_version)
     warn(notes_of_another_base(made.adapters, made.base, made.quantization), stacklevel=2)
     if made.quantization is not None:
         check_scales(made.quantization)
@@ -159,14 +161,15 @@ def _chosen(dtype: Any, kwargs: dict[str, Any]) -> str | None:
 
 def _plan(
     base: str | Path, adapters: AdapterArg | Sequence[AdapterArg], dtype: str | None,
-    threads: int | None, token: str | None,
+    threads: int | None, token: str | None, peft_version: str | None,
 ) -> Plan:  # fmt: skip
     """Return the plan of the merge into files, without files."""
-    choices = choices_of(dtype, None, NO_CAP, threads)
+    choices = choices_of(dtype, None, NO_CAP, threads, peft_version=peft_version)
     wanted = parse_adapters(adapters)
     refuse_swapped(base, wanted)
     stored = open_base(locate(base, kind="base", token=token))
-    read = [read_adapter(files, weight) for files, weight in open_adapters(wanted, token)]
+    opened = open_adapters(wanted, token, peft_version)
+    read = [read_adapter(files, weight) for files, weight in opened]
     plain, quantization = see(stored, choices.dtype)
     if not plain.config:
         raise UsageError(
