@@ -12,9 +12,9 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.api import call_of
 from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
-from regraft.formats.checkpoint import AdapterFiles, Checkpoint, open_adapter, open_checkpoint
+from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
-from regraft.formats.problems import capped, quoted
+from regraft.formats.problems import capped
 from regraft.formats.reading import FilePool
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
@@ -24,12 +24,13 @@ from regraft.merging.expert_stacks import with_version
 from regraft.merging.jobs import plan_digest
 from regraft.merging.keep import keeps
 from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
+from regraft.merging.merged_adapters import check_adapter, open_kept, weights_of
 from regraft.merging.output import check_output, check_space, out_path, replaced_inputs
-from regraft.merging.patch import PatchReader, digest_of
+from regraft.merging.patch import PatchReader
 from regraft.merging.plan import Plan, Step
 from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype, settled
 from regraft.merging.quantized import Quantization
-from regraft.merging.receipt import InputRecord, Receipt, read_receipt
+from regraft.merging.receipt import Receipt, read_receipt
 from regraft.merging.recipe import AdapterArg, Coding, choices_of, open_adapters, parse_adapters
 from regraft.merging.report import UnmergeReport
 from regraft.merging.undo import (
@@ -306,7 +307,7 @@ def _merged_adapters(
         InputError: none are given and none were kept.
         MismatchError: tensors of one have changed since the merge.
     """
-    weights = [record.weight if record.weight is not None else 1.0 for record in receipt.adapters]
+    weights = weights_of(receipt)
     merged = _listed([record.source for record in receipt.adapters], weights)
     if given is not None:
         pairs = parse_adapters(given)
@@ -321,12 +322,9 @@ def _merged_adapters(
             hint=f"Give them with {option}",
         )  # fmt: skip
     else:
-        opened = [
-            open_adapter(Located(folder / UNDO / str(name), record.source, None, record.revision))
-            for name, record in zip(manifest.adapters, receipt.adapters, strict=True)
-        ]
+        opened = open_kept(folder, [str(name) for name in manifest.adapters], receipt)
     for files, record in zip(opened, receipt.adapters, strict=True):
-        _check_adapter(files, record)
+        check_adapter(files, record)
     opened = [with_version(files, receipt.options.get("peft_version")) for files in opened]
     return [read_adapter(files, weight) for files, weight in zip(opened, weights, strict=True)]
 
@@ -334,32 +332,6 @@ def _merged_adapters(
 def _listed(sources: Sequence[str], weights: Sequence[float]) -> str:
     """Return adapters as they are given on the command line."""
     return ", ".join(f"{s}={w:g}" for s, w in zip(sources, weights, strict=True))
-
-
-def _check_adapter(adapter: AdapterFiles, record: InputRecord) -> None:
-    """Refuse an adapter whose tensors are not those that were merged.
-
-    Raises:
-        MismatchError: some are not; lists them.
-    """
-    has = adapter.tensors
-    # Of a tensor that was cut ("name[rows 0:8]") the parts show when the base's are looked at.
-    cut = {n for n in record.tensors if n not in has and n.rpartition("[")[0] in has}
-    with FilePool() as files:
-        other = [
-            name
-            for name, digest in record.tensors.items()
-            if name not in cut and (name not in has or digest_of(files, has[name]) != digest)
-        ]
-    if other:
-        shown = ", ".join(quoted(name) for name in other[:3]) + ", ..." * (len(other) > 3)
-        raise MismatchError(
-            "this is not the adapter that was merged, or it has been changed since",
-            where=f"{adapter.root}/{adapter.weights_file}",
-            expected=f"the {len(record.tensors)} tensors that the receipt has of {record.source}",
-            found=f"{len(other)} others: {shown}",
-            hint="Give the adapter as it was, or take the merged model from where it was unchanged",
-        )
 
 
 def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices) -> _Undone:

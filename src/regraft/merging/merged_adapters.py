@@ -1,0 +1,63 @@
+"""The adapters of a merged model: the copies that were kept, held against the receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from regraft.errors import MismatchError
+from regraft.formats.checkpoint import AdapterFiles, open_adapter
+from regraft.formats.hub import Located
+from regraft.formats.problems import quoted
+from regraft.formats.reading import FilePool
+from regraft.merging.patch import digest_of
+from regraft.merging.receipt import InputRecord, Receipt
+from regraft.merging.undo import UNDO
+
+
+def weights_of(receipt: Receipt) -> list[float]:
+    """Return the weight of each adapter that was merged."""
+    return [record.weight if record.weight is not None else 1.0 for record in receipt.adapters]
+
+
+def open_kept(folder: Path, names: Sequence[str], receipt: Receipt) -> list[AdapterFiles]:
+    """Open the copies that a merge kept of its adapters.
+
+    Args:
+        folder: the merged model.
+        names: of their folders, in the order of the receipt.
+        receipt: the merge's.
+
+    Raises:
+        RegraftError: one cannot be opened.
+    """
+    return [
+        open_adapter(Located(folder / UNDO / name, record.source, None, record.revision))
+        for name, record in zip(names, receipt.adapters, strict=True)
+    ]
+
+
+def check_adapter(adapter: AdapterFiles, record: InputRecord) -> None:
+    """Refuse an adapter whose tensors are not those that were merged.
+
+    Raises:
+        MismatchError: some are not; lists them.
+    """
+    has = adapter.tensors
+    # Of a tensor that was cut ("name[rows 0:8]") the parts show when the base's are looked at.
+    cut = {n for n in record.tensors if n not in has and n.rpartition("[")[0] in has}
+    with FilePool() as files:
+        other = [
+            name
+            for name, digest in record.tensors.items()
+            if name not in cut and (name not in has or digest_of(files, has[name]) != digest)
+        ]
+    if other:
+        shown = ", ".join(quoted(name) for name in other[:3]) + ", ..." * (len(other) > 3)
+        raise MismatchError(
+            "this is not the adapter that was merged, or it has been changed since",
+            where=f"{adapter.root}/{adapter.weights_file}",
+            expected=f"the {len(record.tensors)} tensors that the receipt has of {record.source}",
+            found=f"{len(other)} others: {shown}",
+            hint="Give the adapter as it was, or take the merged model from where it was unchanged",
+        )
