@@ -97,10 +97,27 @@ def test_adapters_and_weights_are_passed_on_in_order(
     assert answer["counts"] == {"exact": len(answer["tensors"])}
 
 
-def test_a_base_alone_is_a_wrong_call(run: Run, base: Path, merged: Path) -> None:
-    result = run("verify", merged, "--base", base)
+def test_a_base_alone_is_a_wrong_call_without_a_receipt(run: Run, base: Path, merged: Path) -> None:
+    result = run("verify", base, "--base", base)
     assert result.exit_code == 2
     assert "together" in result.stderr
+    result = run("verify", merged, "--base", base)
+    assert result.exit_code == 0
+    assert f"the merge was done again with {base} and" in result.stdout
+
+
+def test_what_the_receipt_names_is_used_and_said(run: Run, base: Path, merged: Path) -> None:
+    result = run("verify", merged)
+    assert "by the merge" in result.stdout
+    assert f"the merge was done again with {base} and" in result.stdout
+    assert "which the receipt names" in result.stdout
+    result = run("verify", merged, "--receipt-only")
+    assert result.exit_code == 0
+    assert "by the merge" not in result.stdout
+    shutil.rmtree(base)
+    result = run("verify", merged)
+    assert result.exit_code == 0
+    assert "the base that the receipt names is not here" in result.stdout
 
 
 def test_what_cannot_be_compared_ends_with_3(
@@ -124,7 +141,7 @@ def test_quiet_leaves_the_exit_code(run: Run, merged: Path) -> None:
 
 
 def test_it_needs_no_torch_and_by_the_receipt_no_numba(merged: Path) -> None:
-    code = "import sys, regraft; assert regraft.verify(sys.argv[1]).ok"
+    code = "import sys, regraft; assert regraft.verify(sys.argv[1], receipt_only=True).ok"
     done = python(code, merged, without=("torch", "transformers", "peft", "numba", "llvmlite"))
     assert done.returncode == 0, done.stderr
 

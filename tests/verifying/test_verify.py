@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,13 +66,13 @@ def flip(path: Path, at: int, bit: int) -> None:
 def found(folder: Path) -> bool:
     """Whether a damage is noticed: a difference, or a receipt that is not believed."""
     try:
-        return not regraft.verify(folder, threads=1).ok
+        return not regraft.verify(folder, receipt_only=True, threads=1).ok
     except regraft.FormatError as error:
         return RECEIPT in str(error)
 
 
 def test_what_was_just_written_is_what_it_should_be(tiny: Path) -> None:
-    report = regraft.verify(tiny)
+    report = regraft.verify(tiny, receipt_only=True)
     assert report.ok
     assert report.verdict == "exact"
     assert report.differences == report.tensors == report.warnings == ()
@@ -103,7 +104,7 @@ def test_every_bit_of_a_header_is_found(out: Path) -> None:
     for at in range(length):
         for bit in range(8):
             flip(out / FIRST, at, bit)
-            report = regraft.verify(out, threads=1)
+            report = regraft.verify(out, receipt_only=True, threads=1)
             assert Difference(FIRST, "", "its header has changed") in report.differences
             (out / FIRST).write_bytes(content)
 
@@ -252,13 +253,121 @@ def test_one_of_the_first_version_is_checked_as_far_as_it_goes(out: Path) -> Non
     assert not regraft.verify(out).ok
 
 
+# Base and adapters that the receipt names
+
+
+def _said(report: regraft.VerifyReport) -> str:
+    return "\n".join(report.conclusions)
+
+
+@pytest.fixture
+def trio(tiny: Path, tmp_path: Path) -> Path:
+    """A folder of its own with a base, an adapter, and ``out``, the merge of both."""
+    for name in ("base", "adapter"):
+        shutil.copytree(tiny.parent / name, tmp_path / name)
+    regraft.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    return tmp_path
+
+
+def test_the_merge_is_done_again_with_what_the_receipt_names(trio: Path) -> None:
+    shutil.rmtree(trio / "adapter")  # a copy was kept
+    report = regraft.verify(trio / "out")
+    assert {tensor.verdict for tensor in report.tensors} == {"exact"}
+    assert report.ok
+    assert report.checked["judged"] == 2
+    assert f"done again with {trio}/base and {trio}/adapter, which the receipt names" in _said(
+        report
+    )
+
+
+def test_adapters_of_which_no_copy_was_kept_are_looked_for_where_they_were(trio: Path) -> None:
+    for undo in ({"keep_adapter": False}, {"undo": False}):
+        regraft.merge(trio / "base", trio / "adapter", trio / "out", overwrite=True, **undo)
+        assert regraft.verify(trio / "out").checked["judged"] == 2
+    (trio / "adapter").rename(trio / "moved")
+    report = regraft.verify(trio / "out")
+    assert report.verdict == "exact"
+    assert report.tensors == ()
+    assert "the adapter that the receipt names is not here" in _said(report)
+    report = regraft.verify(trio / "out", adapters=trio / "moved")
+    assert report.checked["judged"] == 2
+    assert f"with {trio}/base and {trio}/moved" in _said(report)
+
+
+def test_a_base_that_is_gone_is_said_and_the_receipt_decides(trio: Path) -> None:
+    (trio / "base").rename(trio / "moved")
+    report = regraft.verify(trio / "out")
+    assert report.verdict == "exact"
+    assert f"the base that the receipt names is not here ({trio}/base)" in _said(report)
+    report = regraft.verify(trio / "out", base=trio / "moved")
+    assert {tensor.verdict for tensor in report.tensors} == {"exact"}
+    assert f"with {trio}/moved and {trio}/adapter" in _said(report)
+
+
+def test_a_base_on_the_hub_is_not_fetched_unasked(trio: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(trio)
+    Path("org").mkdir()
+    Path("base").rename("org/name")
+    regraft.merge("org/name", "adapter", "out", overwrite=True)
+    Path("org").rename("gone")
+    assert "is not here (org/name)" in _said(regraft.verify("out"))
+
+
+@pytest.mark.parametrize("change", ["values", "sizes", "none left"])
+def test_another_base_in_its_place_is_told_from_a_wrong_merge(trio: Path, change: str) -> None:
+    shape = (4, 3) if change == "sizes" else (2, 3)
+    names = ("c.weight",) if change == "none left" else ("a.weight", "b.weight")
+    weights = {name: toys.draw(*shape, seed=9, dtype=toys.BF16) for name in names}
+    shutil.rmtree(trio / "base")
+    toys.write_base(trio / "base", weights, {"dtype": "bfloat16"})
+    report = regraft.verify(trio / "out")
+    assert report.verdict == "exact"
+    assert f"{trio}/base is not the base that was merged any more" in _said(report)
+    assert report.tensors == ()
+
+
+def test_another_adapter_in_its_place_is_not_taken_for_it(trio: Path) -> None:
+    regraft.merge(trio / "base", trio / "adapter", trio / "out", overwrite=True, undo=False)
+    factors = toys.lora("a", 2, 3, rank=1, seed=5)
+    shutil.rmtree(trio / "adapter")
+    toys.write_adapter(trio / "adapter", factors, r=1, target_modules=["a"])
+    report = regraft.verify(trio / "out")
+    assert report.verdict == "exact"
+    assert "this is not the adapter that was merged" in _said(report)
+
+
+def test_a_damaged_copy_of_an_adapter_is_a_difference(trio: Path) -> None:
+    (config,) = (trio / "out/regraft/undo").rglob("adapter_config.json")
+    config.write_text(config.read_text().replace('"r": 1', '"r": 8'))
+    report = regraft.verify(trio / "out")
+    assert [d.file for d in report.differences] == [config.relative_to(trio / "out").as_posix()]
+    assert "was not done again" in _said(report)
+    assert "r = 8" in _said(report)
+
+
+def test_damage_is_found_and_said_by_tensor(trio: Path) -> None:
+    path = trio / "out" / FIRST
+    flip(path, path.stat().st_size - 1, 4)
+    report = regraft.verify(trio / "out")
+    assert report.verdict == "different"
+    assert [d.tensor for d in report.differences] == ["a.weight"]
+    assert [t.name for t in report.tensors if t.verdict != "exact"] == ["a.weight"]
+
+
 # The call
 
 
-def test_a_base_without_adapters_is_a_contradiction(tiny: Path) -> None:
-    for arguments in ({"base": tiny}, {"adapters": tiny}, {"base": tiny, "adapters": []}):
+def test_a_base_without_adapters_is_a_contradiction_if_no_receipt_names_them(base: Path) -> None:
+    for arguments in ({"base": base}, {"base": base, "adapters": []}):
         with pytest.raises(regraft.UsageError, match="together"):
-            regraft.verify(tiny, **arguments)  # type: ignore[arg-type]
+            regraft.verify(base, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("more", ["base", "adapters", "prompts"])
+def test_the_receipt_alone_is_compared_with_nothing_else(tiny: Path, more: str) -> None:
+    arguments: dict[str, object] = {"receipt_only": True, more: str(tiny)}
+    with pytest.raises(regraft.UsageError, match=f"--{more.removesuffix('s')}"):
+        regraft.verify(tiny, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("arguments", [{"threads": 0}, {"max_memory": "much"}])
@@ -274,7 +383,7 @@ def test_nothing_there_is_an_input_error(tmp_path: Path) -> None:
 
 def test_progress_counts_every_byte(tiny: Path) -> None:
     events: list[regraft.ProgressEvent] = []
-    regraft.verify(tiny, progress=events.append)
+    regraft.verify(tiny, receipt_only=True, progress=events.append)
     assert {event.stage for event in events} == {"verify"}
     assert events[-1].done == events[-1].total > 0
     assert [event.done for event in events] == sorted(event.done for event in events)

@@ -27,9 +27,15 @@ UNJUDGED = 3
     "--prompts",
     type=click.Path(),
     metavar="FILE",
-    help="With --base and --adapter: compare answers to these prompts too, one a line, or "
-    "a .jsonl of chats. Needs regraft[torch].",
+    help="Compare answers to these prompts too, with base and adapters: one a line, or a .jsonl of "
+    "chats. Needs regraft[torch].",
 )
+@click.option(
+    "--receipt-only",
+    is_flag=True,
+    help="Compare with the receipt alone; do not look for the base and adapters that it names.",
+)
+@options.peft_version
 @options.max_memory
 @click.option(
     "--threads",
@@ -48,15 +54,18 @@ def command(
 ) -> None:  # fmt: skip
     """Say whether a merged model is what it should be.
 
-    Alone: whether the files are those of the receipt, every bit of them. With --base and --adapter
-    the merge is done again and compared tensor by tensor, also with what another tool merged: the
-    same, within rounding, or which tensors are not the merge and what they are instead. With
-    --prompts base and adapter, and the merged model, are run too, and their answers compared. Exits
-    with 0 when it is the merge, 1 when something differs, and 3 when it cannot be judged.
+    A model that regraft merged is held against its receipt, every bit of the files. The merge is
+    also done again and compared tensor by tensor: the same, within rounding, or which tensors are
+    not the merge and what they are instead. That needs the base and the adapters: those given, or
+    those that the receipt names, if they are on this machine. What another tool merged needs --base
+    and --adapter. With --prompts base and adapter, and the merged model, are run too, and their
+    answers compared. Exits with 0 when it is the merge, 1 when something differs, and 3 when it
+    cannot be judged.
 
     \b
     Examples:
       regraft verify ./merged
+      regraft verify ./merged --receipt-only
       regraft verify ./merged --base org/model --adapter ./style=0.5 --adapter ./facts
       regraft verify ./merged --base org/model --adapter ./style --prompts ./prompts.txt
     """

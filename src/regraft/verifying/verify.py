@@ -8,16 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.adapters.dialects.peft import read_adapter
-from regraft.adapters.model import Adapter
 from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT
-from regraft.merging.bases import open_base
 from regraft.merging.events import Progress
 from regraft.merging.planning import Choices, default_threads
-from regraft.merging.recipe import AdapterArg, choices_of, open_adapters, parse_adapters
+from regraft.merging.recipe import AdapterArg, choices_of, parse_adapters
+from regraft.verifying.inputs import Inputs, Recipe, find_inputs, is_that_base, receipt_in
 from regraft.verifying.receipts import ReceiptCheck, check_receipt
 from regraft.verifying.report import Difference, TensorVerdict, VerifyReport, overall
 
@@ -31,15 +29,19 @@ def verify(
     base: str | Path | None = None,
     adapters: AdapterArg | Sequence[AdapterArg] | None = None,
     prompts: str | Path | None = None,
+    receipt_only: bool = False,
     max_memory: str | int = "512MiB",
     threads: int | None = None,
+    peft_version: str | None = None,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Say whether a merged model is what it should be.
 
     A model that regraft merged is held against its receipt: every bit of the folder. With ``base``
-    and ``adapters`` the merge is done again and compared, whatever tool wrote the model.
+    and ``adapters`` the merge is done again and compared, whatever tool wrote the model. What is
+    not given of the two is taken from where the receipt says that it was; what is not on this
+    machine is said, and then the receipt alone decides.
 
     Args:
         merged: the merged model: a folder, a weights file, or a Hub id.
@@ -47,8 +49,10 @@ def verify(
         adapters: the adapters it should be made with, as for :func:`regraft.merge`.
         prompts: a file of prompts, to compare the answers of base + adapters and of the merged
             model too; needs ``regraft[torch]`` and memory for a whole model in float32.
+        receipt_only: do not do the merge again with what the receipt names.
         max_memory: cap on resident memory, whatever the size of the model, but for prompts.
         threads: worker threads; by default three more than there are cores at hand.
+        peft_version: as for :func:`regraft.merge`; by default as it was for this merge.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
 
@@ -64,20 +68,20 @@ def verify(
             prompts) a package is missing.
     """
     wanted = parse_adapters(adapters) if adapters else []
-    asked = choices_of(None, None, max_memory, threads)
+    asked = choices_of(None, None, max_memory, threads, peft_version=peft_version)
     choices = replace(asked, threads=asked.threads or default_threads())
-    if (base is None) != (not wanted):
-        raise UsageError(
-            "a base and its adapters have to be given together", where=str(merged),
-            expected="both --base and --adapter, or neither",
-            hint="Name the base and every adapter, to have the merge done again",
-        )  # fmt: skip
-    if prompts is not None:
-        _check_prompts(prompts, base)
+    if receipt_only:
+        _check_alone(merged, base, wanted, prompts)
     located = locate(merged, kind="merged", token=token)
-    check = _against_receipt(located, choices, progress, needed=base is None)
-    if base is None:
-        return _report(located.source, check, None)
+    inputs = Inputs(None)
+    if not receipt_only:
+        inputs = find_inputs(located.path, base, wanted, peft_version, token)
+        _check_complete(merged, base, wanted, inputs)
+    if prompts is not None:
+        _check_prompts(prompts, inputs)
+    check = _against_receipt(located, choices, progress, needed=inputs.recipe is None)
+    if inputs.recipe is None:
+        return _report(located.source, check, None, inputs.said)
     try:
         opened = open_checkpoint(located)
     except InputError as error:
@@ -85,25 +89,78 @@ def verify(
             raise
         check.notes.append(f"the merge was not done again: {error.problems[0]}")
         return _report(located.source, check, None)
-    recipe = _recipe(base, wanted, token)
-    coded = _as_coded(choices, located.path)
-    judged = _again(opened, recipe, coded, progress)
+    judged, said = _judged(opened, inputs, _as_coded(choices, located.path), check, progress)
+    report = _report(located.source, check, judged, said)
+    if prompts is None or judged is None:
+        return report
+    return _with_answers(report, opened, inputs.recipe, prompts, choices, progress)
+
+
+def _check_alone(
+    merged: str | Path, base: str | Path | None, adapters: Sequence[tuple[str, float]],
+    prompts: str | Path | None,
+) -> None:  # fmt: skip
+    given = {"--base": base, "--adapter": adapters, "--prompts": prompts}
+    if named := [option for option, value in given.items() if value]:
+        raise UsageError(
+            "the receipt alone is compared with nothing else", where=str(merged),
+            expected="--receipt-only by itself", found=", ".join(named),
+        )  # fmt: skip
+
+
+def _check_complete(
+    merged: str | Path, base: str | Path | None, adapters: Sequence[tuple[str, float]],
+    inputs: Inputs,
+) -> None:  # fmt: skip
+    """Refuse a base without adapters, or the other way round, if no receipt names the rest."""
+    if inputs.recipe is None and (base is not None or adapters):
+        raise UsageError(
+            "a base and its adapters have to be given together", where=str(merged),
+            expected="both --base and --adapter, or a receipt that names the other",
+            found=inputs.said, hint="Name the base and every adapter, to have the merge done again",
+        )  # fmt: skip
+
+
+def _judged(
+    merged: Checkpoint, inputs: Inputs, choices: Choices, check: ReceiptCheck | None,
+    progress: Progress | None,
+) -> tuple[Judgement | None, str]:  # fmt: skip
+    """Do the merge again and compare; return also what to say of the inputs.
+
+    What lies where the receipt says the base was may be another model by now. Where the files are
+    those of the receipt and the merge is not, the digests of the base tell.
+
+    Raises:
+        RegraftError: it cannot be done with what was named.
+    """
+    assert inputs.recipe is not None
+    base = inputs.recipe[0]
+    other = f"the merge was not done again: {base.source} is not the base that was merged any more"
+    try:
+        judged = _again(merged, inputs.recipe, choices, progress)
+    except InputError as error:
+        if inputs.record is None:
+            raise
+        why = f"the merge was not done again: {error.problems[0]}"
+        return None, why if is_that_base(base, inputs.record) else other
+    differs = overall((), judged_tensors(judged)) == "different"
+    clean = check is not None and not check.differences
+    if differs and clean and inputs.record and not is_that_base(base, inputs.record):
+        return None, other
     if judged.another_base:
         from regraft.merging.another_base import warn  # which needs compiled code
 
-        warn(judged.another_base, stacklevel=2)
-    report = _report(located.source, check, judged)
-    if prompts is None:
-        return report
-    return _with_answers(report, opened, recipe, prompts, choices, progress)
+        warn(judged.another_base, stacklevel=3)
+    return judged, inputs.said
 
 
-def _check_prompts(prompts: str | Path, base: str | Path | None) -> None:
+def _check_prompts(prompts: str | Path, inputs: Inputs) -> None:
     """Raise what can be said of prompts before anything that takes long."""
-    if base is None:
+    if inputs.recipe is None:
         raise UsageError(
             "prompts need a base and its adapters", where="--prompts",
             expected="--base and --adapter, whose answers are those to compare with",
+            found=inputs.said,
         )  # fmt: skip
     from regraft.verifying.prompts import check_prompts
 
@@ -141,26 +198,12 @@ def _no_receipt(located: Located) -> InputError:
     )
 
 
-_Recipe = tuple[Checkpoint, list[Adapter]]
-"""The base and the adapters that a model should be made of."""
-
-
-def _recipe(base: str | Path, adapters: Sequence[tuple[str, float]], token: str | None) -> _Recipe:
-    checkpoint = open_base(locate(base, kind="base", token=token))
-    opened = open_adapters(adapters, token)
-    return checkpoint, [read_adapter(files, weight) for files, weight in opened]
-
-
 def _as_coded(choices: Choices, folder: Path) -> Choices:
     """Return choices with how a merged model's receipt says that it was quantized."""
-    from regraft.merging.receipt import read_receipt
-
-    if not os.path.lexists(folder / RECEIPT):
+    receipt = receipt_in(folder)
+    if receipt is None:
         return choices
-    try:
-        options = read_receipt(folder / RECEIPT).options
-    except FormatError:  # which has been told already
-        return choices
+    options = receipt.options
     if options.get("quantize") is None:
         return choices
     return replace(
@@ -173,7 +216,7 @@ def _as_coded(choices: Choices, folder: Path) -> Choices:
 
 
 def _again(
-    merged: Checkpoint, recipe: _Recipe, choices: Choices, progress: Progress | None
+    merged: Checkpoint, recipe: Recipe, choices: Choices, progress: Progress | None
 ) -> Judgement:
     """Do the merge again and compare."""
     from regraft.verifying.judge import judge
@@ -188,7 +231,7 @@ _LOST = (
 
 
 def _with_answers(
-    report: VerifyReport, merged: Checkpoint, recipe: _Recipe, prompts: str | Path,
+    report: VerifyReport, merged: Checkpoint, recipe: Recipe, prompts: str | Path,
     choices: Choices, progress: Progress | None,
 ) -> VerifyReport:  # fmt: skip
     """Add to a report how the answers to prompts agree."""
@@ -216,7 +259,16 @@ def _with_answers(
     )
 
 
-def _report(source: str, check: ReceiptCheck | None, judged: Judgement | None) -> VerifyReport:
+def judged_tensors(judged: Judgement) -> tuple[TensorVerdict, ...]:
+    """Return the verdict of each tensor of a merge done again."""
+    from regraft.verifying.conclusions import conclude
+
+    return conclude(judged.tensors, judged.touched)[0]
+
+
+def _report(
+    source: str, check: ReceiptCheck | None, judged: Judgement | None, inputs: str = ""
+) -> VerifyReport:
     differences = tuple(check.differences) if check else ()
     checked: dict[str, int] = {}
     warnings: tuple[str, ...] = ()
@@ -234,6 +286,7 @@ def _report(source: str, check: ReceiptCheck | None, judged: Judgement | None) -
         differences += tuple(Difference("config.json", "", what) for what in judged.config)
         warnings += judged.warnings + judged.another_base
         checked["judged"] = sum(tensor.verdict != "unjudged" for tensor in tensors)
+    sentences += [inputs] if inputs else []
     verdict = overall(differences, tensors)
     return VerifyReport(
         source, verdict in ("exact", "rounding"), verdict, tuple(sentences), differences, tensors,

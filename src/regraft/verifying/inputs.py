@@ -1,0 +1,162 @@
+"""The base and the adapters that a model should be made of: as named, or as its receipt says.
+
+Compiled code is imported where it is used: a model is held against its receipt without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from regraft.adapters.dialects.peft import read_adapter
+from regraft.adapters.model import Adapter
+from regraft.errors import FormatError, InputError, RegraftError
+from regraft.formats.checkpoint import AdapterFiles, Checkpoint
+from regraft.formats.hub import locate
+from regraft.formats.layout import RECEIPT
+from regraft.formats.reading import FilePool
+from regraft.merging.bases import open_base
+from regraft.merging.expert_stacks import with_version
+from regraft.merging.receipt import InputRecord, Receipt, read_receipt
+from regraft.merging.recipe import open_adapters
+
+Recipe = tuple[Checkpoint, list[Adapter]]
+"""The base and the adapters that a model should be made of."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a merge is to be done again with.
+
+    Attributes:
+        recipe: base and adapters; None where they are not at hand.
+        said: a sentence on where they were found, or why not; "" where all were named.
+        record: what the receipt has of the base, where that was not named.
+    """
+
+    recipe: Recipe | None
+    said: str = ""
+    record: InputRecord | None = None
+
+
+def receipt_in(folder: Path) -> Receipt | None:
+    """Return the receipt of a merged model; None where there is none that can be read.
+
+    Raises:
+        AccessError: the system refused to read it.
+    """
+    if not folder.is_dir() or not (folder / RECEIPT).is_file():
+        return None
+    try:
+        return read_receipt(folder / RECEIPT)
+    except FormatError:  # the check against the receipt says so
+        return None
+
+
+def find_inputs(
+    folder: Path, base: str | Path | None, adapters: Sequence[tuple[str, float]],
+    peft_version: str | None, token: str | None,
+) -> Inputs:  # fmt: skip
+    """Return base and adapters, each as named, or as the receipt names it.
+
+    Args:
+        folder: the merged model.
+        base: the base, if it is named.
+        adapters: the adapters, if they are named.
+        peft_version: as for :func:`regraft.merge`; by default as it was for this merge.
+        token: Hub token.
+
+    Raises:
+        RegraftError: what is named cannot be opened or read.
+    """
+    receipt = receipt_in(folder)
+    version = peft_version or (receipt.options.get("peft_version") if receipt else None)
+    checkpoint = open_base(locate(base, kind="base", token=token)) if base is not None else None
+    named = open_adapters(adapters, token, version)
+    if checkpoint is not None and named:
+        return Inputs((checkpoint, _read(named)))
+    if receipt is None or not receipt.adapters:
+        return Inputs(None)
+    try:
+        opened = named or _merged(folder, receipt, version, token)
+        found = checkpoint or _base_of(receipt, token)
+        read = _read(opened)
+    except RegraftError as error:
+        problem = error.problems[0]
+        why = f"{problem.what} ({problem.where})" if problem.where else problem.what
+        return Inputs(None, f"the merge was not done again: {why}; --base and --adapter name both")
+    by_receipt = receipt.base if checkpoint is None else None
+    return Inputs((found, read), _said(receipt, base, adapters), by_receipt)
+
+
+def _read(opened: Sequence[tuple[AdapterFiles, float]]) -> list[Adapter]:
+    return [read_adapter(files, weight) for files, weight in opened]
+
+
+def _merged(
+    folder: Path, receipt: Receipt, version: str | None, token: str | None
+) -> list[tuple[AdapterFiles, float]]:
+    """Open the adapters of a receipt: the copies that were kept, or where they were.
+
+    Raises:
+        RegraftError: one is not there, or is not what was merged.
+    """
+    from regraft.merging.merged_adapters import check_adapter, open_kept, weights_of
+    from regraft.merging.undo import MANIFEST, UNDO, read_manifest
+
+    names = read_manifest(folder).adapters if (folder / UNDO / MANIFEST).is_file() else (None,)
+    weights = weights_of(receipt)
+    if None in names:
+        sources = [record.source for record in receipt.adapters]
+        _check_at_hand(sources, "adapter")
+        opened = [f for f, _ in open_adapters([*zip(sources, weights, strict=True)], token)]
+    else:
+        opened = open_kept(folder, [str(name) for name in names], receipt)
+    for files, record in zip(opened, receipt.adapters, strict=True):
+        check_adapter(files, record)
+    return [(with_version(f, version), weight) for f, weight in zip(opened, weights, strict=True)]
+
+
+def _base_of(receipt: Receipt, token: str | None) -> Checkpoint:
+    _check_at_hand([receipt.base.source], "base")
+    return open_base(locate(receipt.base.source, kind="base", token=token))
+
+
+def _check_at_hand(sources: Sequence[str], kind: str) -> None:
+    """Refuse what is not on this machine: nothing is fetched that was not asked for.
+
+    Raises:
+        InputError: one is not.
+    """
+    for source in sources:
+        if not Path(source).expanduser().exists():
+            raise InputError(f"the {kind} that the receipt names is not here", where=source)
+
+
+def _said(receipt: Receipt, base: str | Path | None, adapters: Sequence[tuple[str, float]]) -> str:
+    """Return what the merge is done again with, and what of that the receipt said."""
+    named = [str(base)] if base is not None else []
+    named += [source for source, _ in adapters]
+    merged = ", ".join(record.source for record in receipt.adapters)
+    told = "which the receipt names" if not named else f"where {', '.join(named)} was given"
+    whose = ", ".join(source for source, _ in adapters) or merged
+    return f"the merge was done again with {base or receipt.base.source} and {whose}, {told}"
+
+
+def is_that_base(base: Checkpoint, record: InputRecord) -> bool:
+    """Whether a base holds every tensor that a merge read, bit for bit.
+
+    Raises:
+        FormatError, InputError, AccessError: one cannot be read.
+    """
+    from regraft.merging.patch import digest_of
+
+    with FilePool() as files:
+        for name, digest in record.tensors.items():
+            spec = base.tensors.get(name)
+            if spec is None and name.rpartition("[")[0] in base.tensors:
+                continue  # it was cut, and its parts are compared by the merge
+            if spec is None or digest_of(files, spec) != digest:
+                return False
+    return True
