@@ -14,6 +14,7 @@ from regraft.api import call_of
 from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
+from regraft.formats.layout import looks_like
 from regraft.formats.problems import capped
 from regraft.formats.reading import FilePool
 from regraft.memory import peak_memory
@@ -284,6 +285,7 @@ def _find(
     folder = located.path
     if not folder.is_dir():
         raise InputError("is not a merged model", where=str(merged), expected="a folder")
+    _check_is_model(folder, str(merged))
     manifest = read_manifest(folder)
     receipt = read_receipt(folder / RECEIPT)
     if len(manifest.adapters) != len(receipt.adapters):
@@ -294,6 +296,19 @@ def _find(
         )  # fmt: skip
     opened = _merged_adapters(folder, receipt, manifest, adapters, token, option)
     return _Found(located, folder, receipt, manifest, open_checkpoint(located), tuple(opened))
+
+
+def _check_is_model(folder: Path, source: str) -> None:
+    """Refuse an adapter in the place of a merged model.
+
+    Raises:
+        InputError: it is one.
+    """
+    if looks_like(folder) == "adapter":
+        raise InputError(
+            "is not a merged model", where=source, expected="what regraft merge or swap wrote",
+            found="an adapter", hint="Name the merged model first, then its new adapters",
+        )  # fmt: skip
 
 
 def _merged_adapters(

@@ -385,7 +385,7 @@ def test_the_newer_of_two_weights_files_decides(tmp_path: Path) -> None:
         ("checkpoint", InputError, "is not an adapter.*found a full model"),
         ("merged", InputError, "found a full model that regraft merged"),
         ("mlx-adapter", UnsupportedError, "is an MLX adapter"),
-        ("gguf", InputError, "found GGUF"),
+        ("gguf", InputError, "found a GGUF model"),
         ("tokenizer", InputError, "found a tokenizer"),
         ("empty", InputError, "found an empty folder"),
         ("unknown", InputError, "found neither"),

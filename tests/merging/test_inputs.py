@@ -61,6 +61,29 @@ def test_the_weights_file_of_an_adapter_is_an_adapter(
     assert weights(tmp_path / "out") == expected
 
 
+def test_a_file_beside_an_adapters_weights_is_told_from_them(base: Path, adapter: Path) -> None:
+    with pytest.raises(regraft.InputError, match=f"Give the folder: {adapter}$"):
+        regraft.plan(base, adapter / "adapter_config.json")
+
+
+def test_a_folder_far_above_an_adapter_is_called_what_it_is(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs/one").mkdir(parents=True)
+    with pytest.raises(regraft.InputError, match="found neither a model nor an adapter"):
+        regraft.plan(base, tmp_path / "runs")
+
+
+def test_an_adapter_in_the_place_of_a_merged_model_is_told_so(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    regraft.merge(base, adapter, tmp_path / "out")
+    with pytest.raises(regraft.InputError, match=r"found an adapter\. Name the merged model first"):
+        regraft.swap(adapter, tmp_path / "out", tmp_path / "other")
+    with pytest.raises(regraft.InputError, match="found an adapter"):
+        regraft.unmerge(adapter, tmp_path / "other")
+    with pytest.raises(regraft.InputError, match=r"found an adapter\. Name the merged model"):
+        regraft.verify(adapter)
+
+
 def as_torch(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return numpy arrays as torch tensors of the same dtype."""
     import torch

@@ -512,6 +512,10 @@ def _has_adapter_weights(path: Path) -> bool:
     return any((path / name).is_file() for name in (ADAPTER_SAFE, ADAPTER_TORCH))
 
 
+_NO_WEIGHTS = (".json", ".md", ".txt", ".jinja", ".model")
+"""Endings of files that lie beside an adapter's weights."""
+
+
 def refuse_foreign(path: Path) -> None:
     """Raise where a folder or file is an adapter in another layout than PEFT's.
 
@@ -534,6 +538,11 @@ def _refuse_other_kinds(path: Path, root: Path, *, on_hub: bool) -> None:
     looks = looks_like(path)
     if looks == "mlx-adapter":
         raise foreign.refusal(foreign.MLX, MLX_WEIGHTS, path)
+    if path.is_file() and path.suffix in _NO_WEIGHTS:
+        raise InputError(
+            "is not the weights file of an adapter", where=str(path), found=f"a {path.suffix} file",
+            expected=f"{ADAPTER_SAFE}, or its folder", hint=f"Give the folder: {root}",
+        )  # fmt: skip
     if (root / ADAPTER_CONFIG).is_file():
         return
     if on_hub and (root / "config.json").is_file():  # a model's weights were not fetched
@@ -544,7 +553,9 @@ def _refuse_other_kinds(path: Path, root: Path, *, on_hub: bool) -> None:
             where=str(path),
             expected=f"{ADAPTER_CONFIG} and {ADAPTER_SAFE}",
             found=DESCRIPTIONS[looks],
-            hint=f"Give the adapter's folder.{_subfolder_hint(path, ADAPTER_CONFIG)}",
+            hint=f"Give the adapter's folder.{_subfolder_hint(path, ADAPTER_CONFIG)}".removesuffix(
+                "."
+            ),
         )
 
 
@@ -574,14 +585,17 @@ def _no_adapter_weights(root: Path) -> InputError:
     has_config = (root / ADAPTER_CONFIG).is_file()
     seen = DESCRIPTIONS[looks_like(root)]
     other_layout = "LoRA weights in a layout that is not PEFT's"
-    found = f"{ADAPTER_CONFIG} alone" if has_config else seen.replace("an adapter", other_layout)
+    found = other_layout if seen == "an adapter" else seen
+    found = f"{ADAPTER_CONFIG} alone" if has_config else found
     subfolders = "" if has_config else _subfolder_hint(root, ADAPTER_CONFIG)
     return InputError(
         "the adapter's weights are missing" if has_config else "is not an adapter",
         where=str(root),
         expected=f"{ADAPTER_SAFE} or {ADAPTER_TORCH}",
         found=found,
-        hint=f"Check the path, and that the training run saved the adapter.{subfolders}",
+        hint=(
+            f"Check the path, and that the training run saved the adapter.{subfolders}"
+        ).removesuffix("."),
     )
 
 

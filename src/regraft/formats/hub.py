@@ -249,7 +249,10 @@ def _hub_error(source: str, kind: Kind, error: Exception) -> RegraftError:
     )
     for caught, raised, what, hint in table:
         if isinstance(error, caught):
-            return raised(what, where=here, found=_first_line(error), hint=hint)
+            named = hasattr(error, "snapshot_path")  # which files are missing
+            off = is_off and raised is EnvironmentShortfall and not named
+            found = "HF_HUB_OFFLINE is set" if off else _first_line(error)
+            return raised(what, where=here, found=found, hint=hint)
     return _other_error(here, error, offline)
 
 
@@ -269,4 +272,4 @@ def _other_error(here: str, error: Exception, hint: str) -> RegraftError:
 
 def _first_line(error: Exception) -> str:
     line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {line[:300]}"
+    return f"{type(error).__name__}: {line[:300].rstrip('.')}"

@@ -28,7 +28,7 @@ DESCRIPTIONS: dict[Looks, str] = {
     "checkpoint": "a full model",
     "merged": "a full model that regraft merged",
     "mlx-adapter": "an MLX adapter",
-    "gguf": "GGUF",
+    "gguf": "a GGUF model",
     "tokenizer": "a tokenizer without weights",
     "empty": "an empty folder",
     "unknown": "neither a model nor an adapter",

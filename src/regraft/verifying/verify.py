@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
-from regraft.formats.layout import RECEIPT
+from regraft.formats.layout import RECEIPT, looks_like
 from regraft.merging.events import Progress
 from regraft.merging.planning import Choices, default_threads
 from regraft.merging.recipe import AdapterArg, choices_of, parse_adapters
@@ -189,6 +189,11 @@ def _against_receipt(
 
 def _no_receipt(located: Located) -> InputError:
     folder = located.path.is_dir()
+    if looks_like(located.path) == "adapter":
+        return InputError(
+            "is not a merged model", where=located.source, expected="a full model",
+            found="an adapter", hint="Name the merged model, and this with --adapter",
+        )  # fmt: skip
     return InputError(
         "there is no receipt to verify it by",
         where=located.source,
