@@ -198,7 +198,7 @@ class FakeHub:
         for name in huggingface_hub.utils.filter_repo_objects(
             self.files,
             allow_patterns=options["allow_patterns"],
-            ignore_patterns=options["ignore_patterns"],
+            ignore_patterns=options.get("ignore_patterns"),
         ):
             self.fetched.append(name)
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -332,6 +332,21 @@ def test_only_the_folder_that_is_meant_is_fetched(
     assert "math/adapter_model.bin" in hub.fetched
     with pytest.raises(InputError, match=r"no such folder.*found 'none'.*name/tree/main"):
         locate("org/name/none", kind="adapter", token="secret")
+
+
+@pytest.mark.parametrize("revision", ["", "@v1"])
+def test_a_repository_with_adapters_in_folders_lists_them(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    del cache
+    files = [f"{name}/adapter_{part}" for name in ("sql", "math")
+             for part in ("config.json", "model.safetensors")]  # fmt: skip
+    hub = FakeHub(tmp_path, ["README.md", *files])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    with pytest.raises(InputError, match=f"such as org/name/math{revision}$") as caught:
+        open_adapter(locate(f"org/name{revision}", kind="adapter", token="secret"))
+    assert "found 'math', 'sql'" in str(caught.value)
+    assert not [name for name in hub.fetched if name.endswith("safetensors")]
 
 
 def test_a_folder_of_the_cache_is_its_snapshot(cache: Path, tmp_path: Path) -> None:

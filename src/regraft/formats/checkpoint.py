@@ -451,6 +451,8 @@ def _open_adapter(located: Located) -> AdapterFiles:
     whole = (root / ADAPTER_CONFIG).is_file() and _has_adapter_weights(located.path)
     if not whole or (root / NEW_EMBEDDINGS).is_file():
         refuse_foreign(located.path)
+    if on_hub and located.path.is_dir():
+        _refuse_top_of_repository(located)
     _refuse_other_kinds(located.path, root, on_hub=on_hub)
     weights = located.path if named_file else _adapter_weights(root, same_age=on_hub)
     config = _adapter_config(root)
@@ -531,6 +533,23 @@ def refuse_foreign(path: Path) -> None:
         )  # fmt: skip
     if found := foreign.of_path(path):
         raise foreign.refusal(*found, path)
+
+
+def _refuse_top_of_repository(located: Located) -> None:
+    """Raise where a repository, or a folder of it, has adapters in folders below alone.
+
+    Of these the configs were fetched, and no weights.
+    """
+    if (located.path / ADAPTER_CONFIG).exists():
+        return
+    below = sorted(each.parent.name for each in located.path.glob(f"*/{ADAPTER_CONFIG}"))
+    if below:
+        top, at, revision = located.source.partition("@")
+        raise InputError(
+            "is not an adapter: its adapters lie in folders below", where=located.source,
+            expected=ADAPTER_CONFIG, found=", ".join(map(quoted, below[:8])),
+            hint=f"Name the one you mean, such as {top.rstrip('/')}/{below[0]}{at}{revision}",
+        )  # fmt: skip
 
 
 def _refuse_other_kinds(path: Path, root: Path, *, on_hub: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -166,9 +166,26 @@ def _snapshot(reference: Reference, kind: Kind, token: str | None) -> Path:
     place = folder / reference.subfolder
     if any(place.glob("*.safetensors")):
         return folder
-    if kind == "merged" or (kind == "adapter" and not (place / "adapter_config.json").exists()):
+    if kind == "merged":
+        return folder
+    if kind == "adapter" and not (place / "adapter_config.json").exists():
+        if not (place / "config.json").exists():
+            _fetch_configs_below(reference, token)  # so that it can be said where adapters lie
         return folder  # not an adapter: the weights would be of no use
     return _fetch(reference, _TORCH_WEIGHTS[kind], kind, token)
+
+
+def _fetch_configs_below(reference: Reference, token: str | None) -> None:
+    """Fetch the configs of adapters in folders of a repository, if it can be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    below = f"{reference.subfolder}/" if reference.subfolder else ""
+    with suppress(LocalEntryNotFoundError):
+        snapshot_download(
+            reference.repo_id, revision=reference.revision, token=token, library_name="regraft",
+            allow_patterns=[f"{below}*/adapter_config.json"],
+        )  # fmt: skip
 
 
 def _fetch_with_documents(reference: Reference, kind: Kind, token: str | None) -> Path:
