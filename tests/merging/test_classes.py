@@ -269,3 +269,35 @@ def test_a_change_that_is_not_right_for_all_names_is_not_made(base: Path, tmp_pa
     strange = moved(tmp_path / "a", "model.layers.0", "model.language_model.layers.7")
     with pytest.raises(MismatchError, match="the base has no such tensor"):
         regraft.merge(base, strange, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["Bert", "GPT2"])
+@pytest.mark.parametrize("task", ["QUESTION_ANS", None])
+def test_a_head_for_questions_answers_as_with_peft(
+    tmp_path: Path, family: str, task: str | None
+) -> None:
+    torch, peft, transformers = map(pytest.importorskip, ("torch", "peft", "transformers"))
+    torch.manual_seed(0)
+    width = "n_embd" if family == "GPT2" else "hidden_size"
+    names = ("n_layer", "n_head") if family == "GPT2" else (
+        "num_hidden_layers", "num_attention_heads")  # fmt: skip
+    sizes = {width: 16, **dict.fromkeys(names, 2), "vocab_size": 48, "intermediate_size": 32}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    config = getattr(transformers, f"{family}Config")(**sizes, **special)
+    whole = "GPT2LMHeadModel" if family == "GPT2" else "BertForMaskedLM"
+    getattr(transformers, whole)(config).save_pretrained(tmp_path / "base")
+    cls = getattr(transformers, f"{family}ForQuestionAnswering")
+    model = peft.get_peft_model(cls.from_pretrained(tmp_path / "base"), peft.LoraConfig(
+        r=2, task_type=task, init_lora_weights=False, modules_to_save=["qa_outputs"],
+        target_modules=["c_attn"] if family == "GPT2" else ["query", "value"],
+    )).eval()  # fmt: skip
+    model.save_pretrained(tmp_path / "a")
+    found, warnings = merged(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert found["architectures"] == [cls.__name__]
+    assert warnings == ()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        wanted = model(input_ids=ids)
+        got = cls.from_pretrained(tmp_path / "out").eval()(input_ids=ids)
+    assert torch.allclose(got.start_logits, wanted.start_logits, atol=1e-5)
+    assert torch.allclose(got.end_logits, wanted.end_logits, atol=1e-5)
