@@ -8,6 +8,9 @@ from regraft.cli.text import pairs, plural, size, table
 from regraft.verifying.prompt_report import PromptAgreement, PromptReport
 from regraft.verifying.report import FINE, Difference, TensorVerdict, Verdict, VerifyReport
 
+_FAR = 1e6
+"""So many units in the last place are another value, and the number says no more."""
+
 SHOWN = 20
 """Differences and tensors listed before the rest is counted."""
 
@@ -73,7 +76,9 @@ def _agreement(name: str, of: PromptAgreement | PromptReport) -> tuple[str, ...]
 
 
 def _ulps(ulps: float | None) -> str:
-    return "-" if ulps is None else f"{ulps:.3g}"
+    if ulps is None:
+        return "-"
+    return f"{ulps:.3g}" if ulps < _FAR else f"> {_FAR:.0e}"
 
 
 def _cut(lines: Iterable[str], *, verbose: bool) -> list[str]:
