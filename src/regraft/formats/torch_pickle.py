@@ -312,11 +312,7 @@ def _checked(
         raise PickleError("a tensor without a storage")
     sound = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)
     sound = sound and len(size) <= _MAX_DIMENSIONS
-    if (
-        not sound
-        or len(size) > _MAX_DIMENSIONS
-        or not all(map(_is_count, (offset, *size, *stride)))
-    ):
+    if not sound or not all(map(_is_count, (offset, *size, *stride))):
         raise PickleError("a tensor whose offset, shape and strides do not fit together")
     named = dtype.path.removeprefix("torch.") if dtype else storage.dtype
     flags = metadata.values() if metadata else ()
