@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from regraft.errors import MissingExtraError
+from regraft.errors import MissingExtraError, UnsupportedError
 
 _INSTALL = {
     "accelerate": "pip install accelerate",
@@ -36,6 +36,42 @@ def require(*names: str, why: str, where: str = "") -> None:
     raise MissingExtraError(
         f"{why} needs {' and '.join(missing)}", where=where,
         hint=f"Run {' and '.join(commands)}",
+    )  # fmt: skip
+
+
+def from_pretrained(cls: Any, source: Any, **kwargs: Any) -> Any:
+    """Call transformers' ``cls.from_pretrained(source, ...)`` without running code of the model's.
+
+    Left to itself, transformers asks on standard input whether to run it, and a pipe answers.
+
+    Args:
+        cls: a class of transformers, auto or not.
+        source: the folder.
+        kwargs: of that call; ``trust_remote_code`` is False if it is not given.
+
+    Raises:
+        UnsupportedError: the model needs code of its own, or transformers does not know it.
+    """
+    trusted = bool(kwargs.pop("trust_remote_code", False))
+    try:
+        return cls.from_pretrained(source, trust_remote_code=trusted, **kwargs)
+    except ValueError as error:
+        if not trusted and "trust_remote_code" in str(error):
+            raise _needs_code(source) from None
+        if "does not recognize this architecture" in str(error):
+            raise UnsupportedError(
+                "transformers does not know this kind of model", where=str(source),
+                found=str(error).strip().partition("\n")[0], hint="Update transformers",
+            ) from None  # fmt: skip
+        raise
+
+
+def _needs_code(source: Any) -> UnsupportedError:
+    return UnsupportedError(
+        "the model needs Python code that lies with it, which is not run", where=str(source),
+        expected="a class of transformers", found="auto_map in its config.json",
+        hint="If you trust the code, load the model in Python with trust_remote_code=True and put "
+        "adapters on it with regraft.attach; merging needs no code",
     )  # fmt: skip
 
 

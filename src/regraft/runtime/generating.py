@@ -15,7 +15,7 @@ from regraft.errors import AdapterError, InputError, UnsupportedError, UsageErro
 from regraft.formats.hub import locate
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import looks_like
-from regraft.libraries import quieted, require
+from regraft.libraries import from_pretrained, quieted, require
 from regraft.merging.card import auto_class_of
 from regraft.merging.planning import parse_dtype
 from regraft.tensors import DTYPES
@@ -319,7 +319,7 @@ def _model(folder: Path, *, load_in_4bit: bool, dtype: str | None, device: str |
         arguments["quantization_config"] = _nf4(raw, dtype)
     if load_in_4bit or (where != "cpu" and find_spec("accelerate")):
         arguments["device_map"] = {"": where}  # weights go there one by one
-    model = cls.from_pretrained(str(place), **arguments)
+    model = from_pretrained(cls, str(place), **arguments)
     if "device_map" not in arguments and where != "cpu":
         model = model.to(where)
     if not model.can_generate():
@@ -374,7 +374,7 @@ def _tokenizer(folders: Sequence[Path]) -> Any:
     having = [f for f in folders if any((f / n).is_file() for n in _TOKENIZER_FILES)]
     place, arguments = _gguf(having[0] if having else folders[-1])
     try:
-        return AutoTokenizer.from_pretrained(str(place), **arguments)
+        return from_pretrained(AutoTokenizer, str(place), **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             "no tokenizer could be loaded", where=str(place),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
-from regraft.libraries import require
+from regraft.libraries import from_pretrained, require
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, see
 from regraft.merging.card import auto_class_of
@@ -189,8 +189,9 @@ def _config(made: Plan, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any],
     raw = updated_config(made.base.config or {}, made.config_updates)
     given = dict(kwargs)
     if (made.base.root / "config.json").is_file() and not made.base.single_file:
-        trust = {"trust_remote_code": given.get("trust_remote_code")}
-        cls = type(AutoConfig.from_pretrained(str(made.base.root), **trust))
+        trusted = bool(given.get("trust_remote_code"))
+        root = str(made.base.root)
+        cls = type(from_pretrained(AutoConfig, root, trust_remote_code=trusted))
     else:
         cls = type(AutoConfig.for_model(str(raw.get("model_type"))))
     config, rest = cls.from_dict(raw, return_unused_kwargs=True, **given)

@@ -36,7 +36,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import typed_os_errors
-from regraft.libraries import quieted, require
+from regraft.libraries import from_pretrained, quieted, require
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.planning import Choices, make_plan
 from regraft.verifying.prompt_file import Prompt, read_prompts
@@ -257,9 +257,7 @@ def _tokenizer(models: Sequence[Checkpoint]) -> Any:
     for model in models:
         if any((model.root / name).is_file() for name in _TOKENIZERS):
             with _loading(model, "its tokenizer"):
-                return AutoTokenizer.from_pretrained(
-                    model.root, local_files_only=True, trust_remote_code=False
-                )
+                return from_pretrained(AutoTokenizer, model.root, local_files_only=True)
     raise UnsupportedError(
         "there is no tokenizer to read the prompts with", where=models[0].source,
         expected="tokenizer.json and the like, with the merged model or the base",
@@ -344,9 +342,9 @@ def _load(model: Checkpoint, dtype: str = "float32") -> Any:
 
     _check_memory(model)
     with _loading(model, "it"):
-        loaded, info = getattr(transformers, _auto_class(model)).from_pretrained(
-            model.root, dtype=dtype, local_files_only=True, trust_remote_code=False,
-            weights_only=True, output_loading_info=True,
+        loaded, info = from_pretrained(
+            getattr(transformers, _auto_class(model)), model.root, dtype=dtype,
+            local_files_only=True, weights_only=True, output_loading_info=True,
         )  # fmt: skip
     lost = sorted({*info["missing_keys"], *map(_name, info["mismatched_keys"])})
     if lost:
