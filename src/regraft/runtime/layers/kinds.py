@@ -54,6 +54,25 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None
 
 
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN_ALL_THE_SAME = frozenset({"FalconLinear", "WeightStandardizedConv2d"})
+"""Classes of models that are linear layers all the same, and one whose output is not linear in its
+weight: PEFT adds to what comes out."""
+
+
+def runs_otherwise(module: nn.Module) -> bool:
+    """Whether a model's own class makes more of its weight than a linear layer or a convolution.
+
+    Routers return several tensors, and causal convolutions pad their input first: a delta cannot
+    be added to what comes out, and has to go into the weight.
+    """
+    cls = type(module)
+    of_a_model = cls.__module__.startswith(("transformers.models.", "transformers_modules."))
+    if not of_a_model or cls.__name__ in _PLAIN_ALL_THE_SAME:
+        return False
+    return any(isinstance(module, p) and cls.forward is not p.forward for p in _PLAIN)
+
+
 # -- linear layers ---------------------------------------------------------------------------------
 
 

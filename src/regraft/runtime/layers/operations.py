@@ -12,7 +12,7 @@ from regraft.deltas.views import Delta, RowPatch
 from regraft.errors import MismatchError, Problem
 from regraft.merging.match import Work
 from regraft.runtime.layers.computed import READS_ITS_CHILDREN, ComputedWeight, Replacement
-from regraft.runtime.layers.kinds import EMBEDDING, LINEAR, Kind, kind_of
+from regraft.runtime.layers.kinds import EMBEDDING, LINEAR, Kind, kind_of, runs_otherwise
 from regraft.runtime.layers.plain import plain_weight
 from regraft.runtime.layers.served import grouped_step, split
 from regraft.runtime.layers.steps import Dora, Factors, LowRank, Shift, Step, TokenLogits, TokenRows
@@ -72,7 +72,7 @@ class _Builder:
         """Add what is done to one parameter."""
         path, module, leaf = self._base.owner(name)
         host = self._host(path)
-        kind = None if host != path else kind_of(module)
+        kind = None if host != path or runs_otherwise(module) else kind_of(module)
         if kind is not None and self._fits_output(kind, leaf, work):
             steps = self._result.steps.setdefault(self._base.canonical(path), [])
             steps += self._steps(kind, module, leaf, name, work)

@@ -17,7 +17,7 @@ from regraft.deltas.residual import FACTORIZATIONS
 from regraft.errors import MismatchError, Problem, UnsupportedError
 from regraft.runtime.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from regraft.runtime.layers.plain import plain_weight
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.live_base import LiveBase, input_embedding
 from regraft.runtime.matching import LiveAdapter, adapter_of, match_live
 from regraft.runtime.training.selecting import completed, modules_of, nothing_selected
 
@@ -332,9 +332,7 @@ class _Maker:
         return any(owner.endswith(name) for owner in owners for name in named)
 
     def _input_embedding(self) -> Iterator[tuple[str, nn.Module]]:
-        model: Any = self._base.model
-        get = getattr(model, "get_input_embeddings", None)
-        module = get() if get is not None else None
+        module = input_embedding(self._base.model)
         for path, other in modules_of(self._base):
             if other is module or (module is None and path.endswith("embed_tokens")):
                 yield path, other
