@@ -128,6 +128,7 @@ class _Builder:
         weight = ComputedWeight(module, leaf, name, work, self._tensors)
         steps: list[Step] = []
         for delta in work.deltas:
+            self._check_rescaling(module, name, delta)
             low_rank = self._low_rank(kind, module, weight, delta)
             if delta.magnitude is None:
                 steps.append(low_rank)
@@ -140,6 +141,16 @@ class _Builder:
         if left is None:
             raise ValueError("a bias has its values in the adapter")
         return lambda: self._tensors.matrix(delta.adapter, left).reshape(-1) * delta.scale
+
+    def _check_rescaling(self, module: nn.Module, name: str, delta: Delta) -> None:
+        """Note a delta to be trained on an embedding that rescales rows as they are looked up."""
+        if getattr(module, "max_norm", None) is not None and self._tensors.trained[delta.adapter]:
+            self.problems.append(
+                Problem("LoRA on an embedding with max_norm cannot be trained: its factors would "
+                        "be rescaled as they are looked up", name, "an embedding without max_norm",
+                        f"max_norm={module.max_norm}", "Train it whole (modules_to_save), or rows "
+                        "of it (trainable_token_indices)")
+            )  # fmt: skip
 
     def _low_rank(
         self, kind: Kind, module: nn.Module, weight: ComputedWeight, delta: Delta
@@ -172,7 +183,7 @@ class _Builder:
 
         indices = torch.tensor(patch.indices)
         if kind is EMBEDDING:
-            return TokenRows(kind, indices, values)
+            return TokenRows(indices, values)
         return TokenLogits(indices, values)
 
 
