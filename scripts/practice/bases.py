@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-VOCABULARY = 64
+VOCABULARY, IMAGE = 64, 63
 LLAMA = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -38,7 +38,8 @@ T5 = {
 class Base:
     """A base: how it is made, what it is asked, and the names of its modules.
 
-    ``auto`` is the class of transformers that loads it from a folder; empty for a toy.
+    ``auto`` is the class of transformers that loads it from a folder; empty for a toy. ``size`` is
+    the shape of the features that a toy is asked.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Base:
     auto: str = ""
     asked: str = "ids"
     experts: str = ""
+    size: tuple[int, ...] = (9, 10)
 
 
 def made(base: Base) -> Any:
@@ -74,13 +76,21 @@ def inputs(base: Base) -> dict[str, Any]:
         "x_ids": {"x": ids},
         "x_images": {"x": images},
         "images": {"pixel_values": images},
+        "ids_and_images": {"input_ids": with_images(ids), "pixel_values": images},
+        "features": {"x": torch.randn(base.size, generator=generator)},
+        "ids_of_rows": {"x": torch.arange(90).view(9, 10)},
     }[base.asked]
 
 
-def answer(model: Any, base: Base) -> Any:
+def with_images(ids: Any) -> Any:
+    """Return token ids whose first four of each row stand for an image."""
+    return torch.cat([torch.full((len(ids), 4), IMAGE), ids.clamp(max=IMAGE - 1)], 1)
+
+
+def answer(model: Any, base: Base, asked: dict[str, Any] | None = None) -> Any:
     """Return the model's logits, last hidden state, or plain output as one tensor."""
-    found = model(**inputs(base))
-    for name in ("logits", "last_hidden_state"):
+    found = model(**(inputs(base) if asked is None else asked))
+    for name in ("logits", "start_logits", "last_hidden_state"):
         if getattr(found, name, None) is not None:
             return getattr(found, name)
     return found
@@ -150,6 +160,32 @@ def _model(kind: str, config: str, **settings: Any) -> Callable[[], Any]:
 ATTENTION = ("q_proj", "v_proj")
 LM = "AutoModelForCausalLM"
 PARTS = {"embedding": "embed_tokens", "head": "lm_head", "auto": LM}
+
+ROBERTA = {**BERT, "pad_token_id": 1, "max_position_embeddings": 66}
+DEBERTA = {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 4}
+EXPERTS = "mlp.experts.gate_up_proj"
+LLAMA4 = {
+    "num_local_experts": 4,
+    "intermediate_size_mlp": 24,
+    "head_dim": 4,
+    "moe_layers": [0, 1],
+    "attention_chunk_size": 32,
+}
+
+
+def _llava() -> Any:
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    vision = tf.CLIPVisionConfig(
+        **sizes, num_attention_heads=2, image_size=8, patch_size=4, projection_dim=8
+    )
+    return tf.LlavaConfig(
+        vision_config=vision,
+        text_config=tf.LlamaConfig(**LLAMA),
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+    )
+
 
 BASES = (
     Base("llama", _llama("Llama"), (*ATTENTION, "down_proj"), **PARTS),
@@ -260,6 +296,144 @@ BASES = (
         "classifier",
         "AutoModelForImageClassification",
         "images",
+    ),
+    Base(
+        "gptj",
+        _model(
+            "GPTJForCausalLM",
+            "GPTJConfig",
+            vocab_size=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            rotary_dim=4,
+            n_positions=64,
+        ),
+        ATTENTION,
+        "wte",
+        "lm_head",
+        LM,
+    ),
+    Base(
+        "gemma3",
+        lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**LLAMA, head_dim=4, sliding_window=4)),
+        ATTENTION,
+        "embed_tokens",
+        "",
+        LM,
+    ),
+    Base("qwen3_moe", _llama("Qwen3Moe", **MOE), ATTENTION, **PARTS, experts=EXPERTS),
+    Base(
+        "llama4",
+        lambda: tf.Llama4ForCausalLM(tf.Llama4TextConfig(**{**LLAMA, **LLAMA4})),
+        ATTENTION,
+        **PARTS,
+        experts="feed_forward.experts.down_proj",
+    ),
+    Base(
+        "gpt_oss",
+        _llama("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=4),
+        ATTENTION,
+        **PARTS,
+        experts="mlp.experts.down_proj",
+    ),
+    Base(
+        "roberta_classes",
+        _model("RobertaForSequenceClassification", "RobertaConfig", **ROBERTA, num_labels=3),
+        ("query", "value"),
+        "word_embeddings",
+        "classifier",
+        "AutoModelForSequenceClassification",
+    ),
+    Base(
+        "roberta_features",
+        _model("RobertaModel", "RobertaConfig", **ROBERTA),
+        ("query", "value"),
+        "word_embeddings",
+        "",
+        "AutoModel",
+    ),
+    Base(
+        "deberta_features",
+        _model("DebertaModel", "DebertaConfig", **DEBERTA),
+        ("in_proj",),
+        "word_embeddings",
+        "",
+        "AutoModel",
+    ),
+    Base(
+        "deberta_v2_features",
+        _model("DebertaV2Model", "DebertaV2Config", **DEBERTA),
+        ("query_proj", "value_proj"),
+        "word_embeddings",
+        "",
+        "AutoModel",
+    ),
+    Base(
+        "bert_tokens",
+        _model("BertForTokenClassification", "BertConfig", **BERT, num_labels=3),
+        ("query", "value"),
+        "word_embeddings",
+        "classifier",
+        "AutoModelForTokenClassification",
+    ),
+    Base(
+        "roberta_tokens",
+        _model("RobertaForTokenClassification", "RobertaConfig", **ROBERTA, num_labels=3),
+        ("query", "value"),
+        "word_embeddings",
+        "classifier",
+        "AutoModelForTokenClassification",
+    ),
+    Base(
+        "bert_answers",
+        _model("BertForQuestionAnswering", "BertConfig", **BERT),
+        ("query", "value"),
+        "word_embeddings",
+        "qa_outputs",
+        "AutoModelForQuestionAnswering",
+    ),
+    Base(
+        "roberta_answers",
+        _model("RobertaForQuestionAnswering", "RobertaConfig", **ROBERTA),
+        ("query", "value"),
+        "word_embeddings",
+        "qa_outputs",
+        "AutoModelForQuestionAnswering",
+    ),
+    Base(
+        "llama_classes",
+        lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**LLAMA, num_labels=3)),
+        ATTENTION,
+        "embed_tokens",
+        "score",
+        "AutoModelForSequenceClassification",
+    ),
+    Base(
+        "resnet_classes",
+        _model(
+            "ResNetForImageClassification",
+            "ResNetConfig",
+            embedding_size=4,
+            hidden_sizes=[4, 8],
+            depths=[1, 1],
+            layer_type="basic",
+            num_labels=3,
+        ),
+        ("convolution",),
+        "",
+        "classifier",
+        "AutoModelForImageClassification",
+        "images",
+    ),
+    Base(
+        "llava",
+        lambda: tf.LlavaForConditionalGeneration(_llava()),
+        ATTENTION,
+        "embed_tokens",
+        "lm_head",
+        "AutoModelForImageTextToText",
+        "ids_and_images",
     ),
 )
 

@@ -70,3 +70,9 @@ def require_close(found: Any, expected: Any, what: str, tolerance: float = TOLER
     extent = (expected.max() - expected.min()).item() or 1.0
     off = (found - expected).abs().max().item() / extent
     require(off <= tolerance, f"{what}: off by {off:.2g} of the range")
+
+
+def moves(found: Any, plain: Any) -> None:
+    """Raise `AssertionError` if an adapter hardly changes an answer: then nothing would be told."""
+    extent = (plain.max() - plain.min()).item()
+    assert (found - plain).abs().max().item() > 1e-3 * extent, "the adapter changes nothing"

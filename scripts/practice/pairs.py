@@ -13,10 +13,9 @@ import torch
 import transformers as tf
 
 import regraft
-from practice.bases import BASES, TOYS, Base, answer, made
-from practice.outcome import Case, require, require_close
-
-Settings = dict[str, Any]
+from practice.bases import BASES, TOYS, Base, answer, inputs, made
+from practice.outcome import Case, moves, require, require_close
+from practice.toys import TABLE, Settings, toy
 
 
 def _with_head(base: Base) -> Settings | None:
@@ -35,8 +34,47 @@ def _one_layer(base: Base) -> Settings | None:
     return {"layers_to_transform": [1]} if base.auto else None
 
 
-def _experts(base: Base) -> Settings | None:
-    return {"target_parameters": [base.experts]} if base.experts else None
+def _experts(base: Base, *parameters: str, **settings: Any) -> Settings | None:
+    names = [base.experts.rpartition(".")[0] + each for each in parameters] or [base.experts]
+    return {"target_parameters": names, **settings} if base.experts else None
+
+
+def _experts_apart(base: Base) -> Settings | None:
+    path = base.experts.rpartition(".")[0]
+    names = [f"0.{path}.gate_up_proj", f"1.{path}.down_proj"]
+    return {"target_modules": [], "target_parameters": names} if base.experts else None
+
+
+def _rows_by_the_models_name(base: Base) -> Settings | None:
+    return {"trainable_token_indices": [0, 3, 5]} if base.embedding and base.auto else None
+
+
+def _of_transformers(base: Base, **settings: Any) -> Settings | None:
+    return settings if base.auto else None
+
+
+def _alora(base: Base) -> Settings | None:
+    if base.name not in ("llama", "gpt2"):
+        return None
+    return {"alora_invocation_tokens": inputs(base)["input_ids"][0, 1:3].tolist()}
+
+
+def _with_bias(base: Base, **settings: Any) -> Settings | None:
+    biased = ("qwen2", "gpt2", "opt", "bloom", "gpt_neox", "bert_classes", "deberta_v2_features")
+    return settings if base.name in biased else None
+
+
+def _head_and_embedding(base: Base) -> Settings | None:
+    both = base.head and base.embedding
+    return {"modules_to_save": [base.head, base.embedding]} if both else None
+
+
+def _tied(base: Base, **settings: Any) -> Settings | None:
+    return {**settings, "ensure_weight_tying": True} if base.name == "llama_tied" else None
+
+
+def _norms(base: Base) -> Settings | None:
+    return {"modules_to_save": ["normalization"]} if base.name == "resnet_classes" else None
 
 
 def _all_linear(base: Base) -> Settings | None:
@@ -58,6 +96,21 @@ CONFIGS: dict[str, Callable[[Base], Settings | None]] = {
     "token rows": _with_rows,
     "one layer": _one_layer,
     "experts": _experts,
+    "experts, both parameters": lambda b: _experts(b, ".down_proj", ".gate_up_proj"),
+    "experts alone": lambda b: _experts(b, target_modules=[]),
+    "experts, other ones in each layer": _experts_apart,
+    "as PEFT chooses": lambda b: _of_transformers(b, target_modules=None, r=8, lora_alpha=32),
+    "dropout": lambda _: {"lora_dropout": 0.05},
+    "token rows by the model's name": _rows_by_the_models_name,
+    "head and embedding saved": _head_and_embedding,
+    "norms saved": _norms,
+    "DoRA with rsLoRA": lambda b: _of_transformers(b, use_dora=True, use_rslora=True),
+    "a bias of B": lambda b: _with_bias(b, lora_bias=True),
+    "MiCA": lambda b: _of_transformers(b, init_lora_weights="mica"),
+    "aLoRA": _alora,
+    "embedding, tied": lambda b: _tied(b, target_modules=["q_proj", "embed_tokens"]),
+    "embedding saved, tied": lambda b: _tied(b, modules_to_save=["embed_tokens"]),
+    "token rows, tied": lambda b: _tied(b, trainable_token_indices=[3, 5]),
 }
 """Configs by name: what each adds to a config of rank 4 on the base's linear layers, or None."""
 
@@ -69,6 +122,9 @@ def cases() -> Iterator[Case]:
             found = settings(base)
             if found is not None:
                 yield Case(f"{base.name}, {name}", _attempt(base, found))
+    for (model, name), settings in TABLE.items():
+        common: Settings = {"r": 8, "lora_alpha": 16}
+        yield Case(f"PEFT's {model}, {name}", _attempt(toy(model), {**common, **settings}))
 
 
 def _attempt(base: Base, settings: Settings) -> Callable[[], None]:
@@ -90,22 +146,32 @@ class _Pair:
         _randomize(self.live)
         self.live.save_pretrained(folder / "adapter", save_embedding_layers=False)
         self.expected = answer(self.live, base).detach()
+        moves(self.expected, answer(self.plain, base).detach())
 
     def hold(self) -> None:
         """Raise `WrongError` at the first verb that does not do what PEFT does."""
         self.attached()
         self.trained()
+        self.merged_in_memory()
         if self.base.auto:
             self.merged_on_files()
 
     def attached(self) -> None:
-        """Answer live, save for PEFT, merge in memory and take it back."""
+        """Answer live, as the base where that is asked, and save for PEFT."""
         model = copy.deepcopy(self.plain)
         adapters = regraft.attach(model, self.folder / "adapter", "one")
+        with adapters.disable_adapter():
+            found = answer(model, self.base)
+            require_close(found, answer(self.plain, self.base), "disabled", 0.0)
         require_close(answer(model, self.base), self.expected, "attached")
         regraft.save(model, self.folder / "saved")
         again = peft.PeftModel.from_pretrained(copy.deepcopy(self.plain), self.folder / "saved")
         require_close(answer(again.eval(), self.base), self.expected, "saved, loaded by PEFT")
+
+    def merged_in_memory(self) -> None:
+        """Merge in memory, and take it back to the bit."""
+        model = copy.deepcopy(self.plain)
+        adapters = regraft.attach(model, self.folder / "adapter", "one")
         adapters.merge_adapter("one")
         require_close(answer(model, self.base), self.expected, "merged in memory")
         adapters.unmerge_adapter()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +14,17 @@ from typing import Any
 import peft
 import torch
 import transformers as tf
+from torch.nn.functional import cross_entropy
 
 import regraft
-from practice.bases import BASES, made
+from practice.bases import answer
+from practice.loops import LOOPS
 from practice.outcome import Case, require, require_close
+from practice.runs import LLAMA, Run, Settings, base_named, data_of, losses_of
 
-LLAMA = next(base for base in BASES if base.name == "llama")
-T5 = next(base for base in BASES if base.name == "t5")
-CLASSES = next(base for base in BASES if base.name == "bert_classes")
-Settings = dict[str, Any]
+EVALUATED: Settings = {"eval_strategy": "steps", "eval_steps": 2}
+SAVED: Settings = {"save_strategy": "steps", "save_steps": 2}
+BEST: Settings = {**EVALUATED, **SAVED, "load_best_model_at_end": True}
 
 ARGUMENTS: dict[str, Settings] = {
     "as it is": {},
@@ -31,126 +37,389 @@ ARGUMENTS: dict[str, Settings] = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
     },
-    "bfloat16 autocast": {"bf16": True},
     "label smoothing": {"label_smoothing_factor": 0.1},
-    "evaluation in between": {"eval_strategy": "steps", "eval_steps": 2},
-    "best model at the end": {
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "load_best_model_at_end": True,
-    },
+    "evaluation in between": EVALUATED,
+    "evaluation before the first step": {**EVALUATED, "eval_on_start": True},
+    "best model at the end": BEST,
+    "best model by the highest loss": {**BEST, "greater_is_better": True},
     "saved each epoch": {"save_strategy": "epoch"},
+    "weights alone in checkpoints": {**SAVED, "save_only_model": True, "save_total_limit": 1},
     "clipped gradients": {"max_grad_norm": 0.01},
     "weight decay and warmup": {"weight_decay": 0.1, "warmup_steps": 2},
+    "cosine schedule": {"lr_scheduler_type": "cosine"},
+    "learning rate that falls on a plateau": {
+        **EVALUATED,
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+    },
+    "examples in their order": {"train_sampling_strategy": "sequential"},
+    "noise on embeddings (NEFTune)": {"neftune_noise_alpha": 5},
+    "batch size found by itself": {"auto_find_batch_size": True},
+    "two epochs, the last batch dropped": {
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 5,
+        "dataloader_drop_last": True,
+    },
+    "SGD": {"optim": "sgd"},
+    "Adafactor": {"optim": "adafactor"},
+    "8-bit AdamW of bitsandbytes": {"optim": "adamw_bnb_8bit"},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 }
 """Situations that are arguments of Trainer alone."""
 
 CONFIGS: dict[str, Settings] = {
     "DoRA": {"use_dora": True},
+    "rsLoRA": {"use_rslora": True},
+    "dropout": {"lora_dropout": 0.2},
+    "DoRA with dropout": {"use_dora": True, "lora_dropout": 0.2},
     "a head in modules_to_save": {"modules_to_save": ["lm_head"]},
     "token rows": {"trainable_token_indices": {"embed_tokens": [3, 5, 9]}},
+    "an embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "MiCA": {"init_lora_weights": "mica"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
 }
 """Situations that are the adapter's config alone."""
+
+
+def _four_bit(**settings: Any) -> Settings:
+    chosen: Settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    config = tf.BitsAndBytesConfig(load_in_4bit=True, **{**chosen, **settings})
+    return {"quantization_config": config, "dtype": torch.float32}
+
+
+EIGHT_BIT: Settings = {
+    "quantization_config": tf.BitsAndBytesConfig(load_in_8bit=True),
+    "dtype": torch.float32,
+}
+
+
+class Smoothed(tf.Trainer):  # type: ignore[misc]
+    """A trainer with a loss of its own."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
+    ) -> Any:
+        labels = inputs.pop("labels")
+        found = model(**inputs)
+        loss = cross_entropy(found.logits.flatten(0, 1), labels.flatten(), label_smoothing=0.3)
+        return (loss, found) if return_outputs else loss
+
+
+def _loss(outputs: Any, labels: Any, **_: Any) -> Any:
+    return outputs.logits.square().mean() + cross_entropy(outputs.logits[:, 0], labels[:, 0])
+
+
+class Counting(tf.TrainerCallback):  # type: ignore[misc]
+    """Asks the model at each step, slows it down, and ends the run after the fifth."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        ids = data_of(LLAMA)[0]["input_ids"][None]
+        was = model.training
+        with torch.no_grad():
+            asked = model.eval()(input_ids=ids).logits.square().mean().item()
+        model.train(was)
+        state.log_history.append({"loss": asked})
+        optimizer.param_groups[0]["lr"] *= 0.9
+        control.should_training_stop = state.global_step >= 5
+        return control
+
+
+def _padded(rows: list[Settings]) -> Settings:
+    """Return a batch of rows of unlike lengths."""
+    width = max(len(row["input_ids"]) for row in rows)
+    rest = [width - len(row["input_ids"]) for row in rows]
+    pad = torch.nn.functional.pad
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": torch.stack([pad(a, (0, n)) for a, n in zip(ids, rest, strict=True)]),
+        "attention_mask": torch.stack(
+            [pad(torch.ones_like(a), (0, n)) for a, n in zip(ids, rest, strict=True)]
+        ),
+        "labels": torch.stack([pad(a, (0, n), value=-100) for a, n in zip(ids, rest, strict=True)]),
+    }
+
+
+def _ragged(_: Any) -> Settings:
+    rows = [{"input_ids": row["input_ids"][: 2 + n % 5]} for n, row in enumerate(data_of(LLAMA))]
+    return {"train_dataset": rows, "eval_dataset": rows[:4], "data_collator": _padded}
+
+
+def _two_groups(model: Any) -> Settings:
+    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    groups = [
+        {"params": [each for name, each in named if "lora_B" in name], "lr": 0.08},
+        {"params": [each for name, each in named if "lora_B" not in name], "lr": 0.01},
+    ]
+    return {"optimizers": (torch.optim.AdamW(groups), None)}
+
+
+def _loraplus(model: Any) -> Settings:
+    optimizer = peft.optimizers.create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16
+    )
+    return {"optimizers": (optimizer, None)}
+
+
+def _metrics(prediction: Any) -> Settings:
+    return {"right": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def _generated(prediction: Any) -> Settings:
+    width = prediction.predictions.shape[1]
+    return {"right": float((prediction.predictions * range(1, width + 1)).sum() / 1000)}
+
+
+def _stopped_early(_: Any) -> Settings:
+    return {"callbacks": [tf.EarlyStoppingCallback(early_stopping_patience=1)]}
+
+
+RUNS: dict[str, Run] = {
+    "bfloat16 autocast": Run(arguments={"bf16": True}, tolerance=0.02),
+    "base in bfloat16": Run(prepared=lambda model: model.to(torch.bfloat16), tolerance=0.02),
+    "base in float16": Run(prepared=lambda model: model.to(torch.float16), tolerance=0.02),
+    "a loss of its own": Run(trainer=Smoothed),
+    "a loss function": Run(options=lambda _: {"compute_loss_func": _loss}),
+    "callbacks": Run(options=lambda _: {"callbacks": [Counting()]}),
+    "stopped early, best model at the end": Run(
+        arguments={**BEST, "eval_steps": 1, "save_steps": 1, "greater_is_better": True},
+        options=_stopped_early,
+    ),
+    "rows of unlike lengths": Run(options=_ragged),
+    "grouped by length": Run(
+        options=_ragged, arguments={"train_sampling_strategy": "group_by_length"}
+    ),
+    "metrics": Run(arguments=EVALUATED, options=lambda _: {"compute_metrics": _metrics}),
+    "two groups of parameters": Run(options=_two_groups),
+    "LoRA+ of PEFT": Run(options=_loraplus),
+    "an optimizer's class": Run(
+        options=lambda _: {"optimizer_cls_and_kwargs": (torch.optim.RMSprop, {"lr": 0.005})}
+    ),
+    "a model that is made by a function": Run(
+        options=lambda model: {"model_init": lambda: model}
+    ),
+    "checkpointing switched on before": Run(prepared=lambda model: _checkpointed(model)),
+    "a base in 4 bits": Run(loaded=_four_bit(), tolerance=2e-3),
+    "a base in 4 bits, twice quantized": Run(
+        loaded=_four_bit(bnb_4bit_use_double_quant=True), tolerance=2e-3
+    ),
+    "a base in 4 bits, fp4": Run(loaded=_four_bit(bnb_4bit_quant_type="fp4"), tolerance=2e-3),
+    "a base in 4 bits, prepared by PEFT": Run(
+        loaded=_four_bit(), prepared=peft.prepare_model_for_kbit_training, tolerance=2e-3
+    ),
+    "a base in 4 bits, DoRA": Run(loaded=_four_bit(), config={"use_dora": True}, tolerance=2e-3),
+    "a base in 8 bits": Run(loaded=EIGHT_BIT, tolerance=2e-3),
+    "a base in 8 bits, prepared by PEFT": Run(
+        loaded=EIGHT_BIT, prepared=peft.prepare_model_for_kbit_training, tolerance=2e-3
+    ),
+    "experts": Run(base_named("mixtral"), config={"target_parameters": ["mlp.experts.down_proj"]}),
+    "a classifier": Run(base_named("bert_classes"), config={"task_type": "SEQ_CLS"}),
+    "a classifier of Llama": Run(base_named("llama_classes"), config={"task_type": "SEQ_CLS"}),
+    "a class for each token": Run(base_named("bert_tokens"), config={"task_type": "TOKEN_CLS"}),
+    "answers in a text": Run(
+        base_named("roberta_answers"), config={"task_type": "QUESTION_ANS"}
+    ),
+    "images": Run(base_named("vit_classes"), config={"modules_to_save": ["classifier"]}),
+    "images with batch norms": Run(
+        base_named("resnet_classes"), config={"modules_to_save": ["classifier", "normalization"]}
+    ),
+    "images and text": Run(base_named("llava")),
+    "encoder and decoder": Run(base_named("t5")),
+    "encoder and decoder, generating": Run(
+        base_named("t5"),
+        trainer=tf.Seq2SeqTrainer,
+        arguments={**EVALUATED, "predict_with_generate": True, "generation_max_length": 6},
+        options=lambda _: {"compute_metrics": _generated},
+    ),
+    "encoder and decoder, generating with beams": Run(
+        base_named("bart"),
+        trainer=tf.Seq2SeqTrainer,
+        arguments={
+            **EVALUATED,
+            "predict_with_generate": True,
+            "generation_max_length": 6,
+            "generation_num_beams": 2,
+        },
+        options=lambda _: {"compute_metrics": _generated},
+    ),
+}
+"""Situations that are more than arguments."""
+
+
+def _checkpointed(model: Any) -> Any:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def cases() -> Iterator[Case]:
     """Yield every situation."""
     for name, arguments in ARGUMENTS.items():
-        yield Case(name, _same_losses(LLAMA, arguments, {}))
+        yield Case(name, Run(arguments=arguments).hold)
     for name, config in CONFIGS.items():
-        yield Case(name, _same_losses(LLAMA, {}, config))
-    yield Case("a classifier", _same_losses(CLASSES, {}, {"task_type": "SEQ_CLS"}))
-    yield Case("encoder and decoder", _same_losses(T5, {}, {}))
-    yield Case("resumed from a checkpoint", _resumed)
-    yield Case("the plain model is refused", _plain)
+        yield Case(name, Run(config=config).hold)
+    for name, run in RUNS.items():
+        yield Case(name, run.hold)
+    for name, way in {**WAYS, **LOOPS}.items():
+        yield Case(name, _in_folder(way))
 
 
-def _data(base: Any) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(3)
-    rows = torch.randint(3, 64, (12, 6), generator=generator)
-    if base is CLASSES:
-        return [{"input_ids": row, "labels": row[0] % 3} for row in rows]
-    return [{"input_ids": row, "labels": row.clone()} for row in rows]
-
-
-def _trainer(model: Any, base: Any, folder: Path, settings: Settings) -> Any:
-    fixed: Settings = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.02,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 7,
-    }
-    arguments = tf.TrainingArguments(str(folder), **{**fixed, **settings})
-    data = _data(base)
-    trainer = tf.Trainer(model, arguments, train_dataset=data, eval_dataset=data[:4])
-    trainer.remove_callback(tf.PrinterCallback)
-    return trainer
-
-
-def _losses(trainer: Any) -> Any:
-    logs = [log for log in trainer.state.log_history if "loss" in log or "eval_loss" in log]
-    return torch.tensor([log.get("loss", log.get("eval_loss")) for log in logs])
-
-
-def _adapter(base: Any, folder: Path, config: Settings) -> Path:
-    common: Settings = {"r": 4, "target_modules": list(base.linear)}
-    torch.manual_seed(4)
-    model = peft.get_peft_model(made(base), peft.LoraConfig(**{**common, **config}))
-    model.save_pretrained(folder / "start", save_embedding_layers=False)
-    return folder / "start"
-
-
-def _ours(base: Any, start: Path) -> tuple[Any, Any]:
-    model = made(base)
-    return model, regraft.attach(model, start, "one", is_trainable=True)
-
-
-def _same_losses(base: Any, arguments: Settings, config: Settings) -> Callable[[], None]:
+def _in_folder(way: Callable[[Path], None]) -> Callable[[], None]:
     def attempt() -> None:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            start = _adapter(base, folder, config)
-            theirs = peft.PeftModel.from_pretrained(made(base), start, is_trainable=True)
-            expected = _trainer(theirs, base, folder / "theirs", arguments)
-            expected.train()
-            _, adapters = _ours(base, start)
-            found = _trainer(adapters.for_trainer(), base, folder / "ours", arguments)
-            found.train()
-            tolerance = 0.02 if arguments.get("bf16") else 1e-3
-            require_close(_losses(found), _losses(expected), "losses", tolerance)
+        with tempfile.TemporaryDirectory() as folder:
+            way(Path(folder))
 
     return attempt
 
 
-def _resumed() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        start = _adapter(LLAMA, folder, {})
-        saving: Settings = {"save_strategy": "steps", "save_steps": 3}
-        whole = _trainer(_ours(LLAMA, start)[1].for_trainer(), LLAMA, folder / "run", saving)
-        whole.train()
-        again = _trainer(_ours(LLAMA, start)[1].for_trainer(), LLAMA, folder / "run", saving)
-        again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
-        require_close(_losses(again), _losses(whole), "losses", 1e-3)
+def _ours(run: Run, folder: Path) -> Any:
+    return run.ours(folder / "start")[1].for_trainer()
 
 
-def _plain() -> None:
+def _resumed(folder: Path) -> None:
+    run = Run(arguments={**SAVED, "save_steps": 3})
+    run.start(folder)
+    whole = run.trained(_ours(run, folder), folder / "run")
+    again = run.trainer_of(_ours(run, folder), folder / "run")
+    again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
+    require_close(losses_of(again), losses_of(whole), "losses")
+
+
+class Killing(tf.TrainerCallback):  # type: ignore[misc]
+    """Kills the process in the middle of a step."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_run(folder: Path) -> None:
+    torch.set_num_threads(1)
+    run = Run(arguments=SAVED, options=lambda _: {"callbacks": [Killing()]})
+    run.trained(_ours(run, folder), folder / "run")
+
+
+def _killed(folder: Path) -> None:
+    """Go on after the process was killed, and end as PEFT's run does that was not."""
+    run = Run(arguments=SAVED)
+    theirs = run.theirs(run.start(folder))
+    process = multiprocessing.get_context("spawn").Process(target=_killed_run, args=(folder,))
+    process.start()
+    process.join()
+    require(process.exitcode == -signal.SIGKILL, f"the run ended with {process.exitcode}")
+    model, adapters = run.ours(folder / "start")
+    again = run.trainer_of(adapters.for_trainer(), folder / "run")
+    again.train(resume_from_checkpoint=True)
+    run.compare(again, run.trained(theirs, folder / "theirs"))
+    run.compare_answers(model, theirs)
+
+
+class Stopping(tf.TrainerCallback):  # type: ignore[misc]
+    """Ends a run after its fourth step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_training_stop = state.global_step >= 4
+        return control
+
+
+def _handed_over(folder: Path, *, to_peft: bool) -> None:
+    """Begin a run on one side, go on with its checkpoint on the other."""
+    run = Run(arguments=SAVED)
+    start = run.start(folder)
+    whole = run.trained(run.theirs(start), folder / "whole")
+    begun = Run(arguments=SAVED, options=lambda _: {"callbacks": [Stopping()]})
+    first, second = run.theirs(start), _ours(run, folder)
+    first, second = (second, first) if to_peft else (first, second)
+    begun.trained(first, folder / "run")
+    again = run.trainer_of(second, folder / "run")
+    again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
+    run.compare(again, whole)
+
+
+def _plain(folder: Path) -> None:
     """Trainer is given the model itself: an error, or a warning, before the first step."""
-    import warnings
-
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        folder = Path(name)
-        model, _ = _ours(LLAMA, _adapter(LLAMA, folder, {}))
+        run = Run()
+        model, _ = run.ours(run.start(folder))
         try:
-            _trainer(model, LLAMA, folder / "run", {}).train()
+            run.trained(model, folder / "run")
         except (regraft.RegraftError, ValueError):
             return
         require(any("for_trainer" in str(w.message) for w in caught), "nothing was said")
+
+
+def _one_of_two(folder: Path) -> None:
+    """Train one adapter while another one, which is frozen, answers with it."""
+    run = Run()
+    frozen = Run(config={"init_lora_weights": False}).start(folder / "frozen")
+    theirs = run.theirs(run.start(folder))
+    theirs.load_adapter(frozen, "two")
+    theirs.base_model.set_adapter(["default", "two"])
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    model, adapters = run.ours(folder / "start")
+    adapters.load_adapter(frozen, "two")
+    adapters.set_adapter(["one", "two"])
+    before = {key: t.clone() for key, t in adapters.adapter("two").tensors.items()}
+    expected = run.trained(theirs, folder / "theirs")
+    run.compare(run.trained(adapters.for_trainer(), folder / "ours"), expected)
+    run.compare_answers(model, theirs)
+    after = adapters.adapter("two").tensors
+    require(all(torch.equal(before[key], after[key]) for key in before), "the frozen one changed")
+
+
+def _two_in_turn(folder: Path) -> None:
+    """Train two adapters, one after the other, on one model."""
+    run = Run()
+    start = run.start(folder)
+    model, adapters = run.ours(start)
+    adapters.load_adapter(start, "two", is_trainable=True)
+    theirs = run.theirs(start)
+    theirs.load_adapter(start, "two", is_trainable=True)
+    for name, of_peft, seed in (("one", "default", 7), ("two", "two", 8)):
+        adapters.set_adapter(name)
+        theirs.set_adapter(of_peft)
+        expected = run.trained(theirs, folder / "theirs", seed=seed)
+        run.compare(run.trained(adapters.for_trainer(name), folder / "ours", seed=seed), expected)
+        run.compare_answers(model, theirs)
+
+
+def _loaded_by_peft(folder: Path) -> None:
+    """What ``save_model`` and the last checkpoint hold is what PEFT and regraft load."""
+    run = Run(arguments=SAVED)
+    model, adapters = run.ours(run.start(folder))
+    trainer = run.trained(adapters.for_trainer(), folder / "run")
+    trainer.save_model(str(folder / "saved"))
+    expected = answer(model.eval(), LLAMA)
+    for saved in (folder / "saved", folder / "run" / "checkpoint-6"):
+        theirs = peft.PeftModel.from_pretrained(run.model(folder), saved).eval()
+        require_close(answer(theirs, LLAMA), expected, f"{saved.name}, loaded by PEFT")
+        again = run.model(folder)
+        regraft.attach(again, saved)
+        require_close(answer(again.eval(), LLAMA), expected, f"{saved.name}, attached")
+
+
+def _predicted(folder: Path) -> None:
+    run = Run()
+    theirs = run.theirs(run.start(folder))
+    _, adapters = run.ours(folder / "start")
+    data = data_of(LLAMA)[:5]
+    expected = run.trained(theirs, folder / "theirs").predict(data)
+    found = run.trained(adapters.for_trainer(), folder / "ours").predict(data)
+    pair = (torch.from_numpy(each.predictions) for each in (found, expected))
+    require_close(*pair, "predictions", 1e-2)
+
+
+WAYS: dict[str, Callable[[Path], None]] = {
+    "resumed from a checkpoint": _resumed,
+    "resumed after the process was killed": _killed,
+    "a checkpoint of PEFT goes on in regraft": lambda f: _handed_over(f, to_peft=False),
+    "a checkpoint of regraft goes on in PEFT": lambda f: _handed_over(f, to_peft=True),
+    "one adapter trained, another one frozen": _one_of_two,
+    "two adapters trained in turn": _two_in_turn,
+    "what is saved, loaded by PEFT": _loaded_by_peft,
+    "predictions": _predicted,
+    "the plain model is refused": _plain,
+}
+"""Situations that are more than one run."""

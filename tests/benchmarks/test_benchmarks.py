@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import regraft
+from regraft.cli import main as regraft_main
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -54,24 +57,76 @@ def test_a_new_table_replaces_the_old_one_and_nothing_else(monkeypatch: pytest.M
     assert again == page.replace("old", "new") + "after"
 
 
-def test_work_on_four_bits_is_measured(tmp_path: Path) -> None:
+@pytest.fixture
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the modules of the benchmarks at hand."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def run_here(command: Sequence[str], env: Mapping[str, str] | None = None) -> Any:
+    """Do in this process, whose libraries are imported, what is measured in one of its own."""
+    from process import Sample
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        program = command.index("regraft", 1) if "-m" in command[:2] else 0
+        ours = Path(command[program]).name == "regraft"
+        arguments = command[program + (0 if ours else 1) :]
+        patch.setattr(sys, "argv", list(arguments))
+        if ours:
+            regraft_main()
+        runpy.run_path(arguments[0], run_name="__main__")
+        sys.exit(0)
+    assert not ended.value.code
+    return Sample(2.0, 3.0, 2**28)
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_work_on_four_bits_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import measure
+    import quantized
+
+    for module in (measure, quantized):
+        monkeypatch.setattr(module, "measured", run_here)
     page = tmp_path / "page.md"
-    script = str(BENCHMARKS / "quantized.py")
     options = ["--small", "--work", str(tmp_path / "work"), "--page", str(page)]
-    subprocess.run([sys.executable, script, *options], check=True, stdout=subprocess.DEVNULL)
+    assert quantized.main(options) == 0
     text = page.read_text("utf-8")
     assert "| merge out of 4 bits against" in text
     assert "| nf4 to bfloat16 on one thread |" in text
     assert not list((tmp_path / "work").iterdir())
 
 
+@pytest.mark.usefixtures("_benchmarks")
+def test_a_process_is_measured_from_outside() -> None:
+    from process import ProcessFailedError, measured
+
+    busy = (
+        "import os; kept = bytearray(b'x') * 2**27; print(sum(range(3 * 10**6)), os.environ['X'])"
+    )
+    sample = measured([sys.executable, "-c", busy], {"X": "set"})
+    assert sample.seconds >= 0.02
+    assert sample.cpu_seconds >= 0.02
+    assert sample.peak_bytes > 2**27
+    with pytest.raises(ProcessFailedError, match="ended with 3:\nwhy"):
+        measured([sys.executable, "-c", "print('why'); raise SystemExit(3)"])
+
+
+@pytest.mark.usefixtures("_benchmarks")
 def test_live_models_are_measured(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    script = str(BENCHMARKS / "live.py")
-    options = ["--quick", "--work", str(tmp_path / "work"), "--page", str(page)]
-    asleep = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # tests share the cores with others
-    command = [sys.executable, script, *options]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=asleep)
+    import live
+    import torch
+
+    page, threads = tmp_path / "page.md", torch.get_num_threads()
+    torch.set_num_threads(1)  # tests share the cores with others
+    assert (
+        live.main(
+            ["--quick", "--rounds", "1", "--work", str(tmp_path / "work"), "--page", str(page)]
+        )
+        == 0
+    )
+    torch.set_num_threads(threads)
     text = page.read_text("utf-8")
     assert "| switch adapters (`set_adapter`) against PEFT, times faster |" in text
     assert "| wrong outputs of 4 threads with an adapter each, 40 calls | 0 | 0 | pass |" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 pytest.importorskip("peft")
@@ -23,4 +25,7 @@ def _quiet_and_single_threaded() -> None:
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """Return the maker and keeper of this session's bases and adapters."""
-    return Workshop(tmp_path_factory.mktemp("faithful"))
+    root = tmp_path_factory.getbasetemp()
+    shared = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "workshop"
+    shared.mkdir(exist_ok=True)
+    return Workshop(tmp_path_factory.mktemp("faithful"), shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import warnings
@@ -63,17 +64,31 @@ class Case:
 
 
 class Workshop:
-    """Makes bases and adapters on first use and keeps them for the session."""
+    """Makes bases and adapters on first use and keeps them for the session.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: this process's own.
+        shared: where processes that test at the same time have bases and adapters together.
+    """
+
+    def __init__(self, folder: Path, shared: Path | None = None) -> None:
+        self.folder, self.shared = folder, shared or folder
         self._numbers = itertools.count()
+        self._logits: dict[tuple[str, Path], np.ndarray] = {}
 
     def base(self, architecture: str, dtype: str = "bfloat16", sharded: bool = False) -> Path:
         """Return the folder of a base checkpoint."""
-        folder = self.folder / f"{architecture}-{dtype}{'-sharded' if sharded else ''}"
+        folder = self.shared / f"{architecture}-{dtype}{'-sharded' if sharded else ''}"
+        size = "4KB" if sharded else None
+        return self._made(folder, lambda new: zoo.make_base(architecture, new, dtype, size))
+
+    def _made(self, folder: Path, make: Callable[[Path], Any]) -> Path:
+        """Return a folder; if it is not there yet, it appears whole, whoever else makes it."""
         if not folder.exists():
-            zoo.make_base(architecture, folder, dtype, "4KB" if sharded else None)
+            new = self.fresh("new")
+            make(new)
+            with contextlib.suppress(OSError):  # another process was faster
+                new.rename(folder)
         return folder
 
     def adapters(self, case: Case) -> list[Path]:
@@ -92,12 +107,19 @@ class Workshop:
 
         what = f"{sorted(config.items(), key=str)} {seed} {prepare and prepare.__qualname__}"
         key = hashlib.sha256(what.encode()).hexdigest()[:12]
-        folder = self.folder / f"{base.name}-adapter-{key}"
-        if not folder.exists():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                make_adapter(base, folder, LoraConfig(**config), seed, prepare)
-        return folder
+        folder = self.shared / f"{base.name}-adapter-{key}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._made(
+                folder, lambda new: make_adapter(base, new, LoraConfig(**config), seed, prepare)
+            )
+
+    def plain_logits(self, base: Path, inputs: dict[str, Any]) -> np.ndarray:
+        """Return what a base answers without an adapter."""
+        key = (str(sorted((name, tensor.tolist()) for name, tensor in inputs.items())), base)
+        if key not in self._logits:
+            self._logits[key] = zoo.logits(zoo.load_base(base), inputs)
+        return self._logits[key]
 
     def fresh(self, name: str) -> Path:
         """Return a path in the workshop where nothing is yet."""
@@ -134,7 +156,7 @@ def assert_faithful(case: Case, workshop: Workshop) -> np.ndarray:
     adapters = workshop.adapters(case)
     inputs = case.example_inputs()
     expected = expected_logits(case, base, adapters, inputs)
-    assert_visible(expected, zoo.logits(zoo.load_base(base), _within_base(inputs)))
+    assert_visible(expected, workshop.plain_logits(base, _within_base(inputs)))
     merged = merge_and_load(
         base, _argument(case, adapters), workshop.fresh("merged"), case.architecture
     )

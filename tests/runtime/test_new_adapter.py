@@ -1,4 +1,4 @@
-"""New adapters: PEFT's keys, shapes and first values."""
+"""New adapters: what PEFT makes of the same config, and what is refused."""
 
 from __future__ import annotations
 
@@ -81,29 +81,6 @@ def ours(architecture: str, settings: dict[str, Any], **more: Any) -> tuple[nn.M
     return model, new_adapter(LiveBase(model), settings, "new", **more)
 
 
-def random_part(key: str) -> bool:
-    return key.endswith(("lora_A.weight", "lora_embedding_B"))
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_keys_shapes_and_fixed_values_are_those_of_peft(case: tuple[str, dict[str, Any]]) -> None:
-    architecture, given = case
-    settings = {"r": 3, "lora_alpha": 5, **given}
-    expected = their_tensors(theirs(architecture, settings))
-    _, adapter = ours(architecture, settings)
-    assert adapter.tensors.keys() == expected.keys()
-    for key, tensor in adapter.tensors.items():
-        assert tensor.shape == expected[key].shape, key
-        assert tensor.dtype == torch.float32
-        assert tensor.requires_grad
-        if settings.get("ensure_weight_tying") and "lm_head.lora" in key:
-            continue
-        if random_part(key):
-            assert tensor.std().item() == pytest.approx(expected[key].std().item(), rel=0.5)
-        else:
-            torch.testing.assert_close(tensor.detach(), expected[key].detach())
-
-
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_peft_loads_what_was_saved_and_answers_as_the_base(
     tmp_path: Path, case: tuple[str, dict[str, Any]]
@@ -124,17 +101,6 @@ def test_peft_loads_what_was_saved_and_answers_as_the_base(
 
 def logits_of(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
-
-
-@pytest.mark.parametrize("start", [True, False, "gaussian"])
-def test_first_values_are_distributed_as_pefts(start: Any) -> None:
-    settings = {"r": 16, "target_modules": ["up_proj", "embed_tokens"], "init_lora_weights": start}
-    expected = their_tensors(theirs("llama", settings))
-    _, adapter = ours("llama", settings)
-    for key, tensor in adapter.tensors.items():
-        assert tensor.std().item() == pytest.approx(expected[key].std().item(), rel=0.25), key
-        limit = 1.5 * expected[key].abs().max().item()
-        assert tensor.abs().max().item() <= limit, key
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -203,13 +169,17 @@ def quantized(folder: Path, **options: Any) -> Any:
 def test_a_quantized_base_gets_what_peft_gives_it(wide: Path, options: dict[str, Any]) -> None:
     settings = {"r": 4, "target_modules": "all-linear", "use_dora": True}
     model = quantized(wide, **options)
+    torch.manual_seed(7)
     adapter = new_adapter(LiveBase(model), settings, "new")
+    torch.manual_seed(7)
     expected = their_tensors(get_peft_model(model, peft.LoraConfig(**settings)))
     assert adapter.tensors.keys() == expected.keys()
     for key, tensor in adapter.tensors.items():
         assert tensor.shape == expected[key].shape
         if "magnitude" in key:
             torch.testing.assert_close(tensor.detach(), expected[key].float(), rtol=0.01, atol=0)
+        else:
+            assert torch.equal(tensor, expected[key].float())
 
 
 def test_pissa_on_codes_is_refused(wide: Path) -> None:

@@ -12,7 +12,7 @@ from regraft.errors import Problem, UnsupportedError, UsageError
 from regraft.formats.problems import quoted
 
 BIASES = ("none", "all", "lora_only")
-STARTS = (True, False, "gaussian", "pissa", "olora")
+STARTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 """What ``init_lora_weights`` can be here."""
 
 _ABOUT = {
@@ -49,7 +49,8 @@ class LoraConfig:
         lora_bias: B has a bias.
         modules_to_save: modules that are trained whole, on a copy.
         init_lora_weights: True: A as a linear layer begins, B zero. ``"gaussian"``: A normal with
-            deviation 1 / r. False: B random too. ``"pissa"``, ``"olora"``: from the weight.
+            deviation 1 / r. False: B random too. ``"orthogonal"``: A and B from the odd and even
+            rows of an orthogonal matrix. ``"pissa"``, ``"olora"``: from the weight.
         rank_pattern: rank by name or expression, where it is not ``r``.
         alpha_pattern: alpha by name or expression.
         layers_to_transform: numbers of the layers that are adapted.
@@ -104,6 +105,8 @@ class LoraConfig:
             ("bias", self.bias in BIASES, " or ".join(BIASES)),
             ("init_lora_weights", _is_start(self.init_lora_weights),
              " or ".join(map(repr, STARTS))),
+            ("lora_bias", not self.lora_bias or isinstance(self.init_lora_weights, bool),
+             "False, as PEFT has it only with init_lora_weights=True or False"),
             ("layers_to_transform", self.layers_to_transform is None or not by_expression,
              "None, as target_modules is an expression, which can name the layers itself"),
         )  # fmt: skip

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from regraft.errors import UsageError
 from regraft.runtime import scopes
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.live_base import LiveBase, input_embedding
 from regraft.runtime.watching import Watch, lost_in_copy
 from regraft.runtime.wrappers import plain_paths
 
@@ -228,10 +228,9 @@ class Hooks:
         torch's reentrant checkpointing gives no gradients to what is inside of one if nothing
         that goes in requires them; a frozen model's embeddings do not.
         """
-        model: Any = self._base.model
-        find = getattr(model, "get_input_embeddings", None)
-        embeddings = find() if find is not None else None
-        if isinstance(embeddings, nn.Module) and self._keeping is None:
+        model = self._base.model
+        embeddings = input_embedding(model)
+        if embeddings is not None and self._keeping is None:
             handle = embeddings.register_forward_hook(GradientHook(model))
             self._keeping = embeddings, handle
             self.look()

@@ -246,6 +246,16 @@ def is_linear_without_weight(module: nn.Module) -> bool:
     return all(isinstance(size, int) for size in sizes) and not has_weight
 
 
+def input_embedding(model: Any) -> nn.Module | None:
+    """Return a model's input embedding; None if it has none, or does not say which it is."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        found = get() if get is not None else None
+    except NotImplementedError:  # models of images and sound in transformers
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def config_of(model: nn.Module) -> dict[str, Any] | None:
     """Return a model's configuration as ``config.json`` would have it; None if it has none."""
     config = getattr(model, "config", None)

@@ -114,17 +114,23 @@ def _grown(works: Mapping[str, Work]) -> list[Problem]:
 
 
 def without_place(base: LiveBase, works: Mapping[str, Work]) -> list[Problem]:
-    """Return the problems of works on parameters that their layers do not have."""
-    missing = []
-    for name in works:
-        _, module, leaf = base.owner(name)
-        if not isinstance(getattr(module, leaf, None), torch.Tensor):
-            missing.append(name)
+    """Return the problems of works that can be served and not be merged into a parameter."""
+    found = ((name, *_unmergeable(*base.owner(name)[1:], work)) for name, work in works.items())
     return [
         Problem("this can be served as an adapter and not be merged", name, "a plain parameter",
-                "none in this layer", "Leave it unmerged, or train without lora_bias")
-        for name in missing
+                what, hint)
+        for name, what, hint in found if what
     ]  # fmt: skip
+
+
+def _unmergeable(module: Any, leaf: str, work: Work) -> tuple[str, str]:
+    """Return why nothing can be merged into a parameter, and what to do; "" if it can be."""
+    if not isinstance(getattr(module, leaf, None), torch.Tensor):
+        return "none in this layer", "Leave it unmerged, or train without lora_bias"
+    if work.deltas and getattr(module, "max_norm", None) is not None:
+        what = f"an embedding that rescales rows as they are looked up (max_norm={module.max_norm})"
+        return what, "Leave it unmerged"
+    return "", ""
 
 
 def _added(work: Work) -> Problem:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import UnsupportedError, UsageError
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.live_base import LiveBase, input_embedding
 
 OTHERWISE = frozenset({
     "bridgetower", "bros", "edgetam_video", "fsmt", "led", "longformer", "mask2former",
@@ -144,7 +144,7 @@ def _is_of_images(base: LiveBase, path: str) -> bool:
     model: Any = base.model
     text: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    words: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    words = input_embedding(model)
     mine = (base.modules[path], *_above(base, path)[1:])
     sides = [each for each in (text, head, words) if isinstance(each, nn.Module)]
     return not any(each is side for each in mine for side in sides if side is not model)

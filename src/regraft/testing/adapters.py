@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from regraft.testing.zoo import load_base, logits
 
@@ -39,13 +40,13 @@ def make_adapter(
         ``folder``, whose every trained tensor differs from its initial value.
     """
     import torch
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
 
     torch.manual_seed(seed)
     model = load_base(base)
     if prepare is not None:
         prepare(model)
-    with _quiet():
+    with _quiet(), mock.patch.object(PeftModel, "create_or_update_model_card"):  # no card is read
         adapted = get_peft_model(model, replace(config))
         perturb(adapted, seed)
         adapted.save_pretrained(folder)

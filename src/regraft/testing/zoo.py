@@ -8,6 +8,8 @@ logits.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -428,7 +430,26 @@ def model_class(folder: Path) -> Any:
 
 
 def load_base(folder: Path) -> Any:
-    """Return the checkpoint's model in float32 (whatever its stored dtype), in evaluation mode."""
+    """Return the checkpoint's model in float32 (whatever its stored dtype), in evaluation mode.
+
+    Tiny models are loaded once, and copied: copying takes a tenth of the time.
+    """
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    if sum(stat.st_size for _, stat in files) > _TINY:
+        return _load_base(folder)
+    marks = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+    return copy.deepcopy(_loaded_before(folder, marks))
+
+
+_TINY = 2**22
+
+
+@functools.lru_cache(maxsize=16)
+def _loaded_before(folder: Path, _marks: tuple[tuple[str, int, int], ...]) -> Any:
+    return _load_base(folder)
+
+
+def _load_base(folder: Path) -> Any:
     import torch
 
     return model_class(folder).from_pretrained(folder, dtype=torch.float32).eval()

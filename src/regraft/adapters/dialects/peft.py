@@ -25,6 +25,11 @@ _TOKENS = re.compile(r"^(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(\
 _UNTRAINED = ".original_module."
 _TOKEN_BASE = ".token_adapter.base_layer."
 _EMBEDDING_LEAVES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
+_COUNT_OF_BATCHES = ".num_batches_tracked"
+_STATISTICS = (
+    "Merge it with PEFT's merge_and_unload(), or train with the batch norms left out of "
+    "modules_to_save"
+)
 _SAVED_COPY = re.compile(r"\.modules_to_save(\.[^.]+)?\.")
 
 
@@ -98,6 +103,9 @@ def _twice(first: TensorSpec, second: TensorSpec, where: str) -> Problem:
 
 def _unusable(key: str, spec: TensorSpec, where: str) -> list[Problem]:
     if spec.dtype not in WORKING_DTYPES:
+        if key.endswith(_COUNT_OF_BATCHES):
+            return [Problem(f"tensor {key!r} is of a batch norm, whose statistics are not merged",
+                            where, hint=_STATISTICS)]
         what, expected = "has a dtype that adapters do not have", " or ".join(WORKING_DTYPES)
         return [Problem(f"tensor {key!r} {what}", where, expected, spec.dtype)]
     if 0 in spec.shape:

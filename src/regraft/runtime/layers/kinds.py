@@ -54,6 +54,25 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None
 
 
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN_ALL_THE_SAME = frozenset({"FalconLinear", "WeightStandardizedConv2d"})
+"""Classes of models that are linear layers all the same, and one whose output is not linear in its
+weight: PEFT adds to what comes out."""
+
+
+def runs_otherwise(module: nn.Module) -> bool:
+    """Whether a model's own class makes more of its weight than a linear layer or a convolution.
+
+    Routers return several tensors, and causal convolutions pad their input first: a delta cannot
+    be added to what comes out, and has to go into the weight.
+    """
+    cls = type(module)
+    of_a_model = cls.__module__.startswith(("transformers.models.", "transformers_modules."))
+    if not of_a_model or cls.__name__ in _PLAIN_ALL_THE_SAME:
+        return False
+    return any(isinstance(module, p) and cls.forward is not p.forward for p in _PLAIN)
+
+
 # -- linear layers ---------------------------------------------------------------------------------
 
 
@@ -90,12 +109,35 @@ CONV1D = Kind(
 # -- embeddings ------------------------------------------------------------------------------------
 
 
-def _look_up(module: nn.Module, ids: Tensor, table: Tensor) -> Tensor:
-    """Look rows of another table up as the module does it, its factor on them included."""
-    if type(module) is nn.Embedding:
-        return functional.embedding(ids, table)
-    rows = shadow(module, {"weight": table}).forward(ids)
-    return rows if isinstance(rows, Tensor) else functional.embedding(ids, table)
+def _look_up(module: Any, ids: Tensor, table: Tensor) -> Tensor:
+    """Look rows of another table up as the module does it."""
+    return looked_up(module, ids, table, module.padding_idx)
+
+
+def looked_up(module: Any, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+    """Look rows of another table up as the module does it, its factor on them included.
+
+    Its other settings count too, as they do in PEFT: rows are rescaled to ``max_norm``, gradients
+    by ``scale_grad_by_freq``, and the padding row gets none. They are never ``sparse``: gradients
+    of factors cannot be.
+
+    Args:
+        module: the embedding.
+        ids: numbers of rows.
+        table: the rows.
+        padding_idx: the number of the padding row in this table.
+    """
+    if module.max_norm is not None:
+        table = table.clone()  # torch rescales rows where they lie
+    if type(module) is not nn.Embedding:
+        twin = shadow(module, {"weight": table})
+        twin.__dict__.update(padding_idx=padding_idx, sparse=False)
+        rows = twin.forward(ids)
+        if isinstance(rows, Tensor):
+            return rows
+    return functional.embedding(
+        ids, table, padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq
+    )
 
 
 EMBEDDING = Kind(

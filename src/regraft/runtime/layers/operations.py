@@ -12,7 +12,7 @@ from regraft.deltas.views import Delta, RowPatch
 from regraft.errors import MismatchError, Problem
 from regraft.merging.match import Work
 from regraft.runtime.layers.computed import READS_ITS_CHILDREN, ComputedWeight, Replacement
-from regraft.runtime.layers.kinds import EMBEDDING, LINEAR, Kind, kind_of
+from regraft.runtime.layers.kinds import EMBEDDING, LINEAR, Kind, kind_of, runs_otherwise
 from regraft.runtime.layers.plain import plain_weight
 from regraft.runtime.layers.served import grouped_step, split
 from regraft.runtime.layers.steps import Dora, Factors, LowRank, Shift, Step, TokenLogits, TokenRows
@@ -72,7 +72,7 @@ class _Builder:
         """Add what is done to one parameter."""
         path, module, leaf = self._base.owner(name)
         host = self._host(path)
-        kind = None if host != path else kind_of(module)
+        kind = None if host != path or runs_otherwise(module) else kind_of(module)
         if kind is not None and self._fits_output(kind, leaf, work):
             steps = self._result.steps.setdefault(self._base.canonical(path), [])
             steps += self._steps(kind, module, leaf, name, work)
@@ -128,6 +128,7 @@ class _Builder:
         weight = ComputedWeight(module, leaf, name, work, self._tensors)
         steps: list[Step] = []
         for delta in work.deltas:
+            self._check_rescaling(module, name, delta)
             low_rank = self._low_rank(kind, module, weight, delta)
             if delta.magnitude is None:
                 steps.append(low_rank)
@@ -140,6 +141,16 @@ class _Builder:
         if left is None:
             raise ValueError("a bias has its values in the adapter")
         return lambda: self._tensors.matrix(delta.adapter, left).reshape(-1) * delta.scale
+
+    def _check_rescaling(self, module: nn.Module, name: str, delta: Delta) -> None:
+        """Note a delta to be trained on an embedding that rescales rows as they are looked up."""
+        if getattr(module, "max_norm", None) is not None and self._tensors.trained[delta.adapter]:
+            self.problems.append(
+                Problem("LoRA on an embedding with max_norm cannot be trained: its factors would "
+                        "be rescaled as they are looked up", name, "an embedding without max_norm",
+                        f"max_norm={module.max_norm}", "Train it whole (modules_to_save), or rows "
+                        "of it (trainable_token_indices)")
+            )  # fmt: skip
 
     def _low_rank(
         self, kind: Kind, module: nn.Module, weight: ComputedWeight, delta: Delta
@@ -172,7 +183,7 @@ class _Builder:
 
         indices = torch.tensor(patch.indices)
         if kind is EMBEDDING:
-            return TokenRows(kind, indices, values)
+            return TokenRows(indices, values)
         return TokenLogits(indices, values)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regraft.runtime.layers.kinds import Kind
+from regraft.runtime.layers.kinds import Kind, looked_up
 from regraft.runtime.layers.quick import Quick
 
 Pair = tuple[Tensor, Tensor]
@@ -173,21 +173,26 @@ class TokenRows:
     """Puts other rows in the place of an embedding's, on the side where ids are looked up.
 
     Attributes:
-        kind: the layer's.
         indices: which rows.
         values: gives them, (n, dim).
     """
 
-    kind: Kind
     indices: Tensor
     values: Callable[[], Tensor]
 
+    def __post_init__(self) -> None:
+        self._places = {index: place for place, index in enumerate(self.indices.tolist())}
+
     def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Return the output with the new rows where their ids were asked for."""
-        indices = self.indices.to(x.device)
+        indices, values = self.indices.to(x.device), self.values().to(out.device)
         hits = x.unsqueeze(-1) == indices  # (..., n)
-        rows = self.kind.down(module, hits.long().argmax(-1), self.values().to(out.device))
-        return torch.where(hits.any(-1, keepdim=True), rows.to(out.dtype), out)
+        hit, places = hits.any(-1), hits.long().argmax(-1)
+        if module.scale_grad_by_freq:  # ids that are not asked for must not be counted
+            values = torch.cat((values, values.new_zeros(1, values.shape[1])))
+            places = torch.where(hit, places, len(indices))
+        rows = looked_up(module, places, values, self._places.get(module.padding_idx))
+        return torch.where(hit.unsqueeze(-1), rows.to(out.dtype), out)
 
 
 @dataclass(eq=False)

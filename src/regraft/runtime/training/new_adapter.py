@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,8 +16,9 @@ from regraft.deltas.residual import FACTORIZATIONS
 from regraft.errors import MismatchError, Problem, UnsupportedError
 from regraft.runtime.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from regraft.runtime.layers.plain import plain_weight
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.live_base import LiveBase, input_embedding
 from regraft.runtime.matching import LiveAdapter, adapter_of, match_live
+from regraft.runtime.training.first_values import FirstValues, dtype_of_factors
 from regraft.runtime.training.selecting import completed, modules_of, nothing_selected
 
 __all__ = ["LoraConfig", "as_config", "new_adapter"]
@@ -33,10 +33,11 @@ def new_adapter(
 ) -> LiveAdapter:
     """Return an adapter to be trained on a live model; the model is only looked at.
 
-    Its tensors are parameters in float32, on the devices of what they adapt. Their keys and shapes
-    are those that PEFT saves. A and B begin as Hu et al. (2021) have it, so that the adapter
-    changes nothing yet: A uniform in ±1/sqrt(inputs), B zero; of an embedding A zero and B normal.
-    DoRA's magnitudes are the norms of the weight, copies the base's values.
+    Its tensors are parameters in float32, on the devices of what they adapt. Their keys, shapes and
+    first values are those of PEFT, also by the seed (see
+    :mod:`regraft.runtime.training.first_values`). A and B begin as Hu et al. (2021) have it, so
+    that the adapter changes nothing yet: A uniform in ±1/sqrt(inputs), B zero; of an embedding A
+    zero and B normal. DoRA's magnitudes are the norms of the weight, copies the base's values.
 
     Args:
         base: the model.
@@ -67,8 +68,9 @@ class _Maker:
     def __init__(
         self, base: LiveBase, settings: LoraSettings, generator: torch.Generator | None
     ) -> None:
-        self._base, self._settings, self._generator = base, settings, generator
+        self._base, self._settings = base, settings
         self._start = settings.init_lora_weights
+        self._first = FirstValues(self._start, generator)
         self._device = base.device
         self._tensors: dict[str, Tensor] = {}
         self._adapted: dict[str, str] = {}  # the key of each adapted module, by its path
@@ -84,8 +86,10 @@ class _Maker:
         for path, module in modules_of(self._base):
             if self._settings.targets(path) and not self._is_tied_head(path):
                 self._adapt(path, module)
-            for place, leaf in enumerate(reversed(self._parameters(path, module))):
-                self._adapt_parameter(path, module, leaf, place)
+        for path, module in modules_of(self._base):
+            leaves = self._parameters(path, module)
+            for place, leaf in enumerate(leaves):
+                self._adapt_parameter(path, module, leaf, len(leaves) - 1 - place)
         if self._problems:
             raise UnsupportedError(self._problems)
         if not self._tensors and (
@@ -131,23 +135,22 @@ class _Maker:
                          "Leave it out, with exclude_modules")  # fmt: skip
             return
         width = module.embed_dim
-        self._adapted[path] = path
-        self._add_pair(path, path, (width,), (3 * width,), path)
         inner, key = f"{path}.out_proj", f"{path}.base_layer.out_proj"
-        self._adapted[inner] = key
+        self._adapted |= {path: path, inner: key}
         self._add_pair(key, path, (width,), (width,), inner)
+        self._add_pair(path, path, (width,), (3 * width,), path)
+        self._add_pair(key, path, (width,), (width,), inner)  # PEFT draws it twice
 
     def _adapt_embedding(self, path: str, module: Any) -> None:
         if self._settings.lora_bias:
             self._refuse(path, "lora_bias on an embedding cannot be trained", "Leave it out")
             return
-        rank, size = self._settings.rank_of(path), (module.num_embeddings, module.embedding_dim)
-        a, b = torch.zeros(rank, size[0]), torch.randn(size[1], rank, generator=self._generator)
-        if self._start is False:
-            a = torch.randn(rank, size[0], generator=self._generator)
-        self._add(f"{path}.lora_embedding_A", a, path)
-        self._add(f"{path}.lora_embedding_B", b, path)
-        self._add_magnitude(path, path, module, (size[1],))
+        rank, width = self._settings.rank_of(path), module.embedding_dim
+        a, b = self._first.embedding(rank, module.num_embeddings, width)
+        dtype = dtype_of_factors(module)
+        self._add(f"{path}.lora_embedding_A", a, path, dtype)
+        self._add(f"{path}.lora_embedding_B", b, path, dtype)
+        self._add_magnitude(path, path, module, (width,))
 
     def _adapt_convolution(self, path: str, module: Any) -> None:
         if module.groups > 1:
@@ -161,7 +164,7 @@ class _Maker:
 
     def _add_pair(
         self, key: str, named: str, inputs: tuple[int, ...], outputs: tuple[int, ...], owner: str,
-        *, experts: int = 1,
+        *, experts: int = 1, leaf: str = "weight",
     ) -> None:  # fmt: skip
         """Add A and B.
 
@@ -172,46 +175,31 @@ class _Maker:
             outputs: the channels that come out, and the ones that follow B's rank.
             owner: the module whose device they are on.
             experts: of a stack.
+            leaf: the parameter of the owner that they adapt.
         """
-        rank = self._settings.rank_of(named)
-        a = torch.empty(rank * experts, *inputs)
-        b = torch.zeros(outputs[0], rank * experts, *outputs[1:])
+        rank, dtype = self._settings.rank_of(named), None
+        if self._start == "orthogonal":
+            self._check_orthogonal(owner, rank)
+        shapes = (rank * experts, *inputs), (outputs[0], rank * experts, *outputs[1:])
+        a, b, bias = self._first.pair(*shapes, has_bias=self._settings.lora_bias, rank=rank)
         if self._start in ("pissa", "olora"):
             a, b = self._factors_of_weight(owner, rank, named)
         else:
-            self._fill(a, rank)
-        bias = torch.zeros(outputs[0]) if self._settings.lora_bias else None
-        if self._start is False:
-            self._as_linear(b)
-            if bias is not None:
-                bound = 1 / math.sqrt(math.prod(b.shape[1:]))
-                nn.init.uniform_(bias, -bound, bound, generator=self._generator)
-        self._add(f"{key}.lora_A.weight", a, owner)
-        self._add(f"{key}.lora_B.weight", b, owner)
+            dtype = dtype_of_factors(self._base.modules[owner], leaf)
+        self._add(f"{key}.lora_A.weight", a, owner, dtype)
+        self._add(f"{key}.lora_B.weight", b, owner, dtype)
         if bias is not None:
-            self._add(f"{key}.lora_B.bias", bias, owner)
+            self._add(f"{key}.lora_B.bias", bias, owner, dtype)
 
-    def _fill(self, a: Tensor, rank: int) -> None:
-        """Fill A of a linear layer with its first values."""
-        if self._start == "gaussian":
-            nn.init.normal_(a, std=1 / rank, generator=self._generator)
-        else:
-            self._as_linear(a)
-
-    def _as_linear(self, tensor: Tensor) -> None:
-        """Fill a weight as torch fills that of a new linear layer or convolution."""
-        nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=self._generator)
-
-    def _factors_of_weight(self, path: str, rank: int, named: str) -> tuple[Tensor, Tensor]:
-        """Return A and B that PiSSA or OLoRA begins with (out, in).
+    def _weight_to_begin_with(self, path: str) -> Tensor:
+        """Return the weight of a layer that the config's start is for.
 
         Raises:
             UnsupportedError: the weight is quantized, or no linear layer's.
         """
-        module = self._base.modules[path]
+        module, start = self._base.modules[path], str(self._start)
         weight = getattr(module, "weight", None)
-        start = str(self._start)
-        kinds = (LINEAR, CONV1D) if start == "pissa" else (LINEAR,)  # PEFT's OLoRA turns none
+        kinds = (LINEAR,) if start == "olora" else (LINEAR, CONV1D)  # PEFT's OLoRA turns none
         if kind_of(module) not in kinds or not isinstance(weight, Tensor):
             raise UnsupportedError(
                 f"init_lora_weights={start!r} is for linear layers", where=path,
@@ -222,32 +210,59 @@ class _Maker:
                 f"init_lora_weights={start!r} needs plain weights", where=path,
                 found=type(weight).__name__, hint="Load the base unquantized, or begin with True",
             )  # fmt: skip
+        return weight
+
+    def _factors_of_weight(self, path: str, rank: int, named: str) -> tuple[Tensor, Tensor]:
+        """Return A and B that PiSSA or OLoRA begins with (out, in).
+
+        Raises:
+            UnsupportedError: as :meth:`_weight_to_begin_with`.
+        """
+        module = self._base.modules[path]
+        self._weight_to_begin_with(path)
         matrix = plain_weight(module, "weight", path).detach().float().cpu().numpy()
         matrix = matrix.T if kind_of(module) is CONV1D else matrix
         scale = float(np.float32(self._settings.scale_of(named)))
-        b, a = FACTORIZATIONS[start](matrix, rank, scale)
+        b, a = FACTORIZATIONS[str(self._start)](matrix, rank, scale)
         if a.shape[0] < rank:
             raise MismatchError("the rank is larger than the weight", where=path,
                                 expected=f"at most {a.shape[0]}", found=str(rank))  # fmt: skip
         return torch.from_numpy(a.copy()), torch.from_numpy(b.copy())
 
+    def _check_orthogonal(self, path: str, rank: int) -> None:
+        """Refuse an orthogonal start where PEFT has none.
+
+        Raises:
+            UnsupportedError: the weight is quantized, or no linear layer's, or the rank is odd.
+        """
+        self._weight_to_begin_with(path)
+        if rank % 2:
+            raise UnsupportedError(
+                "init_lora_weights='orthogonal' needs an even rank", where=path, found=str(rank),
+                hint="Choose another r, or another rank in rank_pattern",
+            )  # fmt: skip
+
     def _add_magnitude(
         self, key: str, path: str, module: nn.Module, shape: tuple[int, ...]
     ) -> None:
-        """Add DoRA's magnitudes: the norms of the weight with its delta, by output channel."""
+        """Add DoRA's magnitudes: the norms of the weight with its delta, by output channel.
+
+        As with PEFT they are rounded as the factors are.
+        """
         if not self._settings.use_dora:
             return
-        kind = kind_of(module)
+        kind, dtype = kind_of(module), dtype_of_factors(module) or torch.float32
         weight = plain_weight(module, "weight", path).detach()
-        rows = weight.t() if kind is not None and kind.by_column else weight
-        grown = rows.reshape(rows.shape[0], -1).float()
-        if self._start is False or kind is EMBEDDING:
+        grown = weight.t() if kind is not None and kind.by_column else weight
+        grown = grown.to(torch.promote_types(grown.dtype, dtype))
+        if self._start in (False, "orthogonal"):
             ends = ("lora_embedding_A", "lora_embedding_B")
             names = ends if kind is EMBEDDING else ("lora_A.weight", "lora_B.weight")
             a, b = (self._tensors[f"{PREFIX}{key}.{end}"].detach() for end in names)
             delta = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
-            grown = grown + self._settings.scale_of(path) * delta
-        self._add(f"{key}.lora_magnitude_vector", grown.norm(dim=1).reshape(shape), path)
+            grown = grown + self._settings.scale_of(path) * delta.reshape(grown.shape).to(dtype)
+        norms = torch.linalg.vector_norm(grown, dim=tuple(range(1, grown.dim())))
+        self._add(f"{key}.lora_magnitude_vector", norms.reshape(shape), path)
 
     # -- parameters of experts -------------------------------------------------------------------
 
@@ -268,7 +283,7 @@ class _Maker:
         if len(shape) == 3 and getattr(module, "is_transposed", False):
             outputs, inputs = inputs, outputs
         key = path + ".base_layer" * depth
-        self._add_pair(key, name, (inputs,), (outputs,), path, experts=experts)
+        self._add_pair(key, name, (inputs,), (outputs,), path, experts=experts, leaf=leaf)
 
     # -- copies ----------------------------------------------------------------------------------
 
@@ -294,6 +309,7 @@ class _Maker:
             other = tied.get(name)
             if other is not None and PREFIX + other in self._tensors:
                 self._tensors[PREFIX + name] = self._tensors[PREFIX + other]
+                self._first.new_layer(tuple(self._tensors[PREFIX + name].shape))
             else:
                 self._add(name, plain_weight(module, leaf, name).detach().clone(), path)
 
@@ -332,9 +348,7 @@ class _Maker:
         return any(owner.endswith(name) for owner in owners for name in named)
 
     def _input_embedding(self) -> Iterator[tuple[str, nn.Module]]:
-        model: Any = self._base.model
-        get = getattr(model, "get_input_embeddings", None)
-        module = get() if get is not None else None
+        module = input_embedding(self._base.model)
         for path, other in modules_of(self._base):
             if other is module or (module is None and path.endswith("embed_tokens")):
                 yield path, other
@@ -358,21 +372,50 @@ class _Maker:
         for name, owner in self._base.tied.items():
             head, embedding = (PREFIX + n.removesuffix(".weight") for n in (name, owner))
             b = self._tensors.get(f"{embedding}.lora_embedding_B")
-            if b is not None and kind_of(self._base.owner(name)[1]) is LINEAR:
-                first = torch.empty(b.shape[::-1])
-                self._fill(first, len(first))
-                b.data.copy_(first.t())
+            path, module, _ = self._base.owner(name)
+            if b is not None and kind_of(module) is LINEAR:
+                self._begin_tied(b, path, module)
                 self._tensors[f"{head}.lora_A.weight"] = b.t()
                 a = self._tensors[f"{embedding}.lora_embedding_A"]
                 self._tensors[f"{head}.lora_B.weight"] = a.t()
 
+    def _begin_tied(self, b: Tensor, path: str, module: nn.Module) -> None:
+        """Draw B of an embedding anew, as A of the head that is tied to it.
+
+        PEFT draws into a view, on the embedding's device and in its dtype; so which value lands
+        where goes by the order in memory.
+
+        Raises:
+            UnsupportedError: the config asks for a start that would not keep them tied.
+        """
+        if self._start == "orthogonal":
+            raise UnsupportedError(
+                "init_lora_weights='orthogonal' gives a head factors of its own", where=path,
+                expected="those of the embedding that it is tied to",
+                hint="Begin with True, or leave ensure_weight_tying out",
+            )  # fmt: skip
+        rank, (inputs, outputs) = self._settings.rank_of(path), _sizes(module)
+        self._first.new_layers((rank, inputs), (outputs, rank), has_bias=False)
+        if self._start is not False:
+            drawn = b.data.to(self._first.device_beside(b), dtype_of_factors(module))
+            self._first.begin(drawn.t(), rank)
+            b.data.copy_(drawn)
+
     # -- keeping ---------------------------------------------------------------------------------
 
-    def _add(self, key: str, value: Tensor, owner: str) -> None:
-        """Keep a new tensor as a parameter in float32, on its module's device."""
+    def _add(self, key: str, value: Tensor, owner: str, rounded: torch.dtype | None = None) -> None:
+        """Keep a new tensor as a parameter in float32, on its module's device.
+
+        Args:
+            key: its key, without PEFT's prefix.
+            value: its values.
+            owner: the module.
+            rounded: a dtype that the values are rounded to before.
+        """
         parameters = self._base.modules[owner].parameters()
         device = next((p.device for p in parameters if p.device.type != "meta"), self._device)
-        moved = value.detach().to(device=device, dtype=torch.float32)
+        value = value.detach() if rounded is None else value.detach().to(rounded)
+        moved = value.to(device=device, dtype=torch.float32)
         self._tensors[PREFIX + key] = nn.Parameter(moved.contiguous())
 
     def _refuse(self, where: str, what: str, hint: str) -> None:

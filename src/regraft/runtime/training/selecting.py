@@ -10,7 +10,7 @@ from torch import nn
 
 from regraft.adapters.patterns import suffixes_of
 from regraft.adapters.settings import LoraSettings
-from regraft.errors import MismatchError, UsageError
+from regraft.errors import MismatchError, Problem, UnsupportedError, UsageError
 from regraft.runtime.layers.kinds import CONV1D, LINEAR, kind_of
 from regraft.runtime.live_base import LiveBase
 
@@ -34,6 +34,7 @@ def completed(base: LiveBase, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         UsageError: it names no targets.
+        UnsupportedError: it trains a module whole that keeps statistics.
         MismatchError: the model has no linear layers.
     """
     fields = dict(config)
@@ -43,12 +44,31 @@ def completed(base: LiveBase, config: Mapping[str, Any]) -> dict[str, Any]:
         fields["modules_to_save"] = [*saved, *(head for head in heads if head not in saved)]
     if fields.get("ensure_weight_tying"):
         fields["modules_to_save"] = _both_sides(base, fields.get("modules_to_save"))
+    _check_statistics(base, fields.get("modules_to_save") or ())
     targets = fields.get("target_modules")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         fields["target_modules"] = _all_linear(base, fields)
     elif targets is None and not fields.get("target_parameters"):
         fields["target_modules"] = _by_architecture(base, fields)
     return fields
+
+
+def _check_statistics(base: LiveBase, saved: Sequence[str]) -> None:
+    """Refuse to train whole what keeps statistics, as batch norms do.
+
+    Raises:
+        UnsupportedError: a module to save does; in training it would change the base's.
+    """
+    whole = [(p, m) for p, m in modules_of(base) if any(p.endswith(entry) for entry in saved)]
+    problems = [
+        Problem("a module with statistics cannot be trained whole", path,
+                found=", ".join(sorted(each for each, _ in module.named_buffers())[:3]),
+                hint="Leave it out of modules_to_save, or train with PEFT")
+        for path, module in whole
+        if module.state_dict().keys() & {name for name, _ in module.named_buffers()}
+    ]  # fmt: skip
+    if problems:
+        raise UnsupportedError(problems)
 
 
 def _both_sides(base: LiveBase, saved: Sequence[str] | None) -> list[str] | None:
