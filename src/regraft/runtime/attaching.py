@@ -52,11 +52,11 @@ def attach(
         RegraftError: the adapter cannot be read, or does not fit; the model is then as before.
     """
     require("torch", why="a live model")
-    from regraft.runtime.handle import ATTACHED, Adapters
+    from regraft.runtime.handle import Adapters, attached_to
     from regraft.runtime.wrappers import unwrapped
 
     _check_model(model)
-    if unwrapped(model) in ATTACHED:
+    if attached_to(unwrapped(model)) is not None:
         raise UsageError(
             "this model has adapters attached already", where=type(model).__name__,
             hint="Use that handle's load_adapter; regraft.handle_of(model) finds it",
@@ -121,7 +121,7 @@ def _check_module(path: str, module: nn.Module) -> None:
 def handle_of(model: nn.Module) -> Adapters | None:
     """Return the handle of a model, or of the one inside of wrappers; None if it has none."""
     require("torch", why="a live model")
-    from regraft.runtime.handle import ATTACHED
+    from regraft.runtime.handle import attached_to
     from regraft.runtime.wrappers import unwrapped
 
-    return ATTACHED.get(unwrapped(model))
+    return attached_to(unwrapped(model))

@@ -39,8 +39,20 @@ Choice = str | Sequence[str] | Mapping[str, float] | None
 """Adapters that answer together: a name, names, names with weights; None for no adapter."""
 
 _numbers = itertools.count(1)
-ATTACHED: weakref.WeakKeyDictionary[nn.Module, Adapters] = weakref.WeakKeyDictionary()
-"""The handle of each model that has one."""
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapters]] = (
+    weakref.WeakKeyDictionary()
+)
+"""The handle of each model that has one.
+
+A handle holds its model, so nothing here holds the handle: the hooks on the model do, and all of
+them go together.
+"""
+
+
+def attached_to(model: Any) -> Adapters | None:
+    """Return the handle of a model, without its wrappers; None if it has none."""
+    found = _ATTACHED.get(model)
+    return found() if found is not None else None
 
 
 class Adapters:
@@ -61,7 +73,7 @@ class Adapters:
         self._default: Chosen | None = None
         self._merged: _Merged | None = None
         self._frozen: list[nn.Parameter] = []
-        ATTACHED[model] = self
+        _ATTACHED[model] = weakref.ref(self)
 
     def __repr__(self) -> str:
         names = ", ".join(self.names) or "none"
@@ -274,7 +286,7 @@ class Adapters:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
-        ATTACHED.pop(self._base.model, None)
+        _ATTACHED.pop(self._base.model, None)
         return self.model
 
     unload = detach
@@ -553,7 +565,7 @@ class Adapters:
 
 def _trained_adapters() -> Iterator[Adapters]:
     """Yield every handle on which something can be trained."""
-    yield from list(ATTACHED.values())
+    yield from [handle for held in list(_ATTACHED.values()) if (handle := held()) is not None]
 
 
 @dataclass(frozen=True)

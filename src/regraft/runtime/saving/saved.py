@@ -14,7 +14,7 @@ from torch import nn
 from regraft.adapters.wrappers import peft_key, plain_config
 from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.card import hub_id
-from regraft.runtime.handle import ATTACHED, Adapters
+from regraft.runtime.handle import Adapters, attached_to
 from regraft.runtime.layers.served import split
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, match_live
@@ -104,7 +104,7 @@ def _unwrapped(what: Any) -> Any:
 def _handle_of(what: Any) -> Adapters | None:
     """Return what ``attach`` returned for a model, or the same if it was given; None for others."""
     if isinstance(what, nn.Module):
-        return ATTACHED.get(what)
+        return attached_to(what)
     return what if isinstance(what, Adapters) else None
 
 
