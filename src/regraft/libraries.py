@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from regraft.errors import MissingExtraError, UnsupportedError
+from regraft.errors import InputError, MissingExtraError, UnsupportedError
 
 _INSTALL = {
     "accelerate": "pip install accelerate",
@@ -73,6 +74,50 @@ def _needs_code(source: Any) -> UnsupportedError:
         hint="If you trust the code, load the model in Python with trust_remote_code=True and put "
         "adapters on it with regraft.attach; merging needs no code",
     )  # fmt: skip
+
+
+TEMPLATE_SECONDS = 10.0
+"""So long a chat template may take; it is a program that comes with a model."""
+
+
+def from_template(
+    tokenizer: Any, messages: Iterable[Any], *, add_generation_prompt: bool = True, hint: str = ""
+) -> str:
+    """Return messages as a tokenizer's chat template writes them.
+
+    Args:
+        tokenizer: of transformers.
+        messages: with ``role`` and ``content``.
+        add_generation_prompt: whether an answer is to follow.
+        hint: what to do where the template refuses them.
+
+    Raises:
+        InputError: the template fails in whatever way, or does not end in ten seconds.
+    """
+    found: list[str] = []
+    failed: list[Exception] = []
+
+    def render() -> None:
+        try:
+            found.append(
+                tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception as error:  # of whatever kind: the template is a stranger's program
+            failed.append(error)
+
+    # A thread cannot be stopped; as a daemon it keeps no process from ending.
+    thread = threading.Thread(target=render, daemon=True, name="chat template")
+    thread.start()
+    thread.join(TEMPLATE_SECONDS)
+    if found:
+        return found[0]
+    cause = failed[0] if failed else None
+    said = str(cause) or type(cause).__name__ if cause else f"no end after {TEMPLATE_SECONDS:g} s"
+    raise InputError(
+        "the model's chat template refuses these messages", found=said, hint=hint
+    ) from cause
 
 
 @contextmanager

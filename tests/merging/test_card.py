@@ -76,3 +76,11 @@ def test_a_card_of_the_base_that_cannot_be_read_hands_nothing_on(tmp_path: Path,
     regraft.shrink(adapter, tmp_path / "small")
     for name in ("out", "small"):
         assert "license" not in front_and_text(tmp_path / name)[0]
+
+
+def test_a_base_by_a_name_that_no_file_can_have_is_merged(base: Path, tmp_path: Path) -> None:
+    adapter = toys.write_adapter(tmp_path / "a", base_model_name_or_path="a" * 300 + "/b")
+    regraft.merge(base, adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").is_file()
+    with pytest.raises(regraft.RegraftError):
+        regraft.merge(None, adapter, tmp_path / "other")

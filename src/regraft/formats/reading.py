@@ -37,6 +37,14 @@ def access_error(path: Path, error: OSError) -> AccessError:
     )
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether a path exists; not, if it is one that no file can have, as a name that is too long.
+
+    Names come from configs, and so from strangers.
+    """
+    return os.path.exists(path)  # noqa: PTH110  (Path.exists raises)
+
+
 @contextmanager
 def typed_os_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into :class:`AccessError` for the path it names, or ``path``."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from regraft.formats.checkpoint import Checkpoint, Shard, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import looks_like
+from regraft.formats.reading import is_there
 from regraft.formats.remote import open_headers
 from regraft.merging.quantized import Quantization, logical_checkpoint, see_through
 from regraft.quant.gguf import UNQUANTIZED
@@ -46,7 +47,7 @@ def open_base(located: Located) -> Checkpoint:
 
 def open_base_headers(base: str | Path, token: str | None) -> Checkpoint:
     """Open a base for a plan; of one on the Hub, headers alone."""
-    if Path(base).exists():
+    if is_there(base):
         return open_base(locate(base, kind="base", token=token))
     return open_headers(base, token=token)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.formats.reading import typed_os_errors
+from regraft.formats.reading import is_there, typed_os_errors
 from regraft.merging.receipt import Receipt
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -104,7 +104,7 @@ def repository_of(source: str | None) -> str | None:
 def hub_id(source: str | None) -> str | None:
     """Return the Hub id that a source is, without its revision; None if it is none."""
     name = (source or "").partition("@")[0]
-    return name if _REPOSITORY.match(name) and not Path(name).exists() else None
+    return name if _REPOSITORY.match(name) and not is_there(name) else None
 
 
 def _body(receipt: Receipt, auto_class: str) -> str:
@@ -191,7 +191,7 @@ def _command(receipt: Receipt) -> str:
 def _shown(source: str) -> str:
     """Folders are named without their path, which is nobody else's business."""
     path = Path(os.path.expanduser(source))  # noqa: PTH111  (a name of no user stays as it is)
-    if not path.exists():
+    if not is_there(path):
         return source
     return repository_of(source) or Path(os.path.normpath(path.absolute())).name
 

@@ -10,6 +10,7 @@ from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.layout import looks_like
+from regraft.formats.reading import is_there
 from regraft.merging.expert_stacks import check_version, with_version
 from regraft.merging.planning import Choices, parse_dtype
 from regraft.merging.quantizing import KEEP
@@ -76,7 +77,7 @@ def _parse_adapter(adapter: AdapterArg) -> tuple[str, float]:
     if isinstance(adapter, tuple):
         return str(adapter[0]), _weight(adapter[1], str(adapter[0]))
     text = str(adapter)
-    if "=" not in text or Path(text).exists():
+    if "=" not in text or is_there(text):
         return text, 1.0
     source, _, weight = text.rpartition("=")
     return source, _weight(weight, text)
@@ -197,9 +198,9 @@ def _base_of(files: AdapterFiles) -> str:
     name, revision = (files.config.get(k) for k in ("base_model_name_or_path", "revision"))
     if not isinstance(name, str) or not name:
         return ""
-    if Path(name).expanduser().exists():
+    if is_there(Path(name).expanduser()):
         return name
-    if not Path(name).is_absolute() and (files.root / name).exists():
+    if not Path(name).is_absolute() and is_there(files.root / name):
         return str(files.root / name)
     return (
         f"{name}@{revision}" if revision and isinstance(revision, str) and "@" not in name else name

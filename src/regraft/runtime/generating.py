@@ -15,7 +15,8 @@ from regraft.errors import AdapterError, InputError, UnsupportedError, UsageErro
 from regraft.formats.hub import locate
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import looks_like
-from regraft.libraries import from_pretrained, quieted, require
+from regraft.formats.reading import is_there
+from regraft.libraries import from_pretrained, from_template, quieted, require
 from regraft.merging.card import auto_class_of
 from regraft.merging.planning import parse_dtype
 from regraft.tensors import DTYPES
@@ -171,18 +172,9 @@ class Speaker:
         return {name: made[name].to(self.model.device) for name in names}
 
     def _templated(self, messages: Messages) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            found: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise InputError(
-                "the model's chat template refuses these messages", found=str(error),
-                hint="Leave the system prompt out, or give --no-chat-template",
-            ) from error  # fmt: skip
-        return found
+        return from_template(
+            self.tokenizer, messages, hint="Leave the system prompt out, or give --no-chat-template"
+        )
 
     def _ends(self) -> dict[str, Any]:
         """Return what ends an answer where the model's generation config does not say."""
@@ -386,7 +378,7 @@ def _tokenizer(folders: Sequence[Path]) -> Any:
 def name_of(source: str) -> str:
     """Return what an adapter is called: the last part of its path or Hub id."""
     path = Path(source.rstrip("/"))
-    return path.name if path.exists() else path.name.partition("@")[0]
+    return path.name if is_there(path) else path.name.partition("@")[0]
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

@@ -39,9 +39,7 @@ Choice = str | Sequence[str] | Mapping[str, float] | None
 """Adapters that answer together: a name, names, names with weights; None for no adapter."""
 
 _numbers = itertools.count(1)
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapters]] = (
-    weakref.WeakKeyDictionary()
-)
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapters]] = weakref.WeakKeyDictionary()
 """The handle of each model that has one.
 
 A handle holds its model, so nothing here holds the handle: the hooks on the model do, and all of

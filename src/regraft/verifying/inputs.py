@@ -15,7 +15,7 @@ from regraft.errors import FormatError, InputError, RegraftError
 from regraft.formats.checkpoint import AdapterFiles, Checkpoint
 from regraft.formats.hub import locate
 from regraft.formats.layout import RECEIPT
-from regraft.formats.reading import FilePool
+from regraft.formats.reading import FilePool, is_there
 from regraft.merging.bases import open_base
 from regraft.merging.expert_stacks import with_version
 from regraft.merging.receipt import InputRecord, Receipt, read_receipt
@@ -130,7 +130,7 @@ def _check_at_hand(sources: Sequence[str], kind: str) -> None:
         InputError: one is not.
     """
     for source in sources:
-        if not Path(source).expanduser().exists():
+        if not is_there(Path(source).expanduser()):
             raise InputError(f"the {kind} that the receipt names is not here", where=source)
 
 

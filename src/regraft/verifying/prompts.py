@@ -36,7 +36,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import typed_os_errors
-from regraft.libraries import from_pretrained, quieted, require
+from regraft.libraries import from_pretrained, from_template, quieted, require
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.planning import Choices, make_plan
 from regraft.verifying.prompt_file import Prompt, read_prompts
@@ -245,9 +245,8 @@ def _tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     if not prompt.messages:
         return list(tokenizer(prompt.text)["input_ids"])
     asks = prompt.messages[-1]["role"] != "assistant"
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt.messages], tokenize=False, add_generation_prompt=asks
-    )
+    messages = [dict(message) for message in prompt.messages]
+    text = from_template(tokenizer, messages, add_generation_prompt=asks)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
