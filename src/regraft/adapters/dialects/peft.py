@@ -104,8 +104,13 @@ def _twice(first: TensorSpec, second: TensorSpec, where: str) -> Problem:
 def _unusable(key: str, spec: TensorSpec, where: str) -> list[Problem]:
     if spec.dtype not in WORKING_DTYPES:
         if key.endswith(_COUNT_OF_BATCHES):
-            return [Problem(f"tensor {key!r} is of a batch norm, whose statistics are not merged",
-                            where, hint=_STATISTICS)]
+            return [
+                Problem(
+                    f"tensor {key!r} is of a batch norm, whose statistics are not merged",
+                    where,
+                    hint=_STATISTICS,
+                )
+            ]
         what, expected = "has a dtype that adapters do not have", " or ".join(WORKING_DTYPES)
         return [Problem(f"tensor {key!r} {what}", where, expected, spec.dtype)]
     if 0 in spec.shape:
