@@ -1,6 +1,7 @@
-"""Compiled kernels that are older than their sources are removed before anything runs.
+"""What holds for all tests: kernels are those of the sources, threads are few, no disk is awaited.
 
-numba looks only at the file that a compiled function is in, and not at what it is made of.
+Compiled kernels that are older than their sources are removed before anything runs: numba looks
+only at the file that a compiled function is in, and not at what it is made of.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ import regraft
 
 PACKAGE = Path(regraft.__file__).parent
 
+# Tests share the cores with each other, and waking a second thread costs more than the models do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # counts if it is set before torch is imported
+
 if not Path("/dev/nvidiactl").exists():
     # Without CUDA triton's kernels are interpreted. It asks once, when it is imported by whomever.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:
-    """Remove stale kernels; several workers may be at it at once."""
+    """Remove stale kernels, and let files be flushed without waiting for the disk."""
+    os.fsync = os.fstat  # fails for what is no open file, too; nobody cuts the power meanwhile
+    _remove_stale_kernels()
+
+
+def _remove_stale_kernels() -> None:
+    """Several workers may be at it at once."""
     ground = _newest(PACKAGE / "numerics")
     for room in (PACKAGE / "deltas", PACKAGE / "quant"):
         newest = max(ground, _newest(room))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -26,6 +27,8 @@ def _quiet() -> None:
     import transformers
 
     torch.set_num_threads(1)  # the models are tiny
+    for name in ("bitsandbytes", "ContinuousBatchingLogger"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

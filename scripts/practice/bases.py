@@ -159,7 +159,7 @@ def _model(kind: str, config: str, **settings: Any) -> Callable[[], Any]:
 
 ATTENTION = ("q_proj", "v_proj")
 LM = "AutoModelForCausalLM"
-PARTS = {"embedding": "embed_tokens", "head": "lm_head", "auto": LM}
+PARTS: dict[str, Any] = {"embedding": "embed_tokens", "head": "lm_head", "auto": LM}
 
 ROBERTA = {**BERT, "pad_token_id": 1, "max_position_embeddings": 66}
 DEBERTA = {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}

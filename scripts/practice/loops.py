@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate
+import accelerate  # type: ignore[import-untyped]
 import torch
 
 from practice.outcome import require_close
@@ -38,12 +38,20 @@ def _losses(model: Any, parameters: list[Any], step: Step) -> Any:
     return torch.stack([step(model, optimizer, batch) for batch in _batches()])
 
 
-def _loop(run: Run, step: Step, folder: Path, wrapped: Callable[[Any], Any] = lambda m: m) -> None:
+def _loop(
+    run: Run,
+    step: Step,
+    folder: Path,
+    wrapped: Callable[[Any], Any] = lambda model: model,
+    *,
+    twin: bool = False,
+) -> None:
     theirs = run.theirs(run.start(folder)).train()
     model, adapters = run.ours(folder / "start")
     trained = [each for each in theirs.parameters() if each.requires_grad]
     expected = _losses(wrapped(theirs), trained, step)
-    found = _losses(wrapped(model.train()), list(adapters.parameters()), step)
+    trained_model = adapters.for_trainer() if twin else model
+    found = _losses(wrapped(trained_model.train()), list(adapters.parameters()), step)
     require_close(found, expected, "losses", run.tolerance)
     run.compare_answers(model, theirs)
 
@@ -103,7 +111,7 @@ def _accelerated(folder: Path) -> None:
             optimizer.zero_grad()
         return loss.detach()
 
-    _loop(Run(), step, folder)
+    _loop(Run(), step, folder, twin=True)
 
 
 def _two_losses(folder: Path) -> None:

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from practice import pairs, serving, training
+from practice import pairs, serving, together, training
 from practice.outcome import KINDS, Case, Outcome
 
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "PEFT's models and configs": pairs.cases,
+    "adapters together on these models": together.cases,
     "Trainer": training.cases,
     "serving": serving.cases,
 }

@@ -6,112 +6,33 @@ import asyncio
 import contextvars
 import copy
 import functools
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers as tf
 
 import regraft
-from practice.bases import BASES, Base, answer, inputs, made
+from practice.bases import BASES, answer, inputs
+from practice.generating import GENERATING, GENERATING_WAYS
+from practice.hosting import HOSTING
 from practice.outcome import Case, require, require_close
+from practice.world import LLAMA, World, generated, generates, in_world
 
-LLAMA = next(base for base in BASES if base.name == "llama")
 T5 = next(base for base in BASES if base.name == "t5")
-Settings = dict[str, Any]
-
-GENERATING: dict[str, Settings] = {
-    "greedy": {},
-    "sampling": {"do_sample": True, "top_k": 8},
-    "beams": {"num_beams": 3},
-    "several answers each": {"do_sample": True, "num_return_sequences": 2},
-    "static cache": {"cache_implementation": "static"},
-    "no cache": {"use_cache": False},
-}
-"""Ways of ``generate`` that are its arguments alone."""
-
-
-class World:
-    """A model with two adapters attached, and PEFT's model with the same two."""
-
-    def __init__(self, base: Base, folder: Path) -> None:
-        self.base, self.folder, self.plain = base, folder, made(base)
-        self.paths = {name: self._made(name, seed) for seed, name in enumerate(("one", "two"))}
-        self.model = copy.deepcopy(self.plain)
-        self.adapters = regraft.attach(self.model, self.paths["one"], "one")
-        self.adapters.load_adapter(self.paths["two"], "two")
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(self.plain), self.paths["one"], "one")
-        theirs.load_adapter(self.paths["two"], "two")
-        self.theirs = theirs.eval()
-
-    def _made(self, name: str, seed: int) -> Path:
-        config = peft.LoraConfig(
-            r=4, target_modules=list(self.base.linear), init_lora_weights=False
-        )
-        torch.manual_seed(seed)
-        model = peft.get_peft_model(copy.deepcopy(self.plain), config)
-        model.save_pretrained(self.folder / name)
-        return self.folder / name
-
-    def expected(self, name: str | None) -> Any:
-        """Return what PEFT's model answers with an adapter, or as the base."""
-        if name is None:
-            return answer(self.plain, self.base).detach()
-        self.theirs.set_adapter(name)
-        return answer(self.theirs, self.base).detach()
-
-    def answer(self) -> Any:
-        """Return what the model with regraft's adapters answers now."""
-        return answer(self.model, self.base).detach()
-
-
-def generated(model: Any, seed: int = 0, **settings: Any) -> Any:
-    """Return ids that the model generates for two prompts of six tokens."""
-    torch.manual_seed(seed)
-    fixed: Settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    return model.generate(**{"input_ids": inputs(LLAMA)["input_ids"], **fixed, **settings})
 
 
 def cases() -> Iterator[Case]:
     """Yield every way of serving."""
     for name, settings in GENERATING.items():
-        yield Case(f"generate: {name}", _in_world(functools.partial(_generates, settings)))
-    for name, way in WAYS.items():
-        yield Case(name, _in_world(way))
-    yield Case("rows: encoder and decoder", _in_world(_rows, T5))
-    yield Case("rows: encoder and decoder, beams", _in_world(_rows_with_beams, T5))
-
-
-def _in_world(way: Callable[[World], None], base: Base = LLAMA) -> Callable[[], None]:
-    def attempt() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            way(World(base, Path(folder)))
-
-    return attempt
-
-
-def _generates(settings: Settings, world: World) -> None:
-    found = generated(world.model, **settings)
-    require(torch.equal(found, generated(world.theirs, **settings)), "other tokens")
-
-
-def _prompt_lookup(world: World) -> None:
-    one = {"input_ids": inputs(LLAMA)["input_ids"][:1]}
-    _generates({**one, "prompt_lookup_num_tokens": 2}, world)
-
-
-def _left_padding(world: World) -> None:
-    mask = torch.ones(2, 6, dtype=torch.long)
-    mask[0, :2] = 0
-    _generates({"attention_mask": mask}, world)
-
-
-def _assisted(world: World) -> None:
-    _generates({"input_ids": inputs(LLAMA)["input_ids"][:1], "assistant_model": world.plain}, world)
+        yield Case(f"generate: {name}", in_world(functools.partial(generates, settings)))
+    for name, way in {**WAYS, **GENERATING_WAYS}.items():
+        yield Case(name, in_world(way))
+    for name, attempt in HOSTING.items():
+        yield Case(name, attempt)
+    yield Case("rows: encoder and decoder", in_world(_rows, T5))
+    yield Case("rows: encoder and decoder, beams", in_world(_rows_with_beams, T5))
 
 
 def _rows(world: World) -> None:
@@ -293,21 +214,6 @@ def _bfloat16(world: World) -> None:
     require_close(world.answer(), world.expected("one"), "in bfloat16", 0.03)
 
 
-def _streamed(world: World) -> None:
-    streamed: list[Any] = []
-
-    class Streamer(tf.generation.streamers.BaseStreamer):  # type: ignore[misc]
-        def put(self, value: Any) -> None:
-            streamed.append(value.reshape(-1))
-
-        def end(self) -> None: ...
-
-    one = {"input_ids": inputs(LLAMA)["input_ids"][:1]}
-    found = generated(world.model, **one, streamer=Streamer())
-    require(torch.equal(torch.cat(streamed), found[0]), "streamed other tokens than returned")
-    require(torch.equal(found, generated(world.theirs, **one)), "other tokens")
-
-
 def _copied(world: World) -> None:
     found = answer(copy.deepcopy(world.model), LLAMA).detach()
     require_close(found, world.expected("one"), "a copy of the model")
@@ -327,9 +233,6 @@ def _parallel(world: World) -> None:
 
 
 WAYS: dict[str, Callable[[World], None]] = {
-    "prompt lookup": _prompt_lookup,
-    "left padding": _left_padding,
-    "assisted by the base": _assisted,
     "rows": _rows,
     "rows with beams": _rows_with_beams,
     "nested scopes": _scopes,
@@ -348,7 +251,6 @@ WAYS: dict[str, Callable[[World], None]] = {
     "a name loaded anew": _reloaded,
     "weighted adapters": _weighted,
     "cast to bfloat16": _bfloat16,
-    "streamed": _streamed,
     "a deep copy": _copied,
     "a replaced module": _replaced,
     "DataParallel": _parallel,

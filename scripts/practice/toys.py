@@ -1,4 +1,4 @@
-"""The toy models of PEFT's tests of custom models, and the LoRA configs that they are tested with."""
+"""The toy models of PEFT's tests of custom models, and the LoRA configs of these tests."""
 
 from __future__ import annotations
 
@@ -194,9 +194,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "Conv1d, bigger": lambda: _repeated(64, nn.Conv1d(64, 16, 2), 144),
     "Conv1d, groups": lambda: _repeated(8, nn.Conv1d(8, 8, 3, groups=2), 64),
     "Conv1d, kernel 1": lambda: Chain((3, 3, 10), **_convolved(nn.Conv1d(3, 10, 1), 100)),
-    "Conv2d": lambda: Chain((2, 5, 3, 3), **_convolved(nn.Conv2d(5, 10, 3), 10, "conv2d")),
+    "Conv2d": lambda: Chain((-1, 5, 3, 3), **_convolved(nn.Conv2d(5, 10, 3), 10, "conv2d")),
     "Conv2d without bias": lambda: Chain(
-        (2, 5, 3, 3), **_convolved(nn.Conv2d(5, 10, 3, bias=False), 10, "conv2d")
+        (-1, 5, 3, 3), **_convolved(nn.Conv2d(5, 10, 3, bias=False), 10, "conv2d")
     ),
     "Conv2d2": lambda: _between(nn.Conv2d(8, 32, 3), 10, 72, (8, 3, 3)),
     "Conv2d, 1x1": lambda: Chain((10, 1, 3, 3), **_convolved(nn.Conv2d(1, 10, 1), 90, "conv2d")),
@@ -205,12 +205,17 @@ MODELS: dict[str, Callable[[], Any]] = {
         (1, 16, 4, 4),
         **_convolved(nn.Conv2d(16, 32, 3, padding=1, groups=2), 512, "conv2d"),
     ),
-    "Conv3d": lambda: Chain((2, 5, 3, 3, 3), **_convolved(nn.Conv3d(5, 10, 3), 10, "conv3d")),
+    "Conv3d": lambda: Chain((-1, 5, 3, 3, 3), **_convolved(nn.Conv3d(5, 10, 3), 10, "conv3d")),
 }
 """PEFT's toy models by name."""
 
-SIZES = {"Conv2d, groups 2": (256,), "Conv3d": (270,), "Conv2d": (90,), "Conv2d without bias": (90,)}
-"""How many numbers a toy is asked, where these are not 9 rows of 10."""
+SIZES = {
+    "Conv2d, groups 2": (1, 256),
+    "Conv3d": (6, 135),
+    "Conv2d": (6, 45),
+    "Conv2d without bias": (6, 45),
+}
+"""The shape of what a toy is asked, where that is not 9 rows of 10."""
 
 LIN0, BOTH, CONV2D = ["lin0"], ["lin0", "lin1"], ["conv2d"]
 
@@ -244,9 +249,7 @@ def _table() -> dict[tuple[str, str], Settings]:
             "monteclora_config": peft.MontecloraConfig(num_samples=2),
         },
         ("MLP", "BD-LoRA, A"): _bdlora(target_modules_bd_a=["lin0"], match_strict=False),
-        ("MLP", "BD-LoRA, B"): _bdlora(
-            target_modules_bd_b=["lin1"], nblocks=2, match_strict=False
-        ),
+        ("MLP", "BD-LoRA, B"): _bdlora(target_modules_bd_b=["lin1"], nblocks=2, match_strict=False),
         ("MLP", "BD-LoRA"): _bdlora(
             target_modules_bd_a=["lin0"], target_modules_bd_b=["lin1"], nblocks=2
         ),
@@ -262,7 +265,10 @@ def _table() -> dict[tuple[str, str], Settings]:
         ("MLP", "orthogonal"): {"target_modules": LIN0, "init_lora_weights": "orthogonal"},
         ("MLP without bias", "both layers"): {"target_modules": BOTH},
         ("MLP2", "both layers"): {"target_modules": BOTH},
-        ("MLP with norms", "a norm saved"): {"target_modules": LIN0, "modules_to_save": ["layernorm0"]},
+        ("MLP with norms", "a norm saved"): {
+            "target_modules": LIN0,
+            "modules_to_save": ["layernorm0"],
+        },
         ("MLP of equal shapes", "equal layers"): {"target_modules": ["lin1", "lin2"]},
         ("MLP of parameters", "a parameter"): {"target_parameters": ["lin0.weight"]},
         ("MLP of parameters", "both"): {"target_parameters": ["lin0.weight", "lin1.weight"]},
@@ -316,8 +322,12 @@ def _table() -> dict[tuple[str, str], Settings]:
         ("Conv3d", "and a layer"): {"target_modules": ["conv3d", "lin0"]},
         ("Conv3d", "DoRA"): {"target_modules": ["conv3d"], "use_dora": True},
         ("Conv3d", "and a layer, DoRA"): {"target_modules": ["conv3d", "lin0"], "use_dora": True},
-        ("Conv3d", "a bias of B"): {"target_modules": ["conv3d"], "lora_bias": True, "lora_alpha": 32},
-    }  # fmt: skip
+        ("Conv3d", "a bias of B"): {
+            "target_modules": ["conv3d"],
+            "lora_bias": True,
+            "lora_alpha": 32,
+        },
+    }
 
 
 TABLE = _table()

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import torch
 import transformers as tf
+from peft.optimizers import create_loraplus_optimizer
 from torch.nn.functional import cross_entropy
 
 import regraft
@@ -97,9 +98,7 @@ EIGHT_BIT: Settings = {
 class Smoothed(tf.Trainer):  # type: ignore[misc]
     """A trainer with a loss of its own."""
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         labels = inputs.pop("labels")
         found = model(**inputs)
         loss = cross_entropy(found.logits.flatten(0, 1), labels.flatten(), label_smoothing=0.3)
@@ -114,6 +113,7 @@ class Counting(tf.TrainerCallback):  # type: ignore[misc]
     """Asks the model at each step, slows it down, and ends the run after the fifth."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        del args
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         ids = data_of(LLAMA)[0]["input_ids"][None]
         was = model.training
@@ -156,10 +156,18 @@ def _two_groups(model: Any) -> Settings:
 
 
 def _loraplus(model: Any) -> Settings:
-    optimizer = peft.optimizers.create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16
-    )
-    return {"optimizers": (optimizer, None)}
+    """Choose LoRA+'s rates: by PEFT's function, which takes a ``PeftModel``, or by names."""
+    if isinstance(model, peft.PeftModel):
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=0.005, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+        )
+        return {"optimizers": (optimizer, None)}
+    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    groups = [
+        {"params": [each for name, each in named if "lora_B" not in name], "lr": 0.005},
+        {"params": [each for name, each in named if "lora_B" in name], "lr": 0.005 * 16},
+    ]
+    return {"optimizers": (torch.optim.AdamW(groups, weight_decay=0.1), None)}
 
 
 def _metrics(prediction: Any) -> Settings:
@@ -192,13 +200,11 @@ RUNS: dict[str, Run] = {
     ),
     "metrics": Run(arguments=EVALUATED, options=lambda _: {"compute_metrics": _metrics}),
     "two groups of parameters": Run(options=_two_groups),
-    "LoRA+ of PEFT": Run(options=_loraplus),
+    "LoRA+": Run(options=_loraplus),
     "an optimizer's class": Run(
         options=lambda _: {"optimizer_cls_and_kwargs": (torch.optim.RMSprop, {"lr": 0.005})}
     ),
-    "a model that is made by a function": Run(
-        options=lambda model: {"model_init": lambda: model}
-    ),
+    "a model that is made by a function": Run(options=lambda model: {"model_init": lambda: model}),
     "checkpointing switched on before": Run(prepared=lambda model: _checkpointed(model)),
     "a base in 4 bits": Run(loaded=_four_bit(), tolerance=2e-3),
     "a base in 4 bits, twice quantized": Run(
@@ -217,9 +223,7 @@ RUNS: dict[str, Run] = {
     "a classifier": Run(base_named("bert_classes"), config={"task_type": "SEQ_CLS"}),
     "a classifier of Llama": Run(base_named("llama_classes"), config={"task_type": "SEQ_CLS"}),
     "a class for each token": Run(base_named("bert_tokens"), config={"task_type": "TOKEN_CLS"}),
-    "answers in a text": Run(
-        base_named("roberta_answers"), config={"task_type": "QUESTION_ANS"}
-    ),
+    "answers in a text": Run(base_named("roberta_answers"), config={"task_type": "QUESTION_ANS"}),
     "images": Run(base_named("vit_classes"), config={"modules_to_save": ["classifier"]}),
     "images with batch norms": Run(
         base_named("resnet_classes"), config={"modules_to_save": ["classifier", "normalization"]}
@@ -289,6 +293,7 @@ class Killing(tf.TrainerCallback):  # type: ignore[misc]
     """Kills the process in the middle of a step."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
         if state.global_step == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -318,6 +323,7 @@ class Stopping(tf.TrainerCallback):  # type: ignore[misc]
     """Ends a run after its fourth step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        del args
         control.should_training_stop = state.global_step >= 4
         return control
 
@@ -407,8 +413,8 @@ def _predicted(folder: Path) -> None:
     data = data_of(LLAMA)[:5]
     expected = run.trained(theirs, folder / "theirs").predict(data)
     found = run.trained(adapters.for_trainer(), folder / "ours").predict(data)
-    pair = (torch.from_numpy(each.predictions) for each in (found, expected))
-    require_close(*pair, "predictions", 1e-2)
+    ours, pefts = (torch.from_numpy(each.predictions) for each in (found, expected))
+    require_close(ours, pefts, "predictions", 1e-2)
 
 
 WAYS: dict[str, Callable[[Path], None]] = {

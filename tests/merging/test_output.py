@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 import regraft
 from merging import toys
-from merging.processes import python, regraft_command
+from merging.processes import command_here, python
 from merging.toys import BF16, INDEX, Q0, tree, write_adapter, write_base, write_json
 
 MERGED = {f"model.layers.{i}.self_attn.{n}_proj.weight" for i in (0, 1) for n in "qv"}
@@ -307,7 +308,7 @@ def test_the_card_names_the_base_the_licence_and_the_command(base: Path, tmp_pat
         "language: [en, de]\npipeline_tag: text-generation\ntags: [secret]\n---\n# Base\n"
     )
     adapter = write_adapter(tmp_path / "style", base_model_name_or_path="org/model")
-    done = regraft_command("merge", base, f"{adapter}=0.5", "-o", tmp_path / "my model")
+    done = command_here("merge", base, f"{adapter}=0.5", "-o", tmp_path / "my model")
     assert (done.returncode, done.stderr) == (0, "")
     front, text = card(tmp_path / "my model")
     assert front == {
@@ -356,8 +357,11 @@ def test_modes_follow_the_umask(
     put(base, "tokenizer.json", "additional_chat_templates/a.jinja")
     (base / "tokenizer.json").chmod(0o600)
     out = tmp_path / "new" / "out"
-    done = regraft_command("merge", base, adapter, "-o", out, "-q", umask=umask)
-    assert done.returncode == 0, done.stderr
+    usual = os.umask(umask)
+    try:
+        regraft.merge(base, adapter, out)
+    finally:
+        os.umask(usual)
     paths = [out.parent, out, *out.rglob("*")]
     undo = out / "regraft" / "undo"
     assert {undo, undo / "patch.safetensors", undo / "base" / "tokenizer.json"} < set(paths)

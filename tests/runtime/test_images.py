@@ -80,7 +80,7 @@ def test_an_adapter_with_statistics_of_batch_norms_is_refused_for_what_it_is(
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_router_that_returns_several_tensors_is_adapted_in_its_weight(
-    llama4: Any, tmp_path: Path, dora: bool
+    llama4: Any, dora: bool
 ) -> None:
     config = {"r": 2, "target_modules": ["router", "q_proj"], "use_dora": dora}
     model = copy.deepcopy(llama4)

@@ -16,8 +16,15 @@ ROOT = Path(__file__).parents[2]
 
 SOME = {
     "PEFT's models and configs": ("llama, dora", "gpt2, token rows", "t5, plain", "conv2d, plain"),
+    "adapters together on these models": ("PEFT's MLP, heads saved, rows",),
     "Trainer": ("gradient accumulation", "resumed from a checkpoint"),
-    "serving": ("generate: beams", "rows", "threads", "merged in memory, and taken back"),
+    "serving": (
+        "generate: beams",
+        "rows",
+        "exported by torch.export",
+        "threads",
+        "merged in memory, and taken back",
+    ),
 }
 
 

@@ -99,6 +99,17 @@ class Placement:
         return f"{self.owner.label}: {self.key}"
 
 
+def _of_grouped(target: LoraTarget) -> tuple[str, str]:
+    """Return what is wrong with the factors of a grouped convolution, and the way on."""
+    odd = "DoRA" if target.magnitude is not None else "lora_bias" if target.b_bias else None
+    if odd is not None:
+        return f"{odd} on a grouped convolution is not supported", (
+            f"Serve it with PEFT, or train without {odd} or without this layer"
+        )
+    what = "the adapter of a grouped convolution can be attached, not merged"
+    return what, "Attach it with regraft.attach(model, adapter)"
+
+
 def read_factors(place: Placement, stacked: bool) -> Factors:
     """Check the factors' shapes against each other and the settings' rank.
 
@@ -111,10 +122,9 @@ def read_factors(place: Placement, stacked: bool) -> Factors:
     flat_b = len(b) == 2 or (len(b) > 2 and set(b[2:]) == {1})
     if len(a) < 2 or not flat_b or (len(b) > 2 and len(b) != len(a)) or a[0] != b[1]:
         grouped = len(a) == len(b) > 2 and 0 < b[1] < a[0] and a[0] % b[1] == 0
-        what = "the adapter of a grouped convolution can be attached, not merged"
         if grouped:
-            raise Misfit(Problem(what, place.where(), wanted, f"{a}, {b}",
-                                 "Attach it with regraft.attach(model, adapter)"))  # fmt: skip
+            what, hint = _of_grouped(place.target)
+            raise Misfit(Problem(what, place.where(), wanted, f"{a}, {b}", hint))
         raise Misfit(Problem("factors do not fit each other", place.where(), wanted, f"{a}, {b}"))
     experts, left_over = divmod(a[0], rank)
     if left_over or (experts != 1 and not stacked):
