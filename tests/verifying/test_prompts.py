@@ -315,9 +315,20 @@ def test_verify_keeps_what_it_found_if_there_are_no_answers(
         regraft.verify(base, **wanted | {"prompts": tmp_path / "empty.txt"})
 
 
-def test_prompts_need_a_base(models: Models, file: Path) -> None:
-    with pytest.raises(regraft.UsageError, match="need a base"):
-        regraft.verify(models.merged, prompts=file)
+def test_prompts_need_a_base(models: Models, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(models.adapter)
+    regraft.merge(models.base, tmp_path / "a", tmp_path / "out", keep_adapter=False)
+    (tmp_path / "a").unlink()
+    with pytest.raises(regraft.UsageError, match=r"need a base.*is not here"):
+        regraft.verify(tmp_path / "out", prompts=file)
+
+
+def test_prompts_are_compared_with_the_base_that_the_receipt_names(
+    models: Models, file: Path
+) -> None:
+    report = regraft.verify(models.merged, prompts=file)
+    assert report.prompts is not None
+    assert report.prompts.verdict == "same"
 
 
 def test_the_command_line_shows_the_answers(models: Models, file: Path) -> None:
