@@ -21,6 +21,13 @@ _FORMS = (
 )
 
 
+WAY_OUT = (
+    "Merge into the model as it was published, or leave the base in its format, for the program "
+    "that wrote it: --quantize keep"
+)
+"""What to do about experts that are stored in a layout that their class does not read."""
+
+
 def stacks_of(name: str) -> Iterator[tuple[str, int]]:
     """Yield the stacks that a name may be a slice of, with the expert's number."""
     for form in _FORMS:

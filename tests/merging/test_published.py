@@ -1,0 +1,215 @@
+"""Experts that a quantized base stores apart come out as the stacks that their class reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes import functional
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM
+
+import regraft
+from merging import toys
+from merging.quantized_bases import four_bit, int8
+from merging.toys import draw, lora, write_adapter
+from regraft.errors import MismatchError
+from regraft.merging import quantized, stacking
+
+EXPERTS, HIDDEN, INTER = 3, 64, 48
+SCALE = toys.ALPHA / toys.RANK
+MOE = "model.layers.0.mlp.experts"
+ROUTER = "model.layers.0.mlp.router"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+SIZES = {"gate_up_proj": (2 * INTER, HIDDEN), "down_proj": (HIDDEN, INTER)}
+"""Outputs and inputs."""
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gpt-oss as it is published, in 16 bits, with experts whose values NF4 can say."""
+    config = GptOssConfig(
+        vocab_size=32, hidden_size=HIDDEN, intermediate_size=INTER, num_hidden_layers=1, head_dim=4,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=EXPERTS,
+        num_experts_per_tok=2, max_position_embeddings=32, layer_types=["full_attention"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = GptOssForCausalLM(config).to(torch.bfloat16)
+    state = made.state_dict()
+    for name, value in state.items():
+        if "experts" in name or "router" in name:
+            value.copy_(torch.randn(value.shape))
+    for stack in SIZES:
+        for expert in state[f"{MOE}.{stack}"]:
+            packed, how = functional.quantize_4bit(expert.T.contiguous(), quant_type="nf4")
+            expert.copy_(functional.dequantize_4bit(packed, how).T)
+    folder = tmp_path_factory.mktemp("published")
+    made.save_pretrained(folder)
+    return folder
+
+
+def apart(published: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors as Unsloth names them."""
+    for name, value in published.items():
+        if ".experts." not in name:
+            yield name.replace(".router.", ".router.linear."), value
+            continue
+        leaf = "bias" if name.endswith("_bias") else "weight"
+        for number, expert in enumerate(value):
+            plain = expert if leaf == "bias" else expert.T.contiguous()
+            yield f"{name.removesuffix('_bias')}s.{number}.{leaf}", plain
+
+
+def write(folder: Path, model: Path, quantize: Any = None, **config: Any) -> Path:
+    """Write a model as Unsloth saves it in 4 bits, in two files."""
+    quantize = quantize or four_bit("nf4", nested=False)
+    stored: Tensors = {}
+    for name, value in apart(load_file(model / "model.safetensors")):
+        coded = ".experts." in name and name.endswith(".weight")
+        stored |= quantize(name, value) if coded else {name: value.clone()}
+    folder.mkdir()
+    weight_map = {}
+    for number in range(2):
+        file = f"model-{number + 1:05d}-of-00002.safetensors"
+        half = {k: v.contiguous() for k, v in list(sorted(stored.items()))[number::2]}
+        save_file(half, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(half, file)
+    toys.write_json(folder / toys.INDEX, {"metadata": {}, "weight_map": weight_map})
+    settings = json.loads((model / "config.json").read_text()) | {"quantization_config": BNB}
+    toys.write_json(folder / "config.json", settings | config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("apart") / "base", model)
+
+
+def of_singles(folder: Path) -> Path:
+    """Write an adapter of attention and of single experts, with biases."""
+    tensors: dict[str, Any] = lora(Q_PROJ, 8, HIDDEN)
+    for stack, expert in (("gate_up_proj", 0), ("gate_up_proj", 2), ("down_proj", 1)):
+        module = f"{MOE}.{stack}s.{expert}"
+        tensors |= lora(module, *SIZES[stack], seed=expert)
+        tensors[f"{toys.PREFIX}{module}.lora_B.bias"] = draw(SIZES[stack][0], seed=expert)
+    targets = ["q_proj", "gate_up_projs.0", "gate_up_projs.2", "down_projs.1"]
+    return write_adapter(folder, tensors, target_modules=targets, lora_bias=True)
+
+
+def of_stacks(folder: Path) -> Path:
+    """Write an adapter that PEFT's ``target_parameters`` made for the published model."""
+    rank, tensors = toys.RANK, {}
+    for stack, layer in (("down_proj", ""), ("gate_up_proj", ".base_layer")):
+        out, inputs = SIZES[stack]
+        key = f"{toys.PREFIX}{MOE}{layer}"
+        tensors[f"{key}.lora_A.weight"] = draw(EXPERTS * rank, inputs, seed=out) / 4
+        tensors[f"{key}.lora_B.weight"] = draw(out, EXPERTS * rank, seed=inputs) / 4
+    parameters = [f"mlp.experts.{stack}" for stack in SIZES]
+    return write_adapter(
+        folder, tensors, target_modules=[], target_parameters=parameters, peft_version="0.21.0"
+    )
+
+
+def of_attention(folder: Path) -> Path:
+    return write_adapter(folder, lora(Q_PROJ, 8, HIDDEN), target_modules=["q_proj"])
+
+
+ADAPTERS = {"single experts": of_singles, "stacks": of_stacks, "attention": of_attention}
+
+
+def merged_by_hand(model: Path, kind: str) -> dict[str, np.ndarray]:
+    """Return the published weights with the delta of single experts added by numpy."""
+    tensors = {k: v.float().numpy() for k, v in load_file(model / "model.safetensors").items()}
+    a, b = lora(Q_PROJ, 8, HIDDEN).values()
+    if kind != "stacks":
+        tensors[f"{Q_PROJ}.weight"] += SCALE * b @ a
+    if kind == "single experts":
+        for stack, expert in (("gate_up_proj", 0), ("gate_up_proj", 2), ("down_proj", 1)):
+            a, b = lora("x", *SIZES[stack], seed=expert).values()
+            tensors[f"{MOE}.{stack}"][expert] += (SCALE * b @ a).T
+            tensors[f"{MOE}.{stack}_bias"][expert] += SCALE * draw(SIZES[stack][0], seed=expert)
+    return tensors
+
+
+def merged_by_peft(model: Path, adapter: Path) -> dict[str, np.ndarray]:
+    """Return the published weights as PEFT merges them in float32."""
+    loaded = GptOssForCausalLM.from_pretrained(model, dtype=torch.float32)
+    done = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
+    return {name: value.numpy() for name, value in done.state_dict().items()}
+
+
+def loaded(folder: Path) -> Tensors:
+    """Load a model with transformers, which has to find all tensors, and only these."""
+    found, info = GptOssForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state: Tensors = found.state_dict()
+    return state
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_any_adapter_on_experts_apart_comes_out_as_published(
+    model: Path, base: Path, tmp_path: Path, kind: str
+) -> None:
+    adapter = ADAPTERS[kind](tmp_path / "a")
+    assert regraft.check(base, adapter).ok
+    receipt = regraft.merge(base, adapter, tmp_path / "out")
+    assert not receipt.warnings
+    by_peft = kind != "single experts"
+    expected = merged_by_peft(model, adapter) if by_peft else merged_by_hand(model, kind)
+    found = loaded(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        rounded = torch.from_numpy(value).bfloat16()
+        torch.testing.assert_close(found[name], rounded, rtol=2**-7, atol=2**-9, msg=name)
+    assert regraft.verify(tmp_path / "out", base=base, adapters=adapter).verdict == "exact"
+    regraft.unmerge(tmp_path / "out", tmp_path / "back")
+    for path in base.iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_without_an_adapter_the_weights_are_those_that_were_quantized(
+    model: Path, base: Path, tmp_path: Path
+) -> None:
+    regraft.dequantize(base, tmp_path / "out")
+    found, expected = loaded(tmp_path / "out"), load_file(model / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_model_merged_at_load_is_the_merge(base: Path, tmp_path: Path) -> None:
+    adapter = of_singles(tmp_path / "a")
+    regraft.merge(base, adapter, tmp_path / "out")
+    found, expected = regraft.load_merged(base, adapter).state_dict(), loaded(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_experts_are_the_same_whatever_is_turned_at_a_time(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = of_singles(tmp_path / "a")
+    regraft.merge(base, adapter, tmp_path / "one", dtype="float32")
+    monkeypatch.setattr(quantized, "BAND_BYTES", 5 * 2 * INTER * 2)
+    monkeypatch.setattr(stacking, "_STRIP", 3 * INTER)
+    monkeypatch.setattr("regraft.merging.planning.LARGEST_TILE", 0)
+    monkeypatch.setattr("regraft.merging.planning.SMALLEST_TILE", 4096)
+    monkeypatch.setattr(stacking, "_FEW", 1)
+    for threads in (1, 8):
+        regraft.merge(base, adapter, tmp_path / f"{threads}", dtype="float32", threads=threads)
+        for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+            assert (tmp_path / f"{threads}" / file).read_bytes() == (
+                tmp_path / "one" / file
+            ).read_bytes()
