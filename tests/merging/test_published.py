@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def write(folder: Path, model: Path, quantize: Any = None, **config: Any) -> Pat
     weight_map = {}
     for number in range(2):
         file = f"model-{number + 1:05d}-of-00002.safetensors"
-        half = {k: v.contiguous() for k, v in list(sorted(stored.items()))[number::2]}
+        half = {k: v.contiguous() for k, v in sorted(stored.items())[number::2]}
         save_file(half, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(half, file)
     toys.write_json(folder / toys.INDEX, {"metadata": {}, "weight_map": weight_map})
@@ -213,3 +212,149 @@ def test_experts_are_the_same_whatever_is_turned_at_a_time(
             assert (tmp_path / f"{threads}" / file).read_bytes() == (
                 tmp_path / "one" / file
             ).read_bytes()
+
+
+# -- other ways in and out -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize", [four_bit("fp4", nested=True), int8])
+def test_every_format_of_single_experts_is_stacked(
+    model: Path, tmp_path: Path, quantize: Any
+) -> None:
+    kind = {"load_in_8bit": True} if quantize is int8 else BNB | {"bnb_4bit_quant_type": "fp4"}
+    settings = kind | {"quant_method": "bitsandbytes"}
+    base = write(tmp_path / "base", model, quantize, quantization_config=settings)
+    regraft.dequantize(base, tmp_path / "out", dtype="bfloat16")
+    found, expected = loaded(tmp_path / "out"), load_file(model / "model.safetensors")
+    for name, value in expected.items():
+        close = {"rtol": 0.3, "atol": 1.0} if ".experts." in name else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(found[name], value, **close, msg=name)
+    regraft.merge(base, of_attention(tmp_path / "a"), tmp_path / "merged")
+    regraft.unmerge(tmp_path / "merged", tmp_path / "back")
+    for path in base.glob("*.safetensors"):
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_merge_out_is_swapped_for_another(base: Path, tmp_path: Path) -> None:
+    one, other = of_singles(tmp_path / "one"), of_stacks(tmp_path / "other")
+    regraft.merge(base, one, tmp_path / "merged")
+    regraft.swap(tmp_path / "merged", other, tmp_path / "swapped")
+    regraft.swap(tmp_path / "merged", other, tmp_path / "kept", quantize="keep")
+    for folder, options in (("swapped", {}), ("kept", {"quantize": "keep"})):
+        regraft.merge(base, other, tmp_path / f"as {folder}", **options)
+        for path in (tmp_path / f"as {folder}").glob("*.safetensors"):
+            assert (tmp_path / folder / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_format_that_is_kept_keeps_the_names(base: Path, tmp_path: Path) -> None:
+    adapter = of_singles(tmp_path / "a")
+    receipt = regraft.merge(base, adapter, tmp_path / "out", quantize="keep")
+    assert any("looks for" in note and "gate_up_projs" in note for note in receipt.warnings)
+    assert toys.load(tmp_path / "out").keys() == toys.load(base).keys()
+
+
+def test_in_another_format_stacks_stay_plain(base: Path, tmp_path: Path) -> None:
+    adapter = of_singles(tmp_path / "a")
+    regraft.merge(base, adapter, tmp_path / "plain")
+    regraft.merge(base, adapter, tmp_path / "int8", quantize="int8")
+    plain, found = toys.load(tmp_path / "plain"), toys.load(tmp_path / "int8")
+    for name in plain:
+        if ".mlp." in name:
+            np.testing.assert_array_equal(found[name], plain[name])
+    assert f"{Q_PROJ}.SCB" in found
+
+
+def test_the_base_of_training_may_have_its_experts_apart(
+    model: Path, base: Path, tmp_path: Path
+) -> None:
+    adapter = of_singles(tmp_path / "a")
+    for number, into in enumerate((model, base)):
+        receipt = regraft.merge(into, adapter, tmp_path / f"{number}", trained_on=base)
+        gaps = [tensor.base_gap for tensor in receipt.tensors if tensor.base_gap is not None]
+        assert len(gaps) == 5
+        assert not any(gaps)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_router_in_a_linear_layer_is_the_router(
+    model: Path, base: Path, tmp_path: Path, saved: bool
+) -> None:
+    expected = load_file(model / "model.safetensors")[f"{ROUTER}.weight"].float().numpy()
+    module = f"{ROUTER}.linear"
+    if saved:
+        new = draw(EXPERTS, HIDDEN, seed=5)
+        tensors: dict[str, Any] = {f"{toys.PREFIX}{module}.weight": new}
+        tensors |= lora(Q_PROJ, 8, HIDDEN)
+        modules = {"target_modules": ["q_proj"], "modules_to_save": ["router.linear"]}
+        adapter, expected = write_adapter(tmp_path / "a", tensors, **modules), new
+    else:
+        tensors = lora(module, EXPERTS, HIDDEN)
+        adapter = write_adapter(tmp_path / "a", tensors, target_modules=["router.linear"])
+        a, b = tensors.values()
+        expected = expected + SCALE * b @ a
+    for number, into in enumerate((base, model)):
+        regraft.merge(into, adapter, tmp_path / f"{number}")
+        found = loaded(tmp_path / f"{number}")[f"{ROUTER}.weight"].float().numpy()
+        np.testing.assert_allclose(found, expected, rtol=2**-7, atol=2**-9)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+Edit = Callable[[Tensors], Any]
+DOWN, GATE_UP = f"{MOE}.down_projs", f"{MOE}.gate_up_projs"
+
+EDITS: dict[str, tuple[Edit, str]] = {
+    "one in the middle lacks": (
+        lambda t: t.pop(f"{DOWN}.1.bias"),
+        "down_proj_bias: .* expected experts 0 to 2, each once; found 0, 2",
+    ),
+    "the last lacks": (
+        lambda t: [t.pop(name) for name in list(t) if f"{GATE_UP}.2.weight" in name],
+        "gate_up_proj: .* expected experts 0 to 2, each once; found 0, 1",
+    ),
+    "all biases lack": (
+        lambda t: [t.pop(f"{DOWN}.{e}.bias") for e in range(EXPERTS)],
+        "down_proj_bias: .* expected these parameters of its experts; found nothing",
+    ),
+    "shapes differ": (
+        lambda t: t.update({f"{DOWN}.1.bias": torch.zeros(5, dtype=torch.bfloat16)}),
+        r"down_proj_bias: .* expected one shape and dtype; found BF16 \[5\], BF16 \[64\]",
+    ),
+    "dtypes differ": (
+        lambda t: t.update({f"{DOWN}.1.bias": torch.zeros(HIDDEN)}),
+        r"down_proj_bias: .* expected one shape and dtype; found BF16 \[64\], F32 \[64\]",
+    ),
+    "numbers": (
+        lambda t: t.update({f"{DOWN}.{e}.bias": torch.zeros(HIDDEN).int() for e in range(3)}),
+        r"down_proj_bias: .* expected F32 or BF16 or F16 of 1 axes.*; found I32 \[64\]",
+    ),
+    "both": (
+        lambda t: t.update({f"{MOE}.down_proj_bias": torch.zeros(EXPERTS, HIDDEN)}),
+        "down_proj_bias: .* expected single experts or a stack of them; found both",
+    ),
+    "twice": (
+        lambda t: t.update({f"{MOE}.1.down_proj.bias": t[f"{DOWN}.1.bias"].clone()}),
+        "down_proj_bias: .* expected experts 0 to 2, each once; found 0, 1, 1, 2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_experts_that_make_up_no_stack_are_refused_and_named(
+    base: Path, tmp_path: Path, kind: str
+) -> None:
+    edit, message = EDITS[kind]
+    tensors: Tensors = {}
+    for path in base.glob("*.safetensors"):
+        tensors |= load_file(path)
+    edit(tensors)
+    broken, adapter = tmp_path / "broken", of_attention(tmp_path / "a")
+    broken.mkdir()
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    (broken / "config.json").write_bytes((base / "config.json").read_bytes())
+    with pytest.raises(MismatchError, match=message) as caught:
+        regraft.merge(broken, adapter, tmp_path / "out")
+    assert "--quantize keep" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert not regraft.check(broken, adapter).ok
+    assert regraft.check(broken, adapter, quantize="keep").ok

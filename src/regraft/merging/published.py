@@ -15,15 +15,12 @@ from regraft.errors import MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.problems import capped
 from regraft.merging.quantized import Quantization, Stack
-from regraft.merging.single_experts import WAY_OUT, as_slice
+from regraft.merging.single_experts import WAY_OUT, as_slice, unwrapped
 from regraft.names import NameMap, Piece
 from regraft.tensors import VIRTUAL, WORKING_DTYPES, TensorSpec, nbytes_of
 
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """How configs call the number of experts."""
-
-_LINEAR = ".linear."
-"""What a program that wraps a layer's weight in a linear layer puts into its name."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +140,11 @@ def _stack(name: str, found: list[_Slice]) -> Stack:
 
 
 def _unwrapped(base: Checkpoint, names: NameMap) -> dict[str, Stack]:
-    """Return the layers whose weight another program stores as that of a linear layer in them.
-
-    The router of gpt-oss is one: ``mlp.router.linear.weight`` is ``mlp.router.weight``.
-    """
-    known = names.tensors or frozenset()
+    """Return the layers whose weight is stored as that of a linear layer in them."""
     found = {}
     for name, spec in base.tensors.items():
-        plain = name.replace(_LINEAR, ".", 1)
-        own = names.has(name, known) or names.pieces(name) != (Piece(name),)
-        if plain != name and not own and names.has(plain, known) and plain not in base.tensors:
+        plain = unwrapped(names, name)
+        if plain is not None and plain not in base.tensors:
             found[plain] = Stack(_virtual(plain, spec, spec.shape), (spec,), transposed=False)
     return found
 
