@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import regraft
@@ -26,6 +27,18 @@ def pytest_configure() -> None:
     """Remove stale kernels, and let files be flushed without waiting for the disk."""
     os.fsync = os.fstat  # fails for what is no open file, too; nobody cuts the power meanwhile
     _remove_stale_kernels()
+
+
+def pytest_collection_finish() -> None:
+    """Have bitsandbytes run as it is written: it would compile its code anew for every size.
+
+    It does so itself from the ninth size on.
+    """
+    ops = sys.modules.get("bitsandbytes.backends.default.ops")
+    for name in ("_dequantize_4bit_compute", "_dequantize_blockwise_compute"):
+        function = getattr(ops, name, None)
+        if hasattr(function, "__wrapped__"):
+            setattr(ops, name, function.__wrapped__)
 
 
 def _remove_stale_kernels() -> None:

@@ -378,14 +378,14 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
         )  # fmt: skip
     steps = {step.name: step for step in made.steps if step.is_invertible}
     kept = {keep.original.name: keep for keep in keeps(made)}
-    _check_merged(found, base, made)
+    _check_merged(found, made)
     recipe = Recipe(
         steps, kept, found.merged.tensors, source.tensors, old.rounding or "stochastic", old.seed
     )
     return _Undone(base, quantization, steps, recipe)
 
 
-def _check_merged(found: _Found, base: Checkpoint, made: Plan) -> None:
+def _check_merged(found: _Found, made: Plan) -> None:
     """Refuse merged weights that lack a tensor, or have it in another shape or dtype.
 
     Raises:
@@ -396,7 +396,7 @@ def _check_merged(found: _Found, base: Checkpoint, made: Plan) -> None:
         there = found.merged.tensors.get(step.name)
         expected = f"{step.dtype} {list(step.shape)}"
         has = f"{there.dtype} {list(there.shape)}" if there is not None else "nothing"
-        if step.name in {**base.tensors, **made.stored.tensors} and has != expected:
+        if step.name in {**made.base.tensors, **made.stored.tensors} and has != expected:
             what = "the merged weights are not those that the patch was made for"
             problems.append(Problem(what, f"tensor {step.name!r}", expected, has))
     if problems:

@@ -148,10 +148,33 @@ BASES: dict[str, tuple[str, Quantize]] = {
 def write_quantized(
     folder: Path, kind: str, extra: toys.Tensors | None = None, **config: Any
 ) -> Path:
-    """Write the toy llama (with ``extra`` tensors) quantized, in two files with an index."""
+    """Write the toy llama (with ``extra`` tensors) quantized, in two files with an index.
+
+    The plain one is beside it. What is the same as before is not made anew.
+    """
+    plain = folder.parent / f"{folder.name}-plain"
+    arrays = ((name, array.tobytes()) for name, array in sorted((extra or {}).items()))
+    key = (kind, *arrays, repr(sorted(config.items())))
+    if key not in _MADE:
+        _write_quantized(folder, plain, kind, extra, config)
+        _MADE[key] = [{p.name: p.read_bytes() for p in each.iterdir()} for each in (folder, plain)]
+        return folder
+    for place, files in zip((folder, plain), _MADE[key], strict=True):
+        place.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (place / name).write_bytes(content)
+    return folder
+
+
+_MADE: dict[tuple[Any, ...], list[dict[str, bytes]]] = {}
+
+
+def _write_quantized(
+    folder: Path, plain: Path, kind: str, extra: toys.Tensors | None, config: dict[str, Any]
+) -> None:
     method, quantize = BASES[kind]
     weights = toys.llama_tensors() | dict(extra or {})
-    plain = toys.write_base(folder.parent / f"{folder.name}-plain", weights)
+    toys.write_base(plain, weights)
     tensors: dict[str, torch.Tensor] = {}
     for name, array in load_file(plain / "model.safetensors").items():
         weight = torch.from_numpy(np.asarray(array, np.float32)).bfloat16()
@@ -166,4 +189,3 @@ def write_quantized(
     write_json(folder / toys.INDEX, {"metadata": {}, "weight_map": weight_map})
     settings = toys.CONFIG | {"quantization_config": CONFIGS[method] | config}
     write_json(folder / "config.json", settings)
-    return folder

@@ -111,12 +111,12 @@ def test_a_tied_head_and_keys_beside_the_class_are_not_missed(tmp_path: Path) ->
 
 @pytest.fixture
 def apart(tmp_path: Path) -> Path:
-    """A gpt-oss in 4 bits with its experts apart, as Unsloth stores it."""
+    """A gpt-oss in 4 bits with its experts apart, under names that tell of no stack."""
     experts = "model.layers.0.mlp.experts"
     quantize = four_bit("nf4", nested=False)
     tensors = {f"{toys.Q0}.weight": toys.draw(WIDE, WIDE)}
     for e in range(2):
-        for leaf, shape in (("gate_up_projs", (8, WIDE)), ("down_projs", (WIDE, 4))):
+        for leaf, shape in (("w1", (8, WIDE)), ("w2", (WIDE, 4))):
             name = f"{experts}.{leaf}.{e}.weight"
             stored = quantize(name, torch.from_numpy(toys.draw(*shape)))
             tensors |= {key: value.numpy() for key, value in stored.items()}
@@ -133,7 +133,7 @@ def test_experts_apart_are_not_merged_out_to_what_no_class_reads(
     apart: Path, tmp_path: Path
 ) -> None:
     adapter = toys.write_adapter(tmp_path / "a", toys.lora(toys.Q0, WIDE, WIDE))
-    with pytest.raises(MismatchError, match=r"gate_up_projs.*Merge into the model as it was publ"):
+    with pytest.raises(MismatchError, match=r"experts.w1.*Merge into the model as it was publ"):
         regraft.merge(apart, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -141,7 +141,7 @@ def test_experts_apart_are_not_merged_out_to_what_no_class_reads(
 def test_experts_apart_that_stay_in_their_format_are_named(apart: Path, tmp_path: Path) -> None:
     adapter = toys.write_adapter(tmp_path / "a", toys.lora(toys.Q0, WIDE, WIDE))
     receipt = regraft.merge(apart, adapter, tmp_path / "out", quantize="keep")
-    assert any("looks for" in note and "gate_up_projs" in note for note in receipt.warnings)
+    assert any("looks for" in note and "experts.w1" in note for note in receipt.warnings)
 
 
 # --- the head tells the class ---------------------------------------------------------------------

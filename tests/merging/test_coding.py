@@ -99,23 +99,21 @@ def codes_in(packed: torch.Tensor) -> np.ndarray:
 
 def draws(seed: int, name: str, count: int) -> np.ndarray:
     """Return the numbers from 0 to 1 that stochastic rounding takes: SplitMix64, by element."""
-    key = int.from_bytes(blake3(f"{seed}\0{name}".encode()).digest()[:8], "little")
-    found, mask = [], 2**64 - 1
-    for index in range(count):
-        z = (key + (index + 1) * 0x9E3779B97F4A7C15) & mask
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        found.append(((z ^ (z >> 31)) >> 40) / 2**24)
-    return np.asarray(found, np.float32)
+    key = np.uint64(int.from_bytes(blake3(f"{seed}\0{name}".encode()).digest()[:8], "little"))
+    z = key + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # all mod 2**64
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (((z ^ (z >> np.uint64(31))) >> np.uint64(40)) / 2**24).astype(np.float32)
 
 
 def rounded(values: np.ndarray, before: np.ndarray, absmax: np.ndarray, drawn: np.ndarray,
             blocksize: int) -> np.ndarray:  # fmt: skip
     """Return the codes that values are rounded to, walking from their old codes."""
     levels = functional.get_4bit_type("nf4", device="cpu").numpy()
+    grids = (levels * absmax[:, None]).astype(ml_dtypes.bfloat16).astype(np.float32)
     found = before.copy()
     for at, (value, code, chance) in enumerate(zip(values, before, drawn, strict=True)):
-        grid = (levels * absmax[at // blocksize]).astype(ml_dtypes.bfloat16).astype(np.float32)
+        grid = grids[at // blocksize]
         step = 1 if value > grid[code] else -1
         near = int(code)
         while 0 <= near + step < 16 and (value - grid[near + step]) * step >= 0:

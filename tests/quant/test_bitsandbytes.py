@@ -25,7 +25,7 @@ def save_four_bit(
     """Write one quantized weight ``w`` as transformers saves it; return it dequantized.
 
     The reference is the library's plain torch code: its AVX-512 kernel is wrong where a row is no
-    multiple of the block.
+    multiple of the block. The library compiles the code for up to eight sizes; here for one.
     """
     packed, state = functional.quantize_4bit(
         weight, blocksize=blocksize, quant_type=kind, compress_statistics=nested
@@ -37,7 +37,10 @@ def save_four_bit(
     absmax = state.absmax
     if nested:
         absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return _dequantize_4bit_compute(
+    compiled = _dequantize_4bit_compute
+    plain = getattr(compiled, "__wrapped__", compiled)
+    first = weight.shape == SHAPES[0] and weight.dtype == DTYPES[0] and blocksize == 64
+    return (compiled if first else plain)(
         packed.reshape(-1), absmax.float(), state.code, blocksize, weight.shape, weight.dtype
     )
 

@@ -309,3 +309,20 @@ def test_copies_are_the_adapters_own() -> None:
     there = {tensor.data_ptr() for tensor in model.state_dict().values()}
     assert len(adapter.tensors) > 8
     assert [k for k, tensor in adapter.tensors.items() if tensor.data_ptr() in there] == []
+
+
+def test_velora_is_served_and_not_trained(tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], velora_config={"num_groups": 4}, init_lora_weights=False
+    )
+    theirs = get_peft_model(make_model("llama"), config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, reason = make_model("llama"), "VeLoRA has a backward pass of its own"
+    with pytest.raises(UnsupportedError, match=reason):
+        regraft.attach(model, config, "new")
+    with pytest.raises(UnsupportedError, match=reason):
+        regraft.attach(model, tmp_path, "new", is_trainable=True)
+    regraft.attach(model, tmp_path, "served")
+    inputs = example_inputs("llama")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, theirs(**inputs).logits)

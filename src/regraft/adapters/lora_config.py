@@ -24,6 +24,12 @@ _ABOUT = {
 PEFT_LAYOUT = "0.19.1"
 """The release of PEFT from which on stacks of experts lie as regraft writes them."""
 
+VELORA = (
+    "VeLoRA has a backward pass of its own, which regraft does not have",
+    "Train it with PEFT; regraft merges and serves what was trained",
+)
+"""Why VeLoRA is not trained, and what to do instead."""
+
 _WITHOUT_EFFECT = (
     *_ABOUT, "peft_version", "runtime_config", "megatron_core", "qalora_group_size",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -160,7 +166,7 @@ def _refused(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what regraft does not train, and what to do instead."""
     found = refusals({"peft_type": "LORA", **config})
     if config.get("velora_config"):
-        found.append(("VeLoRA has a backward pass of its own", "Train with PEFT"))
+        found.append(VELORA)
     start = config.get("init_lora_weights", True)
     if not found and not _is_start(start):
         found.append(

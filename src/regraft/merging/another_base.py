@@ -95,9 +95,9 @@ class SeenBase:
         self._quantization, self._at_hand = quantization, at_hand
         self._source = stored
         if quantization is not None:
-            from regraft.merging.dequantizing import DequantizingSource
+            from regraft.merging.stacking import plain_values
 
-            self._source = DequantizingSource(quantization.weights, stored)
+            self._source = plain_values(quantization, stored)
 
     def compare(self, text: str) -> Verdict:
         """Return what this base is to the one that a fingerprint was taken of."""
@@ -136,9 +136,11 @@ class SeenBase:
         return spec.dtype in _KINDS and (self._at_hand or spec.path.is_file())
 
     def _is_coded(self, spec: TensorSpec) -> bool:
-        if self._quantization is None or spec.name not in self._quantization.weights:
+        if self._quantization is None:
             return False
-        return self._quantization.weights[spec.name].codec.name not in UNQUANTIZED
+        weights, stack = self._quantization.weights, self._quantization.stacks.get(spec.name)
+        name = stack.members[0].name if stack is not None else spec.name
+        return name in weights and weights[name].codec.name not in UNQUANTIZED
 
     def _values(self, sample: _Sample) -> np.ndarray:
         spec, found = sample.spec, []

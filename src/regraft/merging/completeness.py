@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from regraft.errors import MismatchError
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Work
+from regraft.merging.single_experts import WAY_OUT
 from regraft.names import NameMap
 from regraft.names.architecture import template
 
@@ -122,8 +123,7 @@ def _experts_apart(index: BaseIndex, missing: list[str], instead: list[str]) -> 
         f"the base keeps its experts in a layout that {index.names.architecture} does not read: "
         "merged, they would be made anew at each load",
         where=index.base.source, expected=_list(missing), found=_list(instead),
-        hint="Merge into the model as it was published, or leave the base in its format, for the "
-        "program that wrote it: --quantize keep",
+        hint=WAY_OUT,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from regraft.merging.quantizing import KEEP
 from regraft.merging.receipt import TensorRecord
 from regraft.merging.run import Buffers, Other, StepRun
 from regraft.merging.source import FileSource, Source
+from regraft.merging.stacking import plain_values
 from regraft.merging.tiles import Tile, tiles_of
 from regraft.merging.workplace import Workplace
 from regraft.merging.writer import OutputFile
@@ -367,9 +368,7 @@ def plain_source(plan: Plan, stored: Source) -> Source:
 
 def seen_through(quantization: Quantization | None, stored: Source) -> Source:
     """Return what gives a base's plain weights, from what gives its stored tensors."""
-    if quantization is None:
-        return stored
-    return DequantizingSource(quantization.weights, stored)
+    return stored if quantization is None else plain_values(quantization, stored)
 
 
 def made_steps(steps: Iterable[Step]) -> tuple[dict[str, Step], Counter[str]]:

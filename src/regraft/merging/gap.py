@@ -11,7 +11,9 @@ import numpy as np
 from regraft.errors import MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.problems import capped
+from regraft.merging.published import published
 from regraft.merging.quantized import Quantization
+from regraft.names import NameMap
 from regraft.numerics.arrays import Floats
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
@@ -40,6 +42,16 @@ class TrainedOn:
         turned = step.coded is not None and step.coded.as_stored
         compared = bool(step.segments) and step.source_adapter is None and not turned
         return spec if compared and spec is not None and spec.shape == step.source.shape else None
+
+    def published(self, names: NameMap) -> TrainedOn:
+        """Return the same with single experts as the stacks that its class reads.
+
+        Raises:
+            MismatchError: they do not make them up.
+        """
+        if self.quantization is None:
+            return self
+        return TrainedOn(*published(self.base, self.quantization, names))
 
     def check(self, steps: Sequence[Step]) -> None:
         """Refuse a base that lacks a tensor that is merged into, or has it in another shape.

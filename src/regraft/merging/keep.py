@@ -78,11 +78,15 @@ def keeps(plan: Plan) -> list[Keep]:
 
 
 def _dequantized(plan: Plan) -> dict[str, Keep]:
-    """Return the stored tensors of quantized weights that the output has as plain ones."""
+    """Return the stored tensors that the output has as plain values of a weight or a stack."""
     if plan.quantization is None or plan.options.get("quantize") == KEEP:
         return {}
     steps = {step.name: step for step in plan.steps}
-    found: dict[str, Keep] = {}
+    found = {
+        spec.name: Keep(spec)
+        for stack in plan.quantization.stacks.values()
+        for spec in plan.quantization.stored_of(stack.spec.name)
+    }
     for weight in plan.quantization.weights.values():
         found |= {spec.name: Keep(spec) for spec in weight.parts.values()}
         step = steps.get(weight.name)

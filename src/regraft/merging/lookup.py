@@ -10,7 +10,7 @@ from functools import cached_property
 
 from regraft.adapters.wrappers import PARALLEL, without_wrappers
 from regraft.formats.checkpoint import Checkpoint
-from regraft.merging.single_experts import as_slice, piece_of, stacks_of
+from regraft.merging.single_experts import as_slice, piece_of, stacks_of, unwrapped
 from regraft.names import NameMap, Piece
 from regraft.names.conv1d import is_conv1d
 from regraft.tensors import TensorSpec
@@ -108,6 +108,8 @@ class BaseIndex:
                 return tuple(f for f in found if f is not None)
         if expert := self._expert(name):
             return expert
+        if plain := unwrapped(self.names, name):
+            return self.find(plain)
         # What DataParallel puts in front, where the base has no module of that name.
         return self.find(name.removeprefix(PARALLEL)) if name.startswith(PARALLEL) else ()
 

@@ -313,8 +313,7 @@ class Plan:
         if step.made is not None and step.codes_of is None:
             return 0  # it was read for the codes
         if step.source.is_virtual and self.quantization is not None:
-            parts = self.quantization.weights[step.source.name].parts
-            return sum(spec.nbytes for spec in parts.values())
+            return sum(spec.nbytes for spec in self.quantization.stored_of(step.source.name))
         return step.source.nbytes
 
     def to_json(self) -> dict[str, Any]:

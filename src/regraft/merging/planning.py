@@ -27,7 +27,8 @@ from regraft.merging.gap import TrainedOn
 from regraft.merging.lookup import BaseIndex
 from regraft.merging.match import Matching, Work, match
 from regraft.merging.plan import OutputShard, Plan, Segment, Step
-from regraft.merging.quantized import Quantization, removed, turned
+from regraft.merging.published import published
+from regraft.merging.quantized import Quantization, removed, room_of, turned
 from regraft.merging.quantizing import (
     KEEP,
     KeptSteps,
@@ -154,6 +155,10 @@ def make_plan(
         base, transposed = turned(base, kept), kept.transposed
     chosen = choose_class(base, adapters)
     names = NameMap.for_config(base.config, chosen.name)
+    if choices.quantize != KEEP:
+        if quantization is not None:
+            base, quantization = published(base, quantization, names)
+        trained_on = trained_on and trained_on.published(names)
     index = BaseIndex(base, names, transposed)
     matching = match(index, adapters)
     ties = settle_ties(index, matching, base.config)
@@ -172,7 +177,11 @@ def make_plan(
     steps = [step for shard in shards for step in shard.steps]
     if trained_on is not None:
         trained_on.check(steps)
-    threads, tile, memory = fit_memory(steps, choices, undone, compare=trained_on is not None)
+    read = (quantization, trained_on and trained_on.quantization)
+    room = sum(room_of(each.stacks.values()) for each in read if each)
+    threads, tile, memory = fit_memory(
+        steps, choices, undone, compare=trained_on is not None, room=room
+    )
     if made is not None:
         check_made(steps, base, made.format)
         updates |= made.config(steps, base.config or {})
@@ -432,7 +441,7 @@ TO_DECODE, TO_DECODE_GGUF, TO_ENCODE, TO_COMPARE = 1, 5, 6, 10
 
 def fit_memory(
     steps: Sequence[Step], choices: Choices, undone: Mapping[str, Step] | None = None,
-    *, compare: bool = False,
+    *, compare: bool = False, room: int = 0,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Choose threads and tile size under the cap: ``(threads, tile bytes, memory bytes)``.
 
@@ -441,6 +450,7 @@ def fit_memory(
         choices: the cap, the threads, and whether an undo is kept for.
         undone: the steps of an earlier merge that are run backwards meanwhile.
         compare: whether another base is read beside.
+        room: bytes that reading takes, however many threads do it.
 
     Raises:
         MemoryCapError: not even one thread with the smallest tile fits.
@@ -454,7 +464,7 @@ def fit_memory(
     largest = max(steps, key=cost)
     factors = max(FACTOR_BYTES, cost(largest))
     wanted = choices.threads or default_threads()
-    fixed = BASELINE_BYTES + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors
+    fixed = BASELINE_BYTES + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors + room
     tiles = PER_THREAD + TO_KEEP * bool(choices.undo) + TO_RESTORE * (undone is not None)
     tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
     tiles += TO_DECODE_GGUF * any(step.source.path.suffix == ".gguf" for step in steps)

@@ -7,8 +7,8 @@ files hold stays at hand in :class:`Quantization`; :mod:`regraft.merging.dequant
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.formats.checkpoint import Checkpoint, Shard
@@ -22,6 +22,41 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 """Where a config says how the model is quantized."""
 
 
+BAND_BYTES = 32 * 2**20
+"""The most that is turned of a single expert at a time."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A parameter of the model that is stored in several tensors, one for each expert.
+
+    Attributes:
+        spec: the parameter, a virtual tensor: (experts, ...), or of one member that member's shape.
+        members: what it is made of, in order, as plain values.
+        transposed: whether each is (out, in) where the parameter has (in, out).
+    """
+
+    spec: TensorSpec
+    members: tuple[TensorSpec, ...]
+    transposed: bool
+
+    @property
+    def band_rows(self) -> int:
+        """How many rows of an expert are turned at a time; all of them, but of large ones."""
+        _, rows, width = self.spec.shape
+        return max(min(rows, BAND_BYTES // max(width * self.spec.itemsize, 1)), 1)
+
+    @property
+    def band_bytes(self) -> int:
+        """What these rows take."""
+        return self.band_rows * self.spec.shape[2] * self.spec.itemsize
+
+
+def room_of(stacks: Iterable[Stack]) -> int:
+    """Return the memory that turned experts take: those of two bands, where the work passes on."""
+    return 2 * max((stack.band_bytes for stack in stacks if stack.transposed), default=0)
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How a base is quantized.
@@ -33,6 +68,8 @@ class Quantization:
         owners: the logical name that each of their stored tensors belongs to.
         skipped: stored tensors that have no meaning for plain weights.
         warnings: what the user should know of the result.
+        stacks: parameters that its plain weights are put together to, by their name; see
+            :func:`regraft.merging.published.published`.
     """
 
     method: str
@@ -41,11 +78,22 @@ class Quantization:
     owners: Mapping[str, str]
     skipped: frozenset[str]
     warnings: tuple[str, ...] = ()
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     @property
     def transposed(self) -> frozenset[str]:
         """Logical names of the weights whose codes lie (in, out)."""
         return frozenset(n for n, w in self.weights.items() if w.codec.stores_transposed)
+
+    def stored_of(self, name: str) -> tuple[TensorSpec, ...]:
+        """Return the stored tensors that a virtual one is made of."""
+        if name in self.stacks:
+            members = self.stacks[name].members
+            return tuple(spec for each in members for spec in self._stored(each))
+        return tuple(self.weights[name].parts.values())
+
+    def _stored(self, member: TensorSpec) -> tuple[TensorSpec, ...]:
+        return self.stored_of(member.name) if member.is_virtual else (member,)
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -21,6 +21,29 @@ _FORMS = (
 )
 
 
+WAY_OUT = (
+    "Merge into the model as it was published, or leave the base in its format, for the program "
+    "that wrote it: --quantize keep"
+)
+"""What to do about experts that are stored in a layout that their class does not read."""
+
+
+LINEAR = ".linear."
+"""What a program that wraps a layer's weight in a linear layer puts into its name."""
+
+
+def unwrapped(names: NameMap, name: str) -> str | None:
+    """Return what a class calls a weight that another program keeps in a linear layer.
+
+    The router of gpt-oss is one: ``mlp.router.linear.weight`` is ``mlp.router.weight``. None for
+    all that the class has as it is called, and where neither is known.
+    """
+    known, plain = names.tensors, name.replace(LINEAR, ".", 1)
+    if known is None or plain == name or names.has(name, known) or not names.has(plain, known):
+        return None
+    return plain if names.pieces(name) == (Piece(name),) else None
+
+
 def stacks_of(name: str) -> Iterator[tuple[str, int]]:
     """Yield the stacks that a name may be a slice of, with the expert's number."""
     for form in _FORMS:

@@ -20,6 +20,7 @@ from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.merging.single_experts import as_slice
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
+from regraft.runtime.parametrized import computed_leaves
 from regraft.runtime.quantized_parameters import Scales, plain_form, remembered
 from regraft.runtime.wrappers import plain_paths
 from regraft.tensors import BY_CONFIG_NAME, DTYPES, VIRTUAL, TensorSpec, nbytes_of
@@ -86,7 +87,7 @@ class LiveBase:
                 self.tied[name] = owner
             else:
                 tensors[name] = self._spec(name, parameter)
-        tensors |= self._without_weight()
+        tensors |= self._without_weight() | self._computed()
         kept = {name: scales for name, scales in self.scales.items() if name in self.quantized}
         self.scales = kept | remembered({name: self.owner(name)[1:] for name in self.quantized})
         self._seen = _outline(self.modules)
@@ -158,6 +159,15 @@ class LiveBase:
                 name = f"{path}.weight"
                 shape: Any = (module.out_features, module.in_features)
                 found[name] = spec_of(name, shape, self.dtype)
+        return found
+
+    def _computed(self) -> dict[str, TensorSpec]:
+        """Return the weights that layers compute from other parameters."""
+        found = {}
+        for path, module in self.modules.items():
+            for leaf in computed_leaves(module):
+                weight, name = getattr(module, leaf), f"{path}.{leaf}".removeprefix(".")
+                found[name] = spec_of(name, weight.shape, weight.dtype)
         return found
 
     def _spec(self, name: str, parameter: torch.Tensor) -> TensorSpec:

@@ -12,8 +12,9 @@ from torch import nn
 
 from regraft.adapters.fingerprint import KEY, mismatch
 from regraft.adapters.known_settings import unknown_note
+from regraft.adapters.lora_config import VELORA
 from regraft.adapters.model import Adapter
-from regraft.errors import BaseMismatchWarning
+from regraft.errors import BaseMismatchWarning, UnsupportedError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
@@ -118,7 +119,10 @@ def prepared(
 
     Raises:
         UsageError: the dtype is none.
+        UnsupportedError: it is to be trained, and is VeLoRA's.
     """
+    if is_trainable and adapter.config.get("velora_config"):
+        raise UnsupportedError(VELORA[0], where=repr(adapter.name), hint=VELORA[1])
     wanted = torch_dtype(dtype) or (torch.float32 if is_trainable else None)
     device = base.device
     frozen_b = str(adapter.config.get("init_lora_weights")).lower() == "mica"  # it trains A alone

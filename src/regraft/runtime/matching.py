@@ -18,6 +18,7 @@ from regraft.formats.checkpoint import AdapterFiles
 from regraft.merging.match import Work, match
 from regraft.merging.ties import on_both_sides
 from regraft.runtime.live_base import LiveBase, spec_of
+from regraft.runtime.parametrized import is_computed, way_back
 
 _CUT = re.compile(r"^(?P<name>.+)\[rows (?P<first>\d+):(?P<last>\d+)\]$")
 
@@ -127,6 +128,9 @@ def _unmergeable(module: Any, leaf: str, work: Work) -> tuple[str, str]:
     """Return why nothing can be merged into a parameter, and what to do; "" if it can be."""
     if not isinstance(getattr(module, leaf, None), torch.Tensor):
         return "none in this layer", "Leave it unmerged, or train without lora_bias"
+    if is_computed(module, leaf):
+        what = "a weight that is computed from other parameters (parametrization or weight_norm)"
+        return what, f"Leave it unmerged. {way_back(module, leaf)}"
     if work.deltas and getattr(module, "max_norm", None) is not None:
         what = f"an embedding that rescales rows as they are looked up (max_norm={module.max_norm})"
         return what, "Leave it unmerged"

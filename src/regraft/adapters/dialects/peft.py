@@ -82,6 +82,8 @@ def _gather(
     rest: dict[str, TensorSpec] = {}
     for key, spec in files.tensors.items():
         name = plain_key(key)
+        if name.endswith(_OF_VELORA) and files.config.get("velora_config"):
+            continue  # a projection for its backward pass; its forward pass is LoRA's
         problems += _unusable(key, spec, where)
         if match := _FACTOR.match(name):
             slot = match["what"] + (".bias" if match["rest"].endswith(".bias") else "")
@@ -149,6 +151,8 @@ def _target(path: str, found: dict[str, TensorSpec]) -> LoraTarget | None:
             )
     return None
 
+
+_OF_VELORA = ".lora_velora_embed"
 
 _Kind = Literal["linear", "embedding"]
 _PAIRS: tuple[tuple[_Kind, str, str], ...] = (

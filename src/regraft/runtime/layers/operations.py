@@ -18,6 +18,7 @@ from regraft.runtime.layers.served import grouped_step, split
 from regraft.runtime.layers.steps import Dora, Factors, LowRank, Shift, Step, TokenLogits, TokenRows
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, Tensors, match_live, weighted
+from regraft.runtime.parametrized import computing_module, is_computed, way_back
 
 Part = tuple[LiveAdapter, float]
 """An adapter and the weight on its scale."""
@@ -71,6 +72,8 @@ class _Builder:
     def add(self, name: str, work: Work) -> None:
         """Add what is done to one parameter."""
         path, module, leaf = self._base.owner(name)
+        if self._is_refused(path, module, leaf, work):
+            return
         host = self._host(path)
         kind = None if host != path or runs_otherwise(module) else kind_of(module)
         if kind is not None and self._fits_output(kind, leaf, work):
@@ -84,6 +87,23 @@ class _Builder:
             )  # fmt: skip
             return
         self._replace(host, path, module, leaf, name, work)
+
+    def _is_refused(self, path: str, module: nn.Module, leaf: str, work: Work) -> bool:
+        """Whether a work is one on a computed weight that cannot be done to the layer's output."""
+        owner = computing_module(self._base.modules, path, leaf)
+        if owner is None:
+            return False
+        kind = None if self._host(path) != path else kind_of(module)
+        fits = kind is not None and self._fits_output(kind, leaf, work)
+        if fits and not any(delta.is_residual for delta in work.deltas):
+            return False
+        self.problems.append(
+            Problem("this weight is computed from other parameters (by a parametrization, "
+                    "weight_norm or spectral_norm), so the adapter cannot replace it",
+                    f"{path}.{leaf}", "LoRA or DoRA on it, or a plain parameter",
+                    type(owner).__name__, way_back(owner, leaf))
+        )  # fmt: skip
+        return True
 
     def serve(self, path: str, step: Step) -> None:
         """Add a step that stands for no change of a weight."""
@@ -174,7 +194,8 @@ class _Builder:
         self, module: nn.Module, weight: ComputedWeight, delta: Delta, low_rank: LowRank
     ) -> Dora:
         trained = self._tensors.trained[delta.adapter]
-        factor = DoraFactor(module, weight, delta, trained=trained)
+        anew = trained or is_computed(module, weight.leaf)
+        factor = DoraFactor(module, weight, delta, trained=anew)
         return Dora(low_rank, factor, lambda: plain_weight(module, weight.leaf, weight.name))
 
     def _rows(self, kind: Kind, patch: RowPatch) -> Step:

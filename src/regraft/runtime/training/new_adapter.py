@@ -18,6 +18,7 @@ from regraft.runtime.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR,
 from regraft.runtime.layers.plain import plain_weight
 from regraft.runtime.live_base import LiveBase, input_embedding
 from regraft.runtime.matching import LiveAdapter, adapter_of, match_live
+from regraft.runtime.parametrized import computed_leaves, is_computed, way_back
 from regraft.runtime.training.first_values import FirstValues, dtype_of_factors
 from regraft.runtime.training.selecting import completed, modules_of, nothing_selected
 
@@ -269,7 +270,12 @@ class _Maker:
     def _parameters(self, path: str, module: nn.Module) -> list[str]:
         """Return the parameters of a module that the config names, as they are registered."""
         named = self._settings.parameters_of(path)
-        return [leaf for leaf in module._parameters if leaf in named]
+        computed = [leaf for leaf in computed_leaves(module) if leaf in named]
+        for leaf in computed:
+            what = "a computed weight (parametrization, weight_norm) is no target of"
+            hint = "Name its layer in target_modules"
+            self._refuse(f"{path}.{leaf}", f"{what} target_parameters", hint)
+        return [leaf for leaf in module._parameters if leaf in named and leaf not in computed]
 
     def _adapt_parameter(self, path: str, module: Any, leaf: str, depth: int) -> None:
         """Add the factors of one parameter; the one registered first is wrapped first by PEFT."""
@@ -306,6 +312,12 @@ class _Maker:
         tied = self._base.tied if settings.ensure_weight_tying else {}
         for name in filter(settings.saves, (*self._base.checkpoint.tensors, *self._base.tied)):
             path, module, leaf = self._base.owner(name)
+            if is_computed(module, leaf):
+                raise UnsupportedError(
+                    "a module whose weight is computed from other parameters (a parametrization, "
+                    "weight_norm) cannot be trained whole", where=name,
+                    found=type(module).__name__, hint=way_back(module, leaf),
+                )  # fmt: skip
             other = tied.get(name)
             if other is not None and PREFIX + other in self._tensors:
                 self._tensors[PREFIX + name] = self._tensors[PREFIX + other]
