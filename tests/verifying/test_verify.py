@@ -247,7 +247,8 @@ def test_one_of_the_first_version_is_checked_as_far_as_it_goes(out: Path) -> Non
     (out / RECEIPT).write_bytes(json_bytes(old))
     (out / "config.json").write_text("{}")
     report = regraft.verify(out)
-    assert report.ok
+    assert (report.ok, report.verdict) == (False, "unjudged")
+    assert "does not speak of the other files" in report.conclusions[0]
     assert "only tensors were checked" in report.warnings[0]
     flip(out / FIRST, (out / FIRST).stat().st_size - 1, 0)
     assert not regraft.verify(out).ok

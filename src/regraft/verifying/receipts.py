@@ -43,6 +43,7 @@ class ReceiptCheck:
         tensors: tensors whose digest was taken.
         bytes: bytes of all these.
         notes: what could not be checked, one sentence each.
+        complete: whether the receipt speaks of every file.
     """
 
     differences: list[Difference] = field(default_factory=list)
@@ -51,6 +52,7 @@ class ReceiptCheck:
     tensors: int = 0
     bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    complete: bool = True
 
 
 def check_receipt(
@@ -75,9 +77,10 @@ def check_receipt(
     weights = {**dict.fromkeys(receipt.headers), **dict.fromkeys(records)}
     _compare_names(check, there, {*weights, *receipt.files, RECEIPT}, complete=_is_whole(receipt))
     if not _is_whole(receipt):
+        check.complete = False
         check.notes.append(
             f"the receipt of regraft {receipt.regraft} has no digests of headers and other files: "
-            "only tensors were checked"
+            "only tensors were checked, and what else lies there can be anything"
         )
     with FilePool() as pool:
         jobs = [

@@ -79,7 +79,8 @@ class VerifyReport:
         verdict: ``"exact"``: the files are those of the receipt and, if base and adapters were
             given, every tensor is the merge, bit for bit; ``"rounding"``: the merge, but for
             rounding; ``"different"``, also if only the answers to prompts differ; ``"unjudged"``:
-            nothing differs, but some tensors cannot be compared.
+            nothing differs, but some tensors cannot be compared, or the receipt does not speak of
+            all files.
         conclusions: what to make of it, one sentence each.
         differences: what is not as the receipt says.
         tensors: one verdict per tensor of the merge done again; empty without base and adapters.
@@ -113,13 +114,22 @@ def overall(
     differences: tuple[Difference, ...],
     tensors: tuple[TensorVerdict, ...],
     prompts: PromptReport | None = None,
+    *,
+    complete: bool = True,
 ) -> Verdict:
-    """Return the answer as a whole."""
+    """Return the answer as a whole.
+
+    Args:
+        differences: what is not as the receipt says.
+        tensors: the verdicts of the merge done again.
+        prompts: how answers agree.
+        complete: whether there was something to hold every file against.
+    """
     kinds = {tensor.verdict for tensor in tensors}
     if differences or kinds - FINE - {"unjudged"}:
         return "different"
     if prompts is not None and prompts.verdict == "different":
         return "different"
-    if "unjudged" in kinds:
+    if "unjudged" in kinds or not complete:
         return "unjudged"
     return "rounding" if "rounding" in kinds else "exact"

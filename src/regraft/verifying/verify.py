@@ -253,7 +253,8 @@ def _with_answers(
     narrow = any(spec.dtype in ("BF16", "F16") for spec in merged.tensors.values())
     if report.ok and narrow and answers.verdict == "different":
         said.append(_LOST)
-    verdict = overall(report.differences, report.tensors, answers)
+    complete = report.verdict != "unjudged" or any(t.verdict == "unjudged" for t in report.tensors)
+    verdict = overall(report.differences, report.tensors, answers, complete=complete)
     return replace(
         report,
         ok=verdict in ("exact", "rounding"),
@@ -292,7 +293,7 @@ def _report(
         warnings += judged.warnings + judged.another_base
         checked["judged"] = sum(tensor.verdict != "unjudged" for tensor in tensors)
     sentences += [inputs] if inputs else []
-    verdict = overall(differences, tensors)
+    verdict = overall(differences, tensors, complete=check is None or check.complete)
     return VerifyReport(
         source, verdict in ("exact", "rounding"), verdict, tuple(sentences), differences, tensors,
         checked, warnings,
@@ -304,6 +305,8 @@ _COUNTED = ("files", "headers", "tensors", "bytes")
 
 def _of_receipt(check: ReceiptCheck) -> str:
     count = len(check.differences)
+    if not count and not check.complete:
+        return "the tensors are those of the receipt, which does not speak of the other files"
     if not count:
         return "the files are those of the receipt"
     return f"the files are not those of the receipt: {count} difference{'s' * (count > 1)}"
