@@ -41,6 +41,7 @@ from regraft.merging.undo import (
     Manifest,
     base_shards,
     base_targets,
+    check_undo,
     read_manifest,
     side_files,
     stand_in,
@@ -286,6 +287,8 @@ def _find(
     if not folder.is_dir():
         raise InputError("is not a merged model", where=str(merged), expected="a folder")
     _check_is_model(folder, str(merged))
+    if (folder / RECEIPT).is_file():
+        check_undo(folder, read_receipt(folder / RECEIPT).files)
     manifest = read_manifest(folder)
     receipt = read_receipt(folder / RECEIPT)
     if len(manifest.adapters) != len(receipt.adapters):

@@ -6,19 +6,23 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import save_file
 
 import regraft
 from merging import toys
 from merging.toys import EMBED, HIDDEN, Q0, VOCAB, tree, write_adapter, write_base, write_json
 from regraft.errors import FormatError, InputError, MismatchError, UnsupportedError, UsageError
+from regraft.merging.receipt import read_receipt, receipt_bytes
 
 UNDO = "regraft/undo"
+RECEIPT = "regraft/receipt.json"
 
 
 def merged(tmp_path: Path, base: Path, adapter: Any, **options: Any) -> Path:
@@ -266,15 +270,44 @@ def edit_side_file(model: Path) -> None:
     write_json(model / "tokenizer.json", {})
 
 
+def reseal(model: Path) -> None:
+    """Let the receipt speak of the undo's files as they are, as somebody could who means harm."""
+    receipt = read_receipt(model / RECEIPT)
+    there = [path for path in (model / UNDO).rglob("*") if path.is_file()]
+    digests = {
+        path.relative_to(model).as_posix(): blake3(path.read_bytes()).hexdigest() for path in there
+    }
+    changed = replace(receipt, files={**receipt.files, **digests})
+    (model / RECEIPT).write_bytes(receipt_bytes(changed))
+
+
+def edit_adapter_config(model: Path) -> None:
+    (path,) = (model / UNDO).rglob("adapter_config.json")
+    path.write_text(path.read_text().replace('"lora_alpha"', '"lora_alphas"'))
+
+
+def add_code(model: Path) -> None:
+    (model / UNDO / "base" / "added.py").write_text("print('code')")
+
+
+def link_a_config(model: Path) -> None:
+    path = model / UNDO / "base" / "config.json"
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+
+
 CHANGES: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "weights": (edit_weights, MismatchError, "undo patch does not fit the weights"),
-    "the adapter": (edit_adapter, MismatchError, "1 others: 'base_model.model"),
+    "the adapter": (edit_adapter, MismatchError, "other ones: .*adapter_model.safetensors"),
+    "an adapter's config": (edit_adapter_config, MismatchError, "other ones: .*adapter_config"),
+    "code beside the base": (add_code, MismatchError, "other ones: .*added.py"),
+    "a link": (link_a_config, MismatchError, "other ones: .*base/config.json"),
     "another dtype": (other_weights, MismatchError, "not those that the patch was made for"),
     "a side file": (edit_side_file, MismatchError, "tokenizer.json.*changed since the merge"),
     "a config": (
         lambda model: flip(model / UNDO / "undo.json", 20),
-        (FormatError, UnsupportedError),
-        "undo|version",
+        MismatchError,
+        "other ones: .*undo.json",
     ),
     "no patch": (
         lambda model: (model / UNDO / "patch.safetensors").unlink(), InputError, "no such file",
@@ -300,6 +333,16 @@ def test_what_was_changed_since_is_refused(
     with pytest.raises(error, match=says):
         regraft.swap(model, adapter, tmp_path / "back")
     assert tree(tmp_path) == before
+
+
+def test_an_adapter_that_is_not_the_one_is_refused_whatever_the_receipt_says_of_its_file(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    model = merged(tmp_path, base, adapter)
+    edit_adapter(model)
+    reseal(model)
+    with pytest.raises(MismatchError, match=r"1 others: 'base_model\.model"):
+        regraft.unmerge(model, tmp_path / "back")
 
 
 def test_every_changed_tensor_is_named(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -335,6 +378,7 @@ def test_a_stranger_s_manifest_does_no_harm(
     manifest = toys.read_json(model / UNDO / "undo.json")
     HOSTILE[what](manifest)
     write_json(model / UNDO / "undo.json", manifest)
+    reseal(model)
     before = tree(tmp_path)
     with pytest.raises(FormatError):
         regraft.unmerge(model, tmp_path / "back")
@@ -347,6 +391,7 @@ def test_a_merge_planned_otherwise_is_not_guessed_at(
     model = merged(tmp_path, base, adapter)
     manifest = toys.read_json(model / UNDO / "undo.json")
     write_json(model / UNDO / "undo.json", manifest | {"plan": "0" * 64})
+    reseal(model)
     with pytest.raises(UnsupportedError, match="by this version of regraft"):
         regraft.unmerge(model, tmp_path / "back")
 

@@ -22,7 +22,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import capped, quoted
-from regraft.formats.reading import typed_os_errors
+from regraft.formats.reading import open_regular, typed_os_errors
 from regraft.merging.bases import open_base
 from regraft.merging.jobs import Target, plan_digest
 from regraft.merging.keep import Keep
@@ -56,6 +56,7 @@ SMALL_TENSOR = 4096
 _ALWAYS_KEPT_BYTES = 64 * 2**10
 """Side files up to this size are kept even where the output has the same file."""
 
+_READ_BYTES = 2**20
 _LARGEST_SIDE_FILE = 256 * 2**20
 _MOST_GAP_BYTES = 512 * 2**20
 _PATCH_FILES = 64 * 2**20
@@ -271,6 +272,51 @@ def _pieces_of(path: Path) -> Iterator[bytes]:
 
 
 # -- the way back ----------------------------------------------------------------------------------
+
+
+def check_undo(folder: Path, digests: Mapping[str, str]) -> None:
+    """Hold the files of an undo against the receipt, but for the patch.
+
+    What the patch restores is held against it tensor by tensor. What is gone is told by whoever
+    needs it: adapters can be given instead.
+
+    Args:
+        folder: the merged model.
+        digests: blake3 (hex) of its files besides weights, as the receipt has them.
+
+    Raises:
+        MismatchError: files have been changed or added since the merge; lists them.
+        AccessError: one cannot be read.
+    """
+    root = folder / UNDO
+    if not (root / MANIFEST).is_file():
+        return  # which is said when the manifest is read
+    told = {name: digest for name, digest in digests.items() if name.startswith(f"{UNDO}/")}
+    with typed_os_errors(root):
+        there = {
+            file_key(path.relative_to(folder).as_posix()): path
+            for path in root.rglob("*")
+            if path.is_symlink() or not path.is_dir()
+        }
+    names = sorted(there.keys() - {f"{UNDO}/{PATCH}"})
+    other = [name for name in names if not _is_as_told(there[name], told.get(name))]
+    if other:
+        shown = ", ".join(map(quoted, other[:4])) + (", ..." if len(other) > 4 else "")
+        raise MismatchError(
+            "what is kept for the undo is not what the merge wrote", where=str(folder),
+            expected="the files that the receipt has digests of", found=f"other ones: {shown}",
+            hint="Take the merged model from where it was unchanged; regraft verify lists all",
+        )  # fmt: skip
+
+
+def _is_as_told(path: Path, digest: str | None) -> bool:
+    if digest is None:
+        return False
+    whole = blake3()
+    with os.fdopen(open_regular(path), "rb") as file:
+        while piece := file.read(_READ_BYTES):
+            whole.update(piece)
+    return whole.hexdigest() == digest
 
 
 def read_manifest(folder: Path) -> Manifest:
