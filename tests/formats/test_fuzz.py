@@ -57,22 +57,23 @@ def assert_clean(report: FuzzReport, count: int) -> None:
 
 
 def test_headers_are_read_as_the_reference_reads_them_or_refused(tmp_path: Path) -> None:
-    report = run_headers(20_000, "test", tmp_path)
-    assert_clean(report, 20_000)
-    assert report.refused > 10_000
+    report = run_headers(6_000, "test", tmp_path)
+    assert_clean(report, 6_000)
+    assert report.refused > 3_000
     assert "the tensor's name is unsafe" in report.stricter
 
 
 @pytest.mark.parametrize("kind", ["adapter", "index", "config"])
 def test_json_files_give_a_plan_or_a_typed_error(kind: mutation.Kind, tmp_path: Path) -> None:
-    report = run_json(1_000, "test", kind, tmp_path)
-    assert_clean(report, 1_000)
+    count = 1_000 if kind == "config" else 400  # few of a config's fields are looked at
+    report = run_json(count, "test", kind, tmp_path)
+    assert_clean(report, count)
     assert len(report.reasons) >= 5
 
 
 def test_odd_tensors_give_a_plan_or_a_typed_error(tmp_path: Path) -> None:
-    report = run_tensors(1_000, "test", tmp_path)
-    assert_clean(report, 1_000)
+    report = run_tensors(400, "test", tmp_path)
+    assert_clean(report, 400)
     assert len(report.reasons) >= 8
 
 
@@ -289,7 +290,7 @@ def test_a_name_that_is_very_long_or_hides_something_is_refused(name: str, tmp_p
 
 def test_names_that_are_all_different_are_not_compared_for_ever(model: tuple[Path, Path]) -> None:
     base, adapter = model
-    words = [f"{i:032b}".replace("0", "ab").replace("1", "cde") for i in range(500)]
+    words = [f"{i:032b}".replace("0", "ab").replace("1", "cde") for i in range(250)]
     tensors = [(f"model.{word}.{word[::-1]}", "BF16", (1,)) for word in words]
     (base / "model.safetensors").write_bytes(build_header(tensors, {}) + bytes(2 * len(tensors)))
     factors = []
@@ -302,7 +303,7 @@ def test_names_that_are_all_different_are_not_compared_for_ever(model: tuple[Pat
     with pytest.raises(RegraftError, match="no such tensor") as caught:
         plan(base, adapter)
     assert len(caught.value.problems) == len(words)
-    assert time.process_time() - begin < 15
+    assert time.process_time() - begin < 8
 
 
 # What the runs found

@@ -98,9 +98,12 @@ def codes_in(packed: torch.Tensor) -> np.ndarray:
 
 
 def draws(seed: int, name: str, count: int) -> np.ndarray:
-    """Return the numbers from 0 to 1 that stochastic rounding takes: SplitMix64, by element."""
+    """Return the numbers from 0 to 1 that stochastic rounding takes: SplitMix64, by element.
+
+    All of it is done modulo 2**64.
+    """
     key = np.uint64(int.from_bytes(blake3(f"{seed}\0{name}".encode()).digest()[:8], "little"))
-    z = key + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # mod 2**64
+    z = key + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (((z ^ (z >> np.uint64(31))) >> np.uint64(40)) / 2**24).astype(np.float32)

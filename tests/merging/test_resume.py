@@ -188,8 +188,8 @@ def begin(folder: Path, inputs: Path, command: str) -> Path:
 @pytest.mark.parametrize(
     ("command", "old_kernel", "points"),
     [
-        ("merge", False, 12), ("overwrite", False, 8), ("overwrite", True, 8),
-        ("unmerge", False, 8), ("swap", False, 10),
+        ("merge", False, 9), ("overwrite", False, 5), ("overwrite", True, 5),
+        ("unmerge", False, 6), ("swap", False, 6),
     ],
 )  # fmt: skip
 def test_killed_anywhere_the_same_command_gives_the_same_bytes(

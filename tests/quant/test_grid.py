@@ -85,7 +85,7 @@ def blocks(draw: st.DrawFn) -> tuple[Codes, np.ndarray, int]:
     return block, values, kind
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(blocks(), st.sampled_from(["nearest", "stochastic"]), st.integers(0, 2**63))
 def test_values_go_where_the_rule_says(
     drawn: tuple[Codes, np.ndarray, int], rounding: str, key: int
