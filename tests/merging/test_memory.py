@@ -256,6 +256,24 @@ def test_memory_is_told_where_the_system_does_not_list_it(monkeypatch: pytest.Mo
 # -- quantized weights -----------------------------------------------------------------------------
 
 
+def write_nf4_sparse(
+    folder: Path, weights: dict[str, tuple[int, int]],
+    plain: dict[str, tuple[str, tuple[int, ...]]], dtype: str = "BF16",
+) -> None:  # fmt: skip
+    """Write weights in codes that are all zeros, with scales that are zeros, and plain zeros."""
+    maker = MAKERS["nf4"](dtype=dtype)
+    found = {o.name: (o.dtype, o.shape) for n, s in weights.items() for o in maker.outputs(n, s)}
+    write_sparse(folder, found | plain)
+    with (folder / "model.safetensors").open("r+b") as file:
+        for name, shape in weights.items():
+            for role, data in (
+                ("quant_map", NF4.values.tobytes()),
+                ("quant_state.bitsandbytes__nf4", maker.state(shape, None)),
+            ):
+                file.seek(_spec(folder / "model.safetensors", f"{name}.{role}").start)
+                file.write(data)
+
+
 def write_quantized_sparse(
     folder: Path, kind: str, rows: int, columns: int, dtype: str = "BF16"
 ) -> Path:
@@ -266,16 +284,7 @@ def write_quantized_sparse(
         write_sparse(folder, parts)
         settings: dict[str, Any] = {"load_in_8bit": True}
     else:
-        maker = MAKERS["nf4"](dtype=dtype)
-        found = {o.name: (o.dtype, o.shape) for o in maker.outputs(name, (rows, columns))}
-        write_sparse(folder, found)
-        with (folder / "model.safetensors").open("r+b") as file:
-            for role, data in (
-                ("quant_map", NF4.values.tobytes()),
-                ("quant_state.bitsandbytes__nf4", maker.state((rows, columns), None)),
-            ):
-                file.seek(_spec(folder / "model.safetensors", f"{name}.{role}").start)
-                file.write(data)
+        write_nf4_sparse(folder, {name: (rows, columns)}, {}, dtype)
         settings = {"load_in_4bit": True}
     config = {"dtype": TORCH_NAMES[dtype], "quantization_config": settings | {"quant_method": BNB}}
     toys.write_json(folder / "config.json", config)
@@ -348,3 +357,27 @@ def test_rows_that_cannot_be_cut_are_counted(tmp_path: Path) -> None:
         regraft.plan(base, adapter, quantize="keep", max_memory="288MiB")
     (needed,) = re.findall(r"--max-memory (\d+MiB)", caught.value.problems[0].hint)
     assert regraft.plan(base, adapter, quantize="keep", max_memory=needed).threads == 1
+
+
+@pytest.mark.usefixtures("_coded")
+def test_experts_that_are_turned_fit_the_cap_they_ask_for(tmp_path: Path) -> None:
+    """One expert is more than what is turned at a time, and as much as the room that is asked."""
+    experts, sizes = "model.layers.0.mlp.experts", {"gate_up": (4096, 4608), "down": (4608, 2048)}
+    weights = {f"{experts}.{n}_projs.{e}.weight": s for n, s in sizes.items() for e in range(2)}
+    biases = {
+        name.replace(".weight", ".bias"): ("BF16", shape[:1]) for name, shape in weights.items()
+    }
+    write_nf4_sparse(tmp_path / "base", weights, biases)
+    config = {
+        "architectures": ["GptOssForCausalLM"], "num_local_experts": 2,
+        "quantization_config": {"load_in_4bit": True, "quant_method": BNB},
+    }  # fmt: skip
+    toys.write_json(tmp_path / "base" / "config.json", config)
+    factors = toys.lora(f"{experts}.down_projs.1", 4608, 2048)
+    adapter = toys.write_adapter(tmp_path / "a", factors, target_modules=["down_projs.1"])
+    with pytest.raises(MemoryCapError) as caught:
+        regraft.plan(tmp_path / "base", adapter, max_memory="240MiB")
+    (needed,) = re.findall(r"--max-memory (\d+)MiB$", caught.value.problems[0].hint)
+    cap = int(needed) * MIB
+    inputs = (tmp_path / "base", adapter, tmp_path / "out")
+    assert peak_of_call("merge", *inputs, cap=cap, undo=False) <= cap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import regraft
 from merging import toys
 from merging.quantized_bases import four_bit, int8
 from merging.toys import draw, lora, write_adapter
+from regraft.adapters.fingerprint import KEY, Fingerprint, places_of
 from regraft.errors import MismatchError
 from regraft.merging import quantized, stacking
 
@@ -296,6 +298,27 @@ def test_a_router_in_a_linear_layer_is_the_router(
         regraft.merge(into, adapter, tmp_path / f"{number}")
         found = loaded(tmp_path / f"{number}")[f"{ROUTER}.weight"].float().numpy()
         np.testing.assert_allclose(found, expected, rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_fingerprint_of_the_published_model_is_compared(
+    model: Path, base: Path, tmp_path: Path, same: bool
+) -> None:
+    """Also by the merge at load, which sees the stacks."""
+    names = [f"{MOE}.{stack}" for stack in SIZES]
+    there = load_file(model / "model.safetensors")
+    values = [(there[n] if same else -there[n]).float().numpy() for n in names]
+    taken = tuple(value.ravel()[places_of(value.size)] for value in values)
+    text = Fingerprint({n: tuple(there[n].shape) for n in names}, taken, coded=False).to_text()
+    adapter = of_attention(tmp_path / "a")
+    path = adapter / "adapter_model.safetensors"
+    save_file(load_file(path), path, {"format": "pt", KEY: text})
+    for call in (regraft.check, regraft.load_merged):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", regraft.BaseMismatchWarning)
+            call(base, adapter)
+        found = [w for w in caught if issubclass(w.category, regraft.BaseMismatchWarning)]
+        assert bool(found) is not same
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ next ones are asked for. All threads that wait for it decode it together.
 
 from __future__ import annotations
 
+import math
+import mmap
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,11 +78,15 @@ class StackingSource:
             each, done = stack.band_rows * width, 0
             while done < values.size:
                 band, begin = divmod(first + done, each)
-                with self._bands.holding(stack, number, band) as held:
-                    held.fill(self._plain)
-                    there = held.values.reshape(-1)[begin : begin + values.size - done]
-                    values[done : done + there.size] = there
-                done += there.size
+                done += self._copy(stack, number, band, begin, values[done:])
+
+    def _copy(self, stack: Stack, number: int, band: int, begin: int, values: Words) -> int:
+        """Take values from a band, as many as it has; return how many these are."""
+        with self._bands.holding(stack, number, band) as held:
+            held.fill(self._plain)
+            there = held.values.reshape(-1)[begin : begin + values.size]
+            values[: there.size] = there
+            return there.size
 
     def _read_few(self, stack: Stack, number: int, first: int, part: Bytes) -> None:
         member, item = stack.members[number], stack.spec.itemsize
@@ -202,7 +208,7 @@ class _Bands:
             self._changed.wait_for(lambda: key in self._held or self._made_room(stack.band_bytes))
             held = self._held.pop(key, None)
             if held is None:
-                held = _Band(stack, number, first, np.empty(shape, f"u{stack.spec.itemsize}"))
+                held = _Band(stack, number, first, _mapped(shape, stack.spec.itemsize))
             self._held[key] = held  # behind those that were used before
             held.users += 1
             return held
@@ -225,3 +231,10 @@ class _Bands:
             for key in [k for k, band in self._held.items() if k[0] == name and not band.users]:
                 del self._held[key]
             self._changed.notify_all()
+
+
+def _mapped(shape: tuple[int, int], item: int) -> Words:
+    """Return memory that goes back to the system with the array: malloc would hold on to it."""
+    memory = mmap.mmap(-1, max(math.prod(shape) * item, 1))
+    values: Words = np.frombuffer(memory, f"u{item}", math.prod(shape)).reshape(shape)
+    return values
