@@ -33,7 +33,7 @@ demo: $(VENV)/.model
 	$(VENV)/bin/regraft demo --dir .demo
 
 test: $(VENV)/.model
-	$(PY) -m pytest -n auto -q tests
+	$(PY) -m pytest -n auto --dist worksteal -q tests
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

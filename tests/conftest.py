@@ -7,6 +7,7 @@ only at the file that a compiled function is in, and not at what it is made of.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -30,6 +31,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
+    """Leave out of all garbage collections what was imported so far: millions of objects."""
+    _interpret_bitsandbytes()
+    gc.collect()
+    gc.freeze()
+
+
+def _interpret_bitsandbytes() -> None:
     """Have bitsandbytes run as it is written: it would compile its code anew for every size.
 
     It does so itself from the ninth size on.
