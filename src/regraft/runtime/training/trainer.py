@@ -108,7 +108,7 @@ def _holder(adapter: LiveAdapter, base: LiveBase) -> nn.Module:
     An optimizer's state goes by the order of parameters; so a run that PEFT began can go on here,
     and the other way round.
     """
-    holder = nn.Module()
+    holder = _Holder(adapter.name)
     for key in in_order_of_peft(adapter.tensors, list(base.modules)):
         tensor = adapter.tensors[key]
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
@@ -270,13 +270,34 @@ def check_whole(twin: nn.Module, holder: Any, adapter: LiveAdapter) -> None:
     )
     parted = any(hasattr(each, "ds_id") and not each.numel() for each in adapter.tensors.values())
     if replaced or gone or parted or _has_sharded_layers(twin):
-        raise UnsupportedError(
-            "an adapter cannot be trained sharded over processes", where=repr(adapter.name),
-            found="fully_shard, FullyShardedDataParallel or DeepSpeed's stage 3",
-            hint="Train with DistributedDataParallel (torchrun or accelerate launch without FSDP; "
-            "DeepSpeed's stage 1 or 2): only the adapter has gradients and an optimizer's state. "
-            "If the base does not fit on one device, load it in 4 bits",
-        )  # fmt: skip
+        raise _sharded(adapter.name)
+
+
+def _sharded(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        "an adapter cannot be trained sharded over processes", where=repr(name),
+        found="fully_shard, FullyShardedDataParallel or DeepSpeed's stage 3",
+        hint="Train with DistributedDataParallel (torchrun or accelerate launch without FSDP; "
+        "DeepSpeed's stage 1 or 2): only the adapter has gradients and an optimizer's state. "
+        "If the base does not fit on one device, load it in 4 bits",
+    )  # fmt: skip
+
+
+class _Holder(nn.Module):
+    """Has an adapter's trained tensors as its parameters, by PEFT's keys."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse other parameters, which FullyShardedDataParallel would put here.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        del name, param
+        raise _sharded(self._name)
 
 
 def _has_sharded_layers(twin: nn.Module) -> bool:
