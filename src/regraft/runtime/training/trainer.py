@@ -283,7 +283,7 @@ def _sharded(name: str) -> UnsupportedError:
     )  # fmt: skip
 
 
-class _Holder(nn.Module):
+class _Holder(nn.Module):  # type: ignore[misc]
     """Has an adapter's trained tensors as its parameters, by PEFT's keys."""
 
     def __init__(self, name: str) -> None:
