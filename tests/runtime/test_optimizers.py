@@ -138,6 +138,21 @@ class Preferences:
         model.add_model_tags(["trl", "dpo"])
 
 
+class Rewards:
+    """As GRPOTrainer: the reference is loaded by name, and cannot be given."""
+
+    def __init__(self, model: Any) -> None:
+        self.ref_model = object()
+        model.add_model_tags(["trl", "grpo"])
+
+
+def test_a_trainer_that_takes_no_reference_gets_another_way_on(tmp_path: Path) -> None:
+    going_on = regraft.attach(model(), started(tmp_path / "a"), is_trainable=True).for_trainer()
+    with pytest.raises(UsageError, match=r"Rewards.*beta=0\.0.*regraft\.merge") as caught:
+        Rewards(going_on)
+    assert "ref_model=" not in str(caught.value)
+
+
 def test_a_reference_that_is_not_the_start_of_the_run_is_refused(tmp_path: Path) -> None:
     going_on = regraft.attach(model(), started(tmp_path / "a"), is_trainable=True).for_trainer()
     with pytest.raises(UsageError, match=r"Preferences.*reference.*load_merged"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import distributed
-from torch.distributed.fsdp import fully_shard
+from torch import distributed, multiprocessing
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import regraft
 
@@ -64,3 +65,48 @@ def test_a_model_copied_to_each_process_is_trained() -> None:
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert gradients
     assert all(gradient is not None for gradient in gradients)
+
+
+def wrapped(model: Any, mesh: Any) -> Any:
+    del mesh
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def of_two(rank: int, folder: str) -> None:
+    """Try each way to shard in one of two processes; write down what became of it."""
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    mesh, found, ids = distributed.init_device_mesh("cpu", (2,)), {}, torch.arange(6).reshape(1, 6)
+    for shard in (all_of_it, its_layers, wrapped):
+        torch.manual_seed(0)
+        try:
+            model = shard(twin(), mesh)
+            model(input_ids=ids, labels=ids)
+            found[shard.__name__] = "trained"
+        except Exception as error:
+            found[shard.__name__] = f"{type(error).__name__}: {error}"
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(twin())
+    model(input_ids=ids + rank, labels=ids + rank).loss.backward()
+    found["gradients"] = {n: p.grad for n, p in model.module.named_parameters() if p.requires_grad}
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_two_processes_are_refused_or_train_as_one(tmp_path: Path) -> None:
+    processes = multiprocessing.start_processes(of_two, (str(tmp_path),), 2, join=False,
+                                                start_method="fork")  # fmt: skip
+    while not processes.join(timeout=60):
+        pass
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for found in both:
+        for shard in (all_of_it, its_layers, wrapped):
+            assert "DistributedDataParallel" in found[shard.__name__], found[shard.__name__]
+    ids = torch.arange(6).reshape(1, 6)
+    torch.manual_seed(0)
+    alone = twin()
+    sum(alone(input_ids=ids + at, labels=ids + at).loss / 2 for at in range(2)).backward()
+    expected = {n: p.grad for n, p in alone.named_parameters() if p.requires_grad}
+    for found in both:
+        torch.testing.assert_close(found["gradients"], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 import regraft
-from regraft.errors import UsageError
+from regraft.errors import MismatchError, UsageError
 from regraft.runtime.training.new_adapter import LoraConfig
 from regraft.runtime.training.trainer import trainer_model
 from regraft.testing import zoo
@@ -309,3 +310,60 @@ def test_a_model_that_is_none_of_transformers_is_trained_too(tmp_path: Path) -> 
     run("killed", killed=True)
     resumed = adapter_of(run("killed", resume=True))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+# -- runs that PEFT began --------------------------------------------------------------------------
+
+
+BEGUN: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"target_modules": ["v_proj", "q_proj", "embed_tokens"], "use_dora": True}),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"],
+               "trainable_token_indices": [1, 5]}),
+    ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["ln_f", "ln_1"]}),
+    ("qwen3_moe", {"target_modules": ["q_proj"],
+                   "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+]  # fmt: skip
+
+
+def run_of(model: Any, out: Path) -> Trainer:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, 50, (8,), generator=generator) for _ in range(8)]
+    args = TrainingArguments(
+        str(out), max_steps=4, save_steps=2, per_device_train_batch_size=2, logging_steps=1,
+        report_to="none", use_cpu=True, learning_rate=0.02, weight_decay=0.3, disable_tqdm=True,
+    )  # fmt: skip
+    return Trainer(model, args, train_dataset=[{"input_ids": x, "labels": x} for x in ids])
+
+
+def logged(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(("architecture", "config"), BEGUN, ids=lambda value: str(value)[:40])
+def test_a_run_that_peft_began_goes_on_with_its_optimizer(
+    tmp_path: Path, architecture: str, config: dict[str, Any]
+) -> None:
+    config = {"r": 4, **config}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(make_model(architecture), peft.LoraConfig(**copy.deepcopy(config)))
+        whole = run_of(theirs, tmp_path / "theirs")
+        whole.train()
+        checkpoint = tmp_path / "theirs" / "checkpoint-2"
+        adapters = regraft.attach(make_model(architecture), config, "mine")
+        trainer = run_of(adapters.for_trainer(checkpoint=checkpoint), tmp_path / "ours")
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(trainer) == pytest.approx(logged(whole), abs=2e-3)
+    assert len(logged(trainer)) == 4
+
+
+def test_a_run_of_another_config_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    theirs = get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path)
+    adapters = regraft.attach(
+        make_model("llama"), {"lora_alpha": 3, "target_modules": ["v_proj"]}, "mine"
+    )
+    with pytest.raises(MismatchError) as caught:
+        adapters.for_trainer(checkpoint=tmp_path)
+    assert all(part in str(caught.value) for part in ("'lora_alpha'", "q_proj", "v_proj"))
+    assert not (tmp_path / "model.safetensors").exists()

@@ -537,7 +537,9 @@ class Adapters:
         for _, parameter in self.named_parameters():
             yield parameter
 
-    def for_trainer(self, name: str | None = None) -> nn.Module:
+    def for_trainer(
+        self, name: str | None = None, *, checkpoint: str | Path | None = None
+    ) -> nn.Module:
         """Return what to give to ``transformers.Trainer(model=...)`` to train an adapter.
 
         It is of the model's class and runs in its modules; see
@@ -545,13 +547,15 @@ class Adapters:
 
         Args:
             name: the adapter to train; by default the only one that is trainable.
+            checkpoint: one that a run with PEFT has left, if it is to go on from there.
 
         Raises:
             UsageError: no adapter is trainable, several are, or the one to train does not answer.
+            MismatchError: the checkpoint is another adapter's.
         """
         from regraft.runtime.training.trainer import trainer_model
 
-        twin: nn.Module = trainer_model(self, name)
+        twin: nn.Module = trainer_model(self, name, checkpoint)
         return twin
 
     def save_pretrained(self, folder: str | Path, name: str | None = None, **options: Any) -> Path:

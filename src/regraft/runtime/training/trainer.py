@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from regraft.adapters.wrappers import PREFIX
 from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.output import out_path
 from regraft.runtime.handle import Adapters
@@ -26,13 +26,16 @@ from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
 from regraft.runtime.saving.saved import of_live, write_saved
 from regraft.runtime.training.as_peft import in_order_of_peft, names_in_peft
+from regraft.runtime.training.checkpoints import complete, write_for_trainer
 
 _PARAMETERS = "regraft_adapter"
-_CHECKPOINT, _WEIGHTS = "checkpoint-", "model.safetensors"
-"""What Trainer calls its checkpoints, and the weights that it looks for in them."""
+_CHECKPOINT = "checkpoint-"
+"""What Trainer calls its checkpoints."""
 
 
-def trainer_model(adapters: Adapters, name: str | None = None) -> Any:
+def trainer_model(
+    adapters: Adapters, name: str | None = None, checkpoint: str | Path | None = None
+) -> Any:
     """Return what to give to ``transformers.Trainer(model=...)`` to train a live adapter.
 
     It runs as the model does, in the same modules, and is of its class. Trainer finds the adapter's
@@ -44,11 +47,17 @@ def trainer_model(adapters: Adapters, name: str | None = None) -> Any:
     Args:
         adapters: what ``attach`` returned.
         name: the adapter to train; the only one that is trainable if None.
+        checkpoint: of a run that PEFT began and that is to go on: the file that Trainer looks for
+            is added to it.
 
     Raises:
         UsageError: no adapter is trainable, several are, or the one to train does not answer.
+        MismatchError: the checkpoint is another adapter's.
+        AdapterError, MissingFileError: the checkpoint holds no adapter.
     """
     adapter = _chosen(adapters, name)
+    if checkpoint is not None:
+        complete(Path(checkpoint), adapter)
     base: Any = adapters.base.model
     make: Any = type
     names = {"__module__": type(base).__module__}
@@ -99,12 +108,26 @@ def _holder(adapter: LiveAdapter, base: LiveBase) -> nn.Module:
     An optimizer's state goes by the order of parameters; so a run that PEFT began can go on here,
     and the other way round.
     """
-    holder = nn.Module()
+    holder = _Holder(adapter.name)
     for key in in_order_of_peft(adapter.tensors, list(base.modules)):
         tensor = adapter.tensors[key]
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-            holder._parameters[key] = tensor  # register_parameter takes no names with dots
+            # register_parameter takes no names with dots
+            holder._parameters[_NORM * _is_of_norm(key, base) + key] = tensor
     return holder
+
+
+_NORM = "norm."
+"""Begins the names of the copies of layer norms.
+
+Trainer lets no weight decay touch a LayerNorm, which it knows by the class of the module. Here
+there is no such module; it knows them by this name too.
+"""
+
+
+def _is_of_norm(key: str, base: LiveBase) -> bool:
+    path = key.removeprefix(PREFIX).rpartition(".")[0]
+    return isinstance(base.modules.get(path), nn.LayerNorm)
 
 
 def _only_adapters(twin: Any, keys: _IncompatibleKeys) -> None:
@@ -221,7 +244,7 @@ class _Twin(nn.Module):  # type: ignore[misc]
         folder = out_path(save_directory)
         write_saved(saved.with_tensors(tensors), folder)
         if folder.absolute().name.startswith(_CHECKPOINT):
-            _write_for_trainer(adapter, tensors, folder / _WEIGHTS)
+            write_for_trainer(adapter, tensors, folder)
 
 
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
@@ -238,19 +261,43 @@ def check_whole(twin: nn.Module, holder: Any, adapter: LiveAdapter) -> None:
     Raises:
         UnsupportedError: it is.
     """
-    replaced = any(adapter.tensors[key] is not value for key, value in holder._parameters.items())
+    replaced = any(
+        adapter.tensors[key.removeprefix(_NORM)] is not value
+        for key, value in holder._parameters.items()
+    )
     gone = len(holder._parameters) < sum(
         isinstance(each, nn.Parameter) and each.requires_grad for each in adapter.tensors.values()
     )
     parted = any(hasattr(each, "ds_id") and not each.numel() for each in adapter.tensors.values())
     if replaced or gone or parted or _has_sharded_layers(twin):
-        raise UnsupportedError(
-            "an adapter cannot be trained sharded over processes", where=repr(adapter.name),
-            found="fully_shard, FullyShardedDataParallel or DeepSpeed's stage 3",
-            hint="Train with DistributedDataParallel (torchrun or accelerate launch without FSDP; "
-            "DeepSpeed's stage 1 or 2): only the adapter has gradients and an optimizer's state. "
-            "If the base does not fit on one device, load it in 4 bits",
-        )  # fmt: skip
+        raise _sharded(adapter.name)
+
+
+def _sharded(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        "an adapter cannot be trained sharded over processes", where=repr(name),
+        found="fully_shard, FullyShardedDataParallel or DeepSpeed's stage 3",
+        hint="Train with DistributedDataParallel (torchrun or accelerate launch without FSDP; "
+        "DeepSpeed's stage 1 or 2): only the adapter has gradients and an optimizer's state. "
+        "If the base does not fit on one device, load it in 4 bits",
+    )  # fmt: skip
+
+
+class _Holder(nn.Module):  # type: ignore[misc]
+    """Has an adapter's trained tensors as its parameters, by PEFT's keys."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse other parameters, which FullyShardedDataParallel would put here.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        del name, param
+        raise _sharded(self._name)
 
 
 def _has_sharded_layers(twin: nn.Module) -> bool:
@@ -283,9 +330,18 @@ def _check_reference(local: Mapping[str, Any], adapter: LiveAdapter) -> None:
         "the reference model of this trainer is the base without the adapter that the run begins "
         "with", where=type(local["self"]).__name__, expected="the model that training begins with",
         found="the base, loaded by its name",
-        hint="Pass ref_model=regraft.load_merged(base, adapter), or another model with the same "
-        "adapter attached; or let TRL compute the reference first (precompute_ref_log_probs=True)",
+        hint=_WITH_REFERENCE if "ref_model" in local else _WITHOUT_REFERENCE,
     )  # fmt: skip
+
+
+_WITH_REFERENCE = (
+    "Pass ref_model=regraft.load_merged(base, adapter), or another model with the same adapter "
+    "attached; or let TRL compute the reference first (precompute_ref_log_probs=True)"
+)
+_WITHOUT_REFERENCE = (  # as GRPOTrainer and RLOOTrainer, which take none
+    "This trainer takes no reference model: set beta=0.0, which needs none, or merge first "
+    "(regraft.merge(base, adapter, OUT)) and train a new adapter on OUT"
+)
 
 
 def _is_trained(adapter: LiveAdapter) -> bool:
@@ -294,18 +350,3 @@ def _is_trained(adapter: LiveAdapter) -> bool:
         return False
     ends = (".lora_B.weight", ".lora_embedding_A")
     return any(bool(t.any()) for key, t in adapter.tensors.items() if key.endswith(ends))
-
-
-def _write_for_trainer(
-    adapter: LiveAdapter, tensors: Mapping[str, torch.Tensor], path: Path
-) -> None:
-    """Write an adapter's tensors by the names that PEFT's model has for them.
-
-    Trainer looks for this file, and gives what is in it to the model's ``load_state_dict``: to the
-    twin's, or to that of a ``PeftModel`` if the run goes on with PEFT.
-    """
-    names = names_in_peft(adapter)
-    plain = {names[key]: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-    new = path.with_name(f".{path.name}.new")
-    save_file(plain, new, metadata={"format": "pt"})
-    new.replace(path)
