@@ -66,7 +66,9 @@ def test_merging_it_is_refused_for_what_it_is(served: tuple[nn.Module, Any, Path
 def test_dora_on_it_is_refused_without_the_advice_to_attach_it(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["conv"], use_dora=True)
     peft.get_peft_model(Grouped(), config).save_pretrained(tmp_path)
-    with pytest.raises(regraft.MismatchError, match="DoRA on a grouped convolution is not") as error:
+    with pytest.raises(
+        regraft.MismatchError, match="DoRA on a grouped convolution is not"
+    ) as error:
         regraft.attach(Grouped(), tmp_path)
     assert "train without DoRA" in str(error.value)
     assert "regraft.attach" not in str(error.value)
