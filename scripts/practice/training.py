@@ -185,6 +185,7 @@ def _stopped_early(_: Any) -> Settings:
 
 RUNS: dict[str, Run] = {
     "bfloat16 autocast": Run(arguments={"bf16": True}, tolerance=0.02),
+    "float16 autocast": Run(arguments={"fp16": True}, tolerance=0.02),
     "base in bfloat16": Run(prepared=lambda model: model.to(torch.bfloat16), tolerance=0.02),
     "base in float16": Run(prepared=lambda model: model.to(torch.float16), tolerance=0.02),
     "a loss of its own": Run(trainer=Smoothed),
@@ -276,8 +277,8 @@ def _in_folder(way: Callable[[Path], None]) -> Callable[[], None]:
     return attempt
 
 
-def _ours(run: Run, folder: Path) -> Any:
-    return run.ours(folder / "start")[1].for_trainer()
+def _ours(run: Run, folder: Path, checkpoint: Path | None = None) -> Any:
+    return run.ours(folder / "start")[1].for_trainer(checkpoint=checkpoint)
 
 
 def _resumed(folder: Path) -> None:
@@ -334,11 +335,11 @@ def _handed_over(folder: Path, *, to_peft: bool) -> None:
     start = run.start(folder)
     whole = run.trained(run.theirs(start), folder / "whole")
     begun = Run(arguments=SAVED, options=lambda _: {"callbacks": [Stopping()]})
-    first, second = run.theirs(start), _ours(run, folder)
-    first, second = (second, first) if to_peft else (first, second)
-    begun.trained(first, folder / "run")
+    left = folder / "run" / "checkpoint-4"
+    begun.trained(_ours(run, folder) if to_peft else run.theirs(start), folder / "run")
+    second = run.theirs(start) if to_peft else _ours(run, folder, left)
     again = run.trainer_of(second, folder / "run")
-    again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
+    again.train(resume_from_checkpoint=str(left))
     run.compare(again, whole)
 
 
