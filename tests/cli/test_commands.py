@@ -59,6 +59,7 @@ def test_merge_passes_everything_on_as_it_was_typed(run: Run, fake_api: FakeApi)
         "seed": 0,
         "double_quant": False,
         "trained_on": None,
+        "peft_version": None,
         "undo": None,
         "keep_adapter": True,
         "token": "hf_secret",
@@ -154,6 +155,7 @@ def test_a_dry_run_prints_the_plan_and_needs_no_output(run: Run, fake_api: FakeA
         "rounding": None,
         "seed": 0,
         "double_quant": False,
+        "peft_version": None,
         "max_memory": "512MiB",
         "threads": None,
         "overwrite": False,
@@ -183,6 +185,7 @@ def test_check_says_yes_with_0(run: Run, fake_api: FakeApi) -> None:
     assert check.arguments == ("base", ["a=2", "b"])
     assert check.named == {
         "dtype": "float32",
+        "peft_version": None,
         "quantize": None,
         "max_memory": "512MiB",
         "token": None,

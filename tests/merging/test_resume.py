@@ -745,6 +745,7 @@ def test_work_that_was_not_even_begun_leaves_what_is_kept(expected: dict[str, An
     Path("../merged/regraft/undo/undo.json").write_text(
         Path("../merged/regraft/undo/undo.json").read_text().replace('"plan": "', '"plan": "0')
     )
+    toys.reseal(Path("../merged"))
     with pytest.raises(regraft.UnsupportedError):
         regraft.swap("../merged", "../other", "out")
     left = {name: content for name, content in tree(Path(WORK)).items() if name[:4] != "base"}

@@ -6,20 +6,27 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from blake3 import blake3
 from safetensors.numpy import save_file
 
 import regraft
 from merging import toys
-from merging.toys import EMBED, HIDDEN, Q0, VOCAB, tree, write_adapter, write_base, write_json
+from merging.toys import (
+    EMBED,
+    HIDDEN,
+    Q0,
+    VOCAB,
+    reseal,
+    tree,
+    write_adapter,
+    write_base,
+    write_json,
+)
 from regraft.errors import FormatError, InputError, MismatchError, UnsupportedError, UsageError
-from regraft.merging.receipt import read_receipt, receipt_bytes
 
 UNDO = "regraft/undo"
 RECEIPT = "regraft/receipt.json"
@@ -268,17 +275,6 @@ def other_weights(model: Path) -> None:
 
 def edit_side_file(model: Path) -> None:
     write_json(model / "tokenizer.json", {})
-
-
-def reseal(model: Path) -> None:
-    """Let the receipt speak of the undo's files as they are, as somebody could who means harm."""
-    receipt = read_receipt(model / RECEIPT)
-    there = [path for path in (model / UNDO).rglob("*") if path.is_file()]
-    digests = {
-        path.relative_to(model).as_posix(): blake3(path.read_bytes()).hexdigest() for path in there
-    }
-    changed = replace(receipt, files={**receipt.files, **digests})
-    (model / RECEIPT).write_bytes(receipt_bytes(changed))
 
 
 def edit_adapter_config(model: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from blake3 import blake3
 from safetensors.numpy import load_file, save_file
+
+from regraft.merging.receipt import read_receipt, receipt_bytes
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -166,3 +170,14 @@ def tree(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def reseal(model: Path) -> None:
+    """Let the receipt speak of the undo's files as they are, as somebody could who means harm."""
+    receipt = read_receipt(model / "regraft/receipt.json")
+    there = [path for path in (model / "regraft/undo").rglob("*") if path.is_file()]
+    digests = {
+        path.relative_to(model).as_posix(): blake3(path.read_bytes()).hexdigest() for path in there
+    }
+    changed = replace(receipt, files={**receipt.files, **digests})
+    (model / "regraft/receipt.json").write_bytes(receipt_bytes(changed))

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -326,3 +327,72 @@ def test_velora_is_served_and_not_trained(tmp_path: Path) -> None:
     inputs = example_inputs("llama")
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, theirs(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"), [("all-linear", "'all-linear'"), (["q_proj", "down_proj"], "'down_proj'")]
+)
+def test_experts_that_names_of_modules_do_not_reach_are_told_of(targets: Any, told: str) -> None:
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=32, num_experts=2,
+        num_experts_per_tok=1,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config)
+    with pytest.warns(UserWarning, match=f"stacks.*{told}.*experts.down_proj"):
+        regraft.attach(model, regraft.LoraConfig(r=2, target_modules=targets))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = transformers.Qwen3MoeForCausalLM(config)
+        regraft.attach(again, regraft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def _tied() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+    ))  # fmt: skip
+
+
+SHARED = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+
+
+def test_what_two_sides_of_a_tie_share_is_trained_once() -> None:
+    handle = regraft.attach(_tied(), regraft.LoraConfig(r=2, target_modules=["q_proj"], **SHARED))
+    found = list(handle.parameters())
+    assert len(found) == len({id(parameter) for parameter in found})
+    assert len(found) == len(list(handle.named_parameters()))
+
+
+@pytest.mark.parametrize("fields", [SHARED, {"target_modules": ["q_proj", "embed_tokens"],
+                                             "ensure_weight_tying": True}])  # fmt: skip
+def test_a_tie_that_goes_on_in_training_is_saved_as_one(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    config = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False} | fields
+    first = _tied()
+    regraft.attach(first, regraft.LoraConfig(**config))
+    regraft.save(first, tmp_path / "first")
+    model = _tied()
+    handle = regraft.attach(model, tmp_path / "first", is_trainable=True)
+    optimizer, ids = torch.optim.SGD(handle.parameters(), lr=0.3), torch.arange(8).view(1, 8)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    regraft.save(model, tmp_path / "second")
+    with torch.no_grad():
+        wanted = model.eval()(ids).logits
+        other = _tied()
+        regraft.attach(other, tmp_path / "second")
+        assert torch.allclose(other.eval()(ids).logits, wanted, atol=1e-6)
+        loaded = peft.PeftModel.from_pretrained(_tied(), tmp_path / "second").eval()
+        assert torch.allclose(loaded(ids).logits, wanted, atol=1e-5)
+
+
+def test_other_rows_for_the_two_sides_of_a_tie_are_refused() -> None:
+    rows = {"lm_head": [1, 2], "embed_tokens": [3]}
+    with pytest.raises(regraft.UnsupportedError, match="other rows for the two sides of a tie"):
+        regraft.attach(_tied(), regraft.LoraConfig(r=2, target_modules=["q_proj"],
+                                                   trainable_token_indices=rows))  # fmt: skip

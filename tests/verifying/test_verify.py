@@ -337,6 +337,34 @@ def test_another_adapter_in_its_place_is_not_taken_for_it(trio: Path) -> None:
     assert "this is not the adapter that was merged" in _said(report)
 
 
+def test_a_bit_of_the_base_that_changed_is_not_called_rounding(trio: Path) -> None:
+    path = trio / "base" / FIRST
+    flip(path, path.stat().st_size - 2, 0)
+    report = regraft.verify(trio / "out")
+    assert report.verdict == "exact"
+    assert f"{trio}/base is not the base that was merged any more" in _said(report)
+
+
+def test_what_is_named_and_is_not_what_the_receipt_has_is_told(trio: Path) -> None:
+    factors = toys.lora("a", 2, 3, rank=1, seed=5)
+    other = toys.write_adapter(trio / "other", factors, r=1, target_modules=["a"])
+    report = regraft.verify(trio / "out", base=trio / "base", adapters=other)
+    assert report.verdict == "different"
+    told = f"{other} is not the adapter that the receipt has, {trio}/adapter"
+    assert told in _said(report)
+    assert "is not the base" not in _said(report)
+    weights = {n: toys.draw(2, 3, seed=9, dtype=toys.BF16) for n in ("a.weight", "b.weight")}
+    base = toys.write_base(trio / "b2", weights, {"dtype": "bfloat16"})
+    report = regraft.verify(trio / "out", base=base, adapters=trio / "adapter")
+    assert f"{base} is not the base that the receipt has, {trio}/base" in _said(report)
+
+
+def test_a_pipe_where_the_base_was_is_not_waited_for(trio: Path) -> None:
+    shutil.rmtree(trio / "base")
+    os.mkfifo(trio / "base")
+    assert "the merge was not done again" in _said(regraft.verify(trio / "out"))
+
+
 def test_a_damaged_copy_of_an_adapter_is_a_difference(trio: Path) -> None:
     (config,) = (trio / "out/regraft/undo").rglob("adapter_config.json")
     config.write_text(config.read_text().replace('"r": 1', '"r": 8'))

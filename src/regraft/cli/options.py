@@ -44,13 +44,11 @@ def base_named(
     """
     if adapters:
         return base, adapters
-    from pathlib import Path
-
     from regraft.formats.layout import looks_like
-    from regraft.formats.reading import is_there
+    from regraft.formats.reading import expanded, is_there
     from regraft.merging.recipe import base_named_by, parse_adapters
 
-    path = Path(parse_adapters(base)[0][0]).expanduser()
+    path = expanded(parse_adapters(base)[0][0])
     if is_there(path) and looks_like(path) in ("checkpoint", "merged", "gguf"):
         raise click.UsageError("Missing argument 'ADAPTER[=WEIGHT]...': what to merge into it.")
     found = base_named_by(parse_adapters(base), token)

@@ -18,7 +18,7 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.formats.problems import quoted
-from regraft.formats.reading import access_error, typed_os_errors
+from regraft.formats.reading import access_error, expanded, typed_os_errors
 from regraft.formats.reference import (
     Reference,
     cached_id,
@@ -97,7 +97,7 @@ def locate(source: str | Path, *, kind: Kind, token: str | None = None) -> Locat
         InputError: no such path, no such model or revision, or no right to it.
         EnvironmentShortfall: the Hub cannot be reached and the cache does not hold the model.
     """
-    path = _expanded(source)
+    path = expanded(source)
     with typed_os_errors(path):
         exists = path.exists()
         if exists and (snapshot := cached_snapshot(path)) != path:
@@ -134,13 +134,6 @@ def _inside(folder: Path, reference: Reference) -> Path:
         found=quoted(reference.subfolder),
         hint=f"See https://huggingface.co/{reference.repo_id}/tree/{reference.revision or 'main'}",
     )
-
-
-def _expanded(source: str | Path) -> Path:
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # "~name" of somebody who is not known here
-        return Path(source)
 
 
 def _no_such_path(path: Path) -> InputError:

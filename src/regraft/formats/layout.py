@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from regraft.errors import RegraftError
+from regraft.formats.reading import open_regular
 from regraft.formats.safetensors import read_header
 
 Looks = Literal[
@@ -117,9 +119,9 @@ def is_gguf(path: Path) -> bool:
     if path.suffix == ".gguf":
         return True
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:  # which waits for no pipe
             return file.read(4) == b"GGUF"
-    except OSError:
+    except (OSError, RegraftError):
         return False
 
 

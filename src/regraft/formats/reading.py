@@ -37,6 +37,11 @@ def access_error(path: Path, error: OSError) -> AccessError:
     )
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with ``~`` as the home; ``~name`` of somebody who is not known here stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (Path.expanduser raises)
+
+
 def is_there(path: str | Path) -> bool:
     """Whether a path exists; not, if it is one that no file can have, as a name that is too long.
 

@@ -20,7 +20,7 @@ from regraft.formats.checkpoint import AdapterFiles
 Orientation = bool
 """Whether a stack is stored (experts, in, out) as seen from its factors A (.., in), B (out, ..)."""
 
-_VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)", re.DOTALL)
+_VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?(?!\d)(.*)", re.DOTALL)
 _LAST_OLD, _FIRST_NEW = (0, 18), (0, 19, 1)
 
 WAY_ON = (
@@ -87,10 +87,10 @@ def check_version(version: str | None) -> None:
     Raises:
         UsageError: it is no release, or one that made both.
     """
-    if version is not None and _release(version) is None:
+    if version is not None and (not isinstance(version, str) or _release(version) is None):
         raise UsageError(
             "no release of PEFT that turns stacks of experts one way", where="--peft-version",
-            expected="such as 0.18.0, or 0.19.1 for any later one", found=version,
+            expected="such as 0.18.0, or 0.19.1 for any later one", found=repr(version)[:40],
         )  # fmt: skip
 
 

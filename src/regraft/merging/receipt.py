@@ -19,6 +19,7 @@ from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import quoted
 from regraft.formats.reading import typed_os_errors
 from regraft.merging.sidefiles import json_bytes
+from regraft.quant.weight import FORMATS, ROUNDINGS
 
 RECEIPT_FORMAT = 1
 """Version of the JSON layout of ``regraft/receipt.json``."""
@@ -280,6 +281,8 @@ def read_receipt(path: Path) -> Receipt:
         receipt: Receipt = _decode(value, Receipt, "receipt")
     except ValueError as error:
         raise _unreadable(path, str(error)) from None
+    if problem := _unknown_option(receipt.options):
+        raise _unreadable(path, problem)
     if receipt.receipt != RECEIPT_FORMAT:
         raise _unreadable(path, f"version {receipt.receipt} of its layout")
     if digest is None and (receipt.files or receipt.headers):
@@ -294,6 +297,16 @@ def read_receipt(path: Path) -> Receipt:
             hint="A byte of it has changed since; what it says cannot be trusted",
         )
     return receipt
+
+
+def _unknown_option(options: Mapping[str, Any]) -> str:
+    """Return the first choice that no regraft of this layout knows; "" if all are known."""
+    known = {"quantize": ("keep", *FORMATS), "rounding": ROUNDINGS}
+    for name, values in known.items():
+        if options.get(name) is not None and options[name] not in values:
+            return f"{name} {quoted(options[name])}"
+    seed = options.get("seed", 0)
+    return "" if type(seed) is int and 0 <= seed < 2**63 else "a seed that is none"
 
 
 def _unreadable(path: Path, found: str) -> FormatError:
@@ -338,9 +351,18 @@ def _decode(value: Any, kind: Any, where: str) -> Any:
     if kind is Any or (origin is Literal and value in inner):
         return value
     numbers = {int: (int,), float: (int, float), str: (str,)}
-    if origin is None and type(value) in numbers.get(kind, ()):
+    if origin is None and type(value) in numbers.get(kind, ()) and _fits(value, kind):
         return value
     raise ValueError(f"{quoted(value)} at {quoted(where)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a number is one that a float can be, where one is wanted."""
+    try:
+        float(value) if kind is float else None
+    except OverflowError:
+        return False
+    return True
 
 
 _types_of = functools.cache(typing.get_type_hints)

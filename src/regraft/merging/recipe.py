@@ -10,7 +10,7 @@ from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.layout import looks_like
-from regraft.formats.reading import is_there
+from regraft.formats.reading import expanded, is_there
 from regraft.merging.expert_stacks import check_version, with_version
 from regraft.merging.planning import Choices, parse_dtype
 from regraft.merging.quantizing import KEEP
@@ -58,10 +58,10 @@ def refuse_swapped(base: str | Path, adapters: Sequence[tuple[str, float]]) -> N
     Raises:
         UsageError: it does. Of what lies on the Hub nothing is known yet.
     """
-    if len(adapters) != 1 or looks_like(Path(base).expanduser()) != "adapter":
+    if len(adapters) != 1 or looks_like(expanded(base)) != "adapter":
         return
     other = adapters[0][0]
-    if looks_like(Path(other).expanduser()) in ("checkpoint", "merged", "gguf"):
+    if looks_like(expanded(other)) in ("checkpoint", "merged", "gguf"):
         raise UsageError(
             "BASE and ADAPTER are swapped", where=str(base), expected="the base first",
             found=f"an adapter first, and then a model ({other})",
@@ -86,12 +86,12 @@ def _parse_adapter(adapter: AdapterArg) -> tuple[str, float]:
 def _weight(value: float | str, where: str) -> float:
     try:
         weight = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         weight = float("nan")
     if weight != weight or weight in (float("inf"), float("-inf")):
         raise UsageError(
             "an adapter's weight has to be a number", where=where, expected="ADAPTER=WEIGHT",
-            found=f"weight {value!r}", hint="Write for example ./adapter=0.5",
+            found=f"weight {value!r}"[:60], hint="Write for example ./adapter=0.5",
         )  # fmt: skip
     return weight
 
@@ -198,7 +198,7 @@ def _base_of(files: AdapterFiles) -> str:
     name, revision = (files.config.get(k) for k in ("base_model_name_or_path", "revision"))
     if not isinstance(name, str) or not name:
         return ""
-    if is_there(Path(name).expanduser()):
+    if is_there(expanded(name)):
         return name
     if not Path(name).is_absolute() and is_there(files.root / name):
         return str(files.root / name)

@@ -21,6 +21,7 @@ from regraft.errors import FormatError, InputError, MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json_object
+from regraft.formats.layout import RECEIPT
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import open_regular, typed_os_errors
 from regraft.merging.bases import open_base
@@ -327,10 +328,17 @@ def read_manifest(folder: Path) -> Manifest:
         FormatError: ``undo.json`` is not what regraft writes.
     """
     path = folder / UNDO / MANIFEST
+    if not (folder / RECEIPT).is_file() and not path.is_file():
+        raise InputError(
+            "is no model that regraft merged", where=str(folder), expected=f"{RECEIPT} and {UNDO}/",
+            hint="A plain base takes adapters with regraft merge; fetch a merged one with its "
+            "regraft/ subfolder",
+        )  # fmt: skip
     if not path.is_file():
         raise InputError(
             "cannot be un-merged: it keeps no undo patch", where=str(folder), expected=f"{UNDO}/",
-            hint="Merge without --no-undo, or fetch the folder with its regraft/ subfolder",
+            hint="Merge with --undo, which is the default unless weights are put into another "
+            "quantized format; or fetch the folder with its regraft/ subfolder",
         )  # fmt: skip
     value = read_json_object(path, max_bytes=_PATCH_FILES)
     try:

@@ -526,11 +526,11 @@ class Adapters:
     # -- training --------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what is trained: all trainable tensors of all adapters, with PEFT's names."""
-        for adapter in self._library.resident():
-            for key, tensor in adapter.tensors.items():
-                if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                    yield f"{adapter.name}.{key}", tensor
+        """Return what is trained: all trainable tensors of all adapters, with PEFT's names.
+
+        What two sides of a tie share comes once, under the first of its names, as in torch.
+        """
+        return self._library.trained()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what is trained, for an optimizer."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import nn
+
 from regraft.errors import UsageError
 from regraft.runtime.cache import AdapterCache
 from regraft.runtime.leases import Lease
@@ -92,6 +94,19 @@ class Library:
     def resident(self) -> list[LiveAdapter]:
         """Return the adapters that stay in memory."""
         return [held.adapter for held in list(self._held.values())]
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trainable tensors that stay in memory, by the adapter's name and their key.
+
+        What several keys share comes once.
+        """
+        seen: set[int] = set()
+        for adapter in self.resident():
+            for key, tensor in adapter.tensors.items():
+                if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                    if id(tensor) not in seen:
+                        yield f"{adapter.name}.{key}", tensor
+                    seen.add(id(tensor))
 
     def check_new(self, name: str) -> None:
         """Refuse a name that is taken.

@@ -131,10 +131,42 @@ def prepared(
         moved = tensor.to(device=device, dtype=wanted or tensor.dtype)
         trained = not (frozen_b and ".lora_B." in key)
         tensors[key] = nn.Parameter(moved.clone(), trained) if is_trainable else moved
+    if is_trainable and adapter.config.get("ensure_weight_tying"):
+        _tie(tensors, adapter.adapter, base.tied)
     if wanted is None:
         return replace(adapter, tensors=tensors)
     described = adapter_of(adapter.name, adapter.config, tensors, adapter.adapter.source)
     return replace(adapter, tensors=tensors, adapter=described)
+
+
+def _tie(tensors: dict[str, torch.Tensor], adapter: Adapter, tied: Mapping[str, str]) -> None:
+    """Let both sides of a tie be one parameter again; in a file they are two tensors.
+
+    Sides that have come to differ stay two: which of them is right is not known.
+
+    Args:
+        tensors: by key; changed.
+        adapter: what they are.
+        tied: the model's tied parameters, by the name of the other side.
+    """
+    keys = {whole.parameter: whole.spec.name for whole in adapter.whole}
+    for name, owner in tied.items():
+        mine, other = keys.get(name), keys.get(owner)
+        if mine and other and torch.equal(tensors[mine], tensors[other]):
+            tensors[mine] = tensors[other]
+    pairs = {target.module: target for target in adapter.targets}
+    for name, owner in tied.items():
+        head, embedding = (pairs.get(n.removesuffix(".weight")) for n in (name, owner))
+        if head is None or embedding is None or (head.kind, embedding.kind) != _SIDES:
+            continue
+        for factor, of_embedding in ((head.a, embedding.b), (head.b, embedding.a)):
+            turned = tensors[of_embedding.name].t()
+            if torch.equal(tensors[factor.name], turned):
+                tensors[factor.name] = turned
+
+
+_SIDES = ("linear", "embedding")
+"""Kinds of the two sides of a tie: a head, which gets the embedding's factors turned round."""
 
 
 def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

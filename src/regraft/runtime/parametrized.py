@@ -21,7 +21,8 @@ def computed_leaves(module: nn.Module) -> tuple[str, ...]:
     """
     found = list(module.parametrizations) if parametrize.is_parametrized(module) else []
     hooks = getattr(module, "_forward_pre_hooks", {}).values()
-    by_hooks = [getattr(hook, "name", None) for hook in hooks]
+    # torch.nn.utils.prune calls it by another name.
+    by_hooks = [getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks]
     found += [
         name for name in by_hooks
         if isinstance(name, str) and isinstance(module.__dict__.get(name), Tensor)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
-from regraft.errors import FormatError, InputError, RegraftError
+from regraft.errors import FormatError, InputError, MismatchError, RegraftError
 from regraft.formats.checkpoint import AdapterFiles, Checkpoint
 from regraft.formats.hub import locate
 from regraft.formats.layout import RECEIPT
-from regraft.formats.reading import FilePool, is_there
+from regraft.formats.reading import FilePool, expanded, is_there
 from regraft.merging.bases import open_base
 from regraft.merging.expert_stacks import with_version
 from regraft.merging.receipt import InputRecord, Receipt, read_receipt
@@ -33,11 +33,15 @@ class Inputs:
         recipe: base and adapters; None where they are not at hand.
         said: a sentence on where they were found, or why not; "" where all were named.
         record: what the receipt has of the base, where that was not named.
+        files: the adapters' files.
+        receipt: the receipt, if there is one.
     """
 
     recipe: Recipe | None
     said: str = ""
     record: InputRecord | None = None
+    files: tuple[AdapterFiles, ...] = ()
+    receipt: Receipt | None = None
 
 
 def receipt_in(folder: Path) -> Receipt | None:
@@ -75,7 +79,7 @@ def find_inputs(
     checkpoint = open_base(locate(base, kind="base", token=token)) if base is not None else None
     named = open_adapters(adapters, token, version)
     if checkpoint is not None and named:
-        return Inputs((checkpoint, _read(named)))
+        return Inputs((checkpoint, _read(named)), files=_files(named), receipt=receipt)
     if receipt is None or not receipt.adapters:
         return Inputs(None)
     try:
@@ -87,7 +91,36 @@ def find_inputs(
         why = f"{problem.what} ({problem.where})" if problem.where else problem.what
         return Inputs(None, f"the merge was not done again: {why}; --base and --adapter name both")
     by_receipt = receipt.base if checkpoint is None else None
-    return Inputs((found, read), _said(receipt, base, adapters), by_receipt)
+    said = _said(receipt, base, adapters)
+    return Inputs((found, read), said, by_receipt, _files(opened), receipt)
+
+
+def _files(opened: Sequence[tuple[AdapterFiles, float]]) -> tuple[AdapterFiles, ...]:
+    return tuple(files for files, _ in opened)
+
+
+def not_of_receipt(inputs: Inputs) -> list[str]:
+    """Return a sentence for each input that is not what the receipt says was merged.
+
+    Raises:
+        FormatError, InputError, AccessError: one cannot be read.
+    """
+    if inputs.recipe is None or inputs.receipt is None or not inputs.receipt.adapters:
+        return []
+    from regraft.merging.merged_adapters import check_adapter
+
+    base, receipt, said = inputs.recipe[0], inputs.receipt, list[str]()
+    if not is_that_base(base, receipt.base):
+        said.append(f"{base.source} is not the base that the receipt has, {receipt.base.source}")
+    if len(inputs.files) != len(receipt.adapters):
+        count = len(receipt.adapters)
+        return [*said, f"the receipt has {count} adapters, and these are {len(inputs.files)}"]
+    for files, record in zip(inputs.files, receipt.adapters, strict=True):
+        try:
+            check_adapter(files, record)
+        except MismatchError:
+            said.append(f"{files.source} is not the adapter that the receipt has, {record.source}")
+    return said
 
 
 def _read(opened: Sequence[tuple[AdapterFiles, float]]) -> list[Adapter]:
@@ -130,7 +163,7 @@ def _check_at_hand(sources: Sequence[str], kind: str) -> None:
         InputError: one is not.
     """
     for source in sources:
-        if not is_there(Path(source).expanduser()):
+        if not is_there(expanded(source)):
             raise InputError(f"the {kind} that the receipt names is not here", where=source)
 
 

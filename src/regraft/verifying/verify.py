@@ -15,7 +15,14 @@ from regraft.formats.layout import RECEIPT, looks_like
 from regraft.merging.events import Progress
 from regraft.merging.planning import Choices, default_threads
 from regraft.merging.recipe import AdapterArg, choices_of, parse_adapters
-from regraft.verifying.inputs import Inputs, Recipe, find_inputs, is_that_base, receipt_in
+from regraft.verifying.inputs import (
+    Inputs,
+    Recipe,
+    find_inputs,
+    is_that_base,
+    not_of_receipt,
+    receipt_in,
+)
 from regraft.verifying.receipts import ReceiptCheck, check_receipt
 from regraft.verifying.report import Difference, TensorVerdict, VerifyReport, overall
 
@@ -143,7 +150,7 @@ def _judged(
             raise
         why = f"the merge was not done again: {error.problems[0]}"
         return None, why if is_that_base(base, inputs.record) else other
-    differs = overall((), judged_tensors(judged)) == "different"
+    differs = overall((), judged_tensors(judged)) != "exact"
     clean = check is not None and not check.differences
     if differs and clean and inputs.record and not is_that_base(base, inputs.record):
         return None, other
@@ -151,7 +158,8 @@ def _judged(
         from regraft.merging.another_base import warn  # which needs compiled code
 
         warn(judged.another_base, stacklevel=3)
-    return judged, inputs.said
+    strange = not_of_receipt(inputs) if differs and clean else []
+    return judged, "; ".join(filter(None, [inputs.said, *strange]))
 
 
 def _check_prompts(prompts: str | Path, inputs: Inputs) -> None:

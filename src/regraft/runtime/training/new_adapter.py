@@ -354,10 +354,25 @@ class _Maker:
         yield from (alone if alone or self._rows_of_tie_elsewhere(found) else found)
 
     def _rows_of_tie_elsewhere(self, found: list[tuple[str, nn.Module]]) -> bool:
-        """Whether the config also names the side that these modules are tied to."""
+        """Whether the config also names the side that these modules are tied to.
+
+        Raises:
+            UnsupportedError: with other rows; two sides of a tie are one here.
+        """
         owners = {self._base.tied[f"{path}.weight"].rpartition(".")[0] for path, _ in found}
-        named = [name for name, _ in self._settings.trainable_token_indices]
-        return any(owner.endswith(name) for owner in owners for name in named)
+        both = [*owners, *(path for path, _ in found)]
+        wanted = {
+            name: tuple(indices) for name, indices in self._settings.trainable_token_indices
+            if name and any(path.endswith(name) for path in both)
+        }  # fmt: skip
+        if len(set(wanted.values())) > 1:
+            raise UnsupportedError(
+                "trainable_token_indices has other rows for the two sides of a tie",
+                where=", ".join(wanted), expected="the same rows, in one order",
+                found="; ".join(map(str, wanted.values())),
+                hint="Name the embedding alone: the side that is tied to it has its rows",
+            )  # fmt: skip
+        return any(owner.endswith(name) for owner in owners for name in wanted)
 
     def _input_embedding(self) -> Iterator[tuple[str, nn.Module]]:
         module = input_embedding(self._base.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,11 +47,46 @@ def completed(base: LiveBase, config: Mapping[str, Any]) -> dict[str, Any]:
         fields["modules_to_save"] = _both_sides(base, fields.get("modules_to_save"))
     _check_statistics(base, fields.get("modules_to_save") or ())
     targets = fields.get("target_modules")
+    if note := _note_of_experts(base, targets, fields.get("target_parameters")):
+        warnings.warn(note, UserWarning, stacklevel=2)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         fields["target_modules"] = _all_linear(base, fields)
     elif targets is None and not fields.get("target_parameters"):
         fields["target_modules"] = _by_architecture(base, fields)
     return fields
+
+
+_OF_EXPERTS = frozenset(("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
+"""Names that the projections and routers of experts have where each is a linear layer."""
+
+
+def _note_of_experts(base: LiveBase, targets: Any, parameters: Any) -> str:
+    """Return what to say where modules are asked for that lie in stacks of experts; "" for nothing.
+
+    PEFT (from 0.19 on) takes such names for the stacks' parameters.
+    """
+    stacks = sorted(
+        {
+            f"{path.rpartition('.')[2]}.{leaf}"
+            for path, module in modules_of(base)
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None and parameter.dim() == 3 and "experts" in path.split(".")
+        }
+    )
+    if not stacks or parameters:
+        return ""
+    everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    named = set() if isinstance(targets, str) else set(targets or ())
+    leaves = {path.rpartition(".")[2] for path, _ in modules_of(base)}
+    lost = sorted(name for name in named & _OF_EXPERTS if name not in leaves)
+    if not everything and not lost:
+        return ""
+    what = "'all-linear'" if everything else ", ".join(map(repr, lost))
+    return (
+        f"the experts of this model are stacks, which are no modules: {what} does not reach them, "
+        "where PEFT adapts them. To adapt them, name them in target_parameters, such as "
+        f"{stacks[:4]}"
+    )
 
 
 def _check_statistics(base: LiveBase, saved: Sequence[str]) -> None:
