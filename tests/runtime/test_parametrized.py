@@ -122,3 +122,31 @@ def test_copies_of_a_parametrized_module_are_refused_with_the_reason(tmp_path: P
     theirs("parametrize", {"target_modules": ["lin1"], "modules_to_save": ["lin0"]}, tmp_path)
     with pytest.raises(MismatchError, match=r"computed from other.*remove_parametrizations"):
         regraft.attach(base_of("parametrize"), tmp_path, "a")
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_embedding_with_a_computed_weight_answers_as_with_peft(
+    tmp_path: Path, rank: int, dora: bool
+) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential()
+        model.add_module("table", nn.Embedding(16, 8))
+        parametrize.register_parametrization(model.table, "weight", _Doubled())
+        return model
+
+    config = peft.LoraConfig(
+        r=rank, target_modules=["table"], use_dora=dora, init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(made(), config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    ids, model = torch.arange(6).view(2, 3), made().eval()
+    regraft.attach(model, tmp_path / "a")
+    with torch.no_grad():
+        assert torch.allclose(model(ids), theirs(ids), atol=1e-5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles
 from regraft.runtime import loading, scopes
 from regraft.runtime.cache import AdapterCache
+from regraft.runtime.choices import Choice, listed, named
 from regraft.runtime.following import Following
 from regraft.runtime.hooks import Hooks, State
 from regraft.runtime.in_place.merge import Merged, MergeReport, merge, swap
@@ -34,9 +35,6 @@ from regraft.runtime.row_axes import is_of_transformers
 from regraft.runtime.selection import Named, Rows, Selection
 from regraft.runtime.training.optimizers import watch_optimizers
 from regraft.runtime.wrappers import check_trainable, unwrapped
-
-Choice = str | Sequence[str] | Mapping[str, float] | None
-"""Adapters that answer together: a name, names, names with weights; None for no adapter."""
 
 _numbers = itertools.count(1)
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapters]] = weakref.WeakKeyDictionary()
@@ -75,8 +73,8 @@ class Adapters:
 
     def __repr__(self) -> str:
         names = ", ".join(self.names) or "none"
-        merged = f"; merged: {_listed(self._merged.names)}" if self._merged else ""
-        return f"Adapters({names}; active: {_listed(self._default_names)}{merged})"
+        merged = f"; merged: {listed(self._merged.names)}" if self._merged else ""
+        return f"Adapters({names}; active: {listed(self._default_names)}{merged})"
 
     @property
     def base(self) -> LiveBase:
@@ -476,7 +474,7 @@ class Adapters:
         if there is None or named(merged_adapter) != there.names:
             raise UsageError(
                 "this is not what is merged", where=repr(merged_adapter),
-                expected=_listed(there.names) if there is not None else "nothing is merged",
+                expected=listed(there.names) if there is not None else "nothing is merged",
             )  # fmt: skip
         self._follow()
         parts = named(adapter)
@@ -519,7 +517,7 @@ class Adapters:
     def _check_unmerged(self) -> None:
         if self._merged is not None:
             raise UsageError(
-                "adapters are merged into the weights", where=_listed(self._merged.names),
+                "adapters are merged into the weights", where=listed(self._merged.names),
                 hint="Call unmerge_adapter() first, or swap_adapter(merged, other)",
             )  # fmt: skip
 
@@ -576,34 +574,3 @@ class _Merged:
 
     names: Named
     work: Merged
-
-
-def _listed(names: Named) -> str:
-    shown = [repr(name) if weight == 1 else f"{name!r}: {weight:g}" for name, weight in names]
-    return ", ".join(shown) or "none"
-
-
-def named(adapters: Choice) -> Named:
-    """Return adapters by name with their weights.
-
-    Raises:
-        UsageError: a weight is no finite number, or a name comes twice.
-    """
-    if adapters is None:
-        return ()
-    if isinstance(adapters, str):
-        return ((adapters, 1.0),)
-    if not isinstance(adapters, Mapping):
-        if len(set(adapters)) < len(adapters):
-            raise UsageError(
-                "an adapter is named twice", where=", ".join(map(repr, adapters)),
-                hint="Give it a weight instead: {name: 2.0}",
-            )  # fmt: skip
-        return tuple((name, 1.0) for name in adapters)
-    for name, weight in adapters.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or weight != weight or abs(weight) == float("inf"):
-            raise UsageError(
-                "an adapter's weight has to be a number", where=repr(name), found=repr(weight)
-            )
-    return tuple((name, float(weight)) for name, weight in adapters.items())

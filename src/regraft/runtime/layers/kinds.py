@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
+from regraft.errors import UnsupportedError
 from regraft.runtime.live_base import is_conv1d, is_linear_without_weight
 
 
@@ -114,6 +116,24 @@ def _look_up(module: Any, ids: Tensor, table: Tensor) -> Tensor:
     return looked_up(module, ids, table, module.padding_idx)
 
 
+def _class_of(module: nn.Module) -> type:
+    """Return a module's class; of one with a computed weight the one that it had before.
+
+    Raises:
+        UnsupportedError: that one has a lookup of its own, in which the weight cannot be replaced.
+    """
+    cls = type(module)
+    if not parametrize.is_parametrized(module, "weight"):
+        return cls
+    if cls.__bases__[0] is not nn.Embedding:
+        raise UnsupportedError(
+            "an embedding with a lookup of its own, whose weight is computed (a parametrization), "
+            "takes no adapter", found=cls.__bases__[0].__name__,
+            hint="Make the weight plain: torch.nn.utils.parametrize.remove_parametrizations",
+        )  # fmt: skip
+    return nn.Embedding
+
+
 def looked_up(module: Any, ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
     """Look rows of another table up as the module does it, its factor on them included.
 
@@ -129,7 +149,7 @@ def looked_up(module: Any, ids: Tensor, table: Tensor, padding_idx: int | None) 
     """
     if module.max_norm is not None:
         table = table.clone()  # torch rescales rows where they lie
-    if type(module) is not nn.Embedding:
+    if _class_of(module) is not nn.Embedding:
         twin = shadow(module, {"weight": table})
         twin.__dict__.update(padding_idx=padding_idx, sparse=False)
         rows = twin.forward(ids)
