@@ -23,6 +23,7 @@ from regraft.formats.reading import FilePool
 from regraft.merging.lookup import BaseIndex, Found, Held
 from regraft.merging.quantized import Quantization
 from regraft.merging.source import FileSource, Source
+from regraft.merging.strange_bases import notes_of_strange_base
 from regraft.names import NameMap
 from regraft.quant.gguf import UNQUANTIZED
 from regraft.tensors import TensorSpec
@@ -55,7 +56,8 @@ def notes_of_another_base(
     adapters: Sequence[Adapter], base: Checkpoint, quantization: Quantization | None,
     stored: Source | None = None,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Return what to say of the adapters that carry another base's fingerprint.
+    """Return what to say of adapters that carry another base's fingerprint, or name another kind
+    of base, or are in this one already.
 
     Args:
         adapters: the adapters.
@@ -67,16 +69,18 @@ def notes_of_another_base(
         RegraftError: a value cannot be read.
     """
     carrying = [adapter for adapter in adapters if adapter.fingerprint is not None]
+    strange = notes_of_strange_base(adapters, base) if stored is None else []
     if not carrying:
-        return ()
+        return tuple(strange)
     with FilePool() as files:
         source = stored or FileSource(files)
         seen = SeenBase(base, quantization, source, at_hand=stored is not None)
-        return tuple(
+        other = [
             mismatch(adapter.label, adapter.settings.base_model_name_or_path, base.source)
             for adapter in carrying
             if seen.compare(adapter.fingerprint or "") == "another"
-        )
+        ]
+    return (*other, *strange)
 
 
 def warn(notes: Sequence[str], *, stacklevel: int) -> None:
