@@ -64,7 +64,7 @@ def strange(tmp_path: Path) -> Path:
 def silent() -> Iterator[None]:
     """Let a mismatch be an error."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", regraft.regraft.BaseMismatchWarning)
+        warnings.simplefilter("error", regraft.BaseMismatchWarning)
         yield
 
 
@@ -76,22 +76,22 @@ def test_every_verb_says_so_in_the_words_of_attach(
     base: Path, fitting: Path, strange: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with pytest.warns(regraft.regraft.BaseMismatchWarning, match=WORDS) as caught:
+    with pytest.warns(regraft.BaseMismatchWarning, match=WORDS) as caught:
         receipt = regraft.merge(base, strange, out)
     assert Path(caught[0].filename).name == Path(__file__).name  # the caller's own line
     assert said(receipt.warnings) == [
         f"adapter {str(strange)!r} {WORDS} {base}. It may answer nonsense here"
     ]
-    with pytest.warns(regraft.regraft.BaseMismatchWarning, match=WORDS):
+    with pytest.warns(regraft.BaseMismatchWarning, match=WORDS):
         assert said(regraft.check(base, strange).warnings)
-    with pytest.warns(regraft.regraft.BaseMismatchWarning, match=WORDS):
+    with pytest.warns(regraft.BaseMismatchWarning, match=WORDS):
         assert said(regraft.plan(base, strange).warnings)
-    with pytest.warns(regraft.regraft.BaseMismatchWarning, match=WORDS):
+    with pytest.warns(regraft.BaseMismatchWarning, match=WORDS):
         assert said(regraft.verify(out, base=base, adapters=[strange]).warnings)
-    with pytest.warns(regraft.regraft.BaseMismatchWarning, match=WORDS):
+    with pytest.warns(regraft.BaseMismatchWarning, match=WORDS):
         assert regraft.load_merged(base, strange) is not None
     regraft.merge(base, fitting, tmp_path / "first")
-    with pytest.warns(regraft.regraft.BaseMismatchWarning, match=WORDS):
+    with pytest.warns(regraft.BaseMismatchWarning, match=WORDS):
         assert said(regraft.swap(tmp_path / "first", strange, tmp_path / "swapped").warnings)
 
 
@@ -104,7 +104,7 @@ def test_the_right_base_passes_in_silence(base: Path, fitting: Path, tmp_path: P
 
 
 def test_of_several_adapters_the_one_is_named(base: Path, fitting: Path, strange: Path) -> None:
-    with pytest.warns(regraft.regraft.BaseMismatchWarning):
+    with pytest.warns(regraft.BaseMismatchWarning):
         found = said(regraft.check(base, [fitting, strange]).warnings)
     assert [str(strange) in warning for warning in found] == [True]
 
@@ -137,9 +137,9 @@ def test_codes_are_compared_by_what_they_stand_for(
 ) -> None:
     base = write_quantized(tmp_path / "quantized", kind)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", regraft.regraft.BaseMismatchWarning)
+        warnings.simplefilter("error", regraft.BaseMismatchWarning)
         assert not said(regraft.check(base, fitting).warnings)
-    with pytest.warns(regraft.regraft.BaseMismatchWarning):
+    with pytest.warns(regraft.BaseMismatchWarning):
         assert said(regraft.check(base, strange).warnings)
 
 
@@ -162,7 +162,7 @@ def test_names_that_the_base_does_not_have_are_left_out(base: Path, tmp_path: Pa
     renamed["sampled"] = {n.replace("model.", "odd."): s for n, s in renamed["sampled"].items()}
     unknown = write_carrying(tmp_path / "unknown", json.dumps(renamed))
     with warnings.catch_warnings():
-        warnings.simplefilter("error", regraft.regraft.BaseMismatchWarning)
+        warnings.simplefilter("error", regraft.BaseMismatchWarning)
         assert regraft.check(base, unknown).ok
         damaged = write_carrying(tmp_path / "damaged", "[" * 10_000)
         assert regraft.check(base, damaged).ok
@@ -170,7 +170,7 @@ def test_names_that_the_base_does_not_have_are_left_out(base: Path, tmp_path: Pa
 
 def test_a_merged_model_is_another_base(base: Path, fitting: Path, tmp_path: Path) -> None:
     regraft.merge(base, [(fitting, 20.0)], tmp_path / "merged")
-    with pytest.warns(regraft.regraft.BaseMismatchWarning):
+    with pytest.warns(regraft.BaseMismatchWarning):
         assert said(regraft.check(tmp_path / "merged", fitting).warnings)
 
 
