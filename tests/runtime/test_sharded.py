@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,16 @@ def of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_are_refused_or_train_as_one(tmp_path: Path) -> None:
-    processes = multiprocessing.start_processes(of_two, (str(tmp_path),), 2, join=False,
-                                                start_method="fork")  # fmt: skip
-    while not processes.join(timeout=60):
-        pass
+    # Not forked: what torch's threads hold here would be held there for ever.
+    processes = multiprocessing.start_processes(
+        of_two, (str(tmp_path),), 2, join=False, start_method="spawn"
+    )
+    end = time.monotonic() + 240
+    while not processes.join(timeout=5):
+        if time.monotonic() > end:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail("the two processes do not end")
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for found in both:
         for shard in (all_of_it, its_layers, wrapped):
