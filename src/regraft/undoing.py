@@ -41,6 +41,7 @@ from regraft.merging.undo import (
     Manifest,
     base_shards,
     base_targets,
+    check_kept,
     check_undo,
     read_manifest,
     side_files,
@@ -287,10 +288,10 @@ def _find(
     if not folder.is_dir():
         raise InputError("is not a merged model", where=str(merged), expected="a folder")
     _check_is_model(folder, str(merged))
-    if (folder / RECEIPT).is_file():
-        check_undo(folder, read_receipt(folder / RECEIPT).files)
-    manifest = read_manifest(folder)
+    check_kept(folder)
     receipt = read_receipt(folder / RECEIPT)
+    check_undo(folder, receipt.files)
+    manifest = read_manifest(folder)
     if len(manifest.adapters) != len(receipt.adapters):
         raise InputError(
             "manifest and receipt name different numbers of adapters", where=str(folder),

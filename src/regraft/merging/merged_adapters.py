@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from regraft.errors import MismatchError
@@ -13,6 +13,7 @@ from regraft.formats.reading import FilePool
 from regraft.merging.patch import digest_of
 from regraft.merging.receipt import InputRecord, Receipt
 from regraft.merging.undo import UNDO
+from regraft.tensors import TensorSpec
 
 
 def weights_of(receipt: Receipt) -> list[float]:
@@ -37,22 +38,34 @@ def open_kept(folder: Path, names: Sequence[str], receipt: Receipt) -> list[Adap
     ]
 
 
+def unlike(tensors: Mapping[str, TensorSpec], record: InputRecord) -> Iterator[str]:
+    """Yield the names of tensors that are not, bit for bit, those that a merge read.
+
+    Of a tensor that was cut (``name[rows 0:8]``) the parts show when the merge is done again.
+
+    Args:
+        tensors: of the input as it is now, by name.
+        record: what the receipt has of it.
+
+    Raises:
+        FormatError, InputError, AccessError: one cannot be read.
+    """
+    with FilePool() as files:
+        for name, digest in record.tensors.items():
+            spec = tensors.get(name)
+            if spec is None and name.rpartition("[")[0] in tensors:
+                continue
+            if spec is None or digest_of(files, spec) != digest:
+                yield name
+
+
 def check_adapter(adapter: AdapterFiles, record: InputRecord) -> None:
     """Refuse an adapter whose tensors are not those that were merged.
 
     Raises:
         MismatchError: some are not; lists them.
     """
-    has = adapter.tensors
-    # Of a tensor that was cut ("name[rows 0:8]") the parts show when the base's are looked at.
-    cut = {n for n in record.tensors if n not in has and n.rpartition("[")[0] in has}
-    with FilePool() as files:
-        other = [
-            name
-            for name, digest in record.tensors.items()
-            if name not in cut and (name not in has or digest_of(files, has[name]) != digest)
-        ]
-    if other:
+    if other := list(unlike(adapter.tensors, record)):
         shown = ", ".join(quoted(name) for name in other[:3]) + ", ..." * (len(other) > 3)
         raise MismatchError(
             "this is not the adapter that was merged, or it has been changed since",

@@ -290,8 +290,6 @@ def check_undo(folder: Path, digests: Mapping[str, str]) -> None:
         AccessError: one cannot be read.
     """
     root = folder / UNDO
-    if not (root / MANIFEST).is_file():
-        return  # which is said when the manifest is read
     told = {name: digest for name, digest in digests.items() if name.startswith(f"{UNDO}/")}
     with typed_os_errors(root):
         there = {
@@ -320,12 +318,11 @@ def _is_as_told(path: Path, digest: str | None) -> bool:
     return whole.hexdigest() == digest
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Return what a merged model keeps of its base.
+def check_kept(folder: Path) -> None:
+    """Refuse a folder that keeps nothing for an undo.
 
     Raises:
-        InputError: it keeps nothing.
-        FormatError: ``undo.json`` is not what regraft writes.
+        InputError: it does not.
     """
     path = folder / UNDO / MANIFEST
     if not (folder / RECEIPT).is_file() and not path.is_file():
@@ -340,6 +337,17 @@ def read_manifest(folder: Path) -> Manifest:
             hint="Merge with --undo, which is the default unless weights are put into another "
             "quantized format; or fetch the folder with its regraft/ subfolder",
         )  # fmt: skip
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return what a merged model keeps of its base.
+
+    Raises:
+        InputError: it keeps nothing.
+        FormatError: ``undo.json`` is not what regraft writes.
+    """
+    check_kept(folder)
+    path = folder / UNDO / MANIFEST
     value = read_json_object(path, max_bytes=_PATCH_FILES)
     try:
         manifest = _manifest(value)

@@ -21,12 +21,12 @@ from regraft.verifying.inputs import (
     find_inputs,
     is_that_base,
     not_of_receipt,
-    receipt_in,
 )
 from regraft.verifying.receipts import ReceiptCheck, check_receipt
 from regraft.verifying.report import Difference, TensorVerdict, VerifyReport, overall
 
 if TYPE_CHECKING:
+    from regraft.merging.receipt import Receipt
     from regraft.verifying.judge import Judgement
 
 
@@ -96,7 +96,7 @@ def verify(
             raise
         check.notes.append(f"the merge was not done again: {error.problems[0]}")
         return _report(located.source, check, None)
-    judged, said = _judged(opened, inputs, _as_coded(choices, located.path), check, progress)
+    judged, said = _judged(opened, inputs, _as_coded(choices, inputs.receipt), check, progress)
     report = _report(located.source, check, judged, said)
     if prompts is None or judged is None:
         return report
@@ -150,7 +150,7 @@ def _judged(
             raise
         why = f"the merge was not done again: {error.problems[0]}"
         return None, why if is_that_base(base, inputs.record) else other
-    differs = overall((), judged_tensors(judged)) != "exact"
+    differs = any(tensor.verdict != "exact" for tensor in judged.tensors)
     clean = check is not None and not check.differences
     if differs and clean and inputs.record and not is_that_base(base, inputs.record):
         return None, other
@@ -211,12 +211,9 @@ def _no_receipt(located: Located) -> InputError:
     )
 
 
-def _as_coded(choices: Choices, folder: Path) -> Choices:
+def _as_coded(choices: Choices, receipt: Receipt | None) -> Choices:
     """Return choices with how a merged model's receipt says that it was quantized."""
-    receipt = receipt_in(folder)
-    if receipt is None:
-        return choices
-    options = receipt.options
+    options = receipt.options if receipt is not None else {}
     if options.get("quantize") is None:
         return choices
     return replace(
@@ -271,13 +268,6 @@ def _with_answers(
         warnings=(*report.warnings, *answers.notes),
         prompts=answers,
     )
-
-
-def judged_tensors(judged: Judgement) -> tuple[TensorVerdict, ...]:
-    """Return the verdict of each tensor of a merge done again."""
-    from regraft.verifying.conclusions import conclude
-
-    return conclude(judged.tensors, judged.touched)[0]
 
 
 def _report(
