@@ -77,6 +77,14 @@ class LoraSettings:
         """Return alpha for a module (or parameter) name."""
         return self._alphas.find(key, self.lora_alpha)
 
+    @property
+    def begins_with_base(self) -> bool:
+        """Whether training began with factors of the base's own weight, which were taken out of it.
+
+        PiSSA and OLoRA do: what is left of the base is computed from the factors and their scale.
+        """
+        return str(self.init_lora_weights).lower().startswith(("pissa", "olora"))
+
     def scale_of(self, key: str, weight: float = 1.0) -> float:
         """Return weight * alpha / r, or over sqrt(r) for rsLoRA (Kalajdzievski 2023), in float64.
 

@@ -165,20 +165,15 @@ def _snapshot(reference: Reference, kind: Kind, token: str | None) -> Path:
         if not (place / "config.json").exists():
             _fetch_configs_below(reference, token)  # so that it can be said where adapters lie
         return folder  # not an adapter: the weights would be of no use
-    return _fetch(reference, _TORCH_WEIGHTS[kind], kind, token)
+    return _fetch(reference, _TORCH_WEIGHTS[kind], _NEVER[kind], token)
 
 
 def _fetch_configs_below(reference: Reference, token: str | None) -> None:
     """Fetch the configs of adapters in folders of a repository, if it can be reached."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    below = f"{reference.subfolder}/" if reference.subfolder else ""
     with suppress(LocalEntryNotFoundError):
-        snapshot_download(
-            reference.repo_id, revision=reference.revision, token=token, library_name="regraft",
-            allow_patterns=[f"{below}*/adapter_config.json"],
-        )  # fmt: skip
+        _fetch(reference, ("*/adapter_config.json",), (), token)
 
 
 def _fetch_with_documents(reference: Reference, kind: Kind, token: str | None) -> Path:
@@ -187,14 +182,16 @@ def _fetch_with_documents(reference: Reference, kind: Kind, token: str | None) -
 
     needed = (*_SAFE_WEIGHTS[kind], *_SIDE_FILES)
     try:
-        return _fetch(reference, (*needed, *_DOCUMENTS), kind, token)
+        return _fetch(reference, (*needed, *_DOCUMENTS), _NEVER[kind], token)
     except LocalEntryNotFoundError as error:
         if not hasattr(error, "snapshot_path"):  # nothing at all is cached
             raise
-    return _fetch(reference, needed, kind, token)
+    return _fetch(reference, needed, _NEVER[kind], token)
 
 
-def _fetch(reference: Reference, patterns: tuple[str, ...], kind: Kind, token: str | None) -> Path:
+def _fetch(
+    reference: Reference, patterns: tuple[str, ...], never: tuple[str, ...], token: str | None
+) -> Path:
     from huggingface_hub import snapshot_download
 
     below = f"{reference.subfolder}/" if reference.subfolder else ""
@@ -202,7 +199,7 @@ def _fetch(reference: Reference, patterns: tuple[str, ...], kind: Kind, token: s
         reference.repo_id,
         revision=reference.revision,
         allow_patterns=[below + pattern for pattern in patterns],
-        ignore_patterns=[below + pattern for pattern in _NEVER[kind]],
+        ignore_patterns=[below + pattern for pattern in never],
         token=token,
         library_name="regraft",
     )

@@ -55,11 +55,10 @@ def is_uniform(settings: LoraSettings, pairs: Sequence[Pair], ranks: Sequence[in
 
 def why_not_uniform(settings: LoraSettings, pairs: Sequence[Pair]) -> str:
     """Return why an adapter's scales cannot be kept in B; "" if they can."""
-    init = settings.init_lora_weights
-    if str(init).lower().startswith(("pissa", "olora")):
+    if settings.begins_with_base:
         return (
-            f"init_lora_weights={quoted(init)}: what was taken out of the base when training began "
-            "is computed from the factors and their scale"
+            f"init_lora_weights={quoted(settings.init_lora_weights)}: what was taken out of the "
+            "base when training began is computed from the factors and their scale"
         )
     tied = {pair.name: pair.scale for pair in pairs if pair.group == TIE}
     if len({*tied.values()}) > 1:

@@ -168,7 +168,7 @@ def refuse_reduction(adapter: Adapter, pairs: Sequence[Pair], rank: int | None) 
     """
     init = adapter.settings.init_lora_weights
     lower = [pair for pair in pairs if rank is None or pair.rank > rank]
-    if lower and str(init).lower().startswith(("pissa", "olora")):
+    if lower and adapter.settings.begins_with_base:
         raise UnsupportedError(
             f"init_lora_weights={quoted(init)}: the rank cannot be reduced, as what was taken out "
             "of the base when training began is computed from it",

@@ -425,7 +425,7 @@ def _with_peft(base: Checkpoint, adapters: Sequence[Adapter]) -> Any:
     if odd:
         raise _CannotError(f"its weights are in {quoted(odd[0].weights_file)}")
     # PiSSA and OLoRA round what is left of the base to its dtype, as they did in training.
-    rounds = any(_changes_base(adapter) for adapter in adapters)
+    rounds = any(adapter.settings.begins_with_base for adapter in adapters)
     model = _load(base, "auto" if rounds else "float32")
     names = [f"adapter{number}" for number in range(len(adapters))]
     try:
@@ -459,10 +459,6 @@ def _attached(model: Any, adapters: Sequence[Adapter], names: list[str]) -> Any:
             for name, adapter in zip(names, adapters, strict=True):
                 module.set_scale(name, adapter.weight)
     return live
-
-
-def _changes_base(adapter: Adapter) -> bool:
-    return str(adapter.settings.init_lora_weights).lower().startswith(("pissa", "olora"))
 
 
 def _grow(model: Any, adapters: Sequence[Adapter]) -> None:
