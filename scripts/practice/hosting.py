@@ -16,7 +16,15 @@ import regraft
 from practice.bases import BASES, Base, answer, inputs, made
 from practice.generating import PROMPTS, tokenizer
 from practice.outcome import require, require_close
-from practice.world import LLAMA, Settings, World, generated, generates, in_world
+from practice.world import (
+    LLAMA,
+    Settings,
+    World,
+    answers_by_row,
+    generated,
+    generates,
+    in_world,
+)
 
 Way = Callable[[World], None]
 
@@ -56,10 +64,7 @@ def _served(world: World) -> None:
 
 
 def _rows(world: World) -> None:
-    with world.adapters.rows(["two", None]):
-        found = world.answer()
-    require_close(found[:1], world.expected("two")[:1], "first row")
-    require_close(found[1:], world.expected(None)[1:], "second row")
+    answers_by_row(world, "two")
 
 
 def _generated_in_4_bits(world: World) -> None:

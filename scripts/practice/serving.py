@@ -18,7 +18,7 @@ from practice.bases import BASES, answer, inputs
 from practice.generating import GENERATING, GENERATING_WAYS
 from practice.hosting import HOSTING
 from practice.outcome import Case, require, require_close
-from practice.world import LLAMA, World, generated, generates, in_world
+from practice.world import LLAMA, World, answers_by_row, generated, generates, in_world
 
 T5 = next(base for base in BASES if base.name == "t5")
 
@@ -31,15 +31,8 @@ def cases() -> Iterator[Case]:
         yield Case(name, in_world(way))
     for name, attempt in HOSTING.items():
         yield Case(name, attempt)
-    yield Case("rows: encoder and decoder", in_world(_rows, T5))
+    yield Case("rows: encoder and decoder", in_world(answers_by_row, T5))
     yield Case("rows: encoder and decoder, beams", in_world(_rows_with_beams, T5))
-
-
-def _rows(world: World) -> None:
-    with world.adapters.rows(["one", None]):
-        found = world.answer()
-    require_close(found[:1], world.expected("one")[:1], "first row")
-    require_close(found[1:], world.expected(None)[1:], "second row")
 
 
 def _rows_with_beams(world: World) -> None:
@@ -233,7 +226,7 @@ def _parallel(world: World) -> None:
 
 
 WAYS: dict[str, Callable[[World], None]] = {
-    "rows": _rows,
+    "rows": answers_by_row,
     "rows with beams": _rows_with_beams,
     "nested scopes": _scopes,
     "an exception in a scope": _exception,

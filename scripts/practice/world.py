@@ -100,6 +100,14 @@ def in_world(
     return attempt
 
 
+def answers_by_row(world: World, first: str = "one") -> None:
+    """Answer with an adapter in the first row and as the base in the second."""
+    with world.adapters.rows([first, None]):
+        found = world.answer()
+    require_close(found[:1], world.expected(first)[:1], "first row")
+    require_close(found[1:], world.expected(None)[1:], "second row")
+
+
 def generates(settings: Settings, world: World) -> None:
     """Raise `WrongError` if the two models generate other tokens."""
     found = generated(world.model, **settings)
