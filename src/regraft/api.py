@@ -12,6 +12,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
+from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, open_base_headers, see
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from regraft.merging.receipt import Receipt
 
 
+@watched()
 def merge(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -150,6 +152,7 @@ def _inputs(made: Plan) -> list[Path]:
     return [*weights, *sides, *(path for path in adapters if path.is_file())]
 
 
+@watched(to_the_end=True)
 def plan(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -205,7 +208,7 @@ def _plan(
     choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
     notes = notes_of_another_base(read, plain, quantization)
-    warn(notes, stacklevel=3)
+    warn(notes, stacklevel=4)
     made = replace(made, warnings=(*made.warnings, *notes))
     if out is None:
         return made
@@ -229,6 +232,7 @@ def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None
     return found
 
 
+@watched(to_the_end=True)
 def check(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -274,7 +278,7 @@ def check(
     if problems:
         return CheckReport(False, tuple(problems), made.warnings)
     notes = notes_of_another_base(read, plain, quantization)
-    warn(notes, stacklevel=2)
+    warn(notes, stacklevel=3)
     summary = {**made.totals(), "memory": made.memory}
     return CheckReport(True, (), (*made.warnings, *notes), summary)
 

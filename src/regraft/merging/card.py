@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.formats.reading import is_there, typed_os_errors
+from regraft.formats.reading import is_there, open_regular, typed_os_errors
 from regraft.merging.receipt import Receipt
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -31,7 +31,7 @@ def base_metadata(folder: Path) -> dict[str, Any]:
     path = folder / "README.md"
     if not path.is_file():
         return {}
-    with typed_os_errors(path), path.open("rb") as file:
+    with typed_os_errors(path), os.fdopen(open_regular(path), "rb") as file:
         text = file.read(_HEAD).decode("utf-8", "replace")
     match = re.match(r"^---\r?\n(.*?)\n---", text, re.DOTALL)
     if match is None:

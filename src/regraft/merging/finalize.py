@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from regraft._version import __version__
-from regraft.formats.reading import access_error, typed_os_errors
+from regraft.formats.reading import open_regular, read_whole
 from regraft.formats.safetensors import build_header
 from regraft.merging.card import auto_class_of, base_metadata, model_card
 from regraft.merging.execute import Outcome, is_stored
@@ -116,8 +117,7 @@ def check_side_files(plan: Plan) -> None:
     adapters = [Path(adapter.root) for adapter in plan.adapters]
     files = {} if plan.base.single_file else plan_side_files(plan.base.root, adapters, code=True)
     for path in files.values():
-        with typed_os_errors(path), path.open("rb"):
-            pass
+        os.close(open_regular(path))
 
 
 def _copy_side_files(plan: Plan, rest: _Rest, *, code: bool) -> None:
@@ -125,11 +125,7 @@ def _copy_side_files(plan: Plan, rest: _Rest, *, code: bool) -> None:
         return
     adapters = [Path(adapter.root) for adapter in plan.adapters]
     for name, path in plan_side_files(plan.base.root, adapters, code=code).items():
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise access_error(path, error) from error
-        rest.write(name, content)
+        rest.write(name, read_whole(path))
 
 
 def _index_name(plan: Plan) -> str:

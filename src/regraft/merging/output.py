@@ -15,6 +15,8 @@ from blake3 import blake3
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
+from regraft.formats.reading import read_pieces
+from regraft.formats.watching import current
 from regraft.merging.writer import write_error
 
 SLACK_BYTES = 64 * 2**20
@@ -303,6 +305,18 @@ def write_file(path: Path, content: bytes) -> None:
         AccessError, DiskSpaceError: the system refused.
     """
     write_pieces(path, [content])
+
+
+def copy_file(source: Path, path: Path) -> str:
+    """Copy a file of an input and flush the copy to the disk; return its blake3 (hex).
+
+    Raises:
+        InputError, FormatError, AccessError, DiskSpaceError: the system refused.
+    """
+    digest = write_pieces(path, read_pieces(source))
+    if (watch := current()) is not None:
+        watch.note_digest(source, digest)
+    return digest
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:

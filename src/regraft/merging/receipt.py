@@ -17,7 +17,7 @@ from blake3 import blake3
 from regraft.errors import FormatError
 from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import quoted
-from regraft.formats.reading import typed_os_errors
+from regraft.formats.reading import read_whole
 from regraft.merging.sidefiles import json_bytes
 from regraft.quant.weight import FORMATS, ROUNDINGS
 
@@ -288,8 +288,7 @@ def read_receipt(path: Path) -> Receipt:
     if digest is None and (receipt.files or receipt.headers):
         raise _unreadable(path, "no digest")
     document = json_bytes(value)
-    with typed_os_errors(path):
-        content = path.read_bytes()
+    content = read_whole(path)
     if content != (document if digest is None else _sealed(document)):
         raise FormatError(
             "the receipt is not as it was written: its digest or its layout does not fit",

@@ -23,11 +23,17 @@ from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import RECEIPT
 from regraft.formats.problems import capped, quoted
-from regraft.formats.reading import open_regular, typed_os_errors
+from regraft.formats.reading import (
+    open_regular,
+    read_at,
+    read_pieces,
+    read_whole,
+    typed_os_errors,
+)
 from regraft.merging.bases import open_base
 from regraft.merging.jobs import Target, plan_digest
 from regraft.merging.keep import Keep
-from regraft.merging.output import write_file, write_pieces
+from regraft.merging.output import copy_file, write_file
 from regraft.merging.patch import (
     CHUNKS,
     FACTORS,
@@ -61,7 +67,6 @@ _READ_BYTES = 2**20
 _LARGEST_SIDE_FILE = 256 * 2**20
 _MOST_GAP_BYTES = 512 * 2**20
 _PATCH_FILES = 64 * 2**20
-_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,7 @@ def keep_base(
         if path.stat().st_size > _LARGEST_SIDE_FILE or file_key(name) != name:
             left_out.append(file_key(name))
             continue
-        with typed_os_errors(path):
-            content = path.read_bytes()
+        content = read_whole(path)
         digest = blake3(content).hexdigest()
         kept = len(content) <= _ALWAYS_KEPT_BYTES or files.get(file_key(name)) != digest
         if kept:
@@ -214,11 +218,10 @@ def _keep_gaps(plan: Plan, path: Path, patch: PatchWriter) -> WeightFile:
     tensors = [spec for spec in plan.stored.tensors.values() if spec.path == path]
     if plan.quantization is not None:  # small ones say what the large ones are: to plan, read them
         tensors = [spec for spec in tensors if spec.nbytes > SMALL_TENSOR]
-    with typed_os_errors(path):
-        size = path.stat().st_size
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         gaps = gaps_of(size, tensors)
-        with path.open("rb") as file:
-            content = b"".join(os.pread(file.fileno(), n, at) for at, n in gaps)
+        content = b"".join(read_at(file.fileno(), path, at, n) for at, n in gaps)
     patch.append(zstandard.ZstdCompressor(level=3).compress(content))
     patch.end(file_section(path.name))
     return WeightFile(path.name, size, tuple(gaps), blake3(content).hexdigest())
@@ -253,23 +256,16 @@ def _copy_adapter(adapter: Adapter, folder: Path, name: str) -> dict[str, str]:
     target = folder / UNDO / name
     digests = {}
     for path in adapter.files:
-        digest = write_pieces(target / path.name, _pieces_of(path))
+        digest = copy_file(path, target / path.name)
         digests[file_key(f"{UNDO}/{name}/{path.name}")] = digest
     return digests
 
 
 def _digest_file(path: Path) -> str:
     digest = blake3()
-    for piece in _pieces_of(path):
+    for piece in read_pieces(path):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _pieces_of(path: Path) -> Iterator[bytes]:
-    """Yield a file's content; mapped into memory, it would count as this process's memory."""
-    with typed_os_errors(path), path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            yield piece
 
 
 # -- the way back ----------------------------------------------------------------------------------
@@ -444,8 +440,7 @@ def side_files(merged: Path, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
         path = (merged / UNDO / SIDE_FILES if file.kept else merged) / file.name
         content = b""
         if path.is_file():
-            with typed_os_errors(path):
-                content = path.read_bytes()
+            content = read_whole(path)
         if not path.is_file() or blake3(content).hexdigest() != file.blake3:
             problems.append(
                 Problem(

@@ -25,6 +25,7 @@ from typing import Any
 from blake3 import blake3
 
 from regraft.errors import BusyError, EnvironmentShortfall
+from regraft.formats.watching import check_unchanged, leave_out, telling_changes
 from regraft.merging.output import Kind, check_output, place_of, publish, put_back
 from regraft.merging.writer import write_error
 
@@ -212,6 +213,7 @@ def workplace(out: Path, *, overwrite: bool, kind: Kind = "model") -> Iterator[W
     Raises:
         BusyError: another process works on the same output.
         OutputExistsError: something came to be at ``out`` meanwhile that may not be replaced.
+        ChangedError: inputs were changed meanwhile; nothing is kept of the work.
         AccessError, DiskSpaceError: the system refused.
     """
     folder = place_of(out)
@@ -223,7 +225,10 @@ def workplace(out: Path, *, overwrite: bool, kind: Kind = "model") -> Iterator[W
             try:
                 put_back(work.out, place)
                 check_output(out, [], overwrite=overwrite, kind=kind)
-                yield work
+                leave_out(folder, place)
+                with telling_changes():
+                    yield work
+                    check_unchanged()
                 work.publish(place, overwrite=overwrite, kind=kind)
             except BaseException as error:
                 kept = not work.is_at(place) and work.is_kept_after(error)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regraft.formats.reading import typed_os_errors
+from regraft.formats.reading import read_whole, typed_os_errors
 from regraft.merging.card import base_metadata
 from regraft.merging.sidefiles import CARD
 from regraft.runtime.saving.card import adapter_card, is_made
@@ -43,8 +43,9 @@ def shrunk_card(
     path = folder / CARD
     with typed_os_errors(path):
         if path.is_file() and path.stat().st_size > _LARGEST:
-            return path.read_bytes()
-        old = path.read_text("utf-8", "surrogateescape") if path.is_file() else ""
+            return read_whole(path)
+        there = read_whole(path) if path.is_file() else b""
+        old = there.decode("utf-8", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
     section = f"\n\n{_TITLE}\n\n{_said(report)}\n"
     if not old or is_made(old):
         old = adapter_card(name, config, specs, inherited=base_metadata(folder))

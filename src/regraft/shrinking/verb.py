@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,14 @@ from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoi
 from regraft.formats.hub import locate
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
 from regraft.formats.problems import capped
-from regraft.formats.reading import FilePool, typed_os_errors
+from regraft.formats.reading import FilePool, read_whole, typed_os_errors
+from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
 from regraft.merging.output import (
     check_output,
     check_space,
+    copy_file,
     out_path,
     replaced_inputs,
     write_file,
@@ -74,9 +76,8 @@ from regraft.shrinking.tensors import (
 )
 from regraft.tensors import DTYPES
 
-_READ_PIECE = 2**20
 
-
+@watched()
 def shrink(
     adapter: str | Path,
     out: str | Path,
@@ -357,7 +358,7 @@ def _write(
         work.keep_only(())  # nothing of an earlier try is taken over
         write_file(work.out / ADAPTER_CONFIG, _config_bytes(job, forms))
         for name, path in job.sides.items():
-            write_pieces(work.out / name, _file_pieces(path))
+            copy_file(path, work.out / name)
         write_file(work.out / CARD, card)
         pieces = content(items, job.pairs, forms, job.files.metadata, files, told)
         write_pieces(work.out / ADAPTER_SAFE, pieces)
@@ -374,8 +375,7 @@ def _card(
 def _config_bytes(job: _Job, forms: Sequence[Form]) -> bytes:
     """Return the new config; where nothing in it changed, the old one byte for byte."""
     if _is_as_before(job, forms) and plain_config(job.files.config) == job.files.config:
-        with typed_os_errors(job.files.root):
-            return (job.files.root / ADAPTER_CONFIG).read_bytes()
+        return read_whole(job.files.root / ADAPTER_CONFIG)
     return json_bytes(_config(job, forms))
 
 
@@ -392,12 +392,6 @@ def _config(job: _Job, forms: Sequence[Form]) -> Mapping[str, Any]:
 def _is_as_before(job: _Job, forms: Sequence[Form]) -> bool:
     """Whether the adapter has these ranks and scales already."""
     return all(form.is_that_of(pair) for pair, form in zip(job.pairs, forms, strict=True))
-
-
-def _file_pieces(path: Path) -> Iterator[bytes]:
-    with typed_os_errors(path), path.open("rb") as file:
-        while piece := file.read(_READ_PIECE):
-            yield piece
 
 
 def _size(job: _Job, items: Sequence[Item]) -> int:
