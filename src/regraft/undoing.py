@@ -213,7 +213,7 @@ def clean(
 ) -> list[Leftover]:
     """Remove what interrupted work has left beside its outputs; return what there was.
 
-    Work that is going on is left alone.
+    Work that is going on is left alone, and so is that of other users.
 
     Args:
         folders: folders to look in (not in those below them), or outputs.
@@ -227,7 +227,7 @@ def clean(
     found = find_leftovers([out_path(place) for place in places])
     if not dry_run:
         for leftover in found:
-            if not leftover.busy:
+            if leftover.own and not leftover.busy:
                 remove_leftover(leftover)
     return found
 

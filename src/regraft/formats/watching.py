@@ -2,8 +2,8 @@
 
 A verb runs under :func:`watched`. Whatever opens a file of an input notes it, in any thread that
 shares the verb's :class:`Watch`, and before something is published or said each file is looked at
-again. Files are told by device, inode, size and the times of their last changes; those that are read
-twice as a whole, by their bytes too.
+again. Files are told by device, inode, size and the times of their last changes; those that are
+read twice as a whole, by their bytes too.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Watch:
             ChangedError: files are no longer what they were when they were opened; lists them.
         """
         if problems := self.problems():
-            raise ChangedError(capped(problems, problems[0].where))
+            raise ChangedError(capped(problems, Path(problems[0].where)))
 
 
 _current: ContextVar[Watch | None] = ContextVar("regraft_watch", default=None)

@@ -18,6 +18,7 @@ from regraft.formats.safetensors import build_header
 from regraft.merging.card import auto_class_of, base_metadata, model_card
 from regraft.merging.execute import Outcome, is_stored
 from regraft.merging.gap import warning as gap_warning
+from regraft.merging.merged_adapters import check_copies
 from regraft.merging.output import write_file
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan
@@ -54,6 +55,7 @@ def write_rest(
 
     Raises:
         RegraftError: a side file cannot be read, or something cannot be written.
+        ChangedError: an adapter that is kept is not the one that was merged.
     """
     config = updated_config(plan.base.config or {}, plan.config_updates)
     rest = _Rest(folder)
@@ -73,6 +75,8 @@ def write_rest(
         totals = replace(receipt.totals, undo_bytes=patch.path.stat().st_size)
         receipt = replace(receipt, totals=totals)
         rest.digests |= kept
+        if keeping.adapters:
+            check_copies(folder, receipt, [Path(adapter.root) for adapter in plan.adapters])
     receipt = replace(receipt, files=rest.digests, headers=_header_digests(plan))
     receipt = _with_usage(receipt, used)
     write_file(folder / "regraft" / "receipt.json", receipt_bytes(receipt))

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import zstandard
 from blake3 import blake3
 
 from regraft.adapters.model import Adapter
+from regraft.deltas import compression
 from regraft.errors import FormatError, InputError, MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import Located
@@ -191,7 +191,7 @@ def keep_base(
     left_out += [] if plan.base.single_file else _others(plan.base)
     adapters: list[str | None] = []
     for number, adapter in enumerate(plan.adapters):
-        place = f"adapter-{number}" if keeping.adapters else None
+        place = copy_name(number) if keeping.adapters else None
         adapters.append(place)
         if place is not None:
             written |= _copy_adapter(adapter, folder, place)
@@ -222,7 +222,7 @@ def _keep_gaps(plan: Plan, path: Path, patch: PatchWriter) -> WeightFile:
         size = os.fstat(file.fileno()).st_size
         gaps = gaps_of(size, tensors)
         content = b"".join(read_at(file.fileno(), path, at, n) for at, n in gaps)
-    patch.append(zstandard.ZstdCompressor(level=3).compress(content))
+    patch.append(compression.compress(content))
     patch.end(file_section(path.name))
     return WeightFile(path.name, size, tuple(gaps), blake3(content).hexdigest())
 
@@ -249,6 +249,11 @@ def _others(base: Checkpoint) -> list[str]:
     known |= set(_side_files(base))
     with typed_os_errors(base.root):
         return sorted(file_key(p.name) for p in base.root.iterdir() if p.name not in known)
+
+
+def copy_name(number: int) -> str:
+    """Return the name of the folder below :data:`UNDO` with the copy of an adapter."""
+    return f"adapter-{number}"
 
 
 def _copy_adapter(adapter: Adapter, folder: Path, name: str) -> dict[str, str]:
