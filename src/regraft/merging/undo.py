@@ -20,6 +20,7 @@ from regraft.adapters.model import Adapter
 from regraft.errors import FormatError, InputError, MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import Located
+from regraft.formats.inside import LARGEST, contents_of, file_pieces
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import RECEIPT
 from regraft.formats.problems import capped, quoted
@@ -41,7 +42,7 @@ from regraft.merging.patch import (
 )
 from regraft.merging.plan import OutputShard, Plan, Step, kept_name
 from regraft.merging.receipt import file_key
-from regraft.merging.sidefiles import json_bytes, travels
+from regraft.merging.sidefiles import TEMPLATES, json_bytes, travels
 from regraft.merging.writer import write_error
 from regraft.tensors import TensorSpec
 
@@ -58,10 +59,8 @@ _ALWAYS_KEPT_BYTES = 64 * 2**10
 """Side files up to this size are kept even where the output has the same file."""
 
 _READ_BYTES = 2**20
-_LARGEST_SIDE_FILE = 256 * 2**20
 _MOST_GAP_BYTES = 512 * 2**20
 _PATCH_FILES = 64 * 2**20
-_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -174,11 +173,10 @@ def keep_base(
 
     side, left_out = [], list(keeping.left_out)
     for name, path in ({} if plan.base.single_file else _side_files(plan.base)).items():
-        if path.stat().st_size > _LARGEST_SIDE_FILE or file_key(name) != name:
+        if file_key(name) != name:
             left_out.append(file_key(name))
             continue
-        with typed_os_errors(path):
-            content = path.read_bytes()
+        content = b"".join(file_pieces(path))
         digest = blake3(content).hexdigest()
         kept = len(content) <= _ALWAYS_KEPT_BYTES or files.get(file_key(name)) != digest
         if kept:
@@ -226,11 +224,10 @@ def _keep_gaps(plan: Plan, path: Path, patch: PatchWriter) -> WeightFile:
 
 def _side_files(base: Checkpoint) -> dict[str, Path]:
     """Return the base's files beside its weights, by name."""
-    with typed_os_errors(base.root):
-        found = {p.name: p for p in sorted(base.root.iterdir()) if p.is_file()}
-        templates = base.root / "additional_chat_templates"
-        if templates.is_dir():
-            found |= {f"{templates.name}/{p.name}": p for p in sorted(templates.glob("*.jinja"))}
+    found = dict(contents_of(base.root).files)
+    if (base.root / TEMPLATES).is_dir():
+        templates = contents_of(base.root, TEMPLATES).files
+        found |= {name: path for name, path in templates.items() if name.endswith(".jinja")}
     return {name: path for name, path in found.items() if _belongs(Path(name).name)}
 
 
@@ -242,7 +239,7 @@ def _belongs(name: str) -> bool:
 
 def _others(base: Checkpoint) -> list[str]:
     """Return what else a base's folder holds: other formats of its weights, logs, folders."""
-    known = {shard.name for shard in base.shards} | {"additional_chat_templates", ".cache"}
+    known = {shard.name for shard in base.shards} | {TEMPLATES, ".cache"}
     known |= set(_side_files(base))
     with typed_os_errors(base.root):
         return sorted(file_key(p.name) for p in base.root.iterdir() if p.name not in known)
@@ -253,23 +250,16 @@ def _copy_adapter(adapter: Adapter, folder: Path, name: str) -> dict[str, str]:
     target = folder / UNDO / name
     digests = {}
     for path in adapter.files:
-        digest = write_pieces(target / path.name, _pieces_of(path))
+        digest = write_pieces(target / path.name, file_pieces(path))
         digests[file_key(f"{UNDO}/{name}/{path.name}")] = digest
     return digests
 
 
 def _digest_file(path: Path) -> str:
     digest = blake3()
-    for piece in _pieces_of(path):
+    for piece in file_pieces(path):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _pieces_of(path: Path) -> Iterator[bytes]:
-    """Yield a file's content; mapped into memory, it would count as this process's memory."""
-    with typed_os_errors(path), path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            yield piece
 
 
 # -- the way back ----------------------------------------------------------------------------------
@@ -443,9 +433,8 @@ def side_files(merged: Path, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     for file in manifest.side_files:
         path = (merged / UNDO / SIDE_FILES if file.kept else merged) / file.name
         content = b""
-        if path.is_file():
-            with typed_os_errors(path):
-                content = path.read_bytes()
+        if path.is_file() and path.stat().st_size <= LARGEST:
+            content = b"".join(file_pieces(path))
         if not path.is_file() or blake3(content).hexdigest() != file.blake3:
             problems.append(
                 Problem(
