@@ -13,7 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from regraft._version import __version__
-from regraft.errors import InputError
+from regraft.errors import InputError, redacted
 from regraft.formats.inside import file_pieces, refuse_outside
 from regraft.formats.layout import ADAPTER_CONFIG
 from regraft.formats.reading import open_regular, typed_os_errors
@@ -196,7 +196,7 @@ def _receipt(plan: Plan, outcome: Outcome, command: str, used: Used) -> Receipt:
     receipt = Receipt(
         regraft=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=plain_text(command),
+        command=redacted(plain_text(command)),
         output=spelled(str(plan.out)),
         base=base,
         adapters=_adapter_records(plan, outcome),
@@ -209,7 +209,7 @@ def _receipt(plan: Plan, outcome: Outcome, command: str, used: Used) -> Receipt:
     )
     quiet = (receipt.quiet_warning,) if receipt.quiet else ()
     said = (*plan.warnings, *quiet, *_of_figures(outcome.records))
-    return replace(receipt, warnings=tuple(map(plain_text, said)))
+    return replace(receipt, warnings=tuple(redacted(plain_text(text)) for text in said))
 
 
 def _of_figures(records: Sequence[TensorRecord]) -> list[str]:

@@ -15,6 +15,8 @@ from blake3 import blake3
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
+from regraft.formats.problems import quoted
+from regraft.formats.reading import expanded
 from regraft.merging.writer import write_error
 
 SLACK_BYTES = 64 * 2**20
@@ -35,7 +37,13 @@ _MAY_REPLACE: dict[Kind, tuple[Looks, ...]] = {
 
 
 def out_path(out: str | Path) -> Path:
-    """Return where an output goes; ``~`` is the user's home, and stays where there is no such."""
+    """Return where an output goes; ``~`` is the user's home, and stays where there is no such.
+
+    Raises:
+        UsageError: it is a name that no folder can have.
+    """
+    if "\0" in str(out):
+        raise UsageError("the output's name holds a NUL character", where=quoted(str(out)))
     return Path(os.path.expanduser(out))  # noqa: PTH111  (Path.expanduser raises there)
 
 
@@ -124,7 +132,7 @@ def replaced_inputs(out: Path, *sources: object) -> list[Path]:
         if isinstance(source, list | tuple):
             found += replaced_inputs(out, *source)
         elif isinstance(source, str | Path):
-            path = out_path(source)
+            path = expanded(source)
             if os.path.lexists(path) and place in (path.resolve(), *path.resolve().parents):
                 found.append(path)
     return found

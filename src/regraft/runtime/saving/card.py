@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from regraft.errors import redacted
 from regraft.formats.text import path_word, python_string
 from regraft.merging.card import repository_of, title_of
 from regraft.merging.markup import block, code, prose
@@ -133,7 +134,7 @@ def _class_of(config: Mapping[str, Any]) -> str | None:
 def _base(config: Mapping[str, Any]) -> str:
     """Return the base's name; of a folder without its path, which is nobody else's business."""
     name = str(config.get("base_model_name_or_path") or "")
-    return repository_of(name) or Path(name).name
+    return repository_of(name) or redacted(Path(name).name)
 
 
 def _facts(config: Mapping[str, Any], specs: list[TensorSpec], base_format: str) -> str:
