@@ -189,7 +189,14 @@ def plan(
     refuse_swapped(base, wanted)
     checkpoint = open_base_headers(base, token)
     place = out_path(out) if out is not None else None
-    return _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
+    made = _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
+    return replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
+
+
+def _said_of_sides(made: Plan) -> tuple[str, ...]:
+    from regraft.merging.finalize import sides_of
+
+    return sides_of(made).warnings
 
 
 def _plan(
@@ -273,6 +280,7 @@ def check(
         plain, quantization = see(checkpoint, choices.dtype)
         choices = settled(choices, quantization)
         made = make_plan(plain, read, choices, None, quantization=quantization)
+        made = replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
     except RegraftError as error:
         return CheckReport(False, (*problems, *error.problems))
     if problems:

@@ -19,8 +19,6 @@ from regraft.tensors import TensorSpec
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-_PIECE = 2**20
-
 _ACCESS_HINTS = {
     errno.EACCES: "Check the permissions of the file and of the folders above it",
     errno.EPERM: "Check the permissions of the file and of the folders above it",
@@ -108,36 +106,10 @@ def read_at(fd: int, path: Path, position: int, length: int) -> bytes:
     return b"".join(pieces)
 
 
-def read_whole(path: Path) -> bytes:
-    """Return all bytes of a regular file; of one that was read before, they have to be the same.
-
-    Raises:
-        InputError, FormatError, AccessError: as :func:`open_regular`, or it cannot be read.
-    """
-    fd = open_regular(path)
-    try:
-        content = read_at(fd, path, 0, os.fstat(fd).st_size)
-    finally:
-        os.close(fd)
-    note_content(path, content)
-    return content
-
-
 def note_content(path: Path, content: bytes) -> None:
     """Note all bytes of a file that were read, where a verb watches its inputs."""
     if (watch := current()) is not None:
         watch.note_content(path, content)
-
-
-def read_pieces(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a regular file; mapped into memory, they would count as this process's.
-
-    Raises:
-        InputError, FormatError, AccessError: as :func:`read_whole`.
-    """
-    with typed_os_errors(path), os.fdopen(open_regular(path), "rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            yield piece
 
 
 class FilePool:

@@ -20,16 +20,11 @@ from regraft.deltas import compression
 from regraft.errors import FormatError, InputError, MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import Located
+from regraft.formats.inside import LARGEST, contents_of, file_pieces, read_whole
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import RECEIPT
 from regraft.formats.problems import capped, quoted
-from regraft.formats.reading import (
-    open_regular,
-    read_at,
-    read_pieces,
-    read_whole,
-    typed_os_errors,
-)
+from regraft.formats.reading import open_regular, read_at, typed_os_errors
 from regraft.merging.bases import open_base
 from regraft.merging.jobs import Target, plan_digest
 from regraft.merging.keep import Keep
@@ -47,7 +42,7 @@ from regraft.merging.patch import (
 )
 from regraft.merging.plan import OutputShard, Plan, Step, kept_name
 from regraft.merging.receipt import file_key
-from regraft.merging.sidefiles import json_bytes, travels
+from regraft.merging.sidefiles import TEMPLATES, json_bytes, travels
 from regraft.merging.writer import write_error
 from regraft.tensors import TensorSpec
 
@@ -64,7 +59,6 @@ _ALWAYS_KEPT_BYTES = 64 * 2**10
 """Side files up to this size are kept even where the output has the same file."""
 
 _READ_BYTES = 2**20
-_LARGEST_SIDE_FILE = 256 * 2**20
 _MOST_GAP_BYTES = 512 * 2**20
 _PATCH_FILES = 64 * 2**20
 
@@ -179,7 +173,7 @@ def keep_base(
 
     side, left_out = [], list(keeping.left_out)
     for name, path in ({} if plan.base.single_file else _side_files(plan.base)).items():
-        if path.stat().st_size > _LARGEST_SIDE_FILE or file_key(name) != name:
+        if file_key(name) != name:
             left_out.append(file_key(name))
             continue
         content = read_whole(path)
@@ -229,11 +223,10 @@ def _keep_gaps(plan: Plan, path: Path, patch: PatchWriter) -> WeightFile:
 
 def _side_files(base: Checkpoint) -> dict[str, Path]:
     """Return the base's files beside its weights, by name."""
-    with typed_os_errors(base.root):
-        found = {p.name: p for p in sorted(base.root.iterdir()) if p.is_file()}
-        templates = base.root / "additional_chat_templates"
-        if templates.is_dir():
-            found |= {f"{templates.name}/{p.name}": p for p in sorted(templates.glob("*.jinja"))}
+    found = dict(contents_of(base.root).files)
+    if (base.root / TEMPLATES).is_dir():
+        templates = contents_of(base.root, TEMPLATES).files
+        found |= {name: path for name, path in templates.items() if name.endswith(".jinja")}
     return {name: path for name, path in found.items() if _belongs(Path(name).name)}
 
 
@@ -245,7 +238,7 @@ def _belongs(name: str) -> bool:
 
 def _others(base: Checkpoint) -> list[str]:
     """Return what else a base's folder holds: other formats of its weights, logs, folders."""
-    known = {shard.name for shard in base.shards} | {"additional_chat_templates", ".cache"}
+    known = {shard.name for shard in base.shards} | {TEMPLATES, ".cache"}
     known |= set(_side_files(base))
     with typed_os_errors(base.root):
         return sorted(file_key(p.name) for p in base.root.iterdir() if p.name not in known)
@@ -268,7 +261,7 @@ def _copy_adapter(adapter: Adapter, folder: Path, name: str) -> dict[str, str]:
 
 def _digest_file(path: Path) -> str:
     digest = blake3()
-    for piece in read_pieces(path):
+    for piece in file_pieces(path):
         digest.update(piece)
     return digest.hexdigest()
 
@@ -444,7 +437,7 @@ def side_files(merged: Path, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     for file in manifest.side_files:
         path = (merged / UNDO / SIDE_FILES if file.kept else merged) / file.name
         content = b""
-        if path.is_file():
+        if path.is_file() and path.stat().st_size <= LARGEST:
             content = read_whole(path)
         if not path.is_file() or blake3(content).hexdigest() != file.blake3:
             problems.append(

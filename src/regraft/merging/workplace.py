@@ -13,7 +13,6 @@ import errno
 import fcntl
 import json
 import os
-import shlex
 import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -25,6 +24,7 @@ from typing import Any
 from blake3 import blake3
 
 from regraft.errors import BusyError, EnvironmentShortfall
+from regraft.formats.text import path_word
 from regraft.formats.watching import check_unchanged, leave_out, telling_changes
 from regraft.merging.output import Kind, check_output, place_of, publish, put_back
 from regraft.merging.ownership import (
@@ -250,7 +250,7 @@ def workplace(out: Path, *, overwrite: bool, kind: Kind = "model") -> Iterator[W
                 kept = not work.is_at(place) and work.is_kept_after(error)
                 keep = not _is_put_back(work, place) or kept
                 if keep and isinstance(error, _INTERRUPTIONS):
-                    error.add_note(KEPT.format(shlex.quote(str(out))))
+                    error.add_note(KEPT.format(path_word(str(out))))
                 raise
             finally:
                 work.close()
