@@ -70,7 +70,7 @@ def why_not(path: Path, folder: Path) -> str:
         OSError: the system refused to look at it.
     """
     target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(root) for root in _roots(folder)):
+    if leads_outside(path, folder):
         return "a link to outside of its folder"
     try:
         found = target.stat()
@@ -85,6 +85,12 @@ def why_not(path: Path, folder: Path) -> str:
     if not stat.S_ISREG(found.st_mode):
         return "a pipe, socket or device"
     return f"larger than {LARGEST // 2**20} MiB" if found.st_size > LARGEST else ""
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether a path below a folder leads to a place outside of it, by links."""
+    target = Path(os.path.realpath(path))
+    return not any(target.is_relative_to(root) for root in _roots(folder))
 
 
 def refuse_outside(folder: Path, *names: str) -> None:
