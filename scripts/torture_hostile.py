@@ -21,7 +21,8 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing.pool import Pool
 
-from regraft.testing.fuzz import FuzzReport, run_headers, run_json, run_tensors
+from regraft.testing.hostile.files import run_headers, run_json, run_tensors
+from regraft.testing.hostile.report import FuzzReport
 
 MAX_GROWTH = 32 * 2**20
 """Bytes by which a process may grow after the first tenth of its cases: caches fill up."""

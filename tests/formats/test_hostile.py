@@ -31,16 +31,10 @@ from regraft.formats.safetensors import build_header, read_header
 from regraft.formats.torch_zip import read_torch_file
 from regraft.merging.planning import Choices, make_plan
 from regraft.tensors import TensorSpec
-from regraft.testing import fuzz, mutation
-from regraft.testing.fuzz import (
-    FuzzReport,
-    mutated_headers,
-    mutated_json,
-    mutated_tensors,
-    run_headers,
-    run_json,
-    run_tensors,
-)
+from regraft.testing.hostile import files, mutation
+from regraft.testing.hostile.files import run_headers, run_json, run_tensors
+from regraft.testing.hostile.mutation import mutated_headers, mutated_json, mutated_tensors
+from regraft.testing.hostile.report import FuzzReport, unsound
 
 SOURCES = Path(regraft.__file__).parent
 
@@ -94,7 +88,7 @@ def test_a_seed_makes_the_same_files_again() -> None:
 def test_a_run_notices_what_the_reference_refuses(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fuzz, "_reference", lambda _: None)
+    monkeypatch.setattr(files, "_reference", lambda _: None)
     report = run_headers(200, 0, tmp_path)
     assert report.lenient > 0
     assert "the reference parser refuses it" in report.failures[0].what
@@ -110,7 +104,7 @@ def test_a_run_notices_that_a_header_is_read_in_another_way(
             header.tensors[name] = moved
         return header
 
-    monkeypatch.setattr(fuzz, "read_header", swapped)
+    monkeypatch.setattr(files, "read_header", swapped)
     assert run_headers(300, 0, tmp_path).differing > 0
 
 
@@ -120,13 +114,13 @@ def test_a_run_notices_other_errors_and_errors_that_say_nothing(
     def broken(_: Path) -> Any:
         raise ValueError("no such thing")
 
-    monkeypatch.setattr(fuzz, "read_header", broken)
+    monkeypatch.setattr(files, "read_header", broken)
     report = run_headers(10, 0, tmp_path)
     assert report.untyped == 10
     assert "ValueError: no such thing at " in report.failures[0].what
     for error in (FormatError([]), FormatError("bad"), FormatError("bad\x1b[2J", where="x")):
-        assert fuzz.unsound(error)
-    assert fuzz.unsound(FormatError("bad", where="a file named é")) is None
+        assert unsound(error)
+    assert unsound(FormatError("bad", where="a file named é")) is None
 
 
 # Claims are checked before anything is made of them
@@ -134,7 +128,7 @@ def test_a_run_notices_other_errors_and_errors_that_say_nothing(
 
 @pytest.fixture
 def model(tmp_path: Path) -> tuple[Path, Path]:
-    return fuzz.write_model(tmp_path)
+    return files.write_model(tmp_path)
 
 
 def located(path: Path) -> Located:
