@@ -68,8 +68,7 @@ def run_headers(count: int, seed: int | str = 0, folder: Path | None = None) -> 
             ours = attempt_case(report, lambda: read_header(path), content)
             theirs = _reference(content)
             if rng.random() < _SAFE_OPEN_SHARE and (trouble := _other_entry(path, ours, theirs)):
-                report.differing += 1
-                report.fail(trouble, content.hex())
+                report.differ(trouble, content.hex())
             _compare(report, content, ours, theirs)
 
         run_cases(report, mutated_headers(seed, count), count, one)
@@ -94,8 +93,7 @@ def _compare(
     elif ours is not None and theirs is not None:
         report.accepted += 1
         if trouble := _difference(ours, theirs, content):
-            report.differing += 1
-            report.fail(trouble, content.hex())
+            report.differ(trouble, content.hex())
 
 
 def _reference(content: bytes) -> list[tuple[str, dict[str, Any]]] | None:

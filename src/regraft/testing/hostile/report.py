@@ -52,7 +52,7 @@ class FuzzReport:
         stricter: refused by regraft alone, counted by reason.
         reasons: why regraft refused, whatever the reference parser says.
         lenient: accepted by regraft alone.
-        differing: accepted by both, and read in different ways.
+        differing: accepted by both, and read in different ways; or a wrong outcome.
         untyped: cases in which something other than a ``RegraftError`` came out.
         unsound: errors that leave out what is wrong, or could steer a terminal.
         failures: the first of those that went wrong.
@@ -97,6 +97,11 @@ class FuzzReport:
         for name in ("stricter", "reasons"):
             fields[name] = dict(getattr(self, name).most_common())
         return fields
+
+    def differ(self, what: str, content: str) -> None:
+        """Count and keep a case that came out otherwise than it has to."""
+        self.differing += 1
+        self.fail(what, content)
 
     def fail(self, what: str, content: str) -> None:
         """Keep a case that went wrong."""
