@@ -217,12 +217,12 @@ def peak_of(attempt: Callable[[], Any]) -> tuple[int, float, str]:
 
 CLAIMS: dict[str, tuple[dict[str, Any], str]] = {
     "a rank of a billion": ({"r": 10**9}, "rank is not the config's"),
-    "a rank of 400 digits": ({"r": 10**400}, "a positive number"),
+    "a rank of 400 digits": ({"r": 10**400}, "a positive whole number"),
     "a rank of true": ({"r": True}, "found True"),
     "a rank of a fraction": ({"r": 8.0}, "found 8.0"),
-    "a rank of minus one": ({"r": -1}, "a positive number"),
-    "alpha beyond floats": ({"lora_alpha": float("inf")}, "a positive number"),
-    "alpha that is no number": ({"lora_alpha": float("nan")}, "a positive number"),
+    "a rank of minus one": ({"r": -1}, "a positive whole number"),
+    "alpha beyond floats": ({"lora_alpha": float("inf")}, "a finite number"),
+    "alpha that is no number": ({"lora_alpha": float("nan")}, "a finite number"),
     "a rank of a billion for some": ({"rank_pattern": {"q_proj": 10**9}}, "rank is not"),
     "a hundred thousand ranks": (
         {"rank_pattern": {f"m{i:x}": 1 for i in range(100_000)}}, ""),
