@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError
-from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.checkpoint import AdapterFiles, Checkpoint
 from regraft.formats.hub import locate
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
@@ -34,8 +34,9 @@ from regraft.merging.recipe import (
     Coding,
     base_named_by,
     choices_of,
-    open_adapters,
+    open_inputs,
     parse_adapters,
+    read_adapters,
     refuse_swapped,
 )
 from regraft.merging.report import CheckReport
@@ -119,9 +120,12 @@ def merge(
     tell(progress, "read", 0)
     base = base_named_by(wanted, token) if base is None else base
     refuse_swapped(base, wanted)
-    checkpoint = open_base(locate(base, kind="base", token=token))
+    named = base
+    checkpoint, opened = open_inputs(
+        lambda: open_base(locate(named, kind="base", token=token)), wanted, token, peft_version
+    )
     made = _plan(
-        checkpoint, wanted, choices, place, overwrite=overwrite, token=token,
+        checkpoint, opened, choices, place, overwrite=overwrite,
         trained_on=_trained_on(trained_on, token),
     )  # fmt: skip
     if made.quantization is not None:
@@ -184,23 +188,24 @@ def plan(
     tell(progress, "read", 0)
     base = base_named_by(wanted, token) if base is None else base
     refuse_swapped(base, wanted)
-    checkpoint = open_base_headers(base, token)
+    named = base
+    checkpoint, opened = open_inputs(
+        lambda: open_base_headers(named, token), wanted, token, peft_version
+    )
     place = out_path(out) if out is not None else None
-    return _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
+    return _plan(checkpoint, opened, choices, place, overwrite=overwrite)
 
 
 def _plan(
     base: Checkpoint,
-    adapters: Sequence[tuple[str, float]],
+    opened: Sequence[tuple[AdapterFiles, float]],
     choices: Choices,
     out: Path | None,
     *,
     overwrite: bool,
-    token: str | None,
     trained_on: TrainedOn | None = None,
 ) -> Plan:
-    opened = open_adapters(adapters, token, choices.peft_version)
-    read = [read_adapter(files, weight) for files, weight in opened]
+    read = read_adapters(opened)
     plain, quantization = see(base, choices.dtype)
     choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
@@ -258,9 +263,12 @@ def check(
     wanted = parse_adapters(adapters)
     base = base_named_by(wanted, token) if base is None else base
     refuse_swapped(base, wanted)
-    checkpoint = open_base_headers(base, token)
+    named = base
+    checkpoint, opened = open_inputs(
+        lambda: open_base_headers(named, token), wanted, token, peft_version
+    )
     read, problems = [], list[Problem]()
-    for files, weight in open_adapters(wanted, token, peft_version):
+    for files, weight in opened:
         try:
             read.append(read_adapter(files, weight))
         except RegraftError as error:

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
 from regraft.libraries import from_pretrained, require
@@ -29,8 +28,9 @@ from regraft.merging.quantized import check_scales
 from regraft.merging.recipe import (
     AdapterArg,
     choices_of,
-    open_adapters,
+    open_inputs,
     parse_adapters,
+    read_adapters,
     refuse_swapped,
 )
 from regraft.merging.sidefiles import updated_config
@@ -167,9 +167,10 @@ def _plan(
     choices = choices_of(dtype, None, NO_CAP, threads, peft_version=peft_version)
     wanted = parse_adapters(adapters)
     refuse_swapped(base, wanted)
-    stored = open_base(locate(base, kind="base", token=token))
-    opened = open_adapters(wanted, token, peft_version)
-    read = [read_adapter(files, weight) for files, weight in opened]
+    stored, opened = open_inputs(
+        lambda: open_base(locate(base, kind="base", token=token)), wanted, token, peft_version
+    )
+    read = read_adapters(opened)
     plain, quantization = see(stored, choices.dtype)
     if not plain.config:
         raise UsageError(
