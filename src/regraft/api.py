@@ -12,6 +12,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError
 from regraft.formats.checkpoint import AdapterFiles, Checkpoint
 from regraft.formats.hub import locate
+from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, open_base_headers, see
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from regraft.merging.receipt import Receipt
 
 
+@watched()
 def merge(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -154,6 +156,7 @@ def _inputs(made: Plan) -> list[Path]:
     return [*weights, *sides, *(path for path in adapters if path.is_file())]
 
 
+@watched(to_the_end=True)
 def plan(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -193,7 +196,14 @@ def plan(
         lambda: open_base_headers(named, token), wanted, token, peft_version
     )
     place = out_path(out) if out is not None else None
-    return _plan(checkpoint, opened, choices, place, overwrite=overwrite)
+    made = _plan(checkpoint, opened, choices, place, overwrite=overwrite)
+    return replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
+
+
+def _said_of_sides(made: Plan) -> tuple[str, ...]:
+    from regraft.merging.finalize import sides_of
+
+    return sides_of(made).warnings
 
 
 def _plan(
@@ -210,7 +220,7 @@ def _plan(
     choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
     notes = notes_of_another_base(read, plain, quantization)
-    warn(notes, stacklevel=3)
+    warn(notes, stacklevel=4)
     made = replace(made, warnings=(*made.warnings, *notes))
     if out is None:
         return made
@@ -234,6 +244,7 @@ def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None
     return found
 
 
+@watched(to_the_end=True)
 def check(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -277,12 +288,13 @@ def check(
         plain, quantization = see(checkpoint, choices.dtype)
         choices = settled(choices, quantization)
         made = make_plan(plain, read, choices, None, quantization=quantization)
+        made = replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
     except RegraftError as error:
         return CheckReport(False, (*problems, *error.problems))
     if problems:
         return CheckReport(False, tuple(problems), made.warnings)
     notes = notes_of_another_base(read, plain, quantization)
-    warn(notes, stacklevel=2)
+    warn(notes, stacklevel=3)
     summary = {**made.totals(), "memory": made.memory}
     return CheckReport(True, (), (*made.warnings, *notes), summary)
 

@@ -7,6 +7,7 @@
     │   ├── AdapterError                 an adapter is inconsistent with itself
     │   ├── UnsupportedError             sound, but it cannot be merged: refused by name
     │   ├── MismatchError                adapter and base do not fit; lists every misfit
+    │   ├── ChangedError                 an input was changed while it was being read
     │   ├── NumericError                 a result would be NaN or infinite where the base was not
     │   └── OutputExistsError            OUT is there already
     └── EnvironmentShortfall   exit 4    the machine falls short
@@ -22,13 +23,52 @@ found, and what to do next. All problems of one stage are raised together.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+
+_HIDDEN = "***"
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SHORTEST_SECRET = 8
+_SECRETS: set[str] = set()
+_CREDENTIALS = (
+    re.compile(r"(?i)\b((?:https?|git|ssh|ftp|s3|socks5h?)://)[^\s/?#'\"]+(?=@)"),
+    re.compile(
+        r"(?i)(?<=[?&;])((?:[\w.-]*(?:token|secret|signature|credential|password|passwd|api_?key)"
+        r"[\w.-]*|sig|key|auth|policy|key-pair-id|awsaccesskeyid)=)[^\s&;#'\"<>]+"
+    ),
+    re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}"),
+    re.compile(
+        r"(?i)\b((?:x-)?(?:auth|access|api)[_-]?(?:token|key)['\"]?\s*[:=]\s*)[^\s,;'\"]{8,}"
+    ),
+    re.compile(r"\b(?:hf|api_org)_(?:[A-Za-z0-9]{20,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})"),
+    re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),
+    re.compile(r"\b(?:gh[opsur]_|github_pat_|glpat-|xox[abprs]-)[\w-]{16,}"),
+)
+"""Credentials as they stand in web addresses, headers and what servers answer; what a group holds
+stays."""
+
+
+def keep_secret(secret: str | None) -> None:
+    """Have a token hidden wherever regraft says something, also where a server repeats it."""
+    if secret and len(secret) >= _SHORTEST_SECRET:
+        _SECRETS.add(secret)
+
+
+def redacted(text: str) -> str:
+    """Return a text with tokens and credentials hidden, for messages, receipts and cards."""
+    for secret in (*_SECRETS, *(os.environ.get(name, "") for name in _TOKEN_VARIABLES)):
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, _HIDDEN)
+    for pattern in _CREDENTIALS:
+        text = pattern.sub(lambda found: (found[1] if found.re.groups else "") + _HIDDEN, text)
+    return text
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, in the five parts a reader needs.
+    """One thing that is wrong, in the five parts a reader needs; secrets in them are hidden.
 
     Attributes:
         what: what is wrong, without a trailing full stop.
@@ -43,6 +83,12 @@ class Problem:
     expected: str = ""
     found: str = ""
     hint: str = ""
+
+    def __post_init__(self) -> None:
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, str):
+                object.__setattr__(self, part.name, redacted(value))
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
@@ -103,6 +149,10 @@ class UnsupportedError(InputError):
 
 class MismatchError(InputError):
     """Adapter and base do not fit; every misfit is listed."""
+
+
+class ChangedError(InputError):
+    """A file of an input was changed while it was being read; every such file is listed."""
 
 
 class NumericError(InputError):

@@ -12,7 +12,7 @@ import click
 
 from regraft._version import __version__
 from regraft.cli.failures import DEBUG_VARIABLE, UserInterruptError, explain
-from regraft.cli.output import Output, ReaderGoneError, plain_warnings
+from regraft.cli.output import Output, ReaderGoneError, plain_warnings, standard_streams
 
 READER_GONE = 141
 """Exit code when nobody reads stdout any more: as when SIGPIPE ends a program."""
@@ -81,6 +81,7 @@ class LazyGroup(click.Group):
         """Parse, run, explain any error, and exit."""
         del standalone_mode
         arguments = list(sys.argv[1:] if args is None else args)
+        standard_streams()
         try:
             with plain_warnings():
                 code = super().main(

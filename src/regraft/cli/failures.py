@@ -18,6 +18,7 @@ from regraft.errors import (
     Problem,
     RegraftError,
     UsageError,
+    redacted,
 )
 
 DEBUG_VARIABLE = "REGRAFT_DEBUG"
@@ -74,7 +75,8 @@ def _notes(error: BaseException) -> Iterator[str]:
     told: set[str] = set()
     chain: BaseException | None = error
     while chain is not None:
-        new = [note for note in getattr(chain, "__notes__", ()) if note not in told]
+        notes = map(redacted, getattr(chain, "__notes__", ()))
+        new = [note for note in notes if note not in told]
         yield from new
         told.update(new)
         chain = chain.__cause__ or chain.__context__

@@ -51,7 +51,7 @@ def command(
     answer = speaker.answer(messages, how, output.stream, template=chosen["template"])
     if answer.stopped:
         raise KeyboardInterrupt
-    output.data(_payload(text, answer, speaker), "")
+    output.data(_payload(text, answer, speaker), "", secrets=True)
 
 
 def _payload(prompt: str, answer: Answer, speaker: Speaker) -> dict[str, Any]:

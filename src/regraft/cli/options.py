@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from regraft.cli.output import Output
+from regraft.formats.text import shell_word
 from regraft.tensors import DTYPE_ALIASES, parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -269,7 +269,7 @@ def command_line(ctx: click.Context) -> str:
             chosen += words
     if any(word.startswith("-") for word in arguments):  # it was given after a "--"
         arguments, chosen = chosen, ["--", *arguments]
-    return " ".join([ctx.command_path, *map(shlex.quote, arguments + chosen)])
+    return " ".join([ctx.command_path, *map(shell_word, arguments + chosen)])
 
 
 def _words(parameter: click.Parameter, value: Any) -> list[str]:

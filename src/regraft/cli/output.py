@@ -7,13 +7,15 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from regraft.cli.text import plural, printable
+from regraft.errors import AccessError, redacted
+from regraft.formats.text import spelled
 
 if TYPE_CHECKING:
     from regraft.cli.failures import Failure
@@ -52,12 +54,19 @@ class Output:
         self.as_json = as_json
         self.quiet = quiet
 
-    def data(self, payload: Mapping[str, Any], text: str) -> None:
-        """Print a command's answer on stdout: ``payload`` as JSON, or ``text``."""
+    def data(self, payload: Mapping[str, Any], text: str, *, secrets: bool = False) -> None:
+        """Print a command's answer on stdout: ``payload`` as JSON, or ``text``.
+
+        Args:
+            payload: what it found.
+            text: the same for people.
+            secrets: whether what looks like one is no secret of the user's, as in a model's answer.
+        """
+        hide = (lambda words: words) if secrets else redacted
         if self.as_json:
-            _write(sys.stdout, json.dumps(_plain(payload), indent=2))
+            _write(sys.stdout, json.dumps(_plain(payload, hide), indent=2))
         elif not self.quiet:
-            _write(sys.stdout, text)
+            _write(sys.stdout, hide(text))
 
     def tell(self, text: str) -> None:
         """Print a piece of a story on stdout, as it happens; nothing in JSON mode."""
@@ -72,7 +81,7 @@ class Output:
     def line(self, payload: Mapping[str, Any]) -> None:
         """Print an object as one line of JSON on stdout; nothing but in JSON mode."""
         if self.as_json:
-            _write(sys.stdout, json.dumps(_plain(payload)))
+            _write(sys.stdout, json.dumps(_plain(payload, lambda words: words)))
 
     def note(self, text: str) -> None:
         """Print a line of a conversation with the user on stderr; nothing if quiet."""
@@ -196,12 +205,39 @@ def _write(
     prefix = f"{label}: " if label else ""
     if label and _has_colour(stream):
         prefix = click.style(prefix, fg=colour, bold=True)
+    if stream is sys.stderr:
+        text = redacted(text)
     try:
         stream.write(prefix + printable(text, keep) + end)
         stream.flush()
     except BrokenPipeError as error:
         _abandon(stream)
         raise ReaderGoneError from error
+    except OSError as error:
+        _abandon(stream)
+        if stream is sys.stdout:
+            raise _unwritable(error) from error
+
+
+def _unwritable(error: OSError) -> AccessError:
+    return AccessError(
+        "what was found cannot be printed", where="standard output", found=error.strerror or "",
+        hint="An output that was made is whole, and in place",
+    )  # fmt: skip
+
+
+def standard_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr, onto nothing.
+
+    Else the next file that is opened, a weights file say, would get what is printed.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _abandon(stream: TextIO) -> None:
@@ -220,12 +256,12 @@ def _has_colour(stream: TextIO) -> bool:
     return _is_terminal(stream) and not plain
 
 
-def _plain(value: Any) -> Any:
-    """Return ``value`` as JSON can hold it: no NaN or infinity, no paths, no tuples."""
+def _plain(value: Any, hide: Callable[[str], str] = redacted) -> Any:
+    """Return ``value`` as JSON can hold it: no NaN or infinity, no paths, tuples or surrogates."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, hide) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [_plain(item, hide) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+    return value if value is None or isinstance(value, (int, bool)) else hide(spelled(str(value)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from regraft.cli.text import count, memory, pairs, percent, plural, seconds, size, table
+from regraft.formats.text import path_word, unspelled
 from regraft.merging.receipt import InputRecord, Receipt, TensorRecord, Totals
 from regraft.tensors import parse_size
 
@@ -104,7 +104,7 @@ def _undo(receipt: Receipt) -> str:
     if not totals.undo_bytes:
         return ""
     share = totals.undo_bytes / totals.bytes_written if totals.bytes_written else None
-    command = f"regraft unmerge {shlex.quote(receipt.output)} -o BASE"
+    command = f"regraft unmerge {path_word(unspelled(receipt.output))} -o BASE"
     return f"{size(totals.undo_bytes)} ({percent(share)} of the model): `{command}`"
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from regraft.deltas.inner import BLOCK, ZERO
 from regraft.deltas.weights import Bytes, Weights
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import ENTRY, F32, INNER, decode
 from regraft.numerics.intrinsics import add_square, bits_of
 from regraft.tensors import DTYPES, WORKING_DTYPES

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import (
     BF16,
     F16,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from regraft.deltas.inner import (
     BLOCK,
@@ -35,6 +34,7 @@ from regraft.deltas.streams import (
     restore_row,
     unit_of,
 )
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import ENTRY, INNER, decode
 
 _PRECISION = 2.0**-24

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from regraft.deltas.inner import (
     BLOCK,
@@ -29,6 +28,7 @@ from regraft.deltas.inner import (
     apply,
     product,
 )
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import (
     BF16,
     ENTRY,

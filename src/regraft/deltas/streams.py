@@ -18,10 +18,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from regraft.deltas.cutting import UNIT_COLUMNS
 from regraft.deltas.inner import ONE, THREE, TWO, ZERO
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import (
     BF16,
     ENTRY,

@@ -12,7 +12,6 @@ import threading
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from regraft.deltas.inner import (
     BLOCK,
@@ -33,6 +32,7 @@ from regraft.deltas.streams import (
     unit_of,
     write,
 )
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import BF16, ENTRY, INNER, bfloat16_bits
 from regraft.numerics.intrinsics import add_square, bits_of, float_of, fma, shift_left
 

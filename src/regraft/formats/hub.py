@@ -16,6 +16,7 @@ from regraft.errors import (
     InputError,
     MissingExtraError,
     RegraftError,
+    keep_secret,
 )
 from regraft.formats.problems import quoted
 from regraft.formats.reading import access_error, expanded, typed_os_errors
@@ -97,6 +98,13 @@ def locate(source: str | Path, *, kind: Kind, token: str | None = None) -> Locat
         InputError: no such path, no such model or revision, or no right to it.
         EnvironmentShortfall: the Hub cannot be reached and the cache does not hold the model.
     """
+    keep_secret(token)
+    if "\0" in str(source):  # from an adapter's config, say
+        raise InputError(
+            "is neither a path nor a Hub id", where=quoted(str(source)),
+            expected="a path that exists, or a Hub id such as org/name", found="a NUL character",
+            hint="Name the base before the adapters, if it is an adapter that names it so",
+        )  # fmt: skip
     path = expanded(source)
     with typed_os_errors(path):
         exists = path.exists()
@@ -218,6 +226,9 @@ def _translated(source: str, kind: Kind) -> Iterator[None]:
             hint="Run pip install huggingface_hub, or give a local path",
         ) from None
     except Exception as error:  # the library's errors come from several trees
+        from huggingface_hub import get_token
+
+        keep_secret(get_token())
         raise _hub_error(source, kind, error) from None
 
 

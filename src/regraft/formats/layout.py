@@ -49,7 +49,7 @@ def looks_like(path: Path) -> Looks:
             return _file_looks_like(path)
         names = {entry.name for entry in path.iterdir()}
         return _folder_looks_like(path, names) if names else "empty"
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return "unknown"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from regraft.errors import InputError
+from regraft.formats.inside import head_of
 from regraft.formats.problems import quoted
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[\w.-]+)?", re.ASCII)
@@ -17,6 +18,9 @@ _PART = re.compile(r"[\w][\w.+=-]*", re.ASCII)
 _SITE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?")
 _VIEWS = ("tree", "blob", "resolve", "raw")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
+_REVISION = re.compile(r"(?!-)[^\x00-\x20\x7f~^:?*\[\\]+")
+"""What git lets a branch or tag be called, and no line break at its end."""
+
 _CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST_NAMES = 10_000
@@ -62,6 +66,8 @@ def _reference(place: str, revision: str) -> Reference | None:
         return None
     if not all(map(_PART.fullmatch, below)):
         return None
+    if revision and not _REVISION.fullmatch(revision):
+        return None
     return Reference(repo_id, revision or None, "/".join(below))
 
 
@@ -104,7 +110,7 @@ def cached_snapshot(path: Path) -> Path:
     if not path.resolve().name.startswith("models--") or not snapshots.is_dir():
         return path
     main = path / "refs" / "main"
-    commit = main.read_text().strip() if main.is_file() else ""
+    commit = head_of(main, 64).decode("ascii", "replace").strip() if main.is_file() else ""
     if _COMMIT.fullmatch(commit) and (snapshots / commit).is_dir():
         return snapshots / commit
     found = sorted(entry for entry in snapshots.iterdir() if entry.is_dir())

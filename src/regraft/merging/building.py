@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from regraft.merging.events import Progress, tell
 from regraft.merging.execute import OpenSource, Task, execute
-from regraft.merging.finalize import Used, check_side_files, write_rest
+from regraft.merging.finalize import Used, sides_of, write_rest
 from regraft.merging.jobs import Done, Target, count_done, fingerprint, jobs_of, merge_targets
 from regraft.merging.keep import digests_only, keeps
 from regraft.merging.patch import PatchWriter
@@ -38,7 +38,8 @@ def build(
     Raises:
         RegraftError: something cannot be read, computed or written.
     """
-    check_side_files(plan)
+    sides = sides_of(plan)
+    plan = replace(plan, warnings=tuple(dict.fromkeys((*plan.warnings, *sides.warnings))))
     kept = keeps(plan) if keeping is not None else digests_only(plan)
     task = Task(plan, merge_targets(plan), kept, open_source)
     place.begin(fingerprint(plan, inputs, keeping=keeping and asdict(keeping)))
@@ -51,7 +52,7 @@ def build(
     try:
         outcome = execute(task, place, patch, done, progress)
         tell(progress, "finish", plan.nbytes)
-        return write_rest(plan, outcome, place.out, command, used, patch, keeping)
+        return write_rest(plan, outcome, place.out, command, used, sides, patch, keeping)
     except BaseException:
         if patch is not None:
             patch.abandon()

@@ -8,41 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.formats.reading import is_there, typed_os_errors
+from regraft.formats.reading import is_there
+from regraft.formats.text import plain_text, python_string, shell_word, unspelled
+from regraft.merging.markup import block, code, prose
 from regraft.merging.receipt import Receipt
 
-_REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_KEPT = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "pipeline_tag",
-    "extra_gated_prompt",
-)
-
-
-_HEAD = 2**16
-"""Bytes of a card in which its metadata has to end."""
-
-
-def base_metadata(folder: Path) -> dict[str, Any]:
-    """Return what a base's own card says of licence and language, {} if it has none to read."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    with typed_os_errors(path), path.open("rb") as file:
-        text = file.read(_HEAD).decode("utf-8", "replace")
-    match = re.match(r"^---\r?\n(.*?)\n---", text, re.DOTALL)
-    if match is None:
-        return {}
-    import yaml
-
-    try:
-        found = yaml.safe_load(match.group(1))
-    except (yaml.YAMLError, ValueError, RecursionError):  # what is not read is not handed on
-        return {}
-    return {k: found[k] for k in _KEPT if k in found} if isinstance(found, dict) else {}
+_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.)){_PART}/{_PART}", re.ASCII)
 
 
 def model_card(
@@ -78,9 +50,9 @@ def _front_matter(
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
 
 
-_IN_CACHE = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
-_TEMPORARY = re.compile(r"^\.?te?mp[-_.](?=.)|^\.(?=.+\.te?mp$)|\.te?mp$", re.IGNORECASE)
-_NAMELESS = re.compile(r"^$|^\.?te?mp$|^tmp[a-z0-9_]{8}$", re.IGNORECASE)
+_IN_CACHE = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?\Z")
+_TEMPORARY = re.compile(r"^\.?te?mp[-_.](?=.)|^\.(?=.+\.te?mp$)|\.te?mp\Z", re.IGNORECASE)
+_NAMELESS = re.compile(r"|\.?te?mp|tmp[a-z0-9_]{8}", re.IGNORECASE)
 """What tempfile and others call a folder that is moved or removed when it is done."""
 
 
@@ -92,41 +64,40 @@ def title_of(folder: str | Path, otherwise: str) -> str:
         otherwise: for a folder whose name says nothing, such as ``tmpk3x_19ab``.
     """
     name = _TEMPORARY.sub("", Path(os.path.normpath(Path(folder).absolute())).name)
-    return otherwise if _NAMELESS.match(name) else name
+    return otherwise if _NAMELESS.fullmatch(name) else name
 
 
 def repository_of(source: str | None) -> str | None:
     """Return the Hub id that a source is, or that it is a copy of in the Hub's cache; or None."""
-    found = _IN_CACHE.search(source or "")
+    if not isinstance(source, str):  # of a config, which may hold anything
+        return None
+    found = _IN_CACHE.search(source)
     return hub_id(source) or (hub_id(f"{found[1]}/{found[2]}") if found else None)
 
 
 def hub_id(source: str | None) -> str | None:
     """Return the Hub id that a source is, without its revision; None if it is none."""
-    name = (source or "").partition("@")[0]
-    return name if _REPOSITORY.match(name) and not is_there(name) else None
+    name = source.partition("@")[0] if isinstance(source, str) else ""
+    return name if _REPOSITORY.fullmatch(name) and not is_there(name) else None
 
 
 def _body(receipt: Receipt, auto_class: str) -> str:
     adapters = "\n".join(
-        f"| adapter {i + 1} | `{_shown(a.source)}` | {a.weight:g} |"
+        f"| adapter {i + 1} | {code(_shown(a.source))} | {a.weight:g} |"
         for i, a in enumerate(receipt.adapters)
     )
-    title = title_of(receipt.output, "merged" if receipt.adapters else "model")
+    title = title_of(unspelled(receipt.output), "merged" if receipt.adapters else "model")
+    load = f"model = {auto_class}.from_pretrained({python_string(title)})"
     return f"""
-# {title}
+# {prose(title)}
 
 {_kind(receipt)}
 
-```python
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("{title}")
-```
+{block(f"from transformers import {auto_class}{chr(10) * 2}{load}", "python")}
 
 | | source | weight |
 |---|---|---|
-| base | `{_shown(receipt.base.source)}` | |
+| base | {code(_shown(receipt.base.source))} | |
 {adapters}
 
 {_done(receipt)}
@@ -134,9 +105,7 @@ model = {auto_class}.from_pretrained("{title}")
 Made by [regraft](https://github.com/regraft/regraft) {receipt.regraft}, arithmetic version
 {receipt.arithmetic}:
 
-```
-{_command(receipt)}
-```
+{block(_command(receipt))}
 
 `regraft/receipt.json` holds the digest of every tensor read and written.
 """
@@ -170,7 +139,7 @@ def _done(receipt: Receipt) -> str:
         )
     if receipt.trained_on is not None and totals.relative_gap is not None:
         said.append(
-            f"The adapters were trained on `{_shown(receipt.trained_on)}`; "
+            f"The adapters were trained on {code(_shown(receipt.trained_on))}; "
             f"{totals.relative_gap:.3g} times the deltas' norm lies between the two bases."
         )
     return "\n\n".join(said) or f"{totals.tensors} tensors were written."
@@ -181,15 +150,24 @@ def _command(receipt: Receipt) -> str:
     command = receipt.command
     others = [receipt.trained_on] if receipt.trained_on is not None else []
     sources = [receipt.base.source, *(a.source for a in receipt.adapters), *others, receipt.output]
-    for source in sorted(sources, key=len, reverse=True):
-        is_out = source == receipt.output
+    for source in sorted(map(unspelled, sources), key=len, reverse=True):
+        is_out = source == unspelled(receipt.output)
         shown = title_of(source, Path(source).name) if is_out else _shown(source)
-        command = command.replace(source, shown)
+        command = _renamed(command, source, shown)
+    return command
+
+
+def _renamed(command: str, source: str, shown: str) -> str:
+    """Return a command with another name in place of one, as a shell or as Python has it."""
+    for form in (shell_word, repr, plain_text):
+        whole = rf"(?<![\w./~-]){re.escape(form(source))}(?![\w./-])"
+        command = re.sub(whole, form(shown).replace("\\", r"\\"), command)
     return command
 
 
 def _shown(source: str) -> str:
     """Folders are named without their path, which is nobody else's business."""
+    source = unspelled(source)
     path = Path(os.path.expanduser(source))  # noqa: PTH111  (a name of no user stays as it is)
     if not is_there(path):
         return source

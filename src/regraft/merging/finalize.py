@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,18 @@ from typing import Any
 from blake3 import blake3
 
 from regraft._version import __version__
-from regraft.formats.reading import access_error, typed_os_errors
+from regraft.errors import InputError, redacted
+from regraft.formats.inside import refuse_outside
+from regraft.formats.layout import ADAPTER_CONFIG
+from regraft.formats.reading import open_regular, typed_os_errors
 from regraft.formats.safetensors import build_header
-from regraft.merging.card import auto_class_of, base_metadata, model_card
+from regraft.formats.text import plain_text, spelled
+from regraft.merging.card import auto_class_of, model_card
 from regraft.merging.execute import Outcome, is_stored
+from regraft.merging.front_matter import read_metadata
 from regraft.merging.gap import warning as gap_warning
-from regraft.merging.output import write_file
+from regraft.merging.merged_adapters import check_copies
+from regraft.merging.output import copy_file, write_file
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan
 from regraft.merging.receipt import (
@@ -38,7 +45,7 @@ Used = Callable[[], tuple[float, int, int]]
 
 def write_rest(
     plan: Plan, outcome: Outcome, folder: Path, command: str, used: Used,
-    patch: PatchWriter | None = None, keeping: Keeping | None = None,
+    sides: Sides, patch: PatchWriter | None = None, keeping: Keeping | None = None,
 ) -> Receipt:  # fmt: skip
     """Write everything but the weights into ``folder``; the receipt is last.
 
@@ -48,22 +55,25 @@ def write_rest(
         folder: the output.
         command: how it was called.
         used: asks for time, memory and threads.
+        sides: what lies beside the inputs' weights.
         patch: the undo patch with all tensors' sections; it is completed and closed.
         keeping: what else is kept for an undo.
 
     Raises:
         RegraftError: a side file cannot be read, or something cannot be written.
+        ChangedError: an adapter that is kept is not the one that was merged.
     """
     config = updated_config(plan.base.config or {}, plan.config_updates)
     rest = _Rest(folder)
-    _copy_side_files(plan, rest, code=bool(config.get("auto_map")))
+    for name, path in sides.files.items():
+        rest.copy(name, path)
     if plan.base.config is not None:
         rest.write("config.json", json_bytes(config))
     if len(plan.shards) > 1:
         rest.write(_index_name(plan), json_bytes(_index(plan), sort_keys=True))
     receipt = _receipt(plan, outcome, command, used)
     card = model_card(
-        receipt, claims=_claims(plan), inherited=base_metadata(plan.base.root),
+        receipt, claims=_claims(plan), inherited=sides.metadata,
         auto_class=auto_class_of(config),
     )  # fmt: skip
     rest.write("README.md", card.encode())
@@ -72,6 +82,8 @@ def write_rest(
         totals = replace(receipt.totals, undo_bytes=patch.path.stat().st_size)
         receipt = replace(receipt, totals=totals)
         rest.digests |= kept
+        if keeping.adapters:
+            check_copies(folder, receipt, [Path(adapter.root) for adapter in plan.adapters])
     receipt = replace(receipt, files=rest.digests, headers=_header_digests(plan))
     receipt = _with_usage(receipt, used)
     write_file(folder / "regraft" / "receipt.json", receipt_bytes(receipt))
@@ -96,6 +108,9 @@ class _Rest:
         write_file(self._folder / name, content)
         self.digests[file_key(name)] = blake3(content).hexdigest()
 
+    def copy(self, name: str, path: Path) -> None:
+        self.digests[file_key(name)] = copy_file(path, self._folder / name)
+
 
 def _header_digests(plan: Plan) -> dict[str, str]:
     """Return the digests of the weight files' headers, made again as they were for writing."""
@@ -107,29 +122,59 @@ def _header_digests(plan: Plan) -> dict[str, str]:
     }
 
 
-def check_side_files(plan: Plan) -> None:
-    """Refuse files that have to be copied and may not be read, before there is any work.
+@dataclass(frozen=True)
+class Sides:
+    """What lies beside the weights of the inputs and goes along, as it is before the work.
+
+    Attributes:
+        files: what is copied: name in the output to path.
+        metadata: what the base's card says of licence and language.
+        warnings: what is left out, one sentence each.
+    """
+
+    files: Mapping[str, Path]
+    metadata: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+
+def sides_of(plan: Plan) -> Sides:
+    """Read what is not copied as it is, and refuse what may not be read, before there is any work.
 
     Raises:
-        AccessError: one may not be read.
+        AccessError: a file may not be read.
+        InputError: a config is a link to outside of its folder, a weights file's name cannot be
+            written down, or a file that is parsed cannot be.
     """
-    adapters = [Path(adapter.root) for adapter in plan.adapters]
-    files = {} if plan.base.single_file else plan_side_files(plan.base.root, adapters, code=True)
-    for path in files.values():
-        with typed_os_errors(path), path.open("rb"):
-            pass
-
-
-def _copy_side_files(plan: Plan, rest: _Rest, *, code: bool) -> None:
+    _check_names(plan)
+    roots = [Path(adapter.root) for adapter in plan.adapters]
+    for root in roots:
+        refuse_outside(root, ADAPTER_CONFIG)
+    refuse_outside(plan.base.root, "config.json")
     if plan.base.single_file:
-        return
-    adapters = [Path(adapter.root) for adapter in plan.adapters]
-    for name, path in plan_side_files(plan.base.root, adapters, code=code).items():
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise access_error(path, error) from error
-        rest.write(name, content)
+        return Sides({}, {}, ())
+    coded = bool(updated_config(plan.base.config or {}, plan.config_updates).get("auto_map"))
+    found = plan_side_files(plan.base.root, roots, code=coded)
+    for path in found.files.values():
+        with typed_os_errors(path):
+            os.close(open_regular(path))
+    card = read_metadata(plan.base.root)
+    return Sides(found.files, card.fields, (*found.left_out, *filter(None, [card.trouble])))
+
+
+def _check_names(plan: Plan) -> None:
+    """Refuse weight files whose names neither an index nor a receipt can hold.
+
+    Raises:
+        InputError: there are such.
+    """
+    paths = [shard.path for shard in plan.stored.shards]
+    names = [shard.name for shard in plan.shards]
+    odd = [name for name in [*names, *(p.name for p in paths)] if plain_text(name) != name]
+    if odd:
+        raise InputError(
+            "the name of a weights file is not UTF-8", where=plain_text(str(plan.base.root)),
+            found=plain_text(odd[0]), hint="Rename the file, and its entry in the index",
+        )  # fmt: skip
 
 
 def _index_name(plan: Plan) -> str:
@@ -151,12 +196,12 @@ def _receipt(plan: Plan, outcome: Outcome, command: str, used: Used) -> Receipt:
         for step, record in zip(plan.steps, outcome.records, strict=True)
         if is_stored(step)
     } | outcome.kept_digests
-    base = InputRecord(plan.base.source, plan.base.revision, None, base_digests)
+    base = InputRecord(spelled(plan.base.source), plan.base.revision, None, base_digests)
     receipt = Receipt(
         regraft=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        output=str(plan.out),
+        command=redacted(plain_text(command)),
+        output=spelled(str(plan.out)),
         base=base,
         adapters=_adapter_records(plan, outcome),
         options=dict(plan.options),
@@ -164,10 +209,11 @@ def _receipt(plan: Plan, outcome: Outcome, command: str, used: Used) -> Receipt:
         totals=_totals(plan, outcome.records, used),
         warnings=plan.warnings,
         base_formats=plan.quantization.formats if plan.quantization is not None else (),
-        trained_on=plan.trained_on.base.source if plan.trained_on is not None else None,
+        trained_on=spelled(plan.trained_on.base.source) if plan.trained_on is not None else None,
     )
     quiet = (receipt.quiet_warning,) if receipt.quiet else ()
-    return replace(receipt, warnings=(*plan.warnings, *quiet, *_of_figures(outcome.records)))
+    said = (*plan.warnings, *quiet, *_of_figures(outcome.records))
+    return replace(receipt, warnings=tuple(redacted(plain_text(text)) for text in said))
 
 
 def _of_figures(records: Sequence[TensorRecord]) -> list[str]:
@@ -195,7 +241,9 @@ def _adapter_records(plan: Plan, outcome: Outcome) -> tuple[InputRecord, ...]:
         paths |= {whole.spec.path for whole in adapter.whole}
         paths |= {rows.spec.path for rows in adapter.token_rows}
         digests = {n: d for path in paths for n, d in sorted(by_file[path].items())}
-        records.append(InputRecord(adapter.source, adapter.revision, adapter.weight, digests))
+        records.append(
+            InputRecord(spelled(adapter.source), adapter.revision, adapter.weight, digests)
+        )
     return tuple(records)
 
 

@@ -14,7 +14,11 @@ from typing import Literal
 from blake3 import blake3
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
+from regraft.formats.inside import file_pieces
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
+from regraft.formats.problems import quoted
+from regraft.formats.reading import expanded
+from regraft.formats.watching import current
 from regraft.merging.writer import write_error
 
 SLACK_BYTES = 64 * 2**20
@@ -35,7 +39,13 @@ _MAY_REPLACE: dict[Kind, tuple[Looks, ...]] = {
 
 
 def out_path(out: str | Path) -> Path:
-    """Return where an output goes; ``~`` is the user's home, and stays where there is no such."""
+    """Return where an output goes; ``~`` is the user's home, and stays where there is no such.
+
+    Raises:
+        UsageError: it is a name that no folder can have.
+    """
+    if "\0" in str(out):
+        raise UsageError("the output's name holds a NUL character", where=quoted(str(out)))
     return Path(os.path.expanduser(out))  # noqa: PTH111  (Path.expanduser raises there)
 
 
@@ -124,7 +134,7 @@ def replaced_inputs(out: Path, *sources: object) -> list[Path]:
         if isinstance(source, list | tuple):
             found += replaced_inputs(out, *source)
         elif isinstance(source, str | Path):
-            path = out_path(source)
+            path = expanded(source)
             if os.path.lexists(path) and place in (path.resolve(), *path.resolve().parents):
                 found.append(path)
     return found
@@ -303,6 +313,18 @@ def write_file(path: Path, content: bytes) -> None:
         AccessError, DiskSpaceError: the system refused.
     """
     write_pieces(path, [content])
+
+
+def copy_file(source: Path, path: Path) -> str:
+    """Copy a file of an input and flush the copy to the disk; return its blake3 (hex).
+
+    Raises:
+        InputError, FormatError, AccessError, DiskSpaceError: the system refused.
+    """
+    digest = write_pieces(path, file_pieces(source))
+    if (watch := current()) is not None:
+        watch.note_digest(source, digest)
+    return digest
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:

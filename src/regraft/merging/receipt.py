@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,10 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from regraft.errors import FormatError
+from regraft.formats.inside import read_whole
 from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import quoted
-from regraft.formats.reading import typed_os_errors
+from regraft.formats.text import spelled
 from regraft.merging.sidefiles import json_bytes
 from regraft.quant.weight import FORMATS, ROUNDINGS
 
@@ -249,8 +249,11 @@ def lost_warning(shares: Sequence[tuple[str, float]]) -> str:
 
 
 def file_key(name: str) -> str:
-    """Return a file's name as the receipt has it: bytes that are not UTF-8 are spelled out."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    """Return a file's name as the receipt has it: bytes that are not UTF-8 are spelled out.
+
+    No two names have one key.
+    """
+    return spelled(name)
 
 
 def receipt_bytes(receipt: Receipt) -> bytes:
@@ -288,8 +291,7 @@ def read_receipt(path: Path) -> Receipt:
     if digest is None and (receipt.files or receipt.headers):
         raise _unreadable(path, "no digest")
     document = json_bytes(value)
-    with typed_os_errors(path):
-        content = path.read_bytes()
+    content = read_whole(path)
     if content != (document if digest is None else sealed(document)):
         raise FormatError(
             "the receipt is not as it was written: its digest or its layout does not fit",

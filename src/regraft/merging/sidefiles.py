@@ -6,32 +6,48 @@ import copy
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regraft.formats.inside import contents_of
 from regraft.formats.json_file import read_json_object
-from regraft.formats.reading import access_error
+from regraft.formats.problems import quoted
+from regraft.formats.text import plain_text
 
 _TEXT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".codes")
-_LEGAL = re.compile(r"^(licen[cs]e|notice|use_policy|copying)([._-].*)?$", re.IGNORECASE)
+_LEGAL = re.compile(r"^(licen[cs]e|notice|use_policy|copying)([._-].*)?\Z", re.IGNORECASE)
 _NEVER = re.compile(
-    r"(^config\.json$|\.index\.json$|^adapter_config\.json$|^adapters?\.|^trainer_state\.json$"
+    r"(^config\.json\Z|\.index\.json\Z|^adapter_config\.json\Z|^adapters?\.|^trainer_state\.json\Z"
     r"|^training_args|^optimizer|^scheduler|^rng_state|^all_results|^train_results|^eval_results"
-    r"|^requirements.*\.txt$|^merges_log)"
+    r"|^requirements.*\.txt\Z|^merges_log)"
 )
 _TOKENIZER = re.compile(
     r"^(tokenizer|vocab|merges|special_tokens_map|added_tokens|spiece|sentencepiece|source\.spm"
-    r"|target\.spm|tekken|bpe\.codes|dict\.txt|.*\.tiktoken$|.*\.model$)"
+    r"|target\.spm|tekken|bpe\.codes|dict\.txt|.*\.tiktoken\Z|.*\.model\Z)"
 )
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CARD = "README.md"
-_TEMPLATES = "additional_chat_templates"
-_LARGEST = 256 * 2**20
+TEMPLATES = "additional_chat_templates"
+_TEMPLATE = ("chat_template", TEMPLATES)
 
 
-def plan_side_files(base: Path, adapters: Sequence[Path], *, code: bool) -> dict[str, Path]:
-    """Return the files to copy: name in the output to path.
+@dataclass(frozen=True)
+class SideFiles:
+    """What goes along with an output.
+
+    Attributes:
+        files: name in the output to path.
+        left_out: what would go along by its name and does not, one sentence each.
+    """
+
+    files: Mapping[str, Path]
+    left_out: tuple[str, ...] = ()
+
+
+def plan_side_files(base: Path, adapters: Sequence[Path], *, code: bool) -> SideFiles:
+    """Return the files to copy.
 
     The tokenizer of the first adapter that brings one takes the place of the base's as a whole,
     and so does its chat template.
@@ -40,26 +56,30 @@ def plan_side_files(base: Path, adapters: Sequence[Path], *, code: bool) -> dict
         base: the base's folder.
         adapters: the adapters' folders.
         code: whether the config's ``auto_map`` names Python files, which then travel along.
+
+    Raises:
+        AccessError: the system refused to look into a folder.
+        FormatError: an adapter's ``tokenizer_config.json`` cannot be read.
     """
-    files = {p.name: p for p in _files(base) if travels(p.name, code=code)}
-    files |= _templates(base)
+    found = _along(base, lambda name: travels(name, code=code))
+    files, left_out = dict(found.files), list(found.left_out)
     for folder in adapters:
-        own = {p.name: p for p in _files(folder) if travels(p.name, code=False)}
-        tokenizer = {name: path for name, path in own.items() if _TOKENIZER.match(name)}
-        template = {name: path for name, path in own.items() if name.startswith("chat_template")}
-        template |= _templates(folder)
+        own = _along(folder, lambda name: travels(name, code=False) and _is_tokenizer(name))
+        left_out += own.left_out
+        template = {n: path for n, path in own.files.items() if n.startswith(_TEMPLATE)}
+        tokenizer = {name: path for name, path in own.files.items() if name not in template}
         if not (tokenizer or template):
             continue
         if _is_complete(tokenizer):
             files = {name: path for name, path in files.items() if not _TOKENIZER.match(name)}
         if template or _has_template(tokenizer):
             files = {name: p for name, p in files.items() if "chat_template" not in name}
-        return files | tokenizer | template
-    return files
+        return SideFiles(files | tokenizer | template, tuple(left_out))
+    return SideFiles(files, tuple(left_out))
 
 
-def adapter_side_files(folder: Path) -> dict[str, Path]:
-    """Return the files that go along with an adapter's weights and config: name to path.
+def adapter_side_files(folder: Path) -> SideFiles:
+    """Return the files that go along with an adapter's weights and config.
 
     These are its model card, tokenizer, templates, licences and the like; not the state of its
     training, nor files above 256 MiB.
@@ -70,8 +90,7 @@ def adapter_side_files(folder: Path) -> dict[str, Path]:
     Raises:
         AccessError: the system refused to look into it.
     """
-    along = {p.name: p for p in _files(folder) if p.name == CARD or travels(p.name, code=False)}
-    return along | _templates(folder)
+    return _along(folder, lambda name: name == CARD or travels(name, code=False))
 
 
 def travels(name: str, *, code: bool) -> bool:
@@ -81,18 +100,26 @@ def travels(name: str, *, code: bool) -> bool:
     return bool(_LEGAL.match(name)) or name.endswith(_TEXT) or (code and name.endswith(".py"))
 
 
-def _files(folder: Path) -> Iterable[Path]:
-    try:
-        return sorted(p for p in folder.iterdir() if p.is_file() and p.stat().st_size <= _LARGEST)
-    except OSError as error:
-        raise access_error(folder, error) from error
+def _is_tokenizer(name: str) -> bool:
+    return bool(_TOKENIZER.match(name)) or name.startswith(_TEMPLATE)
 
 
-def _templates(folder: Path) -> dict[str, Path]:
-    inner = folder / _TEMPLATES
-    if not inner.is_dir():
-        return {}
-    return {f"{_TEMPLATES}/{p.name}": p for p in _files(inner) if p.suffix == ".jinja"}
+def _along(folder: Path, wanted: Callable[[str], bool]) -> SideFiles:
+    """Return the files of a folder that are wanted by name, and its chat templates."""
+    found = contents_of(folder)
+    files = {name: path for name, path in found.files.items() if wanted(name)}
+    others = {name: why for name, why in found.others.items() if wanted(name)}
+    if (folder / TEMPLATES).is_dir():
+        templates = contents_of(folder, TEMPLATES)
+        files |= {n: path for n, path in templates.files.items() if path.suffix == ".jinja"}
+        others |= {n: why for n, why in templates.others.items() if n.endswith(".jinja")}
+    return SideFiles(files, tuple(_left_out(folder, name, why) for name, why in others.items()))
+
+
+def _left_out(folder: Path, name: str, why: str) -> str:
+    shown = quoted(name)
+    hint = ". Put a copy of the file in its place if it belongs there" if "link" in why else ""
+    return f"{shown} of {plain_text(str(folder))} is {why}, and does not go along{hint}"
 
 
 def _is_complete(tokenizer: Mapping[str, Path]) -> bool:

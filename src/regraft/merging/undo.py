@@ -13,21 +13,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import zstandard
 from blake3 import blake3
 
 from regraft.adapters.model import Adapter
+from regraft.deltas import compression
 from regraft.errors import FormatError, InputError, MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import Located
+from regraft.formats.inside import LARGEST, contents_of, file_pieces, read_whole
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import RECEIPT
 from regraft.formats.problems import capped, quoted
-from regraft.formats.reading import open_regular, typed_os_errors
+from regraft.formats.reading import open_regular, read_at, typed_os_errors
 from regraft.merging.bases import open_base
 from regraft.merging.jobs import Target, plan_digest
 from regraft.merging.keep import Keep
-from regraft.merging.output import write_file, write_pieces
+from regraft.merging.output import copy_file, write_file
 from regraft.merging.patch import (
     CHUNKS,
     FACTORS,
@@ -41,7 +42,7 @@ from regraft.merging.patch import (
 )
 from regraft.merging.plan import OutputShard, Plan, Step, kept_name
 from regraft.merging.receipt import file_key
-from regraft.merging.sidefiles import json_bytes, travels
+from regraft.merging.sidefiles import TEMPLATES, json_bytes, travels
 from regraft.merging.writer import write_error
 from regraft.tensors import TensorSpec
 
@@ -58,10 +59,8 @@ _ALWAYS_KEPT_BYTES = 64 * 2**10
 """Side files up to this size are kept even where the output has the same file."""
 
 _READ_BYTES = 2**20
-_LARGEST_SIDE_FILE = 256 * 2**20
 _MOST_GAP_BYTES = 512 * 2**20
 _PATCH_FILES = 64 * 2**20
-_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -174,11 +173,10 @@ def keep_base(
 
     side, left_out = [], list(keeping.left_out)
     for name, path in ({} if plan.base.single_file else _side_files(plan.base)).items():
-        if path.stat().st_size > _LARGEST_SIDE_FILE or file_key(name) != name:
+        if file_key(name) != name:
             left_out.append(file_key(name))
             continue
-        with typed_os_errors(path):
-            content = path.read_bytes()
+        content = read_whole(path)
         digest = blake3(content).hexdigest()
         kept = len(content) <= _ALWAYS_KEPT_BYTES or files.get(file_key(name)) != digest
         if kept:
@@ -187,7 +185,7 @@ def keep_base(
     left_out += [] if plan.base.single_file else _others(plan.base)
     adapters: list[str | None] = []
     for number, adapter in enumerate(plan.adapters):
-        place = f"adapter-{number}" if keeping.adapters else None
+        place = copy_name(number) if keeping.adapters else None
         adapters.append(place)
         if place is not None:
             written |= _copy_adapter(adapter, folder, place)
@@ -214,23 +212,21 @@ def _keep_gaps(plan: Plan, path: Path, patch: PatchWriter) -> WeightFile:
     tensors = [spec for spec in plan.stored.tensors.values() if spec.path == path]
     if plan.quantization is not None:  # small ones say what the large ones are: to plan, read them
         tensors = [spec for spec in tensors if spec.nbytes > SMALL_TENSOR]
-    with typed_os_errors(path):
-        size = path.stat().st_size
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         gaps = gaps_of(size, tensors)
-        with path.open("rb") as file:
-            content = b"".join(os.pread(file.fileno(), n, at) for at, n in gaps)
-    patch.append(zstandard.ZstdCompressor(level=3).compress(content))
+        content = b"".join(read_at(file.fileno(), path, at, n) for at, n in gaps)
+    patch.append(compression.compress(content))
     patch.end(file_section(path.name))
     return WeightFile(path.name, size, tuple(gaps), blake3(content).hexdigest())
 
 
 def _side_files(base: Checkpoint) -> dict[str, Path]:
     """Return the base's files beside its weights, by name."""
-    with typed_os_errors(base.root):
-        found = {p.name: p for p in sorted(base.root.iterdir()) if p.is_file()}
-        templates = base.root / "additional_chat_templates"
-        if templates.is_dir():
-            found |= {f"{templates.name}/{p.name}": p for p in sorted(templates.glob("*.jinja"))}
+    found = dict(contents_of(base.root).files)
+    if (base.root / TEMPLATES).is_dir():
+        templates = contents_of(base.root, TEMPLATES).files
+        found |= {name: path for name, path in templates.items() if name.endswith(".jinja")}
     return {name: path for name, path in found.items() if _belongs(Path(name).name)}
 
 
@@ -242,10 +238,15 @@ def _belongs(name: str) -> bool:
 
 def _others(base: Checkpoint) -> list[str]:
     """Return what else a base's folder holds: other formats of its weights, logs, folders."""
-    known = {shard.name for shard in base.shards} | {"additional_chat_templates", ".cache"}
+    known = {shard.name for shard in base.shards} | {TEMPLATES, ".cache"}
     known |= set(_side_files(base))
     with typed_os_errors(base.root):
         return sorted(file_key(p.name) for p in base.root.iterdir() if p.name not in known)
+
+
+def copy_name(number: int) -> str:
+    """Return the name of the folder below :data:`UNDO` with the copy of an adapter."""
+    return f"adapter-{number}"
 
 
 def _copy_adapter(adapter: Adapter, folder: Path, name: str) -> dict[str, str]:
@@ -253,23 +254,16 @@ def _copy_adapter(adapter: Adapter, folder: Path, name: str) -> dict[str, str]:
     target = folder / UNDO / name
     digests = {}
     for path in adapter.files:
-        digest = write_pieces(target / path.name, _pieces_of(path))
+        digest = copy_file(path, target / path.name)
         digests[file_key(f"{UNDO}/{name}/{path.name}")] = digest
     return digests
 
 
 def _digest_file(path: Path) -> str:
     digest = blake3()
-    for piece in _pieces_of(path):
+    for piece in file_pieces(path):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _pieces_of(path: Path) -> Iterator[bytes]:
-    """Yield a file's content; mapped into memory, it would count as this process's memory."""
-    with typed_os_errors(path), path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            yield piece
 
 
 # -- the way back ----------------------------------------------------------------------------------
@@ -443,9 +437,8 @@ def side_files(merged: Path, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     for file in manifest.side_files:
         path = (merged / UNDO / SIDE_FILES if file.kept else merged) / file.name
         content = b""
-        if path.is_file():
-            with typed_os_errors(path):
-                content = path.read_bytes()
+        if path.is_file() and path.stat().st_size <= LARGEST:
+            content = read_whole(path)
         if not path.is_file() or blake3(content).hexdigest() != file.blake3:
             problems.append(
                 Problem(

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from regraft.numerics.compiling import njit
 from regraft.numerics.intrinsics import bits_of, float_of, float_to_half, half_to_float
 
 F32, BF16, F16 = 0, 1, 2

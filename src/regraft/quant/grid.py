@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from regraft.numerics.arrays import Bytes, Floats
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import BF16, ENTRY, F16, F32, INNER, bfloat16_bits
 from regraft.numerics.intrinsics import (
     float_of,

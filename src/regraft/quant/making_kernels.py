@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import ENTRY, INNER
 from regraft.numerics.intrinsics import (
     bits_of,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from regraft.numerics.arrays import Bytes
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import ENTRY
 
 

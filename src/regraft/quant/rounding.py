@@ -6,9 +6,9 @@ import threading
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from regraft.numerics.arrays import Bytes, Floats, Sums
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import ENTRY, INNER
 from regraft.numerics.intrinsics import add_product, add_square
 from regraft.quant.grid import Codes, stored, value_of

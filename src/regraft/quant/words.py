@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from regraft.numerics.arrays import Bytes, Floats
+from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import ENTRY
 from regraft.quant.weight import Read
 from regraft.tensors import TensorSpec

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
+from regraft.formats.watching import watched
 from regraft.libraries import from_pretrained, require
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, see
@@ -65,6 +66,7 @@ _OURS = {
 """Arguments of ``from_pretrained`` that say what this call says otherwise."""
 
 
+@watched(to_the_end=True)
 def load_merged(
     base: str | Path,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -102,7 +104,7 @@ def load_merged(
     require("torch", "transformers", why="a model in memory")
     _refuse(kwargs)
     made = _plan(base, adapters, _chosen(dtype, kwargs), threads, token, peft_version)
-    warn(notes_of_another_base(made.adapters, made.base, made.quantization), stacklevel=2)
+    warn(notes_of_another_base(made.adapters, made.base, made.quantization), stacklevel=3)
     if made.quantization is not None:
         check_scales(made.quantization)
     config, raw, rest = _config(made, kwargs)
@@ -120,7 +122,7 @@ def load_merged(
         )  # fmt: skip
     _finish(model, made, str(base), own)
     if lacking := sorted(info.get("missing_keys", ())):
-        warnings.warn(_newly_made(cls.__name__, lacking), stacklevel=2)
+        warnings.warn(_newly_made(cls.__name__, lacking), stacklevel=3)
     return (model, info) if with_info else model
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regraft.formats.inside import read_whole
 from regraft.formats.reading import typed_os_errors
-from regraft.merging.card import base_metadata
-from regraft.merging.sidefiles import CARD
+from regraft.merging.front_matter import read_metadata
+from regraft.merging.markup import code
 from regraft.runtime.saving.card import adapter_card, is_made
 from regraft.shrinking.report import ShrinkReport
 from regraft.tensors import TensorSpec
@@ -22,17 +23,17 @@ _SECTION = re.compile(rf"\n+{_TITLE}\n.*?(?=\n#+ |\Z)", re.DOTALL)
 
 
 def shrunk_card(
-    name: str, folder: Path, config: Mapping[str, Any], specs: Sequence[TensorSpec],
+    name: str, card: Path | None, config: Mapping[str, Any], specs: Sequence[TensorSpec],
     report: ShrinkReport,
-) -> bytes:  # fmt: skip
-    """Return a shrunk adapter's README.md.
+) -> bytes | None:  # fmt: skip
+    """Return a shrunk adapter's README.md; None where the old one goes along as it is.
 
     A card that a program made gives way to a new one, with the licence and language of the old. One
     that a person wrote stays, and gets a section that says what was done.
 
     Args:
         name: of the folder to make, or its path.
-        folder: the adapter's.
+        card: the adapter's, if it has one.
         config: the new ``adapter_config.json``.
         specs: the new tensors.
         report: what was done.
@@ -40,14 +41,16 @@ def shrunk_card(
     Raises:
         AccessError: the old card cannot be read.
     """
-    path = folder / CARD
-    with typed_os_errors(path):
-        if path.is_file() and path.stat().st_size > _LARGEST:
-            return path.read_bytes()
-        old = path.read_text("utf-8", "surrogateescape") if path.is_file() else ""
+    old = ""
+    if card is not None:
+        with typed_os_errors(card):
+            if card.stat().st_size > _LARGEST:
+                return None
+        old = read_whole(card).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
     section = f"\n\n{_TITLE}\n\n{_said(report)}\n"
     if not old or is_made(old):
-        old = adapter_card(name, config, specs, inherited=base_metadata(folder))
+        inherited = read_metadata(card.parent).fields if card is not None else {}
+        old = adapter_card(name, config, specs, inherited=inherited)
     text = _SECTION.sub("", old).rstrip("\n") + section
     return text.encode("utf-8", "surrogateescape")
 
@@ -70,7 +73,7 @@ def _said(report: ShrinkReport) -> str:
     if worst is not None:
         said.append(
             f"All deltas together are off by {report.error:.2%} of their norm, rounding included; "
-            f"the farthest, `{worst.name}`, by {worst.error:.2%}."
+            f"the farthest, {code(worst.name)}, by {worst.error:.2%}."
         )
     return "\n".join(said)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,21 +23,24 @@ from regraft.deltas.threads import one_thread
 from regraft.errors import AdapterError, NumericError, Problem, UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
 from regraft.formats.hub import locate
+from regraft.formats.inside import read_whole, refuse_outside
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
 from regraft.formats.problems import capped
 from regraft.formats.reading import FilePool, typed_os_errors
+from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
 from regraft.merging.output import (
     check_output,
     check_space,
+    copy_file,
     out_path,
     replaced_inputs,
     write_file,
     write_pieces,
 )
 from regraft.merging.planning import parse_dtype
-from regraft.merging.sidefiles import CARD, adapter_side_files, json_bytes
+from regraft.merging.sidefiles import CARD, SideFiles, adapter_side_files, json_bytes
 from regraft.merging.workplace import workplace
 from regraft.shrinking.card import shrunk_card
 from regraft.shrinking.config import with_one_scale, with_ranks
@@ -74,9 +77,8 @@ from regraft.shrinking.tensors import (
 )
 from regraft.tensors import DTYPES
 
-_READ_PIECE = 2**20
 
-
+@watched()
 def shrink(
     adapter: str | Path,
     out: str | Path,
@@ -145,7 +147,7 @@ def shrink(
         dtypes = {name: kind for name, kind in job.dtypes.items() if name not in dropped}
         items = items_of(job.files, job.pairs, forms, dtypes)
         with typed_os_errors(job.files.root):
-            sides = sum(path.stat().st_size for path in job.sides.values())
+            sides = sum(path.stat().st_size for path in job.sides.files.values())
         check_space(place, _size(job, items) + sides)
         told.expect(sum(item.nbytes for item in items))
         report = _report(job, str(place), items, forms, modules, outcomes)
@@ -175,7 +177,7 @@ class _Job:
     adapter: Adapter
     pairs: list[Pair]
     copies: list[Copy]
-    sides: Mapping[str, Path]
+    sides: SideFiles
     base: str | Path | None
     choices: _Choices
 
@@ -240,6 +242,7 @@ def _opened(
     pairs = read_pairs(read)
     if choices.rank is not None or choices.energy is not None:
         refuse_reduction(read, pairs, choices.rank)
+    refuse_outside(files.root, ADAPTER_CONFIG)
     sides = adapter_side_files(files.root)
     return _Job(files, read, pairs, copies_in(files, read), sides, base, choices)
 
@@ -344,7 +347,7 @@ def _measured(
 
 
 def _write(
-    job: _Job, items: Sequence[Item], forms: Sequence[Form], files: FilePool, card: bytes,
+    job: _Job, items: Sequence[Item], forms: Sequence[Form], files: FilePool, card: bytes | None,
     place: Path, told: Told, *, overwrite: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Write the output beside its place, and rename it into it.
@@ -356,9 +359,10 @@ def _write(
         work.begin("shrink")
         work.keep_only(())  # nothing of an earlier try is taken over
         write_file(work.out / ADAPTER_CONFIG, _config_bytes(job, forms))
-        for name, path in job.sides.items():
-            write_pieces(work.out / name, _file_pieces(path))
-        write_file(work.out / CARD, card)
+        for name, path in job.sides.files.items():
+            copy_file(path, work.out / name)
+        if card is not None:
+            write_file(work.out / CARD, card)
         pieces = content(items, job.pairs, forms, job.files.metadata, files, told)
         write_pieces(work.out / ADAPTER_SAFE, pieces)
         tell(progress, "finish", _size(job, items))
@@ -366,16 +370,16 @@ def _write(
 
 def _card(
     job: _Job, place: Path, items: Sequence[Item], forms: Sequence[Form], report: ShrinkReport
-) -> bytes:
+) -> bytes | None:
     specs = [item.stored for item in items]
-    return shrunk_card(str(place), job.files.root, _config(job, forms), specs, report)
+    old = job.sides.files.get(CARD)
+    return shrunk_card(str(place), old, _config(job, forms), specs, report)
 
 
 def _config_bytes(job: _Job, forms: Sequence[Form]) -> bytes:
     """Return the new config; where nothing in it changed, the old one byte for byte."""
     if _is_as_before(job, forms) and plain_config(job.files.config) == job.files.config:
-        with typed_os_errors(job.files.root):
-            return (job.files.root / ADAPTER_CONFIG).read_bytes()
+        return read_whole(job.files.root / ADAPTER_CONFIG)
     return json_bytes(_config(job, forms))
 
 
@@ -392,12 +396,6 @@ def _config(job: _Job, forms: Sequence[Form]) -> Mapping[str, Any]:
 def _is_as_before(job: _Job, forms: Sequence[Form]) -> bool:
     """Whether the adapter has these ranks and scales already."""
     return all(form.is_that_of(pair) for pair, form in zip(job.pairs, forms, strict=True))
-
-
-def _file_pieces(path: Path) -> Iterator[bytes]:
-    with typed_os_errors(path), path.open("rb") as file:
-        while piece := file.read(_READ_PIECE):
-            yield piece
 
 
 def _size(job: _Job, items: Sequence[Item]) -> int:
@@ -432,9 +430,9 @@ def _report(
         tensors=len(items),
         bytes_before=before,
         bytes_after=_size(job, items),
-        files=tuple(sorted(job.sides)),
+        files=tuple(sorted(job.sides.files)),
         left_out=_left_out(job),
-        warnings=tuple(filter(None, [error_warning(modules, dtype)])),
+        warnings=(*job.sides.left_out, *filter(None, [error_warning(modules, dtype)])),
         notes=(*_notes(job, copies), *filter(None, [_scale_note(job, forms)])),
         seconds=0.0,
         peak_memory=0,
@@ -448,7 +446,8 @@ def _dtypes_before(pairs: Sequence[Pair]) -> tuple[str, ...]:
 
 def _left_out(job: _Job) -> tuple[str, ...]:
     """Return what lies in the adapter's folder and does not go along; folders end with a slash."""
-    along = {ADAPTER_CONFIG, job.files.weights_file, *(n.partition("/")[0] for n in job.sides)}
+    sides = {name.partition("/")[0] for name in job.sides.files}
+    along = {ADAPTER_CONFIG, job.files.weights_file, *sides}
     with typed_os_errors(job.files.root):
         names = [f"{p.name}/" if p.is_dir() else p.name for p in job.files.root.iterdir()]
     return tuple(sorted(name for name in names if name.rstrip("/") not in along))

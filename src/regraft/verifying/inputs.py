@@ -15,6 +15,7 @@ from regraft.formats.checkpoint import AdapterFiles, Checkpoint
 from regraft.formats.hub import locate
 from regraft.formats.layout import RECEIPT
 from regraft.formats.reading import expanded, is_there
+from regraft.formats.text import unspelled
 from regraft.merging.bases import open_base
 from regraft.merging.expert_stacks import with_version
 from regraft.merging.receipt import InputRecord, Receipt, read_receipt
@@ -138,7 +139,7 @@ def _merged(
     names = read_manifest(folder).adapters if (folder / UNDO / MANIFEST).is_file() else (None,)
     weights = weights_of(receipt)
     if None in names:
-        sources = [record.source for record in receipt.adapters]
+        sources = [unspelled(record.source) for record in receipt.adapters]
         _check_at_hand(sources, "adapter")
         opened = [f for f, _ in open_adapters([*zip(sources, weights, strict=True)], token)]
     else:
@@ -149,8 +150,9 @@ def _merged(
 
 
 def _base_of(receipt: Receipt, token: str | None) -> Checkpoint:
-    _check_at_hand([receipt.base.source], "base")
-    return open_base(locate(receipt.base.source, kind="base", token=token))
+    source = unspelled(receipt.base.source)
+    _check_at_hand([source], "base")
+    return open_base(locate(source, kind="base", token=token))
 
 
 def _check_at_hand(sources: Sequence[str], kind: str) -> None:

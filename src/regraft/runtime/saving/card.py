@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from regraft.errors import redacted
+from regraft.formats.text import path_word, python_string
 from regraft.merging.card import repository_of, title_of
+from regraft.merging.markup import block, code, prose
 from regraft.tensors import TensorSpec
 
 MARK = "Saved by [regraft](https://github.com/regraft/regraft)"
@@ -36,7 +39,7 @@ _KINDS = (
     ("use_rslora", "rank-stabilized scale"),
     ("lora_bias", "bias on B"),
 )
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_NUMBER = re.compile(r"\.\d+(?=\.|\Z)")
 _SHOWN_TARGETS = 40
 
 
@@ -79,11 +82,14 @@ def _front_matter(config: Mapping[str, Any], inherited: Mapping[str, Any]) -> st
 
 
 def _body(name: str, config: Mapping[str, Any], specs: list[TensorSpec], base_format: str) -> str:
-    base = _base(config)
+    base, load = _base(config), _load_base(config)
+    attach = f"adapters = regraft.attach(model, {python_string(name)})"
+    wrap = f"model = PeftModel.from_pretrained(model, {python_string(name)})"
+    merge = f"$ regraft merge {path_word(base or 'BASE')} {path_word(name)} -o merged"
     return f"""
-# {name}
+# {prose(name)}
 
-A LoRA adapter{f" for `{base}`" if base else ""}.
+A LoRA adapter{f" for {code(base)}" if base else ""}.
 
 {_facts(config, specs, base_format)}
 
@@ -91,25 +97,15 @@ A LoRA adapter{f" for `{base}`" if base else ""}.
 
 With regraft:
 
-```python
-import regraft
-{_load_base(config)}
-adapters = regraft.attach(model, "{name}")
-```
+{block(f"import regraft{chr(10)}{load}{chr(10)}{attach}", "python")}
 
 With PEFT:
 
-```python
-from peft import PeftModel
-{_load_base(config)}
-model = PeftModel.from_pretrained(model, "{name}")
-```
+{block(f"from peft import PeftModel{chr(10)}{load}{chr(10)}{wrap}", "python")}
 
 ## Merge it
 
-```console
-$ regraft merge {base or "BASE"} {name} -o merged
-```
+{block(merge, "console")}
 
 {MARK}.
 """
@@ -120,9 +116,9 @@ def _load_base(config: Mapping[str, Any]) -> str:
     if auto is None:
         return "\nmodel = ...  # the base"
     revision = config.get("revision")
-    chosen = f', revision="{revision}"' if revision else ""
-    base = _base(config) or "BASE"
-    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{base}"{chosen})'
+    chosen = f", revision={python_string(str(revision))}" if revision else ""
+    base = python_string(_base(config) or "BASE")
+    return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({base}{chosen})"
 
 
 def _class_of(config: Mapping[str, Any]) -> str | None:
@@ -138,7 +134,7 @@ def _class_of(config: Mapping[str, Any]) -> str | None:
 def _base(config: Mapping[str, Any]) -> str:
     """Return the base's name; of a folder without its path, which is nobody else's business."""
     name = str(config.get("base_model_name_or_path") or "")
-    return repository_of(name) or Path(name).name
+    return repository_of(name) or redacted(Path(name).name)
 
 
 def _facts(config: Mapping[str, Any], specs: list[TensorSpec], base_format: str) -> str:
@@ -146,9 +142,9 @@ def _facts(config: Mapping[str, Any], specs: list[TensorSpec], base_format: str)
     dtypes = Counter(spec.dtype for spec in specs)
     size = sum(spec.nbytes for spec in specs)
     rows = (
-        ("base", f"`{_base(config)}`" if _base(config) else ""),
-        ("base revision", f"`{config['revision']}`" if config.get("revision") else ""),
-        ("base's weights", base_format),
+        ("base", code(_base(config))),
+        ("base revision", code(str(config.get("revision") or ""))),
+        ("base's weights", prose(base_format)),
         ("rank", _number(config, "r", "rank_pattern")),
         ("alpha", _number(config, "lora_alpha", "alpha_pattern")),
         ("kind", ", ".join(kinds)),
@@ -164,7 +160,7 @@ def _facts(config: Mapping[str, Any], specs: list[TensorSpec], base_format: str)
 def _number(config: Mapping[str, Any], key: str, patterns: str) -> str:
     value, others = config.get(key), config.get(patterns) or {}
     listed = ", ".join(f"{v:g}" for v in sorted({float(v) for v in others.values()}))
-    return f"{value}" + (f" (others by module: {listed})" if listed else "")
+    return prose(f"{value}") + (f" (others by module: {listed})" if listed else "")
 
 
 def _targets(specs: Iterable[TensorSpec]) -> str:
@@ -179,5 +175,5 @@ def _targets(specs: Iterable[TensorSpec]) -> str:
 
 def _list(names: Any) -> str:
     names = [names] if isinstance(names, str) else list(names or ())
-    shown = ", ".join(f"`{name}`" for name in names[:_SHOWN_TARGETS])
+    shown = ", ".join(code(str(name)) for name in names[:_SHOWN_TARGETS])
     return shown + (", ..." if len(names) > _SHOWN_TARGETS else "")

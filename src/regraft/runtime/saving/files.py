@@ -33,7 +33,15 @@ import torch
 
 from regraft.adapters.lora_config import as_json
 from regraft.adapters.wrappers import PREFIX
-from regraft.errors import AdapterError, BusyError, Problem, UsageError
+from regraft.errors import (
+    AccessError,
+    AdapterError,
+    BusyError,
+    Problem,
+    RegraftError,
+    UsageError,
+)
+from regraft.formats.inside import file_pieces, head_of
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped
 from regraft.formats.safetensors import build_header
@@ -44,17 +52,22 @@ from regraft.merging.output import (
     write_file,
     write_pieces,
 )
+from regraft.merging.ownership import check_own, check_place, make_private, open_folder
 from regraft.merging.planning import parse_dtype
 from regraft.merging.writer import write_error
 from regraft.runtime.live_base import dtype_name, spec_of, torch_dtype_of
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec, nbytes_of
 
 CARD = "README.md"
+_CARD_BYTES = 2**20
+"""Of a card, where the marks of a program's stand; what is larger, a person wrote."""
+
 _PIECE = 2**24
 _TRIES = 20
 _IN_PLACE_ONLY = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTSUP)
 _MAGNITUDE = "lora_magnitude_vector"
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_ELSEWHERE = "save to another folder"
 
 
 def write_adapter(
@@ -238,8 +251,8 @@ def _may_replace_card(path: Path) -> bool:
     from regraft.runtime.saving.card import is_made
 
     try:
-        text = path.read_text("utf-8", "replace")
-    except OSError:
+        text = head_of(path, _CARD_BYTES).decode("utf-8", "replace")
+    except (OSError, RegraftError):  # a pipe, say
         return not os.path.lexists(path)
     return is_made(text)
 
@@ -284,11 +297,19 @@ def _locked(folder: Path) -> int:
 
     Raises:
         BusyError: another process holds it.
+        AccessError: it is another user's, others may write to it, or it is a link.
     """
     for _ in range(_TRIES):
-        folder.mkdir(exist_ok=True)
+        made = make_private(folder)
+        check_place(folder, _ELSEWHERE)
         with suppress(FileNotFoundError):
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = open_folder(folder)
+            try:
+                if not made:
+                    check_own(fd, folder, _ELSEWHERE)
+            except AccessError:
+                os.close(fd)
+                raise
             if _lock(fd, folder):
                 return fd
             os.close(fd)
@@ -320,7 +341,7 @@ def _put_in_place(new: Path, place: Path, can_exchange: bool) -> None:
         sync_directory(place.parent)
         return
     old = place / ADAPTER_CONFIG
-    changes = old.exists() and old.read_bytes() != (new / ADAPTER_CONFIG).read_bytes()
+    changes = old.exists() and b"".join(file_pieces(old)) != (new / ADAPTER_CONFIG).read_bytes()
     if not (changes and can_exchange and _exchanged(new, place)):
         _rename_files(new, place, remove_config=changes)
     with suppress(FileNotFoundError):
