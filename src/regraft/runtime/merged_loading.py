@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
+from regraft.formats.parsed import check_parsed
 from regraft.formats.watching import watched
 from regraft.libraries import from_pretrained, require
 from regraft.merging.another_base import notes_of_another_base, warn
@@ -194,6 +195,7 @@ def _config(made: Plan, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any],
     if (made.base.root / "config.json").is_file() and not made.base.single_file:
         trusted = bool(given.get("trust_remote_code"))
         root = str(made.base.root)
+        check_parsed(made.base.root)
         cls = type(from_pretrained(AutoConfig, root, trust_remote_code=trusted))
     else:
         cls = type(AutoConfig.for_model(str(raw.get("model_type"))))
