@@ -40,7 +40,7 @@ _CREDENTIALS = (
     ),
     re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}"),
     re.compile(
-        r"(?i)\b((?:x-)?(?:auth|access|api)[_-]?(?:token|key)['\"]?\s*[:=]\s*)[^\s,;'\"]{8,}"
+        r"(?i)\b((?:x-)?(?:auth|access|api)[_-]?(?:token|key)['\"]?\s*[:=]\s*['\"]?)[^\s,;'\"]{8,}"
     ),
     re.compile(r"\b(?:hf|api_org)_(?:[A-Za-z0-9]{20,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})"),
     re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),

@@ -163,7 +163,7 @@ def _changed(record: TensorRecord) -> float:
 
 
 def _loading(receipt: Receipt) -> str:
-    out = receipt.output
+    out = unspelled(receipt.output)
     done = "merged into" if receipt.adapters else "written to"
     return f"{done} {out}\nload it with: {_loader(Path(out))}"
 
@@ -182,4 +182,5 @@ def _architectures(out: Path) -> list[str]:
         names = json.loads((out / "config.json").read_text(encoding="utf-8"))["architectures"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [str(name) for name in names] if isinstance(names, list) else []
+    found = names if isinstance(names, list) else []
+    return [name for name in found if isinstance(name, str) and name.isidentifier()]

@@ -36,7 +36,9 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+def read_json(
+    path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH, unique: bool = True
+) -> Any:
     """Return the value in a UTF-8 JSON file.
 
     A byte order mark at the beginning is passed over, as some editors write one. ``NaN`` and
@@ -46,6 +48,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DE
         path: the file.
         max_bytes: the largest file accepted.
         max_depth: how deep objects and lists may nest; ``{}`` has depth 1.
+        unique: whether no key may occur twice in one object.
 
     Raises:
         FormatError: not UTF-8, not JSON, too large, too many values, too deep, or a key occurs
@@ -56,7 +59,9 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DE
     content = _content(path, max_bytes)
     try:
         _check_values(content, 1000 + max_bytes // _BYTES_PER_VALUE)
-        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_object)
+        value = json.loads(
+            content.decode("utf-8-sig"), object_pairs_hook=unique_object if unique else dict
+        )
         _check_depth(value, max_depth)
         if b"\\u" in content:  # only an escape can smuggle in half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()

@@ -10,7 +10,7 @@ from typing import Any
 
 from regraft.formats.reading import is_there
 from regraft.formats.text import plain_text, python_string, shell_word, unspelled
-from regraft.merging.markup import block, code, prose
+from regraft.merging.markup import block, cell, code, prose
 from regraft.merging.receipt import Receipt
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
@@ -83,7 +83,7 @@ def hub_id(source: str | None) -> str | None:
 
 def _body(receipt: Receipt, auto_class: str) -> str:
     adapters = "\n".join(
-        f"| adapter {i + 1} | {code(_shown(a.source))} | {a.weight:g} |"
+        f"| adapter {i + 1} | {cell(_shown(a.source))} | {a.weight:g} |"
         for i, a in enumerate(receipt.adapters)
     )
     title = title_of(unspelled(receipt.output), "merged" if receipt.adapters else "model")
@@ -97,7 +97,7 @@ def _body(receipt: Receipt, auto_class: str) -> str:
 
 | | source | weight |
 |---|---|---|
-| base | {code(_shown(receipt.base.source))} | |
+| base | {cell(_shown(receipt.base.source))} | |
 {adapters}
 
 {_done(receipt)}

@@ -16,8 +16,16 @@ def prose(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Return a text as code in a line or a table's cell; "" for nothing."""
-    shown = visible(text).replace("|", "\\x7c" if "\\" in text else "\\|")
+    """Return a text as code in a line; "" for nothing."""
+    return _code(visible(text))
+
+
+def cell(text: str) -> str:
+    """Return a text as code in a cell of a table, which a bar would end."""
+    return _code(visible(text).replace("|", "\\x7c" if "\\" in text else "\\|"))
+
+
+def _code(shown: str) -> str:
     ticks = _fence(shown, 1)
     space = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{ticks}{space}{shown}{space}{ticks}" if shown else ""

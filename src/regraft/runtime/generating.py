@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import AdapterError, InputError, UnsupportedError, UsageError
+from regraft.errors import AdapterError, InputError, RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import looks_like
+from regraft.formats.parsed import check_parsed
 from regraft.formats.reading import is_there
 from regraft.libraries import from_pretrained, from_template, quieted, require
 from regraft.merging.card import auto_class_of
@@ -302,6 +303,7 @@ def _model(folder: Path, *, load_in_4bit: bool, dtype: str | None, device: str |
             "no model to generate with", where=str(folder), expected="config.json and weights",
             hint="Name a model's folder, an adapter's folder or a Hub id",
         )  # fmt: skip
+    check_parsed(place)
     raw = {} if arguments else read_json_object(place / "config.json")
     _check_quantized(raw, load_in_4bit=load_in_4bit, gguf=bool(arguments))
     cls = getattr(transformers, auto_class_of(raw) if raw else "AutoModelForCausalLM")
@@ -311,7 +313,13 @@ def _model(folder: Path, *, load_in_4bit: bool, dtype: str | None, device: str |
         arguments["quantization_config"] = _nf4(raw, dtype)
     if load_in_4bit or (where != "cpu" and find_spec("accelerate")):
         arguments["device_map"] = {"": where}  # weights go there one by one
-    model = from_pretrained(cls, str(place), **arguments)
+    try:
+        model = from_pretrained(cls, str(place), **arguments)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "transformers cannot load this model", where=str(place),
+            found=f"{type(error).__name__}: {error}".strip().partition("\n")[0],
+        ) from error  # fmt: skip
     if "device_map" not in arguments and where != "cpu":
         model = model.to(where)
     if not model.can_generate():
@@ -331,7 +339,8 @@ def _gguf(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def _check_quantized(raw: Mapping[str, Any], *, load_in_4bit: bool, gguf: bool) -> None:
     settings = raw.get("quantization_config")
-    method = "gguf" if gguf else (settings or {}).get("quant_method")
+    named = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    method = "gguf" if gguf else named
     if method == "bitsandbytes":
         require("bitsandbytes", why="a model in bitsandbytes' format")
     if method and load_in_4bit:
@@ -365,9 +374,12 @@ def _tokenizer(folders: Sequence[Path]) -> Any:
 
     having = [f for f in folders if any((f / n).is_file() for n in _TOKENIZER_FILES)]
     place, arguments = _gguf(having[0] if having else folders[-1])
+    check_parsed(place)
     try:
         return from_pretrained(AutoTokenizer, str(place), **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except RegraftError:
+        raise
+    except Exception as error:  # the tokenizers library raises this very class
         raise InputError(
             "no tokenizer could be loaded", where=str(place),
             found=str(error).strip().partition("\n")[0],

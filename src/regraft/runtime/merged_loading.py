@@ -15,9 +15,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
+from regraft.formats.parsed import check_parsed
 from regraft.formats.watching import watched
 from regraft.libraries import from_pretrained, require
 from regraft.merging.another_base import notes_of_another_base, warn
@@ -30,8 +30,9 @@ from regraft.merging.quantized import check_scales
 from regraft.merging.recipe import (
     AdapterArg,
     choices_of,
-    open_adapters,
+    open_inputs,
     parse_adapters,
+    read_adapters,
     refuse_swapped,
 )
 from regraft.merging.sidefiles import updated_config
@@ -169,9 +170,10 @@ def _plan(
     choices = choices_of(dtype, None, NO_CAP, threads, peft_version=peft_version)
     wanted = parse_adapters(adapters)
     refuse_swapped(base, wanted)
-    stored = open_base(locate(base, kind="base", token=token))
-    opened = open_adapters(wanted, token, peft_version)
-    read = [read_adapter(files, weight) for files, weight in opened]
+    stored, opened = open_inputs(
+        lambda: open_base(locate(base, kind="base", token=token)), wanted, token, peft_version
+    )
+    read = read_adapters(opened)
     plain, quantization = see(stored, choices.dtype)
     if not plain.config:
         raise UsageError(
@@ -193,6 +195,7 @@ def _config(made: Plan, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any],
     if (made.base.root / "config.json").is_file() and not made.base.single_file:
         trusted = bool(given.get("trust_remote_code"))
         root = str(made.base.root)
+        check_parsed(made.base.root)
         cls = type(from_pretrained(AutoConfig, root, trust_remote_code=trusted))
     else:
         cls = type(AutoConfig.for_model(str(raw.get("model_type"))))

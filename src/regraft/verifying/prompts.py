@@ -34,6 +34,7 @@ from regraft.errors import (
 )
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import ADAPTER_SAFE, ADAPTER_TORCH
+from regraft.formats.parsed import check_parsed
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import typed_os_errors
 from regraft.libraries import from_pretrained, from_template, quieted, require
@@ -255,6 +256,7 @@ def _tokenizer(models: Sequence[Checkpoint]) -> Any:
 
     for model in models:
         if any((model.root / name).is_file() for name in _TOKENIZERS):
+            check_parsed(model.root)
             with _loading(model, "its tokenizer"):
                 return from_pretrained(AutoTokenizer, model.root, local_files_only=True)
     raise UnsupportedError(
@@ -340,6 +342,7 @@ def _load(model: Checkpoint, dtype: str = "float32") -> Any:
     import transformers
 
     _check_memory(model)
+    check_parsed(model.root)
     with _loading(model, "it"):
         loaded, info = from_pretrained(
             getattr(transformers, _auto_class(model)), model.root, dtype=dtype,

@@ -11,7 +11,7 @@ from typing import Any
 from regraft.errors import redacted
 from regraft.formats.text import path_word, python_string
 from regraft.merging.card import repository_of, title_of
-from regraft.merging.markup import block, code, prose
+from regraft.merging.markup import block, cell, code, prose
 from regraft.tensors import TensorSpec
 
 MARK = "Saved by [regraft](https://github.com/regraft/regraft)"
@@ -85,7 +85,7 @@ def _body(name: str, config: Mapping[str, Any], specs: list[TensorSpec], base_fo
     base, load = _base(config), _load_base(config)
     attach = f"adapters = regraft.attach(model, {python_string(name)})"
     wrap = f"model = PeftModel.from_pretrained(model, {python_string(name)})"
-    merge = f"$ regraft merge {path_word(base or 'BASE')} {path_word(name)} -o merged"
+    words = " ".join((_word(base, "BASE"), _word(name, "ADAPTER")))
     return f"""
 # {prose(name)}
 
@@ -105,10 +105,15 @@ With PEFT:
 
 ## Merge it
 
-{block(merge, "console")}
+{block(f"$ regraft merge {words} -o merged", "console")}
 
 {MARK}.
 """
+
+
+def _word(name: str, otherwise: str) -> str:
+    """Return a name as any shell reads it, or what stands for one that is not printable."""
+    return path_word(name) if name and name.isprintable() else otherwise
 
 
 def _load_base(config: Mapping[str, Any]) -> str:
@@ -142,8 +147,8 @@ def _facts(config: Mapping[str, Any], specs: list[TensorSpec], base_format: str)
     dtypes = Counter(spec.dtype for spec in specs)
     size = sum(spec.nbytes for spec in specs)
     rows = (
-        ("base", code(_base(config))),
-        ("base revision", code(str(config.get("revision") or ""))),
+        ("base", cell(_base(config))),
+        ("base revision", cell(str(config.get("revision") or ""))),
         ("base's weights", prose(base_format)),
         ("rank", _number(config, "r", "rank_pattern")),
         ("alpha", _number(config, "lora_alpha", "alpha_pattern")),
@@ -175,5 +180,5 @@ def _targets(specs: Iterable[TensorSpec]) -> str:
 
 def _list(names: Any) -> str:
     names = [names] if isinstance(names, str) else list(names or ())
-    shown = ", ".join(code(str(name)) for name in names[:_SHOWN_TARGETS])
+    shown = ", ".join(cell(str(name)) for name in names[:_SHOWN_TARGETS])
     return shown + (", ..." if len(names) > _SHOWN_TARGETS else "")

@@ -13,6 +13,7 @@ from torch import nn
 
 from regraft.adapters.wrappers import peft_key, plain_config
 from regraft.errors import UnsupportedError, UsageError
+from regraft.formats.text import plain_text
 from regraft.merging.card import hub_id
 from regraft.runtime.handle import Adapters, attached_to
 from regraft.runtime.layers.served import split
@@ -141,7 +142,9 @@ def with_base(
     fields = dict(config)
     settings = getattr(model, "config", None)
     own = getattr(settings, "_name_or_path", None) or getattr(model, "name_or_path", None)
-    fields["base_model_name_or_path"] = fields.get("base_model_name_or_path") or own or None
+    named = fields.get("base_model_name_or_path") or own or None
+    is_text = not isinstance(named, str) or plain_text(named) == named  # as a file of JSON has it
+    fields["base_model_name_or_path"] = named if is_text else None
     if revision is None and hub_id(fields["base_model_name_or_path"]):
         revision = fields.get("revision") or getattr(settings, "_commit_hash", None)
     fields["revision"] = revision or fields.get("revision")
