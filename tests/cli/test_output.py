@@ -158,3 +158,56 @@ def test_module_and_script_are_the_same_command(launch: Launch) -> None:
     result = launch("-m", "regraft", "--version")
     assert result.returncode == 0
     assert result.stdout.startswith("regraft ")
+
+
+CLOSED = """
+import os, sys
+for number in map(int, sys.argv[1]):
+    os.close(number)
+os.execv(sys.executable, [sys.executable, "-m", "regraft", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("closed", ["1", "12", "012"])
+def test_a_closed_stdout_is_no_error_and_no_file_takes_its_place(
+    launch: Launch, base: Path, adapter: Path, tmp_path: Path, closed: str
+) -> None:
+    done = launch("-c", CLOSED, closed, "merge", base, adapter, "-o", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert regraft.verify(tmp_path / "out").ok
+
+
+def test_a_stdout_that_cannot_be_written_is_said_and_the_output_is_in_place(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    source = str(Path(regraft.__file__).parents[1])
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "regraft", "merge", base, adapter, "-o", tmp_path / "out"],
+            env=os.environ | {"PYTHONPATH": source}, stdout=full, stderr=subprocess.PIPE,
+            text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 4
+    assert "standard output: what was found cannot be printed" in done.stderr
+    assert "whole, and in place" in done.stderr
+    assert (tmp_path / "out" / "regraft" / "receipt.json").is_file()
+
+
+def test_secrets_are_hidden_on_stderr_and_in_answers_but_not_in_a_models_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    token = "hf_" + "a1" * 17
+    Output().warn([f"got {token}"])
+    Output().note(token)
+    Output().data({}, token)
+    Output(as_json=True).data({"claims": f"https://a:b@c/{token}"}, "")
+    captured = capsys.readouterr()
+    assert token not in captured.out + captured.err
+    Output(as_json=True).data({"text": token}, "", secrets=True)
+    Output().stream(token)
+    assert capsys.readouterr().out.count(token) == 2
+
+
+def test_names_that_are_not_utf8_are_spelled_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(as_json=True).data({"path": Path(os.fsdecode(b"x\xff"))}, "")
+    assert json.loads(capsys.readouterr().out) == {"path": "x\\xff"}

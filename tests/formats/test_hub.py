@@ -385,3 +385,42 @@ def test_offline_mode_is_spoken_of_only_where_it_is_set(
     with pytest.raises(EnvironmentShortfall, match="Check the connection") as caught:
         locate("org/name", kind="base")
     assert "HF_HUB_OFFLINE" not in str(caught.value)
+
+
+def test_a_token_that_the_server_repeats_is_not_said(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del cache
+    given, own = "tok-of-the-call-1", "hf_" + "x" * 34
+
+    def refuse(*_: object, **__: object) -> None:
+        raise errors.HfHubHTTPError(
+            f"401 for https://user:pw@hub/a?X-Amz-Signature=0af9: {given} {own}",
+            response=SimpleNamespace(status_code=401, headers={}, request=None),  # type: ignore[arg-type]
+        )
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(RegraftError) as caught:
+        locate("org/name", kind="base", token=given)
+    said = str(caught.value)
+    assert "401 for https://***@hub/a?X-Amz-Signature=***: *** ***" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "org/name\n",
+        "org/name@main\n",
+        "org/name@a b",
+        "org/name@-x",
+        "org/name/sub\n",
+        "org/name@a~1",
+    ],
+)
+def test_line_breaks_and_what_git_has_no_names_for_are_no_part_of_a_hub_id(text: str) -> None:
+    assert parse_reference(text) is None
+
+
+@pytest.mark.parametrize("revision", ["main", "refs/pr/1", "v1.0+x", "feature#2", COMMIT])
+def test_revisions_may_have_any_name_that_git_allows(revision: str) -> None:
+    assert parse_reference(f"org/name@{revision}") is not None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
+import yaml
 
 import regraft
 from merging import toys
+from regraft.merging.card import hub_id, repository_of
 
 
 @pytest.mark.parametrize(
@@ -84,3 +87,67 @@ def test_a_base_by_a_name_that_no_file_can_have_is_merged(base: Path, tmp_path: 
     assert (tmp_path / "out" / "README.md").is_file()
     with pytest.raises(regraft.RegraftError):
         regraft.merge(None, adapter, tmp_path / "other")
+
+
+EVIL = "x`|y\n```\nimport os\nos.system('id')\n\"\"\"$(id);'\x1b[2J<script>"
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """Return the language and content of every block of code, as Markdown sees them."""
+    found, fence, lines, language = [], "", list[str](), ""
+    for line in text.splitlines():
+        marks = line[: len(line) - len(line.lstrip("`"))]
+        if not fence and len(marks) >= 3:
+            fence, language, lines = marks, line.strip("`"), []
+        elif fence and line == fence:
+            found.append((language, "\n".join(lines)))
+            fence = ""
+        elif fence:
+            lines.append(line)
+    return found
+
+
+def strings_in(code: str) -> set[object]:
+    return {n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant)}
+
+
+def test_names_of_strangers_stay_words_in_the_card_of_a_merge(tmp_path: Path) -> None:
+    names = [EVIL.replace("/", ""), f"a{EVIL}", f"out{EVIL}"]
+    base = toys.write_base(tmp_path / names[0], config={"_name_or_path": EVIL})
+    adapter = toys.write_adapter(tmp_path / names[1], base_model_name_or_path=EVIL, revision=EVIL)
+    regraft.merge(base, adapter, tmp_path / names[2], command=f"regraft merge {EVIL}")
+    front, text = front_and_text(tmp_path / names[2])
+    assert set(yaml.safe_load(front)) == {"library_name", "tags"}
+    (_, python), (_, command) = blocks_of(text)
+    assert strings_in(python) == {names[2]}
+    assert python.count("\n") == 2
+    assert command.startswith("regraft merge ")
+    others = [line for line in text.splitlines() if line.startswith(("import", "os.", "<script"))]
+    assert all(line in command for line in others)
+    assert "\x1b" not in text
+    assert not [line for line in text.splitlines() if line.startswith("| ") and line[-1] != "|"]
+
+
+@pytest.mark.parametrize(
+    "name", ["org/name\n", "org/na me", "org/a--b", "örg/name", "a/b/c", "x/.."]
+)
+def test_only_what_can_be_a_hub_id_is_one(name: str) -> None:
+    assert hub_id(name) is None
+    assert repository_of(name) is None
+
+
+def test_a_config_may_name_anything_as_its_base() -> None:
+    assert repository_of(5) is None  # type: ignore[arg-type]
+    assert hub_id(["org/name"]) is None  # type: ignore[arg-type]
+
+
+def test_a_command_has_folders_by_their_names_alone_in_their_quotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toys.write_base(tmp_path / "base")
+    toys.write_adapter(tmp_path / "my adapter")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    command = "regraft merge ../base '../my adapter=1.0' -o new"
+    regraft.merge("../base", "../my adapter", "new", command=command)
+    assert "regraft merge base 'my adapter=1.0' -o new\n" in front_and_text(Path("new"))[1]

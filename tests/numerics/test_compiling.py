@@ -1,0 +1,127 @@
+"""What numba keeps of compiled functions may be damaged, and is then made anew."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numba
+import pytest
+
+from regraft.numerics import compiling
+from regraft.numerics.compiling import CompileCacheWarning
+
+SOURCE = """
+from regraft.numerics.compiling import njit
+
+@njit(cache=True, _nrt=False)
+def double(x):
+    return 2 * x
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, in which nothing is yet."""
+    (tmp_path / "doubling.py").write_text(SOURCE)
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling, "_said", set())
+    return tmp_path / "cache"
+
+
+def load(cache: Path) -> ModuleType:
+    """Import the function as a new process would."""
+    spec = importlib.util.spec_from_file_location("doubling", cache.parent / "doubling.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(cache: Path) -> tuple[int, int, list[str]]:
+    """Return what the function gives, how often it came from the cache, and the warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        double = load(cache).double
+        value = double(21)
+    said = [str(each.message) for each in told if each.category is CompileCacheWarning]
+    return value, sum(double.stats.cache_hits.values()), said
+
+
+def files(cache: Path, suffix: str) -> list[Path]:
+    return sorted(cache.rglob(f"*.{suffix}"))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "garbage": lambda path: path.write_bytes(b"\x00garbage" * 99),
+    "one bit": flip,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_told_once_and_made_anew(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, damage: str
+) -> None:
+    assert run(cache) == (42, 0, [])
+    assert run(cache) == (42, 1, [])
+    for path in files(cache, suffix):
+        DAMAGE[damage](path)
+    value, hits, said = run(cache)
+    assert (value, hits) == (42, 0)
+    if (damage, suffix) == ("a folder", "nbc"):  # numba finds it gone, and that it cannot be kept
+        assert len(said) == 1
+        return
+    assert len(said) == 1
+    assert "compiled again" in said[0]
+    if damage != "a folder":
+        monkeypatch.setattr(compiling, "_said", set())
+        assert run(cache) == (42, 1, [])
+
+
+def test_a_cache_as_numba_writes_it_or_of_another_version_is_made_anew_in_silence(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(cache)
+    (index,) = files(cache, "nbi")
+    index.write_bytes(pickle.dumps("0.50") + pickle.dumps(("stamp", {})))
+    assert run(cache) == (42, 0, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(numba, "__version__", "0.50")
+        assert run(cache) == (42, 0, [])
+    assert run(cache) == (42, 0, [])
+    assert run(cache) == (42, 1, [])
+
+
+def test_where_nothing_can_be_kept_that_is_told_and_functions_run(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", refuse)
+        value, _, said = run(cache)
+    assert (value, len(said)) == (42, 1)
+    assert "cannot be kept" in said[0]
+    monkeypatch.setattr(compiling, "_said", set())
+    monkeypatch.setattr(compiling._Files, "_open_for_write", refuse)
+    value, _, said = run(cache)
+    assert (value, len(said)) == (42, 1)
+    assert "cannot be kept" in said[0]
