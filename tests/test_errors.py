@@ -25,6 +25,8 @@ TOKEN = "hf_" + "aB3" * 11 + "x"
         ("https://h?X-Amz-Security-Token=a%2Fb", "https://h?X-Amz-Security-Token=***"),
         ("https://h/?Signature=a~b&Key-Pair-Id=K1", "https://h/?Signature=***&Key-Pair-Id=***"),
         ("'authorization': 'Bearer abcdefgh.1'", "'authorization': 'Bearer ***'"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic ***"),
+        ("bearer abc123def", "bearer ***"),
         ("x-auth-token: abcdefghij", "x-auth-token: ***"),
         ('"access_token": "abcdefghij"', '"access_token": "***"'),
         ("ghp_" + "a1" * 18, "***"),
@@ -41,6 +43,7 @@ def test_tokens_and_credentials_are_hidden(said: str, shown: str) -> None:
         "https://huggingface.co/org/name/tree/main", "hf://gpt2@main", "org/name@v1.0",
         "hf_device_map", "hf_quantizer", "model.layers.0.basic_block.weight", "a@b.c",
         "https://huggingface.co/org/name@main", "the token ids 1, 2", "key=value",
+        "basic information", "the bearer something",
         "trainable_token_indices", "shard_size=5", "base, adapter",
     ],
 )  # fmt: skip
@@ -63,6 +66,8 @@ def test_every_part_of_a_problem_hides_them() -> None:
     parts = dict.fromkeys(("what", "where", "expected", "found", "hint"), f"see {TOKEN}")
     problem = Problem(**parts)
     assert set(problem.to_json().values()) == {"see ***"}
+    assert TOKEN not in str(problem)
     error = InputError(f"got {TOKEN}", found=f"https://a:b@c/{TOKEN}")
     assert TOKEN not in str(error)
     assert "a:b" not in str(error)
+    assert TOKEN not in repr(error.problems)

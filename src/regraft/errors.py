@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 
 _HIDDEN = "***"
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -38,7 +38,8 @@ _CREDENTIALS = (
         r"(?i)(?<=[?&;])((?:[\w.-]*(?:token|secret|signature|credential|password|passwd|api_?key)"
         r"[\w.-]*|sig|key|auth|policy|key-pair-id|awsaccesskeyid)=)[^\s&;#'\"<>]+"
     ),
-    re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}"),
+    re.compile(r"(?i)\b(authorization['\"]?\s*[:=]\s*['\"]?(?:\w+\s+)?)[\w.~+/=-]{8,}"),
+    re.compile(r"(?i)\b(bearer\s+)(?=[a-z.~+/_=-]*\d)[\w.~+/=-]{8,}"),
     re.compile(
         r"(?i)\b((?:x-)?(?:auth|access|api)[_-]?(?:token|key)['\"]?\s*[:=]\s*['\"]?)[^\s,;'\"]{8,}"
     ),
@@ -48,6 +49,12 @@ _CREDENTIALS = (
 )
 """Credentials as they stand in web addresses, headers and what servers answer; what a group holds
 stays."""
+
+_PERHAPS = re.compile(
+    r"://|[?&;][\w.-]+=|(?i:bearer|authorization|token|key)|hf_|api_org_|eyJ|gh[opsur]_"
+    r"|github_pat_|glpat-|xox"
+)
+"""What one of them has in it."""
 
 
 def keep_secret(secret: str | None) -> None:
@@ -61,7 +68,7 @@ def redacted(text: str) -> str:
     for secret in (*_SECRETS, *(os.environ.get(name, "") for name in _TOKEN_VARIABLES)):
         if len(secret) >= _SHORTEST_SECRET:
             text = text.replace(secret, _HIDDEN)
-    for pattern in _CREDENTIALS:
+    for pattern in _CREDENTIALS if _PERHAPS.search(text) else ():
         text = pattern.sub(lambda found: (found[1] if found.re.groups else "") + _HIDDEN, text)
     return text
 
@@ -84,13 +91,10 @@ class Problem:
     found: str = ""
     hint: str = ""
 
-    def __post_init__(self) -> None:
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if isinstance(value, str):
-                object.__setattr__(self, part.name, redacted(value))
-
     def __str__(self) -> str:
+        return redacted(self._line())
+
+    def _line(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         if self.expected:
             line += f"; expected {self.expected}"
@@ -102,7 +106,12 @@ class Problem:
 
     def to_json(self) -> dict[str, str]:
         """Return the non-empty parts as a JSON object."""
-        return {key: value for key, value in asdict(self).items() if value}
+        return {key: redacted(value) for key, value in asdict(self).items() if value}
+
+    def without_secrets(self) -> Problem:
+        """Return the same with tokens and credentials hidden in every part."""
+        hidden = {k: redacted(v) for k, v in asdict(self).items() if v and isinstance(v, str)}
+        return replace(self, **hidden)
 
 
 class RegraftError(Exception):
@@ -119,7 +128,7 @@ class RegraftError(Exception):
             problems = Problem(problems, **parts)
         if isinstance(problems, Problem):
             problems = [problems]
-        self.problems: tuple[Problem, ...] = tuple(problems)
+        self.problems: tuple[Problem, ...] = tuple(p.without_secrets() for p in problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
