@@ -69,4 +69,4 @@ docs: $(VENV)/.dev
 	$(PY) -m pytest -q tests/docs
 
 clean:
-	rm -rf $(VENV) .demo .bench .torture build dist *.egg-info
+	rm -rf $(VENV) .demo .bench .torture .mutants build dist *.egg-info

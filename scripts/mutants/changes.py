@@ -121,7 +121,7 @@ class _Finder(ast.NodeVisitor):
         if isinstance(node, ast.keyword) and node.arg in _SHOWN:
             return
         named = isinstance(node, ast.FunctionDef | ast.ClassDef)
-        if named:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
             self._names += [*(["<locals>"] if self._in_function else []), node.name]
         outer, self._in_function = self._in_function, isinstance(node, ast.FunctionDef) or (
             self._in_function and not isinstance(node, ast.ClassDef)
@@ -232,7 +232,7 @@ def _functions(_: _Finder, node: ast.FunctionDef) -> Iterator[Any]:
     """Return before anything is done, where nothing is to be returned."""
     first = node.body[min(ast.get_docstring(node) is not None, len(node.body) - 1)]
     if isinstance(node.returns, ast.Constant) and node.returns.value is None:
-        line, column, *_ = _place(first)
+        line, column = _place(first)[:2]
         yield (line, column, line, column), "return; "
 
 
