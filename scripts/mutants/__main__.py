@@ -25,7 +25,6 @@ from mutants.running import (
     ROOMS,
     ROOT,
     Result,
-    Test,
     calls_of_tests,
     copy_tree,
     fitting,
@@ -39,26 +38,36 @@ _EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 def main() -> int:
     """Run the command line; return its exit code."""
     arguments = _arguments()
-    kept = arguments.work / "calls.json"
     arguments.work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        tree = copy_tree(Path(work, "tree"))
-        tests = calls_of_tests(tree, kept, [*ROOMS, *arguments.tests])
-        package = tree / PACKAGE
-        files = [path for room in ROOMS for path in sorted((package / room).rglob("*.py"))]
-        changes = [change for path in files for change in changes_of(path, package)]
-        changes = [change for change in changes if arguments.only in f"{change.file}:{change.function}"]
-        drawn = chosen(changes, arguments.count, arguments.seed)
-        found = list(_results(drawn, tree, Path(work, "changed"), tests, arguments.seconds))
+        found = list(_results(arguments, Path(work)))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
     return _told(found)
+
+
+def _drawn(arguments: argparse.Namespace, package: Path) -> Iterator[Change]:
+    """Yield the changes to make, room by room."""
+    files = [path for room in arguments.rooms for path in sorted((package / room).rglob("*.py"))]
+    changes = [change for path in files for change in changes_of(path, package)]
+    named = [each for each in changes if arguments.only in f"{each.file}:{each.function}"]
+    drawn = chosen(named, arguments.count, arguments.seed)
+    for change in sorted(drawn, key=lambda change: arguments.rooms.index(_room(change))):
+        if is_one(change, (package / change.file).read_text(encoding="utf-8")):
+            yield change
+
+
+def _room(change: Change) -> str:
+    return change.file.partition("/")[0]
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=100, help="lines to change, one at a time")
     parser.add_argument("--seed", type=int, default=0, help="draws the lines and the changes")
+    parser.add_argument(
+        "--rooms", nargs="+", default=list(ROOMS), choices=ROOMS, help="packages to change"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="of FILE:FUNCTION with the text")
     parser.add_argument(
         "--seconds", type=float, default=60, help="of tests for one change (default 60)"
@@ -72,26 +81,23 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _results(
-    changes: Sequence[Change], tree: Path, folder: Path, tests: Sequence[Test], seconds: float
-) -> Iterator[dict[str, Any]]:
-    known = _explanations()
+def _results(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+    tree = copy_tree(work / "tree")
+    changes, known = list(_drawn(arguments, tree / PACKAGE)), _explanations()
     for number, change in enumerate(changes, 1):
         text = (tree / PACKAGE / change.file).read_text(encoding="utf-8")
-        if not is_one(change, text):
-            continue
-        lines = _changed_lines(text, change.apply(text))
-        why = known.get((change.file, *lines), "")
-        fit = fitting(change, tests, seconds)
-        result = Result(False, "", 0, 0.0) if why else tried(change, tree, folder, fit)
+        diff = _diff(change.file, text, change.apply(text))
+        why = known.get((change.file, *_changed_lines(text, change.apply(text))), "")
+        result = Result(False, "", 0, 0.0)
+        if not why:
+            folders = [_room(change), *arguments.tests]
+            tests = calls_of_tests(tree, arguments.work / "calls.json", folders)
+            fit = fitting(change, tests, arguments.seconds)
+            result = tried(change, tree, work / "changed", fit)
         outcome = "noticed" if result.noticed else "equivalent" if why else "not noticed"
         print(f"{number}/{len(changes)} {outcome}: {change.file}:{change.place[0]} {result.by}")
-        yield {
-            **asdict(change), "outcome": outcome, "why": why, **asdict(result),
-            "diff": _diff(change.file, text, change.apply(text)),
-        }  # fmt: skip
-        if not result.noticed and not why:
-            print(_diff(change.file, text, change.apply(text)), flush=True)
+        print("" if result.noticed or why else f"{diff}\n", end="", flush=True)
+        yield {**asdict(change), "outcome": outcome, "why": why, **asdict(result), "diff": diff}
 
 
 def _explanations() -> dict[tuple[str, str, str], str]:
@@ -123,7 +129,7 @@ def _told(found: Sequence[dict[str, Any]]) -> int:
         f"{len(found)} changes: {len(found) - len(counted)} change nothing; of the others "
         f"{noticed} of {len(counted)} are noticed ({share:.0%})"
     )
-    return share < _ENOUGH
+    return int(share < _ENOUGH)
 
 
 if __name__ == "__main__":

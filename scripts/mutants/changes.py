@@ -93,14 +93,20 @@ class _Finder(ast.NodeVisitor):
         self._lines = text.encode().splitlines(keepends=True)
         self._file = file
         self._names: list[str] = []
+        self._in_function = False
 
     def visit(self, node: ast.AST) -> None:
         """Look at a node, then at what is in it."""
+        outer = self._names, self._in_function
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            self._names = [*self._names, *(["<locals>"] if self._in_function else []), node.name]
+            self._in_function = isinstance(node, ast.FunctionDef)
         for kind, look in _LOOKS.items():
             if isinstance(node, kind):
                 for place, now in look(self, node):
-                    self._add(place, now)
+                    self.found.append(Change(self._file, ".".join(self._names), place, now))
         self._go_on(node)
+        self._names, self._in_function = outer
 
     def text(self, place: Place) -> str:
         """Return what stands at a place."""
@@ -110,9 +116,6 @@ class _Finder(ast.NodeVisitor):
         middle = b"".join(self._lines[first : last - 1])
         return (self._lines[first - 1][start:] + middle + self._lines[last - 1][:end]).decode()
 
-    def _add(self, place: Place, now: str) -> None:
-        self.found.append(Change(self._file, ".".join(self._names), place, now))
-
     def _go_on(self, node: ast.AST) -> None:
         if isinstance(node, ast.JoinedStr | ast.Raise | ast.Import | ast.ImportFrom | ast.Assert):
             return
@@ -120,23 +123,12 @@ class _Finder(ast.NodeVisitor):
             return
         if isinstance(node, ast.keyword) and node.arg in _SHOWN:
             return
-        named = isinstance(node, ast.FunctionDef | ast.ClassDef)
-        if named:
-            self._names += [*(["<locals>"] if self._in_function else []), node.name]
-        outer, self._in_function = self._in_function, isinstance(node, ast.FunctionDef) or (
-            self._in_function and not isinstance(node, ast.ClassDef)
-        )  # fmt: skip
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list", "bases", "type_comment"):
                 continue
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     self.visit(child)
-        self._in_function = outer
-        if named:
-            self._names = self._names[: -2 if self._names[-2:-1] == ["<locals>"] else -1]
-
-    _in_function = False
 
 
 def _place(node: Any) -> Place:
@@ -232,7 +224,7 @@ def _functions(_: _Finder, node: ast.FunctionDef) -> Iterator[Any]:
     """Return before anything is done, where nothing is to be returned."""
     first = node.body[min(ast.get_docstring(node) is not None, len(node.body) - 1)]
     if isinstance(node.returns, ast.Constant) and node.returns.value is None:
-        line, column, *_ = _place(first)
+        line, column = _place(first)[:2]
         yield (line, column, line, column), "return; "
 
 

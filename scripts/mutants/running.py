@@ -143,7 +143,7 @@ def _within(tests: Sequence[Test], seconds: float, room: str) -> list[Test]:
     taken, chosen = 0.0, list[Test]()
     for *_, test in sorted(order, key=lambda each: each[:3]):
         if chosen and taken + test.seconds > seconds:
-            break
+            continue
         taken += test.seconds
         chosen.append(test)
     return chosen

@@ -1,7 +1,7 @@
 """A plugin of pytest: which functions of the package does each test call, and how long is it?
 
-Given with ``-p mutants.tracing``; writes JSON where ``MUTANTS_CALLS`` says: by test, its seconds and
-the functions, as ``file:qualified name``.
+Given with ``-p mutants.tracing``; writes JSON where ``MUTANTS_CALLS`` says: by test, its seconds
+and the functions, as ``file:qualified name``.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Calls:
         if str(item.path) != self._module:
             self._module, self._shared = str(item.path), set()
         self._now = set()
-        started = time.perf_counter()
+        started = time.process_time()
         threading.settrace(self.trace)
         sys.settrace(self.trace)
         yield
         sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
-        seconds = time.perf_counter() - started
+        threading.settrace(None)
+        seconds = time.process_time() - started
         self.by_test[item.nodeid] = (seconds, sorted(_names(self._now | self._shared)))
 
     @pytest.hookimpl(wrapper=True)

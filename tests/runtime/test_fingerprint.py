@@ -132,6 +132,15 @@ def test_a_fine_tuned_base_is_another_one(share: float) -> None:
     assert compare(found, LiveBase(model.bfloat16())) == "another"
 
 
+@pytest.mark.parametrize("scale", [1.01, 0.995])
+def test_a_base_of_another_scale_is_another_one(scale: float) -> None:
+    model = build()
+    found = taken(model)
+    for parameter in model.parameters():
+        parameter.data *= scale
+    assert compare(found, LiveBase(model)) == "another"
+
+
 def test_other_shapes_and_other_names_are_another_base() -> None:
     found = taken(build())
     assert compare(found, LiveBase(zoo.make_model("llama"))) == "another"
