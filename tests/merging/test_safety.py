@@ -33,6 +33,7 @@ from regraft.errors import (
     RegraftError,
     UsageError,
 )
+from regraft.formats import inside
 from regraft.merging import output
 
 
@@ -97,7 +98,7 @@ POINTS: dict[str, tuple[Any, str, int, float, str]] = {
     "the first flush": (os, "fsync", errno.EIO, 0, ""),
     "a flush": (os, "fsync", errno.ENOSPC, 0.5, ""),
     "a read": (os, "preadv", errno.EIO, 0.5, ""),
-    "a side file": (Path, "read_bytes", errno.EIO, 0, "tokenizer.json"),
+    "a side file": (inside, "open_regular", errno.EIO, 0, "tokenizer.json"),
     "the rename": (output, "_renameat2", errno.EACCES, 0, ""),
 }
 """What is patched: where, its name, the error, at which of its calls (0 the first, 1 the last), and
