@@ -14,9 +14,9 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from regraft.errors import FormatError
+from regraft.formats.inside import file_pieces
 from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import quoted
-from regraft.formats.reading import typed_os_errors
 from regraft.formats.text import spelled
 from regraft.merging.sidefiles import json_bytes
 from regraft.quant.weight import FORMATS, ROUNDINGS
@@ -291,8 +291,7 @@ def read_receipt(path: Path) -> Receipt:
     if digest is None and (receipt.files or receipt.headers):
         raise _unreadable(path, "no digest")
     document = json_bytes(value)
-    with typed_os_errors(path):
-        content = path.read_bytes()
+    content = b"".join(file_pieces(path))
     if content != (document if digest is None else _sealed(document)):
         raise FormatError(
             "the receipt is not as it was written: its digest or its layout does not fit",

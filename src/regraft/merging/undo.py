@@ -176,11 +176,11 @@ def keep_base(
         if file_key(name) != name:
             left_out.append(file_key(name))
             continue
-        content = b"".join(file_pieces(path))
-        digest = blake3(content).hexdigest()
-        kept = len(content) <= _ALWAYS_KEPT_BYTES or files.get(file_key(name)) != digest
+        digest, size = _digest_file(path), path.stat().st_size
+        kept = size <= _ALWAYS_KEPT_BYTES or files.get(file_key(name)) != digest
         if kept:
-            write(f"{SIDE_FILES}/{name}", content)
+            digest = write_pieces(folder / UNDO / SIDE_FILES / name, file_pieces(path))
+            written[file_key(f"{UNDO}/{SIDE_FILES}/{name}")] = digest
         side.append(SideFile(name, digest, kept))
     left_out += [] if plan.base.single_file else _others(plan.base)
     adapters: list[str | None] = []
