@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench bench-quantized bench-qlora bench-live practice torture docs clean help
+.PHONY: demo test check bench bench-quantized bench-qlora bench-live practice torture mutants docs clean help
 
 help:
 	@echo "make demo    train two adapters on a real model, switch, merge, take back (under 3 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-live       adapters on a running model against PEFT; writes its page"
 	@echo "make practice    PEFT's toy models, Trainer, serving, beside PEFT; counts of docs/faithfulness.md"
 	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (an hour)"
+	@echo "make mutants makes wrong changes to the code, one at a time: does a test fail? (hours)"
 	@echo "make docs    check that the docs are in step with the code"
 
 # torch comes first and pinned: an unpinned torch would bring gigabytes of CUDA.
@@ -64,9 +65,13 @@ torture: $(VENV)/.dev
 	$(PY) scripts/torture_hostile.py --headers 1000000 --configs 100000
 	$(PY) scripts/torture_bitflips.py --small-all --large 1000 --folder .torture
 	$(PY) scripts/torture_undo.py
+	$(PY) scripts/torture_inputs.py
+
+mutants: $(VENV)/.model
+	PYTHONPATH=scripts $(PY) -m mutants --count 100 --json .mutants/report.json
 
 docs: $(VENV)/.dev
 	$(PY) -m pytest -q tests/docs
 
 clean:
-	rm -rf $(VENV) .demo .bench .torture build dist *.egg-info
+	rm -rf $(VENV) .demo .bench .torture .mutants build dist *.egg-info

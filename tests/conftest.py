@@ -1,4 +1,5 @@
-"""What holds for all tests: kernels are those of the sources, threads are few, no disk is awaited.
+"""What holds for all tests: kernels are those of the sources, threads are few, no disk is awaited,
+and each run has a folder of its own for temporary files.
 
 Compiled kernels that are older than their sources are removed before anything runs: numba looks
 only at the file that a compiled function is in, and not at what it is made of.
@@ -10,9 +11,13 @@ import contextlib
 import gc
 import os
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
+
 import regraft
+from temp_root import TempRoot, remove_left_over
 
 PACKAGE = Path(regraft.__file__).parent
 
@@ -24,10 +29,24 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_configure() -> None:
+TEMP_ROOT = pytest.StashKey[TempRoot]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Remove stale kernels, and let files be flushed without waiting for the disk."""
     os.fsync = os.fstat  # fails for what is no open file, too; nobody cuts the power meanwhile
     _remove_stale_kernels()
+    if config.option.basetemp is None:  # the workers of pytest-xdist are given the one of the run
+        parent = Path(tempfile.gettempdir())
+        remove_left_over(parent)
+        config.stash[TEMP_ROOT] = TempRoot(parent)
+        config.option.basetemp = str(config.stash[TEMP_ROOT].path / "run")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the run's temporary files."""
+    if (root := config.stash.get(TEMP_ROOT, None)) is not None:
+        root.remove()
 
 
 def pytest_collection_finish() -> None:

@@ -16,7 +16,7 @@ from merging import toys
 from merging.test_memory import write_sparse
 from merging.toys import Q0, lora, tree, write_adapter, write_base, write_json
 from regraft.api import parse_adapters
-from regraft.errors import UsageError
+from regraft.errors import RegraftError, UsageError
 from regraft.formats.reading import FilePool
 
 
@@ -275,3 +275,18 @@ def test_a_base_and_an_adapter_that_are_swapped_are_said_to_be(
     out = [tmp_path / "out"] if verb is regraft.merge else []
     with pytest.raises(regraft.UsageError, match="BASE and ADAPTER are swapped"):
         verb(adapter, base, *out)
+
+
+def test_all_inputs_that_cannot_be_opened_are_told_at_once(base: Path, tmp_path: Path) -> None:
+    bad, gone = write_adapter(tmp_path / "bad"), tmp_path / "gone"
+    (bad / "adapter_config.json").write_text("{")
+    for call in (regraft.check, regraft.plan):
+        with pytest.raises(RegraftError) as caught:
+            call(tmp_path / "no base", [bad, gone])
+        where = " ".join(problem.where for problem in caught.value.problems)
+        assert len(caught.value.problems) == 3
+        assert all(name in where for name in ("no base", str(bad), str(gone)))
+    with pytest.raises(RegraftError) as caught:
+        regraft.merge(base, [bad, gone], tmp_path / "out")
+    assert len(caught.value.problems) == 2
+    assert not (tmp_path / "out").exists()

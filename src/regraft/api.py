@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError
-from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.checkpoint import AdapterFiles, Checkpoint
 from regraft.formats.hub import locate
+from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, open_base_headers, see
@@ -34,8 +35,9 @@ from regraft.merging.recipe import (
     Coding,
     base_named_by,
     choices_of,
-    open_adapters,
+    open_inputs,
     parse_adapters,
+    read_adapters,
     refuse_swapped,
 )
 from regraft.merging.report import CheckReport
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from regraft.merging.receipt import Receipt
 
 
+@watched()
 def merge(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -119,9 +122,12 @@ def merge(
     tell(progress, "read", 0)
     base = base_named_by(wanted, token) if base is None else base
     refuse_swapped(base, wanted)
-    checkpoint = open_base(locate(base, kind="base", token=token))
+    named = base
+    checkpoint, opened = open_inputs(
+        lambda: open_base(locate(named, kind="base", token=token)), wanted, token, peft_version
+    )
     made = _plan(
-        checkpoint, wanted, choices, place, overwrite=overwrite, token=token,
+        checkpoint, opened, choices, place, overwrite=overwrite,
         trained_on=_trained_on(trained_on, token),
     )  # fmt: skip
     if made.quantization is not None:
@@ -150,6 +156,7 @@ def _inputs(made: Plan) -> list[Path]:
     return [*weights, *sides, *(path for path in adapters if path.is_file())]
 
 
+@watched(to_the_end=True)
 def plan(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -184,9 +191,12 @@ def plan(
     tell(progress, "read", 0)
     base = base_named_by(wanted, token) if base is None else base
     refuse_swapped(base, wanted)
-    checkpoint = open_base_headers(base, token)
+    named = base
+    checkpoint, opened = open_inputs(
+        lambda: open_base_headers(named, token), wanted, token, peft_version
+    )
     place = out_path(out) if out is not None else None
-    made = _plan(checkpoint, wanted, choices, place, overwrite=overwrite, token=token)
+    made = _plan(checkpoint, opened, choices, place, overwrite=overwrite)
     return replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
 
 
@@ -198,21 +208,19 @@ def _said_of_sides(made: Plan) -> tuple[str, ...]:
 
 def _plan(
     base: Checkpoint,
-    adapters: Sequence[tuple[str, float]],
+    opened: Sequence[tuple[AdapterFiles, float]],
     choices: Choices,
     out: Path | None,
     *,
     overwrite: bool,
-    token: str | None,
     trained_on: TrainedOn | None = None,
 ) -> Plan:
-    opened = open_adapters(adapters, token, choices.peft_version)
-    read = [read_adapter(files, weight) for files, weight in opened]
+    read = read_adapters(opened)
     plain, quantization = see(base, choices.dtype)
     choices = settled(choices, quantization)
     made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
     notes = notes_of_another_base(read, plain, quantization)
-    warn(notes, stacklevel=3)
+    warn(notes, stacklevel=4)
     made = replace(made, warnings=(*made.warnings, *notes))
     if out is None:
         return made
@@ -236,6 +244,7 @@ def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None
     return found
 
 
+@watched(to_the_end=True)
 def check(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -265,9 +274,12 @@ def check(
     wanted = parse_adapters(adapters)
     base = base_named_by(wanted, token) if base is None else base
     refuse_swapped(base, wanted)
-    checkpoint = open_base_headers(base, token)
+    named = base
+    checkpoint, opened = open_inputs(
+        lambda: open_base_headers(named, token), wanted, token, peft_version
+    )
     read, problems = [], list[Problem]()
-    for files, weight in open_adapters(wanted, token, peft_version):
+    for files, weight in opened:
         try:
             read.append(read_adapter(files, weight))
         except RegraftError as error:
@@ -282,7 +294,7 @@ def check(
     if problems:
         return CheckReport(False, tuple(problems), made.warnings)
     notes = notes_of_another_base(read, plain, quantization)
-    warn(notes, stacklevel=2)
+    warn(notes, stacklevel=3)
     summary = {**made.totals(), "memory": made.memory}
     return CheckReport(True, (), (*made.warnings, *notes), summary)
 

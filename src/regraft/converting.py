@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from regraft.errors import UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
+from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.bases import open_base, see
 from regraft.merging.events import Progress, tell
@@ -164,6 +165,7 @@ def quantize(
     )  # fmt: skip
 
 
+@watched()
 def _convert(
     base: str | Path, out: Path, choices: Choices, verb: str, *, overwrite: bool,
     token: str | None, progress: Progress | None, command: str | None,

@@ -7,6 +7,7 @@
     │   ├── AdapterError                 an adapter is inconsistent with itself
     │   ├── UnsupportedError             sound, but it cannot be merged: refused by name
     │   ├── MismatchError                adapter and base do not fit; lists every misfit
+    │   ├── ChangedError                 an input was changed while it was being read
     │   ├── NumericError                 a result would be NaN or infinite where the base was not
     │   └── OutputExistsError            OUT is there already
     └── EnvironmentShortfall   exit 4    the machine falls short
@@ -157,6 +158,10 @@ class UnsupportedError(InputError):
 
 class MismatchError(InputError):
     """Adapter and base do not fit; every misfit is listed."""
+
+
+class ChangedError(InputError):
+    """A file of an input was changed while it was being read; every such file is listed."""
 
 
 class NumericError(InputError):

@@ -17,6 +17,7 @@ from regraft.formats.hub import Located, locate
 from regraft.formats.layout import looks_like
 from regraft.formats.problems import capped
 from regraft.formats.reading import FilePool
+from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import see
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 RECEIPT = "regraft/receipt.json"
 
 
+@watched()
 def unmerge(
     merged: str | Path,
     out: str | Path,
@@ -122,6 +124,7 @@ def unmerge(
     )
 
 
+@watched()
 def swap(
     merged: str | Path,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -192,7 +195,7 @@ def swap(
         made = make_plan(base, read, choices, place, undone.steps, quantization=quantization)
         restored = _opener(undone, found)(files, FactorStore(files, FACTOR_CACHE))
         notes = notes_of_another_base(read, base, quantization, restored)
-        warn(notes, stacklevel=2)
+        warn(notes, stacklevel=3)
         made = replace(made, warnings=(*made.warnings, *notes))
         check_space(place, made.disk_bytes)
         new = [path for adapter in read for path in Path(adapter.root).iterdir() if path.is_file()]
@@ -210,7 +213,7 @@ def clean(
 ) -> list[Leftover]:
     """Remove what interrupted work has left beside its outputs; return what there was.
 
-    Work that is going on is left alone.
+    Work that is going on is left alone, and so is that of other users.
 
     Args:
         folders: folders to look in (not in those below them), or outputs.
@@ -224,7 +227,7 @@ def clean(
     found = find_leftovers([out_path(place) for place in places])
     if not dry_run:
         for leftover in found:
-            if not leftover.busy:
+            if leftover.own and not leftover.busy:
                 remove_leftover(leftover)
     return found
 

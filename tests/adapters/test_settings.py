@@ -74,7 +74,8 @@ def test_token_indices_may_be_a_list_or_lists_by_module() -> None:
     assert found == (("embed_tokens", (5,)), ("wte", (0, 7)))
 
 
-POSITIVE, REGEX, ROWS = "a positive number", "a regular expression", "lists of row numbers"
+POSITIVE, FINITE = "a positive whole number", "a finite number"
+REGEX, ROWS = "a regular expression", "lists of row numbers"
 Q = "rank_pattern['q']"
 
 BAD: list[tuple[str, Any, str, str, str]] = [
@@ -84,9 +85,10 @@ BAD: list[tuple[str, Any, str, str, str]] = [
     ("r", 0, "'r'", POSITIVE, "0"),
     ("r", -4, "'r'", POSITIVE, "-4"),
     ("r", 10**400, "'r'", POSITIVE, "10000"),
-    ("lora_alpha", 0, "'lora_alpha'", POSITIVE, "0"),
-    ("lora_alpha", math.inf, "'lora_alpha'", POSITIVE, "inf"),
-    ("lora_alpha", math.nan, "'lora_alpha'", POSITIVE, "nan"),
+    ("lora_alpha", math.inf, "'lora_alpha'", FINITE, "inf"),
+    ("lora_alpha", -math.inf, "'lora_alpha'", FINITE, "-inf"),
+    ("lora_alpha", math.nan, "'lora_alpha'", FINITE, "nan"),
+    ("lora_alpha", -(10**400), "'lora_alpha'", FINITE, "-10000"),
     ("use_dora", "yes", "'use_dora'", "bool", "'yes'"),
     ("use_rslora", 1, "'use_rslora'", "bool", "1"),
     ("bias", ["all"], "'bias'", "str", "['all']"),
@@ -100,11 +102,11 @@ BAD: list[tuple[str, Any, str, str, str]] = [
     ("layers_to_transform", [True], "'layers_to_transform'", "layer numbers", "[True]"),
     ("rank_pattern", [1], "'rank_pattern'", "dict", "[1]"),
     ("rank_pattern", {"*": 4}, "'rank_pattern'", REGEX, "'*'"),
-    ("rank_pattern", {"q": "4"}, Q, "a positive int", "'4'"),
-    ("rank_pattern", {"q": 0}, Q, "a positive int", "0"),
-    ("rank_pattern", {"q": 1.5}, Q, "a positive int", "1.5"),
+    ("rank_pattern", {"q": "4"}, Q, POSITIVE, "'4'"),
+    ("rank_pattern", {"q": 0}, Q, POSITIVE, "0"),
+    ("rank_pattern", {"q": 1.5}, Q, POSITIVE, "1.5"),
     ("alpha_pattern", {"(?i)q": 4}, "'alpha_pattern'", REGEX, "'(?i)q'"),
-    ("alpha_pattern", {"q": None}, "alpha_pattern['q']", "a positive int or float", "None"),
+    ("alpha_pattern", {"q": None}, "alpha_pattern['q']", FINITE, "None"),
     ("trainable_token_indices", [-1], "'trainable_token_indices'", ROWS, "[-1]"),
     ("trainable_token_indices", {"e": ["a"]}, "'trainable_token_indices'", ROWS, "['a']"),
     ("trainable_token_indices", [4, 4], "'trainable_token_indices'", "each once", "[4, 4]"),
@@ -129,7 +131,7 @@ def test_a_bad_field_is_named_with_what_was_expected(
 
 def test_all_bad_fields_are_listed_at_once() -> None:
     with pytest.raises(AdapterError) as caught:
-        settings(r="8", lora_alpha=-1, bias=[], rank_pattern={"(": 0}, use_dora=1)
+        settings(r="8", lora_alpha=math.nan, bias=[], rank_pattern={"(": 0}, use_dora=1)
     named = [problem.what.removeprefix("bad value for ") for problem in caught.value.problems]
     assert sorted(name.strip('"') for name in named) == [
         "'bias'", "'lora_alpha'", "'r'", "'rank_pattern'", "'use_dora'", "rank_pattern['(']",
@@ -148,5 +150,7 @@ def test_scales_are_alpha_over_r_or_its_root() -> None:
     found = settings(r=8, lora_alpha=12, rank_pattern={"k": 3}, alpha_pattern={"v": 5, "k": 7})
     assert [found.scale_of(f"model.{name}") for name in "qkv"] == [12 / 8, 7 / 3, 5 / 8]
     assert found.scale_of("model.q", weight=-0.5) == -0.5 * 12 / 8
+    negative = settings(r=8, lora_alpha=-12, alpha_pattern={"v": 0})
+    assert [negative.scale_of(f"model.{name}") for name in "qv"] == [-12 / 8, 0.0]
     rooted = settings(r=8, lora_alpha=12, use_rslora=True)
     assert rooted.scale_of("model.q") == 12 / math.sqrt(8)

@@ -154,6 +154,7 @@ def test_every_kind_of_error_may_have_notes(error: Exception) -> None:
     ("number", "kind", "code"),
     [
         (errno.ENOSPC, "DiskSpaceError", 4),
+        (errno.EDQUOT, "DiskSpaceError", 4),
         (errno.EACCES, "AccessError", 4),
         (errno.EROFS, "AccessError", 4),
         (errno.ENOENT, "InputError", 3),

@@ -266,6 +266,8 @@ CONVS = [
 SEVERAL = [
     Case("llama", "two", (lora(), lora(["q_proj", "up_proj"], r=3))),
     Case("llama", "two-weighted", (lora(), lora(["q_proj", "up_proj"], r=3)), (0.25, -1.5)),
+    one("llama", "alpha-negative", lora(lora_alpha=-3, alpha_pattern={"up_proj": 5, "v_proj": 0})),
+    one("gpt2", "dora-alpha-negative", lora(lora_alpha=-6, use_dora=True)),
     Case("llama", "one-weighted", (lora(use_rslora=True, **PATTERNS),), (0.7,)),
     Case("llama", "three", (lora(), lora(["q_proj"], r=1), lora(["v_proj"])), (1.0, 0.5, 2.0)),
     Case("gpt2", "two-weighted", (lora(), lora(["c_attn", "wte"], r=3)), (0.5, 1.5)),

@@ -160,6 +160,7 @@ def response(status: int) -> Any:
          "the download failed.*teapot"),
         (errors.LocalEntryNotFoundError("none"), EnvironmentShortfall, "cannot be reached"),
         (OSError(errno.ENOSPC, "No space left"), DiskSpaceError, "does not fit"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), DiskSpaceError, "does not fit"),
         (PermissionError(errno.EACCES, "denied", "/cache"), AccessError, "/cache: .*denied"),
         (ConnectionError("reset"), EnvironmentShortfall, "download failed.*reset"),
     ],

@@ -275,3 +275,34 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
 
     fields = dict.fromkeys(peft.LoraConfig(r=4).to_dict(), "on")
     assert unknown_settings(fields) == ()
+
+
+GPT_OSS = CONFIG | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+
+
+@pytest.mark.parametrize("version", [None, "0.18.0", "0.21.2"])
+def test_a_square_stack_of_a_model_that_stores_input_first_lies_so(
+    tmp_path: Path, version: str | None
+) -> None:
+    stack = {f"{MOE}.gate_up_proj": toys.draw(EXPERTS, SIZE, SIZE)}
+    base = toys.write_base(tmp_path / "base", stack, GPT_OSS)
+    said = {"peft_version": version} if version else {}
+    adapter = write_adapter(tmp_path / "a", GATE, **said)
+    found = merged_delta(base, adapter, tmp_path / "out")
+    np.testing.assert_allclose(found, delta(GATE, flipped=True), atol=1e-5)
+
+
+@pytest.mark.parametrize(("config", "flipped"), [(CONFIG, False), (GPT_OSS, True)])
+def test_a_single_square_expert_lies_in_its_stack_as_the_model_stores_it(
+    tmp_path: Path, config: dict[str, Any], flipped: bool
+) -> None:
+    stack = {f"{MOE}.down_proj": toys.draw(EXPERTS, SIZE, SIZE)}
+    base = toys.write_base(tmp_path / "base", stack, config)
+    pair = toys.lora(f"{MOE}.1.down_proj", SIZE, SIZE, RANK)
+    adapter = toys.write_adapter(
+        tmp_path / "a", pair, r=RANK, lora_alpha=ALPHA, target_modules=["down_proj"]
+    )
+    found = merged_delta(base, adapter, tmp_path / "out", "down_proj")
+    a, b = pair.values()
+    np.testing.assert_allclose(found[1], (b @ a).T if flipped else b @ a, atol=1e-5)
+    assert not found[[0, 2]].any()

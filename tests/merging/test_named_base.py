@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import regraft
 from merging import toys
 from regraft.cli.app import app
-from regraft.errors import UsageError
+from regraft.errors import InputError, UsageError
 
 
 @pytest.fixture
@@ -41,6 +41,21 @@ def test_a_relative_path_starts_here_or_at_the_adapter(
     monkeypatch.chdir("/")
     beside = naming(tmp_path / "b", f"../{base.name}")
     assert Path(regraft.plan(None, beside).base.source).resolve() == base.resolve()
+
+
+def test_a_named_path_that_is_not_here_is_told_with_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("./gone", "../gone/base", "/gone/base"):
+        adapter = naming(tmp_path / "adapter", name)
+        with pytest.raises(InputError, match="the base that the adapter names is not here") as said:
+            regraft.plan(None, adapter)
+        (problem,) = said.value.problems
+        assert name in problem.found
+        places = [name] if name.startswith("/") else [str(tmp_path), str(adapter)]
+        assert all(place in problem.expected for place in places)
+        assert problem.hint == "Name the base before the adapters"
 
 
 def test_the_command_line_says_which(base: Path, tmp_path: Path) -> None:

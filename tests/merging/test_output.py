@@ -259,6 +259,29 @@ def test_the_adapters_tokenizer_and_template_win_as_a_whole(
     } & set(found)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("tokenizer.json",), ("added_tokens.json",), ("special_tokens_map.json",),
+        ("tokenizer_config.json",), ("tokenizer_config.json", "added_tokens.json"),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_tokenizer_is_laid_over_the_bases(
+    base: Path, adapter: Path, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """Without a vocabulary and its settings it would not be one by itself."""
+    every = ("tokenizer.json", "tokenizer_config.json", "merges.txt", "vocab.json")
+    for name in every:
+        write_json(base / name, {"of": "the base"})
+    for name in names:
+        write_json(adapter / name, {"of": "the adapter"})
+    regraft.merge(base, adapter, tmp_path / "out")
+    found = tree(tmp_path / "out")
+    for name in {*every, *names}:
+        source = adapter if name in names else base
+        assert found[name] == (source / name).read_bytes(), name
+
+
 def test_a_template_alone_leaves_the_bases_tokenizer(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ import pytest
 import regraft
 from merging import toys
 from merging.toys import BF16, PREFIX, draw, write_adapter, write_base
+from regraft.deltas.cutting import UNIT_COLUMNS
+from regraft.merging import planning
 from regraft.merging.execute import Task, execute
 from regraft.merging.jobs import merge_targets
 from regraft.merging.keep import keeps
@@ -198,3 +200,27 @@ def test_two_runs_write_the_same_folder(inputs: tuple[Path, list[Path]], tmp_pat
     receipts = [json.loads(found.pop("regraft/receipt.json") or b"") for found in (first, second)]
     assert first == second
     assert receipts[0]["tensors"] == receipts[1]["tensors"]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
+def test_chance_falls_alike_where_rows_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """Rows are worked on in two pieces each, or all in one."""
+    columns, name = 2 * UNIT_COLUMNS, "a.wide"
+    base = write_base(tmp_path / "base", {f"{name}.weight": draw(2, columns, dtype=BF16)})
+    adapter = write_adapter(
+        tmp_path / "a", toys.lora(name, 2, columns), target_modules=["wide"], lora_alpha=1
+    )
+    if kept:
+        regraft.quantize(base, tmp_path / "4-bit", to="nf4")
+        base = tmp_path / "4-bit"
+    found = []
+    for tile in (SMALLEST_TILE * 4, 4096):
+        monkeypatch.setattr(planning, "SMALLEST_TILE", tile)
+        monkeypatch.setattr(planning, "LARGEST_TILE", tile)
+        out = tmp_path / str(tile)
+        how = {"quantize": "keep" if kept else "nf4", "rounding": "stochastic", "undo": False}
+        regraft.merge(base, adapter, out, **how)
+        found.append((out / "model.safetensors").read_bytes())
+    assert found[0] == found[1]

@@ -126,6 +126,31 @@ def test_a_level_is_nearest_to_itself(drawn: tuple[Codes, np.ndarray, int]) -> N
             assert values[0] == values[1]
 
 
+@pytest.mark.parametrize("table", ["nf4", "int8"])
+@pytest.mark.parametrize("run", [64, 5000])
+def test_an_elements_chance_depends_on_its_place_alone(table: str, run: int) -> None:
+    """Rows of more columns than are looked at together, rounded whole and cut in the middle."""
+    levels, columns, cut = TABLES[table], 10_000, 7040
+    rng = np.random.default_rng(5)
+    width = -(-columns // run)
+    scales = (1 + rng.random(2 * width)).astype(np.float32)
+    codes = levels.order[rng.integers(0, levels.order.size, 2 * columns)]
+    values = rng.normal(size=2 * columns).astype(np.float32) * float(levels.values.max())
+    block = Codes(codes, 2, columns, levels, scales, NO_ZEROS, width, run)
+    whole = codes_for(block, F32, values, "stochastic", 9, (0, columns), np.zeros(2))
+    for row in range(2):
+        at = slice(row * columns + cut, (row + 1) * columns)
+        part = Codes(
+            codes[at], 1, columns - cut, levels, scales[row * width + cut // run :], NO_ZEROS,
+            width, run, first=cut % run,
+        )  # fmt: skip
+        index = (row * columns + cut, 0)
+        found = codes_for(part, F32, values[at], "stochastic", 9, index, np.zeros(2))
+        assert np.array_equal(found, whole[at])
+    other = codes_for(block, F32, values, "stochastic", 9, (1, columns), np.zeros(2))
+    assert not np.array_equal(other, whole)
+
+
 def test_the_noise_is_that_of_splitmix64() -> None:
     with np.errstate(over="ignore"):
         found = [int(noise_bits.py_func(np.uint64(1234567), i)) for i in range(3)]

@@ -121,14 +121,24 @@ def test_another_base_of_the_same_shapes_is_told() -> None:
     assert compare(taken(build()), LiveBase(build(seed=1))) == "another"
 
 
-def test_a_fine_tuned_base_is_another_one() -> None:
+@pytest.mark.parametrize("share", [0.01, 0.003])
+def test_a_fine_tuned_base_is_another_one(share: float) -> None:
     model = build()
     found = taken(model)
     torch.manual_seed(0)
     for parameter in model.parameters():
-        parameter.data += 0.01 * parameter.data.std() * torch.randn_like(parameter)
+        parameter.data += share * parameter.data.std() * torch.randn_like(parameter)
     assert compare(found, LiveBase(model)) == "another"
     assert compare(found, LiveBase(model.bfloat16())) == "another"
+
+
+@pytest.mark.parametrize("scale", [1.01, 0.995])
+def test_a_base_of_another_scale_is_another_one(scale: float) -> None:
+    model = build()
+    found = taken(model)
+    for parameter in model.parameters():
+        parameter.data *= scale
+    assert compare(found, LiveBase(model)) == "another"
 
 
 def test_other_shapes_and_other_names_are_another_base() -> None:

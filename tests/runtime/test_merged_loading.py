@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from faithful.cases import ATTENTION, MIXTRAL_EXPERTS, lora
 from merging import toys
 from merging.quantized_bases import write_quantized
 from regraft.libraries import require
+from regraft.merging.in_memory import MemoryMerge
 from regraft.testing.adapters import make_adapter
 from regraft.testing.zoo import example_inputs, logits, make_base
 
@@ -297,3 +299,19 @@ def test_parameters_that_nobody_brings_are_named(tmp_path: Path) -> None:
         model, info = regraft.load_merged(base, adapter, output_loading_info=True)
     assert not info["missing_keys"]
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_a_model_is_not_loaded_of_two_states_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = written(CASES["llama"], tmp_path)
+    fill, path = MemoryMerge.fill, adapter / "adapter_model.safetensors"
+
+    def changing(merge: MemoryMerge, *arguments: Any) -> None:
+        fill(merge, *arguments)
+        os.utime(path)
+
+    monkeypatch.setattr(MemoryMerge, "fill", changing)
+    with pytest.raises(regraft.ChangedError) as caught:
+        regraft.load_merged(base, adapter)
+    assert [problem.where for problem in caught.value.problems] == [str(path)]

@@ -274,6 +274,22 @@ def test_a_stale_bin_file_is_removed_and_all_else_stays(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.parent.iterdir() if "saving" in p.name] == []
 
 
+@pytest.mark.parametrize("alpha", [4, 9], ids=["the same config", "another config"])
+@pytest.mark.parametrize("here", [False, True], ids=["swapped", "file by file"])
+def test_a_stale_bin_file_is_removed_from_beside_an_adapter_that_is_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alpha: int, here: bool
+) -> None:
+    config, tensors = small()
+    config = config | {"lora_alpha": 4}
+    folder = write_adapter(tmp_path / "a", config, tensors)
+    (folder / "adapter_model.bin").write_bytes(b"old")
+    if here:  # which cannot be swapped
+        monkeypatch.chdir(folder)
+    write_adapter(folder, config | {"lora_alpha": alpha}, tensors)
+    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
+    assert open_adapter(locate(folder, kind="adapter")).config["lora_alpha"] == alpha
+
+
 def test_an_adapter_is_replaced_only_where_it_may_be(tmp_path: Path) -> None:
     model = peft_model()
     regraft.save(model, tmp_path / "a")

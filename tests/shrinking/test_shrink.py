@@ -291,6 +291,51 @@ def test_the_two_projections_of_an_attention_get_one_rank(tmp_path: Path) -> Non
     assert ranks["attention"] == ranks["attention.out_proj"] > 1
 
 
+def falling(rank: int, pace: float, seed: int, out: int = WIDTH) -> tuple[Any, Any]:
+    """Return A and B whose singular values fall at a pace."""
+    left = np.linalg.qr(toys.draw(out, rank, seed=seed))[0] * pace ** np.arange(rank)
+    right = np.ascontiguousarray(np.linalg.qr(toys.draw(WIDTH, rank, seed=seed + 1))[0].T)
+    return right.astype(np.float32), left.astype(np.float32)
+
+
+PAIRS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
+    "attention": (
+        ("attention", "attention.base_layer.out_proj"), {"target_modules": ["attention"]},
+    ),
+    "tie": (
+        ("model.embed_tokens", "lm_head"),
+        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
+}  # fmt: skip
+"""Pairs of modules that have one rank."""
+
+
+@pytest.mark.parametrize("paces", [(0.9, 0.3), (0.3, 0.9)], ids=["first", "second"])
+@pytest.mark.parametrize("group", PAIRS)
+def test_each_of_a_pair_of_one_rank_keeps_the_share_that_was_asked_for(
+    tmp_path: Path, group: str, paces: tuple[float, float]
+) -> None:
+    names, config = PAIRS[group]
+    tensors: Arrays = {}
+    for number, (name, pace) in enumerate(zip(names, paces, strict=True)):
+        a, b = falling(8, pace, 10 * number)
+        key = f"{toys.PREFIX}{name}"
+        tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    report = regraft.shrink(
+        write_adapter(tmp_path / "a", tensors, **config), tmp_path / "s", energy=0.9,
+        dtype="float32",
+    )  # fmt: skip
+    assert len(report.modules) == 2
+    needed = 1 + int(np.argmax(np.cumsum(0.9 ** (2 * np.arange(8))) >= 0.9 * _total(0.9)))
+    assert {module.rank_after for module in report.modules} == {needed}
+    assert min(module.kept for module in report.modules) >= 0.9
+    assert needed > 2  # more than the other one would have needed
+
+
+def _total(pace: float) -> float:
+    return float(np.sum(pace ** (2 * np.arange(8))))
+
+
 def test_the_bias_of_b_goes_along(tmp_path: Path) -> None:
     bias = f"{toys.PREFIX}{MODULES[0]}.lora_B.bias"
     tensors = lowrank() | {bias: toys.draw(WIDTH)}

@@ -193,19 +193,61 @@ def test_tensors_of_another_name_dtype_or_shape_are_told(out: Path) -> None:
 def test_what_the_file_system_adds_is_no_difference(out: Path) -> None:
     (out / FIRST).chmod(0o600)
     os.utime(out / "config.json", (1, 1))
-    (out / "empty").mkdir()
     assert regraft.verify(out).ok
 
 
-def test_a_copy_elsewhere_and_through_links_verifies(out: Path, tmp_path: Path) -> None:
+def test_a_copy_elsewhere_and_behind_a_link_verifies(out: Path, tmp_path: Path) -> None:
     moved = out.rename(tmp_path / "elsewhere")
-    linked = tmp_path / "linked"
-    for path in files_of(moved):
-        place = linked / path.relative_to(moved)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(path)
+    (tmp_path / "link").symlink_to(moved)
     assert regraft.verify(moved).ok
-    assert regraft.verify(linked).ok
+    assert regraft.verify(tmp_path / "link").ok
+
+
+def test_links_inside_the_folder_are_no_difference_if_the_bytes_are_the_same(out: Path) -> None:
+    shutil.copytree(out, copy := out.with_name("copy"))
+    blob = copy / "README.md"
+    assert regraft.verify(copy).ok
+    blob.write_bytes(blob.read_bytes())
+    blob.rename(blob.with_name("blob"))
+    blob.symlink_to("blob")
+    assert [d.file for d in regraft.verify(copy).differences] == ["blob"]
+
+
+def test_a_snapshot_in_the_hub_s_cache_verifies(out: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "models--org--name"
+    snapshot, blobs = hub / "snapshots" / "abc", hub / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(files_of(out)):
+        shutil.copy(path, blobs / str(number))
+        place = snapshot / path.relative_to(out)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(os.path.relpath(blobs / str(number), place.parent))
+    assert regraft.verify(snapshot).ok
+    (snapshot / "README.md").unlink()
+    (snapshot / "README.md").symlink_to(out / "README.md")
+    (difference,) = regraft.verify(snapshot).differences
+    assert (difference.file, "outside of the folder" in difference.what) == ("README.md", True)
+
+
+@pytest.mark.parametrize("name", [FIRST, "README.md", RECEIPT, "regraft/undo/undo.json"])
+def test_a_link_to_elsewhere_is_a_difference_whatever_it_holds(out: Path, name: str) -> None:
+    there = out.with_name("there")
+    (out / name).rename(there)
+    (out / name).symlink_to(there)
+    report = regraft.verify(out)
+    assert report.verdict == "different"
+    (difference,) = report.differences
+    assert (difference.file, difference.tensor) == (name, "")
+    assert difference.what == "a link to outside of the folder, where the merge wrote a file"
+
+
+def test_empty_folders_are_a_difference_each_the_highest_named(out: Path) -> None:
+    (out / "x" / "y").mkdir(parents=True)
+    (out / "regraft" / "z").mkdir()
+    report = regraft.verify(out)
+    assert report.verdict == "different"
+    assert [d.file for d in report.differences] == ["regraft/z/", "x/"]
+    assert all(d.what == "an empty folder that the merge did not write" for d in report.differences)
 
 
 # Receipts that cannot be gone by

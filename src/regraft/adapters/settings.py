@@ -270,26 +270,38 @@ class _Fields:
         except BadExpressionError as error:
             self.bad(name, "a regular expression", f"{_shown(pattern)} ({error})")
 
-    def patterns(self, name: str, kinds: tuple[type, ...]) -> tuple[tuple[str, Any], ...]:
+    def patterns(self, name: str, kind: _Number) -> tuple[tuple[str, Any], ...]:
         value = self.get(name, (dict,), {})
         for pattern, number in value.items():
             self.pattern(name, pattern, SUFFIX)
-            if not _is_positive(number, kinds):
-                expected = f"a positive {' or '.join(kind.__name__ for kind in kinds)}"
-                self.bad(f"{name}[{_shown(pattern)}]", expected, _shown(number))
+            if not kind.fits(number):
+                self.bad(f"{name}[{_shown(pattern)}]", kind.expected, _shown(number))
         return tuple(value.items())
 
-    def positive(self, name: str, kinds: tuple[type, ...], default: Any) -> Any:
-        value = self.get(name, kinds, default)
-        if not _is_positive(value, kinds):
-            self.bad(name, "a positive number", _shown(value))
+    def number(self, name: str, kind: _Number, default: Any) -> Any:
+        value = self.get(name, kind.kinds, default)
+        if not kind.fits(value):
+            self.bad(name, kind.expected, _shown(value))
             return default
         return value
 
 
-def _is_positive(value: Any, kinds: tuple[type, ...]) -> bool:
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    return is_number and 0 < value <= sys.float_info.max
+@dataclass(frozen=True)
+class _Number:
+    """What a number has to be, and in words."""
+
+    kinds: tuple[type, ...]
+    least: float
+    expected: str
+
+    def fits(self, value: Any) -> bool:
+        is_number = isinstance(value, self.kinds) and not isinstance(value, bool)
+        return is_number and self.least <= value <= sys.float_info.max
+
+
+_RANK = _Number((int,), 1, "a positive whole number")
+_ALPHA = _Number((int, float), -sys.float_info.max, "a finite number")
+"""PEFT takes any alpha; a negative one takes away what was learned, and 0 leaves the base."""
 
 
 def _token_indices(fields: _Fields) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -338,16 +350,16 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
     for name, expected, found in wrong:
         fields.bad(name, expected, _shown(found))
     settings = LoraSettings(
-        r=fields.positive("r", (int,), 8),
-        lora_alpha=fields.positive("lora_alpha", (int, float), 8),
+        r=fields.number("r", _RANK, 8),
+        lora_alpha=fields.number("lora_alpha", _ALPHA, 8),
         use_rslora=fields.get("use_rslora", (bool,), False),
         use_dora=fields.get("use_dora", (bool,), False),
         fan_in_fan_out=fields.get("fan_in_fan_out", (bool,), False),
         bias=fields.get("bias", (str,), "none"),
         lora_bias=fields.get("lora_bias", (bool,), False),
         init_lora_weights=fields.get("init_lora_weights", (bool, str), True),
-        rank_pattern=fields.patterns("rank_pattern", (int,)),
-        alpha_pattern=fields.patterns("alpha_pattern", (int, float)),
+        rank_pattern=fields.patterns("rank_pattern", _RANK),
+        alpha_pattern=fields.patterns("alpha_pattern", _ALPHA),
         target_modules=fields.regex_or_names("target_modules"),
         exclude_modules=fields.regex_or_names("exclude_modules"),
         target_parameters=fields.names("target_parameters"),

@@ -17,7 +17,8 @@ def command(folders: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
 
     It lies in hidden folders named .OUT.regraft, from which the same command would go on. They are
     looked for in each FOLDER (not in those below it) or beside each OUT; by default in the current
-    folder. Work that is going on is left alone.
+    folder. Work that is going on is left alone, and
+    so is that of other users.
 
     \b
     Examples:

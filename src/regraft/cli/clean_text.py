@@ -28,7 +28,7 @@ def render(found: Sequence[Leftover], *, dry_run: bool) -> str:
         (each.path, each.output, size(each.bytes), age(now - each.modified), state(each, dry_run))
         for each in found
     ]
-    idle = [each for each in found if not each.busy]
+    idle = [each for each in found if each.own and not each.busy]
     done = "would be removed" if dry_run else "removed"
     total = f"{plural(len(idle), 'folder')}, {size(sum(each.bytes for each in idle))} {done}"
     return f"{table(rows, 'llrrl')}\n\n{total}"
@@ -43,6 +43,8 @@ def state(leftover: Leftover, dry_run: bool) -> str:
     """Return what became of a folder."""
     if leftover.busy:
         return "in use"
+    if not leftover.own:
+        return "another user's"
     return "would be removed" if dry_run else "removed"
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import zstandard
 
+from regraft.deltas import compression
 from regraft.deltas.weights import Bytes
 
 CHUNK = 65536
 """Elements that are compressed together."""
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_LEVEL = 3
 
 
 def compress(values: Bytes, prediction: Bytes, item: int) -> bytes:
@@ -31,7 +30,7 @@ def compress(values: Bytes, prediction: Bytes, item: int) -> bytes:
     if not difference.any():
         return b""
     planes = np.ascontiguousarray(difference.view(np.uint8).reshape(-1, difference.itemsize).T)
-    return zstandard.ZstdCompressor(level=_LEVEL).compress(planes.tobytes())
+    return compression.compress(planes.tobytes())
 
 
 def restore(kept: bytes, prediction: Bytes, item: int) -> Bytes:
@@ -44,12 +43,7 @@ def restore(kept: bytes, prediction: Bytes, item: int) -> Bytes:
         return prediction
     kind = _UNSIGNED.get(item, np.uint8)
     count = prediction.size // np.dtype(kind).itemsize
-    try:
-        raw = zstandard.ZstdDecompressor().decompress(kept, max_output_size=prediction.size)
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from None
-    if len(raw) != prediction.size:
-        raise ValueError(f"{len(raw)} bytes where there should be {prediction.size}")
+    raw = compression.decompress(kept, prediction.size)
     planes = np.frombuffer(raw, np.uint8).reshape(-1, count)
     coded = np.ascontiguousarray(planes.T).view(kind).ravel()
     one = coded.dtype.type(1)

@@ -152,6 +152,11 @@ def sizes_of(units: Units, lengths: Lengths, counts: Counts, item: int) -> Offse
     return _sizes(np.diff(units.starts(0, units.count)) * item, lengths, counts, item)
 
 
+def are_possible(units: Units, sizes: Offsets, item: int) -> bool:
+    """Whether no unit's stream takes more bytes than the unit does as plain weights."""
+    return bool(np.all(sizes <= np.diff(units.starts(0, units.count)) * item))
+
+
 def _sizes(plain: Offsets, lengths: Lengths, counts: Counts, item: int) -> Offsets:
     """Return the bytes of streams, given those that the units take as plain weights."""
     coded = lengths.astype(np.int64) + counts.astype(np.int64) * (item + 2)

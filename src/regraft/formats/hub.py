@@ -276,7 +276,7 @@ def _hub_error(source: str, kind: Kind, error: Exception) -> RegraftError:
 
 
 def _other_error(here: str, error: Exception, hint: str) -> RegraftError:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskSpaceError(
             "the disk is full: the download does not fit",
             where=here,

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.errors import InputError
-from regraft.formats.reading import access_error, open_regular, read_at, typed_os_errors
+from regraft.formats.reading import (
+    access_error,
+    note_content,
+    open_regular,
+    read_at,
+    typed_os_errors,
+)
 
 LARGEST = 256 * 2**20
 """The largest file that goes along, in bytes: a tokenizer takes some tens of MB."""
@@ -64,7 +70,7 @@ def why_not(path: Path, folder: Path) -> str:
         OSError: the system refused to look at it.
     """
     target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(root) for root in _roots(folder)):
+    if leads_outside(path, folder):
         return "a link to outside of its folder"
     try:
         found = target.stat()
@@ -79,6 +85,12 @@ def why_not(path: Path, folder: Path) -> str:
     if not stat.S_ISREG(found.st_mode):
         return "a pipe, socket or device"
     return f"larger than {LARGEST // 2**20} MiB" if found.st_size > LARGEST else ""
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether a path below a folder leads to a place outside of it, by links."""
+    target = Path(os.path.realpath(path))
+    return not any(target.is_relative_to(root) for root in _roots(folder))
 
 
 def refuse_outside(folder: Path, *names: str) -> None:
@@ -113,6 +125,16 @@ def file_pieces(path: Path) -> Iterator[bytes]:
             yield read_at(fd, path, at, min(_PIECE, size - at))
     finally:
         os.close(fd)
+
+
+def read_whole(path: Path) -> bytes:
+    """Return the content of a regular file; raises as :func:`file_pieces` does.
+
+    Where a verb watches its inputs, it has to be the same whenever it is read.
+    """
+    content = b"".join(file_pieces(path))
+    note_content(path, content)
+    return content
 
 
 def head_of(path: Path, length: int) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 from regraft.errors import FormatError
 from regraft.formats.problems import DOWNLOAD_AGAIN, quoted
-from regraft.formats.reading import open_regular, read_at
+from regraft.formats.reading import note_content, open_regular, read_at
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
@@ -117,7 +117,9 @@ def _content(path: Path, max_bytes: int) -> bytes:
                 found=f"{size} bytes",
                 hint="Check that this is the file you mean",
             )
-        return read_at(fd, path, 0, size)
+        content = read_at(fd, path, 0, size)
+        note_content(path, content)
+        return content
     finally:
         os.close(fd)
 

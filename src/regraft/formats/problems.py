@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import reprlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from regraft.errors import Problem
+from regraft.errors import Problem, RegraftError
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 DOWNLOAD_AGAIN = "Download or copy the file again"
 SHOWN_PROBLEMS = 50
@@ -49,6 +53,26 @@ def capped(problems: Sequence[Problem], where: Path) -> list[Problem]:
         return list(problems)
     more = Problem(f"{rest} more problems of this kind are not shown", where=str(where))
     return [*problems[:SHOWN_PROBLEMS], more]
+
+
+def of_each(function: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
+    """Return what a function returns of each item; where it refuses some, all that is wrong.
+
+    Raises:
+        RegraftError: of the class of the first refusal, with the problems of all.
+    """
+    found: list[Found] = []
+    refused: list[RegraftError] = []
+    for item in items:
+        try:
+            found.append(function(item))
+        except RegraftError as error:
+            refused.append(error)
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        raise type(refused[0])([problem for error in refused for problem in error.problems])
+    return found
 
 
 def is_unsafe_name(name: str) -> bool:

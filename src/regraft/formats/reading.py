@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from regraft.errors import AccessError, FormatError, InputError
 from regraft.formats.problems import quoted
+from regraft.formats.watching import Watch, current
 from regraft.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -59,10 +60,11 @@ def typed_os_errors(path: Path) -> Iterator[None]:
         raise access_error(Path(error.filename or path), error) from None
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path, watch: Watch | None = None) -> int:
     """Open a regular file for reading and return its descriptor, which the caller closes.
 
-    A pipe, a device or a folder is refused, and opening a pipe does not wait for a writer.
+    A pipe, a device or a folder is refused, and opening a pipe does not wait for a writer. The file
+    is noted as one that has to stay as it is: by ``watch``, or by that of the verb that runs here.
 
     Raises:
         InputError: there is no such file.
@@ -77,6 +79,8 @@ def open_regular(path: Path) -> int:
         raise access_error(path, error) from None
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
+        if (noting := watch or current()) is not None:
+            noting.note(path, fd)
         return fd
     os.close(fd)
     found = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
@@ -102,10 +106,17 @@ def read_at(fd: int, path: Path, position: int, length: int) -> bytes:
     return b"".join(pieces)
 
 
+def note_content(path: Path, content: bytes) -> None:
+    """Note all bytes of a file that were read, where a verb watches its inputs."""
+    if (watch := current()) is not None:
+        watch.note_content(path, content)
+
+
 class FilePool:
     """Open files, each opened once, that any number of threads read from at the same time.
 
-    A context manager; descriptors are closed when it ends, and only then.
+    A context manager; descriptors are closed when it ends, and only then. Files are noted by the
+    verb that makes the pool, whatever thread opens them.
     """
 
     def __init__(self) -> None:
@@ -113,6 +124,7 @@ class FilePool:
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._watch = current()
 
     def __enter__(self) -> Self:
         """Return the pool itself."""
@@ -176,7 +188,7 @@ class FilePool:
             if self._closed:
                 raise ValueError("this FilePool is closed")
             if path not in self._fds:
-                self._fds[path] = open_regular(path)
+                self._fds[path] = open_regular(path, self._watch)
             return self._fds[path]
 
 

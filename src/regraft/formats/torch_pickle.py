@@ -137,6 +137,7 @@ class _Machine:
         self._left = MAX_STEPS
         self._memo: dict[int, Any] = {}
         self._below: list[list[Any]] = []
+        self._storages: dict[str, _Storage] = {}
         self.stack: list[Any] = []
 
     def run(self) -> Any:
@@ -250,7 +251,13 @@ class _Machine:
         dtype, size = ("", 1) if kind.path in _UNTYPED else STORAGES.get(name, ("", 0))
         if not size or (dtype and module not in _STORAGE_MODULES):
             raise PickleError(f"a storage of the class {kind.path}")
-        self.push(_Storage(dtype, key, count * size))
+        self.push(self._same_storage(_Storage(dtype, key, count * size)))
+
+    def _same_storage(self, storage: _Storage) -> _Storage:
+        """Return it, unless it was named before as another: PyTorch would go by the first."""
+        if self._storages.setdefault(storage.key, storage) != storage:
+            raise PickleError("one storage under two dtypes or sizes")
+        return storage
 
 
 def _fill(target: dict[Any, Any], pairs: Iterable[tuple[Any, Any]]) -> None:

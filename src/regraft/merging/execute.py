@@ -19,7 +19,7 @@ from regraft.merging.coding import Coder
 from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.events import Progress, ProgressEvent
-from regraft.merging.factors import FactorStore
+from regraft.merging.factors import FactorStore, read_differently
 from regraft.merging.jobs import Done, Job, Target, jobs_of
 from regraft.merging.keep import Keep, KeepRun, keep_tiles
 from regraft.merging.ledger import Closing, Ledger
@@ -322,11 +322,12 @@ class _Queue:
         Raises:
             MismatchError: a tensor was not what it should have been.
         """
-        digests = {
-            (Path(path), name): digest
-            for done in self.finished.values()
-            for path, name, digest in done.adapter
-        }
+        digests = dict[tuple[Path, str], str]()
+        for done in self.finished.values():
+            for path, name, digest in done.adapter:
+                key = (Path(path), name)
+                if digests.setdefault(key, digest) != digest:
+                    raise read_differently(*key)
         records = [done.record for done in self.finished.values() if done.record is not None]
         of_name = {record.name: record for record in records}
         kept = {

@@ -16,8 +16,9 @@ from blake3 import blake3
 from regraft.deltas import kernels
 from regraft.deltas.views import Delta, View
 from regraft.deltas.weights import Floats, Weights
-from regraft.errors import AdapterError
+from regraft.errors import AdapterError, ChangedError
 from regraft.formats.reading import FilePool
+from regraft.formats.watching import AGAIN
 from regraft.merging.plan import Segment
 from regraft.tensors import TensorSpec
 
@@ -74,10 +75,20 @@ class FactorStore:
     def _read(self, spec: TensorSpec, key: Key) -> Floats:
         raw = np.empty(spec.nbytes, np.uint8)
         self._files.read_into(spec, 0, raw.data)
-        self.digests[key] = blake3(raw.data).hexdigest()
+        digest = blake3(raw.data).hexdigest()
+        if self.digests.setdefault(key, digest) != digest:
+            raise read_differently(*key)
         values = Weights.of_bytes(raw, spec.dtype).floats()
         check_values(spec, values)
         return values
+
+
+def read_differently(path: Path, name: str) -> ChangedError:
+    """Return the error for an adapter's tensor that was another one when it was read again."""
+    return ChangedError(
+        "the file was changed while it was being read", where=f"{path}: {name}",
+        expected="the bytes that were read first", found="others", hint=AGAIN,
+    )  # fmt: skip
 
 
 def check_values(spec: TensorSpec, values: Floats) -> None:

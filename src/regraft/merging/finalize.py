@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from regraft._version import __version__
 from regraft.errors import InputError, redacted
-from regraft.formats.inside import file_pieces, refuse_outside
+from regraft.formats.inside import refuse_outside
 from regraft.formats.layout import ADAPTER_CONFIG
 from regraft.formats.reading import open_regular, typed_os_errors
 from regraft.formats.safetensors import build_header
@@ -23,7 +23,8 @@ from regraft.merging.card import auto_class_of, model_card
 from regraft.merging.execute import Outcome, is_stored
 from regraft.merging.front_matter import read_metadata
 from regraft.merging.gap import warning as gap_warning
-from regraft.merging.output import write_file, write_pieces
+from regraft.merging.merged_adapters import check_copies
+from regraft.merging.output import copy_file, write_file
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan
 from regraft.merging.receipt import (
@@ -60,6 +61,7 @@ def write_rest(
 
     Raises:
         RegraftError: a side file cannot be read, or something cannot be written.
+        ChangedError: an adapter that is kept is not the one that was merged.
     """
     config = updated_config(plan.base.config or {}, plan.config_updates)
     rest = _Rest(folder)
@@ -80,6 +82,8 @@ def write_rest(
         totals = replace(receipt.totals, undo_bytes=patch.path.stat().st_size)
         receipt = replace(receipt, totals=totals)
         rest.digests |= kept
+        if keeping.adapters:
+            check_copies(folder, receipt, [Path(adapter.root) for adapter in plan.adapters])
     receipt = replace(receipt, files=rest.digests, headers=_header_digests(plan))
     receipt = _with_usage(receipt, used)
     write_file(folder / "regraft" / "receipt.json", receipt_bytes(receipt))
@@ -105,7 +109,7 @@ class _Rest:
         self.digests[file_key(name)] = blake3(content).hexdigest()
 
     def copy(self, name: str, path: Path) -> None:
-        self.digests[file_key(name)] = write_pieces(self._folder / name, file_pieces(path))
+        self.digests[file_key(name)] = copy_file(path, self._folder / name)
 
 
 def _header_digests(plan: Plan) -> dict[str, str]:

@@ -14,6 +14,7 @@ from regraft._version import __version__
 from regraft.errors import RegraftError
 from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import build_header
+from regraft.formats.watching import first_seen
 from regraft.merging.keep import Keep
 from regraft.merging.patch import PatchWriter, Written, digest_of
 from regraft.merging.plan import Plan, Step
@@ -170,7 +171,8 @@ def _holds(files: FilePool, job: Job, done: Done, folder: Path, patch: Path | No
 def fingerprint(plan: Plan, inputs: Iterable[Path], **choices: Any) -> str:
     """Return a digest of everything that decides the bytes of a piece of work.
 
-    Files are told by size, inode and the times of their last changes.
+    Files are told by size, inode and the times of their last changes, as they were when they were
+    opened.
     """
     seen = [_identity(path) for path in sorted(set(inputs))]
     what = [
@@ -180,8 +182,8 @@ def fingerprint(plan: Plan, inputs: Iterable[Path], **choices: Any) -> str:
 
 
 def _identity(path: Path) -> list[Any]:
-    found = path.stat()
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    found = first_seen(path)
+    return [str(path.resolve()), found.size, found.modified, found.changed, found.inode]
 
 
 def plan_digest(plan: Plan) -> str:

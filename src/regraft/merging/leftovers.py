@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.errors import InputError
+from regraft.errors import AccessError, InputError
 from regraft.formats.reading import access_error, typed_os_errors
 from regraft.merging.output import REPLACED, SUFFIX, place_of, put_back
-from regraft.merging.workplace import BASE, BUILT, JOURNAL, is_still, lock, open_folder
+from regraft.merging.ownership import is_own, is_shared, open_folder
+from regraft.merging.workplace import BASE, BUILT, JOURNAL, is_still, lock
 
 _NAME = re.compile(rf"\..+{re.escape(SUFFIX)}")
 
@@ -29,6 +30,7 @@ class Leftover:
         bytes: what it takes on the disk.
         modified: when work was last done in it, in seconds since 1970.
         busy: whether a process works in it.
+        own: whether it is this user's; another one's is not looked into, and left alone.
     """
 
     path: str
@@ -36,6 +38,7 @@ class Leftover:
     bytes: int
     modified: float
     busy: bool
+    own: bool = True
 
 
 def find_leftovers(places: Iterable[Path]) -> list[Leftover]:
@@ -60,9 +63,14 @@ def find_leftovers(places: Iterable[Path]) -> list[Leftover]:
 
 
 def _is_work(path: Path) -> bool:
-    """Whether this is a work folder: by its name, and by there being nothing else in it."""
+    """Whether this is a work folder: by its name, and by there being nothing else in it.
+
+    Of another user's, the name decides.
+    """
     if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
+    if not is_own(path.lstat()):
+        return True
     with _typed_unless_gone(path):
         return {p.name for p in path.iterdir()} <= {BASE, BUILT, JOURNAL, REPLACED}
 
@@ -80,11 +88,13 @@ def _typed_unless_gone(path: Path) -> Iterator[None]:
 
 def _look(path: Path) -> Leftover:
     with _typed_unless_gone(path):
-        inside = list(_stats(path))
+        own = is_own(path.lstat())
+        inside = list(_stats(path)) if own else []
         modified = max([path.lstat().st_mtime, *(stat.st_mtime for stat in inside)])
         name = path.name.removeprefix(".").removesuffix(SUFFIX)
         taken = sum(stat.st_blocks for stat in inside) * 512
-        return Leftover(str(path), str(path.parent / name), taken, modified, _is_busy(path))
+        busy = own and _is_busy(path)
+        return Leftover(str(path), str(path.parent / name), taken, modified, busy, own)
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:
@@ -103,17 +113,29 @@ def _is_busy(path: Path) -> bool:
 
 
 def remove_leftover(leftover: Leftover) -> None:
-    """Remove a work folder, unless work was begun in it just now.
+    """Remove a work folder of this user's, unless work was begun in it just now.
 
     Raises:
-        AccessError: the system refused.
+        AccessError: the system refused, or it holds a model that was being replaced, and others may
+            have put that there.
     """
     path = Path(leftover.path)
     with contextlib.suppress(FileNotFoundError), _typed_unless_gone(path):
         fd = open_folder(path)
         try:
-            if lock(fd) and is_still(path, fd):
+            if is_own(os.fstat(fd)) and lock(fd) and is_still(path, fd):
+                _check_replaced(path, fd)
                 put_back(path / BUILT, Path(leftover.output))
                 shutil.rmtree(path)
         finally:
             os.close(fd)
+
+
+def _check_replaced(path: Path, fd: int) -> None:
+    """Refuse to put back what lies in a folder that others may write to."""
+    aside = path / REPLACED
+    if is_shared(os.fstat(fd)) and os.path.lexists(aside):
+        raise AccessError(
+            "holds what was being replaced, and other users may write to it", where=str(path),
+            hint=f"Look at {aside}: move it to where it belongs, or remove it, and clean again",
+        )  # fmt: skip

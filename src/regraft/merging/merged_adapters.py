@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from regraft.errors import MismatchError
+from regraft.errors import ChangedError, MismatchError, Problem
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import Located
 from regraft.formats.problems import quoted
 from regraft.formats.reading import FilePool
+from regraft.formats.watching import AGAIN
 from regraft.merging.patch import digest_of
 from regraft.merging.receipt import InputRecord, Receipt
-from regraft.merging.undo import UNDO
+from regraft.merging.undo import UNDO, copy_name
 from regraft.tensors import TensorSpec
 
 
@@ -57,6 +58,31 @@ def unlike(tensors: Mapping[str, TensorSpec], record: InputRecord) -> Iterator[s
                 continue
             if spec is None or digest_of(files, spec) != digest:
                 yield name
+
+
+def check_copies(folder: Path, receipt: Receipt, roots: Sequence[Path]) -> None:
+    """Refuse copies of adapters whose tensors are not those that were read while merging.
+
+    Args:
+        folder: the merged model.
+        receipt: what was read.
+        roots: where the adapters lie, in the order of the receipt.
+
+    Raises:
+        ChangedError: an adapter was changed before it was copied; lists every one.
+        RegraftError: a copy cannot be opened, for that reason.
+    """
+    copies = open_kept(folder, [copy_name(n) for n, _ in enumerate(roots)], receipt)
+    problems = [
+        Problem(
+            "the adapter was changed while it was being read", str(root / copy.weights_file),
+            "the tensors that were merged", f"others: {quoted(other)}", AGAIN,
+        )
+        for root, copy, record in zip(roots, copies, receipt.adapters, strict=True)
+        if (other := next(unlike(copy.tensors, record), None)) is not None
+    ]  # fmt: skip
+    if problems:
+        raise ChangedError(problems)
 
 
 def check_adapter(adapter: AdapterFiles, record: InputRecord) -> None:

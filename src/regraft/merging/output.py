@@ -14,9 +14,11 @@ from typing import Literal
 from blake3 import blake3
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
+from regraft.formats.inside import file_pieces
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
 from regraft.formats.problems import quoted
 from regraft.formats.reading import expanded
+from regraft.formats.watching import current
 from regraft.merging.writer import write_error
 
 SLACK_BYTES = 64 * 2**20
@@ -311,6 +313,18 @@ def write_file(path: Path, content: bytes) -> None:
         AccessError, DiskSpaceError: the system refused.
     """
     write_pieces(path, [content])
+
+
+def copy_file(source: Path, path: Path) -> str:
+    """Copy a file of an input and flush the copy to the disk; return its blake3 (hex).
+
+    Raises:
+        InputError, FormatError, AccessError, DiskSpaceError: the system refused.
+    """
+    digest = write_pieces(path, file_pieces(source))
+    if (watch := current()) is not None:
+        watch.note_digest(source, digest)
+    return digest
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 from blake3 import blake3
 
+from regraft.deltas import compression
 from regraft.deltas.weights import Bytes, Floats
 from regraft.errors import FormatError
 from regraft.formats.reading import FilePool
@@ -178,23 +178,18 @@ class PatchReader:
         header = read_header(path)
         self._specs = header.tensors
 
-    def bytes_of(self, name: str) -> bytes:
-        """Return a section; one that is not there is empty."""
-        spec = self._specs.get(name)
-        return self._files.read_bytes(spec) if spec is not None else b""
-
     def part(self, name: str, begin: int, end: int) -> Bytes:
         """Return a range of a section.
 
         Raises:
             FormatError: the section is shorter.
         """
-        content = np.empty(max(end - begin, 0), np.uint8)
-        if not content.size:
-            return content
+        if end <= begin:
+            return np.empty(0, np.uint8)
         spec = self._specs.get(name)
         if spec is None or end > spec.nbytes or begin < 0:
             raise self.damaged(name, f"at least {end} bytes", f"{spec.nbytes if spec else 0}")
+        content = np.empty(end - begin, np.uint8)
         self._files.read_into(spec, begin, content.data)
         return content
 
@@ -208,16 +203,15 @@ class PatchReader:
         Raises:
             FormatError: it has not.
         """
-        packed = self.bytes_of(name)
-        if not packed:
+        spec, most = self._specs.get(name), compression.most_compressed(size)
+        if spec is None or not spec.nbytes:
             return bytes(size)
+        if spec.nbytes > most:
+            raise self.damaged(name, f"at most {most} bytes", f"{spec.nbytes}")
         try:
-            found = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size)
-        except zstandard.ZstdError as error:
+            return compression.decompress(self._files.read_bytes(spec), size)
+        except ValueError as error:
             raise self.damaged(name, f"{size} compressed bytes", str(error)) from None
-        if len(found) != size:
-            raise self.damaged(name, f"{size} bytes", f"{len(found)}")
-        return found
 
     def damaged(self, name: str, expected: str, found: str) -> FormatError:
         """Return the error for a section that does not hold what it should."""
@@ -231,4 +225,4 @@ def packed(content: bytes) -> bytes:
     """Return bytes compressed, for :meth:`PatchReader.table`; nothing if all are zero."""
     if content.count(0) == len(content):
         return b""
-    return zstandard.ZstdCompressor(level=3, write_content_size=True).compress(content)
+    return compression.compress(content)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from regraft.errors import FormatError
-from regraft.formats.inside import file_pieces
+from regraft.formats.inside import read_whole
 from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import quoted
 from regraft.formats.text import spelled
@@ -258,10 +258,10 @@ def file_key(name: str) -> str:
 
 def receipt_bytes(receipt: Receipt) -> bytes:
     """Return a receipt as it is written: JSON whose last key is a digest of all the rest."""
-    return _sealed(json_bytes(receipt.to_json()))
+    return sealed(json_bytes(receipt.to_json()))
 
 
-def _sealed(document: bytes) -> bytes:
+def sealed(document: bytes) -> bytes:
     """Return a JSON object's bytes with one more key, ``digest``, the blake3 of those bytes."""
     end = b"\n}\n"
     digest = blake3(document).hexdigest().encode()
@@ -291,8 +291,8 @@ def read_receipt(path: Path) -> Receipt:
     if digest is None and (receipt.files or receipt.headers):
         raise _unreadable(path, "no digest")
     document = json_bytes(value)
-    content = b"".join(file_pieces(path))
-    if content != (document if digest is None else _sealed(document)):
+    content = read_whole(path)
+    if content != (document if digest is None else sealed(document)):
         raise FormatError(
             "the receipt is not as it was written: its digest or its layout does not fit",
             where=str(path),

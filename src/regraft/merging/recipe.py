@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from regraft.errors import UsageError
-from regraft.formats.checkpoint import AdapterFiles, open_adapter
+from regraft.adapters.dialects.peft import read_adapter
+from regraft.adapters.model import Adapter
+from regraft.errors import InputError, UsageError
+from regraft.formats.checkpoint import AdapterFiles, Checkpoint, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.layout import looks_like
+from regraft.formats.problems import of_each, quoted
 from regraft.formats.reading import expanded, is_there
+from regraft.formats.reference import parse_reference
 from regraft.merging.expert_stacks import check_version, with_version
 from regraft.merging.planning import Choices, parse_dtype
 from regraft.merging.quantizing import KEEP
@@ -164,11 +169,31 @@ def open_adapters(
         token: Hub token.
         peft_version: the release of PEFT that trained those whose config does not say it.
     """
-    opened = [
-        (open_adapter(locate(source, kind="adapter", token=token)), weight)
-        for source, weight in adapters
-    ]
-    return [(with_version(files, peft_version), weight) for files, weight in opened]
+
+    def opened(adapter: tuple[str, float]) -> tuple[AdapterFiles, float]:
+        files = open_adapter(locate(adapter[0], kind="adapter", token=token))
+        return with_version(files, peft_version), adapter[1]
+
+    return of_each(opened, adapters)
+
+
+def open_inputs(
+    base: Callable[[], Checkpoint],
+    adapters: Sequence[tuple[str, float]],
+    token: str | None,
+    peft_version: str | None,
+) -> tuple[Checkpoint, list[tuple[AdapterFiles, float]]]:
+    """Open the base, by a function, and adapters; all that cannot be opened is raised together."""
+    openers: tuple[Callable[[], Any], ...] = (
+        base, lambda: open_adapters(adapters, token, peft_version),
+    )  # fmt: skip
+    checkpoint, opened = of_each(lambda opener: opener(), openers)
+    return checkpoint, opened
+
+
+def read_adapters(opened: Sequence[tuple[AdapterFiles, float]]) -> list[Adapter]:
+    """Read adapters that were opened; what is wrong with any of them is raised together."""
+    return of_each(lambda pair: read_adapter(*pair), opened)
 
 
 def base_named_by(adapters: Sequence[tuple[str, float]], token: str | None) -> str:
@@ -202,6 +227,18 @@ def _base_of(files: AdapterFiles) -> str:
         return name
     if not Path(name).is_absolute() and is_there(files.root / name):
         return str(files.root / name)
+    if parse_reference(name) is None:
+        raise _named_but_not_here(files, name)
     return (
         f"{name}@{revision}" if revision and isinstance(revision, str) and "@" not in name else name
     )
+
+
+def _named_but_not_here(files: AdapterFiles, name: str) -> InputError:
+    looked = [Path.cwd()] if Path(name).is_absolute() else [Path.cwd(), files.root]
+    return InputError(
+        "the base that the adapter names is not here", where=files.source,
+        expected=f"it at {quoted(name)}" if len(looked) == 1 else
+        f"it in {' or '.join(map(str, looked))}",
+        found=f"base_model_name_or_path {quoted(name)}", hint="Name the base before the adapters",
+    )  # fmt: skip

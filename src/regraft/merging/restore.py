@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from regraft.deltas import planes
+from regraft.deltas.compression import most_compressed
 from regraft.deltas.cutting import UNIT_COLUMNS, Offsets, Units
 from regraft.deltas.exceptions import ITEM, put_back
-from regraft.deltas.units import Counts, Kept, Lengths, sizes_of
+from regraft.deltas.units import Counts, Kept, Lengths, are_possible, sizes_of
 from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.formats.reading import FilePool
 from regraft.merging.backwards import Backwards
@@ -147,7 +148,12 @@ class RestoringSource:
         with self._lock:
             if name not in self._chunks:
                 raw = self._patch.table(section(name, CHUNKS), 4 * keep.chunks)
-                self._chunks[name] = np.cumsum(np.frombuffer(raw, np.uint32).astype(np.int64))
+                lengths = np.frombuffer(raw, np.uint32).astype(np.int64)
+                most = most_compressed(planes.CHUNK * keep.item)
+                if lengths.max(initial=0) > most:
+                    expected, found = f"chunks of at most {most} bytes", f"one of {lengths.max()}"
+                    raise self._patch.damaged(section(name, CHUNKS), expected, found)
+                self._chunks[name] = np.cumsum(lengths)
             return self._chunks[name]
 
     def _prediction(self, keep: Keep, begin: int, size: int) -> Bytes:
@@ -195,7 +201,11 @@ class _Restorer:
         self._lengths: Lengths = np.frombuffer(raw, np.uint32, self._units.count)
         self._counts: Counts = np.frombuffer(raw, np.uint16, offset=4 * self._units.count)
         item = original.itemsize if step.coded is None else ITEM
-        self._ends = np.cumsum(sizes_of(self._units, self._lengths, self._counts, item))
+        sizes = sizes_of(self._units, self._lengths, self._counts, item)
+        if not are_possible(self._units, sizes, item):
+            expected = "no unit longer than its weights"
+            raise patch.damaged(section(self._name, UNITS), expected, "longer ones")
+        self._ends = np.cumsum(sizes)
         self._backwards = Backwards(step, store, *self._factors())
 
     def _factors(self) -> tuple[dict[int, Pair], dict[int, Floats]]:

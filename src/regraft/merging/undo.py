@@ -13,22 +13,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import zstandard
 from blake3 import blake3
 
 from regraft.adapters.model import Adapter
+from regraft.deltas import compression
 from regraft.errors import FormatError, InputError, MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import Located
-from regraft.formats.inside import LARGEST, contents_of, file_pieces
+from regraft.formats.inside import LARGEST, contents_of, file_pieces, read_whole
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import RECEIPT
 from regraft.formats.problems import capped, quoted
-from regraft.formats.reading import open_regular, typed_os_errors
+from regraft.formats.reading import open_regular, read_at, typed_os_errors
 from regraft.merging.bases import open_base
 from regraft.merging.jobs import Target, plan_digest
 from regraft.merging.keep import Keep
-from regraft.merging.output import write_file, write_pieces
+from regraft.merging.output import copy_file, write_file
 from regraft.merging.patch import (
     CHUNKS,
     FACTORS,
@@ -176,16 +176,16 @@ def keep_base(
         if file_key(name) != name:
             left_out.append(file_key(name))
             continue
-        digest, size = _digest_file(path), path.stat().st_size
-        kept = size <= _ALWAYS_KEPT_BYTES or files.get(file_key(name)) != digest
+        content = read_whole(path)
+        digest = blake3(content).hexdigest()
+        kept = len(content) <= _ALWAYS_KEPT_BYTES or files.get(file_key(name)) != digest
         if kept:
-            digest = write_pieces(folder / UNDO / SIDE_FILES / name, file_pieces(path))
-            written[file_key(f"{UNDO}/{SIDE_FILES}/{name}")] = digest
+            write(f"{SIDE_FILES}/{name}", content)
         side.append(SideFile(name, digest, kept))
     left_out += [] if plan.base.single_file else _others(plan.base)
     adapters: list[str | None] = []
     for number, adapter in enumerate(plan.adapters):
-        place = f"adapter-{number}" if keeping.adapters else None
+        place = copy_name(number) if keeping.adapters else None
         adapters.append(place)
         if place is not None:
             written |= _copy_adapter(adapter, folder, place)
@@ -212,12 +212,11 @@ def _keep_gaps(plan: Plan, path: Path, patch: PatchWriter) -> WeightFile:
     tensors = [spec for spec in plan.stored.tensors.values() if spec.path == path]
     if plan.quantization is not None:  # small ones say what the large ones are: to plan, read them
         tensors = [spec for spec in tensors if spec.nbytes > SMALL_TENSOR]
-    with typed_os_errors(path):
-        size = path.stat().st_size
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         gaps = gaps_of(size, tensors)
-        with path.open("rb") as file:
-            content = b"".join(os.pread(file.fileno(), n, at) for at, n in gaps)
-    patch.append(zstandard.ZstdCompressor(level=3).compress(content))
+        content = b"".join(read_at(file.fileno(), path, at, n) for at, n in gaps)
+    patch.append(compression.compress(content))
     patch.end(file_section(path.name))
     return WeightFile(path.name, size, tuple(gaps), blake3(content).hexdigest())
 
@@ -245,12 +244,17 @@ def _others(base: Checkpoint) -> list[str]:
         return sorted(file_key(p.name) for p in base.root.iterdir() if p.name not in known)
 
 
+def copy_name(number: int) -> str:
+    """Return the name of the folder below :data:`UNDO` with the copy of an adapter."""
+    return f"adapter-{number}"
+
+
 def _copy_adapter(adapter: Adapter, folder: Path, name: str) -> dict[str, str]:
     """Copy an adapter's config and weights; return their digests by path in the output."""
     target = folder / UNDO / name
     digests = {}
     for path in adapter.files:
-        digest = write_pieces(target / path.name, file_pieces(path))
+        digest = copy_file(path, target / path.name)
         digests[file_key(f"{UNDO}/{name}/{path.name}")] = digest
     return digests
 
@@ -434,7 +438,7 @@ def side_files(merged: Path, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
         path = (merged / UNDO / SIDE_FILES if file.kept else merged) / file.name
         content = b""
         if path.is_file() and path.stat().st_size <= LARGEST:
-            content = b"".join(file_pieces(path))
+            content = read_whole(path)
         if not path.is_file() or blake3(content).hexdigest() != file.blake3:
             problems.append(
                 Problem(

@@ -25,7 +25,16 @@ from blake3 import blake3
 
 from regraft.errors import BusyError, EnvironmentShortfall
 from regraft.formats.text import path_word
+from regraft.formats.watching import check_unchanged, leave_out, telling_changes
 from regraft.merging.output import Kind, check_output, place_of, publish, put_back
+from regraft.merging.ownership import (
+    check_own,
+    check_place,
+    is_own,
+    is_own_file,
+    make_private,
+    open_folder,
+)
 from regraft.merging.writer import write_error
 
 JOURNAL, BUILT, BASE = "journal", "out", "base"
@@ -77,13 +86,13 @@ class Workplace:
         """
         self._begun = True
         found = self._read_journal(fingerprint)
-        if found is None or self.out.is_symlink():
+        if found is None or not self._has_own_output():
             self._clear(keep=(BASE,))
             found = None
         self.entries = found or []
         self.out.mkdir(exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._journal = os.open(self.folder / JOURNAL, flags, 0o666)
+        self._journal = os.open(self.folder / JOURNAL, flags, 0o600)
         if found is None:
             self.note({"fingerprint": fingerprint})
         else:
@@ -108,7 +117,7 @@ class Workplace:
             os.ftruncate(self._journal, sum(len(line) + 1 for line in lines))
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Remove from the output all but plain files of these names, which are paths below it.
+        """Remove from the output all but own plain files of these names, which are paths below it.
 
         What is written into is then ours alone, and what is published is what was written.
         """
@@ -118,11 +127,7 @@ class Workplace:
                 if stat.S_ISDIR(found.st_mode):
                     with contextlib.suppress(OSError):  # not empty
                         path.rmdir()
-                elif (
-                    path.relative_to(self.out).as_posix() not in names
-                    or not stat.S_ISREG(found.st_mode)
-                    or found.st_nlink > 1
-                ):
+                elif path.relative_to(self.out).as_posix() not in names or not is_own_file(found):
                     path.unlink()
 
     def publish(self, out: Path, *, overwrite: bool, kind: Kind = "model") -> None:
@@ -155,14 +160,25 @@ class Workplace:
     def _read_journal(self, fingerprint: str) -> list[dict[str, Any]] | None:
         """Return the entries of the same work; None if there are none or it was other work."""
         path = self.folder / JOURNAL
-        if path.is_symlink() or not path.is_file():
+        try:
+            if not is_own_file(path.lstat()):
+                return None
+            lines = path.read_bytes().split(b"\n")
+        except FileNotFoundError:
             return None
-        lines = path.read_bytes().split(b"\n")
         whole = [_entry(line) for line in lines[:-1]]  # what was cut off in mid-line is no entry
         if not whole or whole[0] != {"fingerprint": fingerprint}:
             return None
         upto = whole.index(None) if None in whole else len(whole)
         return [entry for entry in whole[1:upto] if entry is not None]
+
+    def _has_own_output(self) -> bool:
+        """Whether the output that was begun is a folder of this user's; one to be made is."""
+        try:
+            found = self.out.lstat()
+        except FileNotFoundError:
+            return True
+        return stat.S_ISDIR(found.st_mode) and is_own(found)
 
     def close(self) -> None:
         """Close the journal."""
@@ -211,7 +227,9 @@ def workplace(out: Path, *, overwrite: bool, kind: Kind = "model") -> Iterator[W
 
     Raises:
         BusyError: another process works on the same output.
+        AccessError: the work folder is another user's, others may write to it, or it is a link.
         OutputExistsError: something came to be at ``out`` meanwhile that may not be replaced.
+        ChangedError: inputs were changed meanwhile; nothing is kept of the work.
         AccessError, DiskSpaceError: the system refused.
     """
     folder = place_of(out)
@@ -223,7 +241,10 @@ def workplace(out: Path, *, overwrite: bool, kind: Kind = "model") -> Iterator[W
             try:
                 put_back(work.out, place)
                 check_output(out, [], overwrite=overwrite, kind=kind)
-                yield work
+                leave_out(folder, place)
+                with telling_changes():
+                    yield work
+                    check_unchanged()
                 work.publish(place, overwrite=overwrite, kind=kind)
             except BaseException as error:
                 kept = not work.is_at(place) and work.is_kept_after(error)
@@ -257,11 +278,12 @@ def _is_put_back(work: Workplace, out: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
-    """Make a folder and hold a lock on it."""
+    """Make a folder and hold a lock on it; one that is there has to be this user's alone."""
     tries = _TRIES
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            made = make_private(folder)
+            check_place(folder)
             fd = open_folder(folder)
         except (FileExistsError, FileNotFoundError):  # its last owner may just have removed it
             tries -= 1
@@ -269,6 +291,8 @@ def _locked(folder: Path) -> Iterator[Path]:
                 raise
             continue
         try:
+            if not made:
+                check_own(fd, folder)
             if not lock(fd):
                 raise BusyError(
                     "another process is writing the same output", where=str(folder),
@@ -279,11 +303,6 @@ def _locked(folder: Path) -> Iterator[Path]:
                 return
         finally:
             os.close(fd)
-
-
-def open_folder(folder: Path) -> int:
-    """Open a folder, not what a link in its place leads to."""
-    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 _NO_LOCKS = (

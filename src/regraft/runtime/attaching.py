@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def attach(
     """
     require("torch", why="a live model")
     from regraft.runtime.handle import Adapters, attached_to
+    from regraft.runtime.whole import whole
     from regraft.runtime.wrappers import unwrapped
 
     _check_model(model)
@@ -61,8 +63,8 @@ def attach(
             "this model has adapters attached already", where=type(model).__name__,
             hint="Use that handle's load_adapter; regraft.handle_of(model) finds it",
         )  # fmt: skip
-    adapters = Adapters(model, cache)
     try:
+        adapters = whole(partial(Adapters, model, cache))
         if isinstance(adapter, str | Path):
             adapters.load_adapter(
                 adapter, name, is_trainable=is_trainable, dtype=dtype, peft_version=peft_version,
@@ -73,7 +75,8 @@ def attach(
         if adapter is not None:
             adapters.set_adapter(name)
     except BaseException:
-        adapters.detach()
+        if (made := attached_to(unwrapped(model))) is not None:
+            made.detach()
         raise
     return adapters
 

@@ -193,6 +193,8 @@ class AdapterCache:
     def stats(self) -> CacheStats:
         """Return the figures up to now."""
         device = self._device
+        for store in (device, self._host):
+            store.settle()
         return CacheStats(
             device.hits, device.misses, device.evictions, self._reads, device.nbytes,
             device.peak_bytes, self._host.nbytes,
@@ -227,7 +229,10 @@ class AdapterCache:
         place: Callable[[Item], Item],
     ) -> Item:
         """Return an adapter on the device, by way of its copy in host memory if there is room."""
-        lease = self._host.try_lease([name])
+        try:
+            lease = self._host.try_lease([name])
+        except UsageError:  # it has been forgotten since it was leased on the device
+            lease = None
         if lease is None:
             return place(load())
         with lease:

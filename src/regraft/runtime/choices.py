@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from regraft.errors import UsageError
-from regraft.runtime.selection import Named
+
+if TYPE_CHECKING:
+    from regraft.runtime.selection import Named
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 """Adapters that answer together: a name, names, names with weights; None for no adapter."""

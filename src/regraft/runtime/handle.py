@@ -10,7 +10,7 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from regraft.runtime.cache import AdapterCache
 from regraft.runtime.choices import Choice, listed, named
 from regraft.runtime.following import Following
 from regraft.runtime.hooks import Hooks, State
-from regraft.runtime.in_place.merge import Merged, MergeReport, merge, swap
+from regraft.runtime.in_place.merge import Merged, MergeReport, prepared_merge
+from regraft.runtime.in_weights import InWeights
 from regraft.runtime.layers.operations import Part
 from regraft.runtime.library import Chosen, Held, Library
 from regraft.runtime.live_base import LiveBase
@@ -34,6 +35,7 @@ from regraft.runtime.matching import LiveAdapter
 from regraft.runtime.row_axes import is_of_transformers
 from regraft.runtime.selection import Named, Rows, Selection
 from regraft.runtime.training.optimizers import watch_optimizers
+from regraft.runtime.whole import Turns, whole
 from regraft.runtime.wrappers import check_trainable, unwrapped
 
 _numbers = itertools.count(1)
@@ -67,13 +69,15 @@ class Adapters:
         self._following = Following(self._base, self._hooks)
         self._library = Library(cache)
         self._default: Chosen | None = None
-        self._merged: _Merged | None = None
+        self._turns = Turns()
+        self._in_weights = InWeights(self._state, self._turns, self._hooks.look)
         self._frozen: list[nn.Parameter] = []
         _ATTACHED[model] = weakref.ref(self)
 
     def __repr__(self) -> str:
         names = ", ".join(self.names) or "none"
-        merged = f"; merged: {listed(self._merged.names)}" if self._merged else ""
+        there = self._in_weights.names
+        merged = f"; merged: {listed(there)}" if there else ""
         return f"Adapters({names}; active: {listed(self._default_names)}{merged})"
 
     @property
@@ -100,8 +104,8 @@ class Adapters:
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that answer here: in this thread or task, if a scope says so, or for all."""
-        if self._merged is not None:
-            return self.merged_adapters
+        if merged := self.merged_adapters:
+            return merged
         selection = self._state.selection()
         if isinstance(selection, Rows):
             parts = [each.names for each in selection.distinct if each is not None]
@@ -111,7 +115,7 @@ class Adapters:
     @property
     def merged_adapters(self) -> list[str]:
         """The adapters that are in the weights now."""
-        return [name for name, _ in self._merged.names] if self._merged is not None else []
+        return [name for name, _ in self._in_weights.names]
 
     @property
     def _default_names(self) -> Named:
@@ -166,7 +170,7 @@ class Adapters:
         if self._library.cache is None or is_trainable:
             live = loading.load(name, files, adapter)
             live = loading.prepared(live, self._base, dtype, is_trainable=is_trainable)
-            self._take(self._held(live))
+            self._take_whole(self._held(live))
         else:
             self._register(name, files, adapter, dtype)
         loading.warn_of(name, files, adapter, self._base)
@@ -186,9 +190,10 @@ class Adapters:
 
         size = loading.bytes_in_use(outline, self._base)
         if self._base.device.type == "cpu":
-            self._library.register(name, lambda: place(read()), size)
+            register = partial(self._library.register, name, lambda: place(read()), size)
         else:
-            self._library.register(name, read, size, place)
+            register = partial(self._library.register, name, read, size, place)
+        self._turns.whole(register)
 
     def add_adapter(self, name: str, config: Any) -> None:
         """Make a new adapter to be trained; which ones answer stays as it is.
@@ -206,7 +211,7 @@ class Adapters:
 
         self._follow(thoroughly=True)
         self._library.check_new(name)
-        self._take(self._held(new_adapter(self._base, as_config(config), name)))
+        self._take_whole(self._held(new_adapter(self._base, as_config(config), name)))
 
     def _held(self, adapter: LiveAdapter) -> Held:
         return Held(adapter, self._together([(adapter, 1.0)]))
@@ -214,6 +219,9 @@ class Adapters:
     def _together(self, parts: Sequence[Part]) -> Selection:
         """Find out what adapters do together, and see to the modules that this needs."""
         return self._following.selection(parts)
+
+    def _take_whole(self, held: Held) -> None:
+        self._turns.whole(partial(self._take, held))
 
     def _take(self, held: Held) -> None:
         if held.adapter.is_trainable:
@@ -243,14 +251,16 @@ class Adapters:
         Raises:
             MismatchError: the adapters do not fit what the model has now.
         """
-        if self._base.is_current() if thoroughly else self._hooks.watch.holds():
-            return
+        if not (self._base.is_current() if thoroughly else self._hooks.watch.holds()):
+            whole(partial(self._follow_on, thoroughly=thoroughly))
+
+    def _follow_on(self, *, thoroughly: bool) -> None:
         with self._following.lock:
-            if self._hooks.watch.holds() and (self._merged is not None or not thoroughly):
+            if self._hooks.watch.holds() and (self._in_weights.kept or not thoroughly):
                 return  # another thread was here; of merged parameters the way back sees to itself
-            new = self._following.follow(self._merged.work.names if self._merged else ())
-            if new and self._merged is not None:
-                self._merged.work.forget()
+            new = self._following.follow(self._in_weights.parameters)
+            if new:
+                self._in_weights.forget_way_back()
         there = {id(parameter) for parameter in self._base.model.parameters()}
         self._frozen = [parameter for parameter in self._frozen if id(parameter) in there]
         if any(adapter.is_trainable for adapter in self._library.resident()):
@@ -265,16 +275,21 @@ class Adapters:
             UsageError: there is none of this name, or it answers or is merged now.
         """
         self._library.check_known([name])
-        if name in self.active_adapters or name in dict(self._default_names):
+        used = {**dict(self._default_names), **dict(self._in_weights.kept)}
+        if name in self.active_adapters or name in used:
             raise UsageError(
                 "this adapter answers now", where=repr(name),
                 hint="Choose another one with set_adapter(name), or None, and then delete it",
             )  # fmt: skip
-        self._library.remove(name)
+        self._turns.whole(partial(self._library.remove, name))
 
     def detach(self) -> nn.Module:
         """Take everything off the model and return it: as it was before ``attach``."""
-        if self._merged is not None:
+        self._turns.whole(self._detach)
+        return self.model
+
+    def _detach(self) -> None:
+        if self._in_weights.kept:
             self.unmerge_adapter()
         self._hooks.remove()
         self._choose(None)
@@ -283,7 +298,6 @@ class Adapters:
             parameter.requires_grad_(True)
         self._frozen.clear()
         _ATTACHED.pop(self._base.model, None)
-        return self.model
 
     unload = detach
 
@@ -299,14 +313,15 @@ class Adapters:
             UsageError: a name is unknown.
             MismatchError: they cannot go together.
         """
-        self._check_unmerged()
+        self._in_weights.check_none()
         self._follow()
         self._choose(adapters)
 
     def _choose(self, adapters: Choice) -> None:
         chosen, before = self._chosen(adapters), self._default
-        self._state.default, self._default = chosen.selection, chosen
         chosen.keep()
+        # Nothing is called between these two, so no interrupt falls between them.
+        self._state.default, self._default = chosen.selection, chosen
         if before is not None:
             before.release()
 
@@ -338,7 +353,7 @@ class Adapters:
         Raises:
             UsageError, MismatchError: as :meth:`set_adapter`.
         """
-        self._check_unmerged()
+        self._in_weights.check_none()
         self._follow()
         with self._chosen(adapters) as chosen, self._scope(chosen.selection):
             yield
@@ -356,7 +371,7 @@ class Adapters:
             UsageError: no row or an unknown name; in the block, a batch of another length.
             MismatchError: adapters of one row cannot go together.
         """
-        self._check_unmerged()
+        self._in_weights.check_none()
         self._follow()
         of_row = tuple(named(each) for each in adapters)
         if not of_row or repeats < 1:
@@ -386,28 +401,24 @@ class Adapters:
         merged again after it.
         """
         self._follow()
-        merged = self._merged
-        if merged is not None:
-            merged.work.unmerge()
-            self._hooks.look()
+        block = object()
         try:
+            if self._in_weights.kept:
+                self._in_weights.disable(block)
             with self._scope(None):
                 yield
         finally:
-            if merged is not None:
-                merged.work.carry_out(to_the_end=True)
-                self._hooks.look()
+            try:
+                if self._in_weights.kept:
+                    self._in_weights.enable(block)
+            except BaseException:  # an interrupt may have come before the step
+                self._in_weights.enable(block)
+                raise
 
-    @contextmanager
-    def _scope(self, selection: Selection | Rows | None) -> Iterator[None]:
+    def _scope(self, selection: Selection | Rows | None) -> scopes.scope:
         if scopes.in_task():
             self._state.in_tasks = True
-        self._state.open_scopes.append(None)
-        try:
-            with scopes.scope(self._state.key, selection):
-                yield
-        finally:
-            self._state.open_scopes.pop()
+        return scopes.scope(self._state.key, selection, self._state.open_scopes)
 
     # -- merged into the weights -----------------------------------------------------------------
 
@@ -435,16 +446,17 @@ class Adapters:
             UsageError: adapters are merged already, or there is none to merge.
             RegraftError: they cannot be merged; the model is then as before.
         """
-        self._check_unmerged()
+        self._in_weights.check_none()
         self._follow(thoroughly=True)
         parts = named(adapters) if adapters is not None else self._active_mix()
         if not parts:
             raise UsageError("no adapter answers here, so none can be merged", hint="Name one")
         with self._library.choose([name for name, _ in parts]) as chosen:
             weighted = chosen.parts(parts)
-            work = merge(self._base, weighted, rounding=rounding, seed=seed, dequantize=dequantize)
-        self._note_merged(_Merged(parts, work))
-        return work.report
+            work = prepared_merge(
+                self._base, weighted, rounding=rounding, seed=seed, dequantize=dequantize
+            )
+        return self._in_weights.merge(parts, work)
 
     def unmerge_adapter(self) -> None:
         """Take the merged adapters out of the weights again: every bit is what it was.
@@ -453,11 +465,8 @@ class Adapters:
             UsageError: nothing is merged.
             MismatchError: the weights were changed meanwhile by others.
         """
-        if self._merged is None:
-            raise UsageError("no adapter is merged", hint="merge_adapter(name) merges one")
         self._follow()
-        self._merged.work.unmerge()
-        self._note_merged(None)
+        self._in_weights.unmerge()
 
     def swap_adapter(self, merged_adapter: Choice, adapter: Choice) -> MergeReport:
         """Take one merged adapter (or mix) out of the weights, and merge another one.
@@ -470,18 +479,14 @@ class Adapters:
             UsageError: something else is merged, or nothing.
             RegraftError: the other one cannot be merged; the model is then merged as before.
         """
-        there = self._merged
-        if there is None or named(merged_adapter) != there.names:
-            raise UsageError(
-                "this is not what is merged", where=repr(merged_adapter),
-                expected=listed(there.names) if there is not None else "nothing is merged",
-            )  # fmt: skip
+        self._in_weights.check_is(merged_adapter)
         self._follow()
         parts = named(adapter)
         with self._library.choose([name for name, _ in parts]) as chosen:
-            work = swap(there.work, chosen.parts(parts))
-        self._note_merged(_Merged(parts, work))
-        return work.report
+            weighted = chosen.parts(parts)
+            return self._in_weights.exchange(
+                merged_adapter, parts, lambda there: Merged(self._base, weighted, there.choices)
+            )
 
     def merge_and_unload(
         self,
@@ -495,31 +500,21 @@ class Adapters:
 
         Arguments and errors are those of :meth:`merge_adapter`; what is merged already stays.
         """
-        if self._merged is None:
+        if not self._in_weights.kept:
             self.merge_adapter(adapters, rounding=rounding, seed=seed, dequantize=dequantize)
         self._follow()
-        if self._merged is not None:
-            self._merged.work.forget()
-            self._note_merged(None)
-        return self.detach()
+        self._turns.whole(self._leave_merged)
+        return self.model
 
-    def _note_merged(self, merged: _Merged | None) -> None:
-        self._merged = merged
-        self._state.is_merged = merged is not None
-        self._hooks.look()  # layers that a merge takes out of their codes are other modules
+    def _leave_merged(self) -> None:
+        self._in_weights.leave()
+        self._detach()
 
     def _active_mix(self) -> Named:
         selection = self._state.selection()
         if isinstance(selection, Rows):
             raise UsageError("rows have adapters of their own here", hint="Name those to be merged")
         return selection.names if selection is not None else ()
-
-    def _check_unmerged(self) -> None:
-        if self._merged is not None:
-            raise UsageError(
-                "adapters are merged into the weights", where=listed(self._merged.names),
-                hint="Call unmerge_adapter() first, or swap_adapter(merged, other)",
-            )  # fmt: skip
 
     # -- training --------------------------------------------------------------------------------
 
@@ -566,11 +561,3 @@ class Adapters:
 def _trained_adapters() -> Iterator[Adapters]:
     """Yield every handle on which something can be trained."""
     yield from [handle for held in list(_ATTACHED.values()) if (handle := held()) is not None]
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """What is in the weights: adapters with their weights, and the way back."""
-
-    names: Named
-    work: Merged

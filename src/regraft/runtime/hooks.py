@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -24,6 +24,7 @@ from regraft.errors import UsageError
 from regraft.runtime import scopes
 from regraft.runtime.live_base import LiveBase, input_embedding
 from regraft.runtime.watching import Watch, lost_in_copy
+from regraft.runtime.whole import whole
 from regraft.runtime.wrappers import plain_paths
 
 
@@ -35,15 +36,16 @@ class State:
         default: the selection of the handle, where no scope says otherwise.
         is_merged: whether the adapters are in the weights, so that nothing is to be added.
         in_tasks: whether scopes were opened in asyncio tasks.
-        open_scopes: one element for each scope that is open now, in whatever thread.
+        is_torn: whether some weights are merged and others are not; the model is not run then.
+        open_scopes: the scopes that are open now, in whatever thread.
     """
 
     def __init__(self, key: int) -> None:
         self.key = key
         self.default: Any | None = None
         self.is_merged = False
-        self.in_tasks = False
-        self.open_scopes: list[None] = []
+        self.in_tasks = self.is_torn = False
+        self.open_scopes: set[Any] = set()
 
     def selection(self) -> Any | None:
         """Return the selection that answers here, or None."""
@@ -155,13 +157,19 @@ class Hooks:
 
     def cover(self, outputs: Iterable[str], forwards: Iterable[str]) -> None:
         """See to it that these modules are looked after."""
+        outputs, forwards = tuple(outputs), tuple(forwards)
+        if all(p in self._outputs for p in outputs) and all(p in self._forwards for p in forwards):
+            return
+        whole(functools.partial(self._cover, outputs, forwards))
+
+    def _cover(self, outputs: Sequence[str], forwards: Sequence[str]) -> None:
         new = [path for path in outputs if path not in self._outputs]
         for path in new:
             self._outputs[path] = self._hooked(path)
         for path in forwards:
             if path not in self._forwards:
                 self._forwards[path] = self._stand_in(path)
-                self.cover((path,), ())  # a hook also keeps torch from its fused fast paths
+                self._cover((path,), ())  # a hook also keeps torch from its fused fast paths
         if new:
             self.look()
 
@@ -292,6 +300,8 @@ class RootBefore(Hook):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator,unused-ignore]
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.state.is_torn:
+            raise torn()
         self._look(module)
         if self.state.open_scopes and scopes.find(self.state.key) is scopes.UNSET:
             check_thread()
@@ -363,6 +373,14 @@ with contextlib.suppress(ImportError, AttributeError):
     from torch._dynamo.eval_frame import skip_code
 
     skip_code(RootBefore.__call__.__code__)
+
+
+def torn() -> UsageError:
+    """Return the error of weights that are partly merged, because a failure was not undone."""
+    return UsageError(
+        "a merge failed, and so did taking it back: some weights are merged and others are not",
+        hint="Call unmerge_adapter() to take back the rest; if it fails, load the model again",
+    )
 
 
 def check_thread() -> None:

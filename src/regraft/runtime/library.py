@@ -173,8 +173,13 @@ class Library:
             self._names[name] = True
 
     def remove(self, name: str) -> None:
-        """Let go of an adapter, and of the mixes that it is part of."""
+        """Let go of an adapter, and of the mixes that it is part of.
+
+        Raises:
+            UsageError: there is none of this name.
+        """
         with self._lock:
+            self.check_known([name])
             if self._names.pop(name) and self.cache is not None:
                 self.cache.unregister(name)
             self._held.pop(name, None)
@@ -195,13 +200,19 @@ class Library:
             UsageError: a name is not known.
             MemoryCapError: the cache has no room for them.
         """
-        self.check_known(names)
-        cached = [name for name in names if self._names[name]]
+        while True:
+            self.check_known(names)
+            try:
+                return self._chosen(names)
+            except KeyError:  # another thread deletes one of them; it may load it again
+                continue
+
+    def _chosen(self, names: Sequence[str]) -> Chosen:
+        known = self._names
+        cached = [name for name in names if known[name]]
         lease = self.cache.lease(cached) if cached and self.cache is not None else None
-        held = {
-            name: lease[name] if lease is not None and self._names[name] else self._held[name]
-            for name in names
-        }
+        there = lease.values if lease is not None else {}
+        held = {name: there[name] if name in there else self._held[name] for name in names}
         return Chosen(held, lease)
 
     def mix(self, parts: Named, make: Callable[[], Selection]) -> Selection:
@@ -216,8 +227,8 @@ class Library:
         self, kept: OrderedDict[K, V], most: int, key: K, mixes: Sequence[Named],
         make: Callable[[], V],
     ) -> V:  # fmt: skip
-        if any(self._names[name] for parts in mixes for name, _ in parts):
-            return make()
+        if any(self._names.get(name, True) for parts in mixes for name, _ in parts):
+            return make()  # it may go at any time, or is gone
         with self._lock:
             if key not in kept:
                 kept[key] = make()

@@ -15,10 +15,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.hub import locate
 from regraft.formats.parsed import check_parsed
+from regraft.formats.watching import watched
 from regraft.libraries import from_pretrained, require
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import open_base, see
@@ -30,8 +30,9 @@ from regraft.merging.quantized import check_scales
 from regraft.merging.recipe import (
     AdapterArg,
     choices_of,
-    open_adapters,
+    open_inputs,
     parse_adapters,
+    read_adapters,
     refuse_swapped,
 )
 from regraft.merging.sidefiles import updated_config
@@ -66,6 +67,7 @@ _OURS = {
 """Arguments of ``from_pretrained`` that say what this call says otherwise."""
 
 
+@watched(to_the_end=True)
 def load_merged(
     base: str | Path,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -103,7 +105,7 @@ def load_merged(
     require("torch", "transformers", why="a model in memory")
     _refuse(kwargs)
     made = _plan(base, adapters, _chosen(dtype, kwargs), threads, token, peft_version)
-    warn(notes_of_another_base(made.adapters, made.base, made.quantization), stacklevel=2)
+    warn(notes_of_another_base(made.adapters, made.base, made.quantization), stacklevel=3)
     if made.quantization is not None:
         check_scales(made.quantization)
     config, raw, rest = _config(made, kwargs)
@@ -121,7 +123,7 @@ def load_merged(
         )  # fmt: skip
     _finish(model, made, str(base), own)
     if lacking := sorted(info.get("missing_keys", ())):
-        warnings.warn(_newly_made(cls.__name__, lacking), stacklevel=2)
+        warnings.warn(_newly_made(cls.__name__, lacking), stacklevel=3)
     return (model, info) if with_info else model
 
 
@@ -168,9 +170,10 @@ def _plan(
     choices = choices_of(dtype, None, NO_CAP, threads, peft_version=peft_version)
     wanted = parse_adapters(adapters)
     refuse_swapped(base, wanted)
-    stored = open_base(locate(base, kind="base", token=token))
-    opened = open_adapters(wanted, token, peft_version)
-    read = [read_adapter(files, weight) for files, weight in opened]
+    stored, opened = open_inputs(
+        lambda: open_base(locate(base, kind="base", token=token)), wanted, token, peft_version
+    )
+    read = read_adapters(opened)
     plain, quantization = see(stored, choices.dtype)
     if not plain.config:
         raise UsageError(

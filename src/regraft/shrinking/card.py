@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regraft.formats.inside import file_pieces
+from regraft.formats.inside import read_whole
 from regraft.formats.reading import typed_os_errors
 from regraft.merging.front_matter import read_metadata
 from regraft.merging.markup import code
@@ -46,7 +46,7 @@ def shrunk_card(
         with typed_os_errors(card):
             if card.stat().st_size > _LARGEST:
                 return None
-        old = b"".join(file_pieces(card)).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+        old = read_whole(card).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
     section = f"\n\n{_TITLE}\n\n{_said(report)}\n"
     if not old or is_made(old):
         inherited = read_metadata(card.parent).fields if card is not None else {}

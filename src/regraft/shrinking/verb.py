@@ -23,15 +23,17 @@ from regraft.deltas.threads import one_thread
 from regraft.errors import AdapterError, NumericError, Problem, UsageError
 from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
 from regraft.formats.hub import locate
-from regraft.formats.inside import file_pieces, refuse_outside
+from regraft.formats.inside import read_whole, refuse_outside
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
 from regraft.formats.problems import capped
 from regraft.formats.reading import FilePool, typed_os_errors
+from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
 from regraft.merging.output import (
     check_output,
     check_space,
+    copy_file,
     out_path,
     replaced_inputs,
     write_file,
@@ -76,6 +78,7 @@ from regraft.shrinking.tensors import (
 from regraft.tensors import DTYPES
 
 
+@watched()
 def shrink(
     adapter: str | Path,
     out: str | Path,
@@ -357,7 +360,7 @@ def _write(
         work.keep_only(())  # nothing of an earlier try is taken over
         write_file(work.out / ADAPTER_CONFIG, _config_bytes(job, forms))
         for name, path in job.sides.files.items():
-            write_pieces(work.out / name, file_pieces(path))
+            copy_file(path, work.out / name)
         if card is not None:
             write_file(work.out / CARD, card)
         pieces = content(items, job.pairs, forms, job.files.metadata, files, told)
@@ -376,7 +379,7 @@ def _card(
 def _config_bytes(job: _Job, forms: Sequence[Form]) -> bytes:
     """Return the new config; where nothing in it changed, the old one byte for byte."""
     if _is_as_before(job, forms) and plain_config(job.files.config) == job.files.config:
-        return b"".join(file_pieces(job.files.root / ADAPTER_CONFIG))
+        return read_whole(job.files.root / ADAPTER_CONFIG)
     return json_bytes(_config(job, forms))
 
 

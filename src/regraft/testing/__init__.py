@@ -5,8 +5,8 @@
 model answers. Both need the ``demo`` extra (torch, transformers, peft); importing this package does
 not, because the names below are resolved on first use.
 
-:mod:`regraft.testing.fuzz` gives regraft hostile files, that :mod:`regraft.testing.mutation` makes;
-it needs no extra.
+:mod:`regraft.testing.hostile` gives regraft files and folders that were changed at random.
+Of it only :mod:`regraft.testing.hostile.pickles` needs an extra: torch reads the same files.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Facts:
 
     Attributes:
         touched: whether an adapter has a say in it.
-        converted: whether it is stored in another dtype than the base's.
+        converted: whether it is stored in a dtype that cannot hold all of the base's values.
         loose: how far the slope may be off besides, for deltas that also scale the weight.
         scales: what else its scale might have been taken for: the factor, and how to say it.
     """

@@ -19,6 +19,7 @@ from regraft.formats.problems import quoted
 from regraft.formats.reading import typed_os_errors
 from regraft.formats.safetensors import read_header
 from regraft.formats.torch_zip import read_torch_file
+from regraft.formats.watching import watched
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.tensors import TensorSpec
 from regraft.verifying.diff_folders import config_changes, file_changes
@@ -32,6 +33,7 @@ _STORED = "the factors are compared as they are stored"
 _KINDS: dict[Kind, str] = {"checkpoint": "a full model", "adapter": "an adapter"}
 
 
+@watched(to_the_end=True)
 def diff(
     x: str | Path,
     y: str | Path,

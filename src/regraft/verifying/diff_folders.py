@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.formats.reading import typed_os_errors
+from regraft.formats.reading import open_regular, typed_os_errors
 from regraft.merging.sidefiles import travels
 from regraft.verifying.diff_report import Change, ConfigChange, FileChange
 
@@ -72,7 +72,11 @@ def _side_files(folder: Path) -> set[str]:
 
 
 def _differ(x: Path, y: Path) -> bool:
-    with typed_os_errors(x), x.open("rb") as one, y.open("rb") as other:
+    with (
+        typed_os_errors(x),
+        os.fdopen(open_regular(x), "rb") as one,
+        os.fdopen(open_regular(y), "rb") as other,
+    ):
         if os.fstat(one.fileno()).st_size != os.fstat(other.fileno()).st_size:
             return True
         while piece := one.read(_CHUNK):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.errors import FormatError, InputError, MismatchError, RegraftError
 from regraft.formats.checkpoint import AdapterFiles, Checkpoint
@@ -20,7 +19,7 @@ from regraft.formats.text import unspelled
 from regraft.merging.bases import open_base
 from regraft.merging.expert_stacks import with_version
 from regraft.merging.receipt import InputRecord, Receipt, read_receipt
-from regraft.merging.recipe import open_adapters
+from regraft.merging.recipe import open_adapters, read_adapters
 
 Recipe = tuple[Checkpoint, list[Adapter]]
 """The base and the adapters that a model should be made of."""
@@ -80,13 +79,13 @@ def find_inputs(
     checkpoint = open_base(locate(base, kind="base", token=token)) if base is not None else None
     named = open_adapters(adapters, token, version)
     if checkpoint is not None and named:
-        return Inputs((checkpoint, _read(named)), files=_files(named), receipt=receipt)
+        return Inputs((checkpoint, read_adapters(named)), files=_files(named), receipt=receipt)
     if receipt is None or not receipt.adapters:
         return Inputs(None)
     try:
         opened = named or _merged(folder, receipt, version, token)
         found = checkpoint or _base_of(receipt, token)
-        read = _read(opened)
+        read = read_adapters(opened)
     except RegraftError as error:
         problem = error.problems[0]
         why = f"{problem.what} ({problem.where})" if problem.where else problem.what
@@ -124,10 +123,6 @@ def not_of_receipt(inputs: Inputs) -> list[str]:
         except MismatchError:
             said.append(f"{files.source} is not the adapter that the receipt has, {record.source}")
     return said
-
-
-def _read(opened: Sequence[tuple[AdapterFiles, float]]) -> list[Adapter]:
-    return [read_adapter(files, weight) for files, weight in opened]
 
 
 def _merged(

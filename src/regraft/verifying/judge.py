@@ -322,7 +322,7 @@ class _Bench:
         found = self._measure(subject, origin, spread, dtype)
         facts = Facts(
             is_touched(step),
-            origin is not None and origin.dtype != dtype,
+            origin is not None and dtype not in (origin.dtype, "F32"),
             0.1 if any(delta.magnitude is not None for delta in step.deltas) else 0.0,
             self._other_scales(step),
         )

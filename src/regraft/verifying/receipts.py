@@ -17,6 +17,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from regraft.errors import InputError
+from regraft.formats.inside import leads_outside
 from regraft.formats.layout import RECEIPT
 from regraft.formats.reading import FilePool, open_regular, read_at, typed_os_errors
 from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
@@ -70,12 +71,15 @@ def check_receipt(
         AccessError: the system refused to read something.
     """
     check = ReceiptCheck()
-    there = list_files(root)
+    there, empty = list_files(root)
+    _note_empty(check, empty)
     records: dict[str, list[TensorRecord]] = defaultdict(list)
     for record in receipt.tensors:
         records[record.file].append(record)
     weights = {**dict.fromkeys(receipt.headers), **dict.fromkeys(records)}
-    _compare_names(check, there, {*weights, *receipt.files, RECEIPT}, complete=_is_whole(receipt))
+    named = {*weights, *receipt.files, RECEIPT}
+    _compare_names(check, there, named, complete=_is_whole(receipt))
+    _note_links(check, root, {name: there[name] for name in sorted(named & there.keys())})
     if not _is_whole(receipt):
         check.complete = False
         check.notes.append(
@@ -102,20 +106,47 @@ def _is_whole(receipt: Receipt) -> bool:
     return bool(receipt.headers or receipt.files)
 
 
-def list_files(root: Path) -> dict[str, Path]:
-    """Return everything below a folder that is no folder, by its name as a receipt has it.
+def list_files(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return everything below a folder that is no folder, by its name as a receipt has it; and the
+    names of the folders in which there is no file, those of the highest of them.
 
     Raises:
         AccessError: a folder cannot be read.
     """
-    found = {}
+    found, folders_found = {}, list[str]()
     with typed_os_errors(root):
         for folder, folders, names in os.walk(root, onerror=_raise):
             links = [name for name in folders if (Path(folder) / name).is_symlink()]
             for name in [*names, *links]:
                 path = Path(folder) / name
-                found[file_key(path.relative_to(root).as_posix())] = path
-    return found
+                found[_key(path, root)] = path
+            folders_found += [_key(Path(folder) / n, root) for n in folders if n not in links]
+    filled = {parent for path in found.values() for parent in path.relative_to(root).parents}
+    used = {file_key(parent.as_posix()) for parent in filled}
+    empty = [name for name in folders_found if name not in used]
+    return found, [name for name in empty if name.rpartition("/")[0] not in empty]
+
+
+def _key(path: Path, root: Path) -> str:
+    return file_key(path.relative_to(root).as_posix())
+
+
+def _note_empty(check: ReceiptCheck, folders: Iterable[str]) -> None:
+    """Note folders that hold nothing: the merge makes none."""
+    for name in folders:
+        what = "an empty folder that the merge did not write"
+        check.differences.append(Difference(f"{name}/", "", what))
+
+
+def _note_links(check: ReceiptCheck, root: Path, files: Mapping[str, Path]) -> None:
+    """Note files that are links to elsewhere: what they hold can change, and is not in the folder.
+
+    A snapshot in the Hub's cache is made of links to the blobs beside it.
+    """
+    for name, path in files.items():
+        if path.is_symlink() and leads_outside(path, root):
+            what = "a link to outside of the folder, where the merge wrote a file"
+            check.differences.append(Difference(name, "", what))
 
 
 def _size(path: Path) -> int:

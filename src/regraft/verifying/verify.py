@@ -12,6 +12,7 @@ from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageE
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT, looks_like
+from regraft.formats.watching import watched
 from regraft.merging.events import Progress
 from regraft.merging.planning import Choices, default_threads
 from regraft.merging.recipe import AdapterArg, choices_of, parse_adapters
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from regraft.verifying.judge import Judgement
 
 
+@watched(to_the_end=True)
 def verify(
     merged: str | Path,
     *,
@@ -157,7 +159,7 @@ def _judged(
     if judged.another_base:
         from regraft.merging.another_base import warn  # which needs compiled code
 
-        warn(judged.another_base, stacklevel=3)
+        warn(judged.another_base, stacklevel=4)
     strange = not_of_receipt(inputs) if differs and clean else []
     return judged, "; ".join(filter(None, [inputs.said, *strange]))
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 from regraft.merging.events import Progress, ProgressEvent
@@ -59,7 +60,7 @@ class Gate:
 
 
 def for_each(items: Iterable[Item], work: Callable[[Item], None], threads: int) -> None:
-    """Do ``work`` on every item, in threads that take them in order.
+    """Do ``work`` on every item, in threads that take them in order, in the caller's context.
 
     Raises:
         Exception: the first that ``work`` raised; what is underway is finished, and no more begun.
@@ -86,8 +87,8 @@ def for_each(items: Iterable[Item], work: Callable[[Item], None], threads: int) 
     with ThreadPoolExecutor(threads, thread_name_prefix="regraft") as pool:
         futures: list[Future[None]] = []
         try:
-            for _ in range(threads):
-                futures.append(pool.submit(run))  # one by one: an interrupt may fall between
+            for _ in range(threads):  # one by one: an interrupt may fall between
+                futures.append(pool.submit(copy_context().run, run))
             wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:  # Ctrl-C
             stopped.set()

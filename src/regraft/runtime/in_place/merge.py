@@ -8,19 +8,22 @@ replaces. Whatever fails, the model is as it was before the call.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from regraft.errors import UsageError
 from regraft.quant.rounding import NOISE, SURVIVED
 from regraft.quant.weight import ROUNDINGS
+from regraft.runtime.hooks import torn
 from regraft.runtime.in_place.changes import apply_all, revert_all
-from regraft.runtime.in_place.pool import Piece, default_threads, run_all
+from regraft.runtime.in_place.pool import default_threads, run_all
 from regraft.runtime.in_place.preparing import Choices, Prepared, prepare
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.whole import whole
 
 Weighted = Sequence[tuple[LiveAdapter, float]]
 """Adapters, each with a factor on its scale, in the order they are added."""
@@ -56,16 +59,39 @@ def merge(
         NumericError: a weight would hold NaN or infinity where it held a number.
         UnsupportedError: a weight is offloaded.
     """
+    merged = prepared_merge(
+        base, adapters, rounding=rounding, seed=seed, dequantize=dequantize, threads=threads
+    )
+    try:
+        merged.carry_out()
+    except BaseException:
+        if merged.is_merged:  # interrupted as it was done; nobody will have it
+            merged.unmerge()
+        raise
+    if not undo:
+        merged.forget()
+    return merged
+
+
+def prepared_merge(
+    base: LiveBase,
+    adapters: Weighted,
+    *,
+    rounding: str | None = None,
+    seed: int = 0,
+    dequantize: bool = False,
+    threads: int | None = None,
+) -> Merged:
+    """Return a merge that can be carried out; nothing of the model is changed yet.
+
+    Arguments and errors are those of :func:`merge`.
+    """
     if rounding not in (None, *ROUNDINGS):
         raise UsageError(f"there is no rounding {rounding!r}", expected=" or ".join(ROUNDINGS))
     count = default_threads() if threads is None else threads
     if count < 1:
         raise UsageError("nothing is done by no threads", expected="at least 1", found=str(count))
-    merged = Merged(base, adapters, Choices(rounding or "stochastic", seed, dequantize, count))
-    merged.carry_out()
-    if not undo:
-        merged.forget()
-    return merged
+    return Merged(base, adapters, Choices(rounding or "stochastic", seed, dequantize, count))
 
 
 def swap(merged: Merged, adapters: Weighted, *, undo: bool = True) -> Merged:
@@ -76,15 +102,29 @@ def swap(merged: Merged, adapters: Weighted, *, undo: bool = True) -> Merged:
             before.
     """
     other = Merged(merged.base, adapters, merged.choices)
-    merged.unmerge()
-    try:
-        other.carry_out()
-    except BaseException:
-        merged.carry_out(to_the_end=True)
-        raise
+    exchange(merged, other)
     if not undo:
         other.forget()
     return other
+
+
+def exchange(there: Merged, other: Merged) -> None:
+    """Take a merge out of a model and carry out another one, or leave the model as it was.
+
+    Raises:
+        RegraftError: as :func:`swap`.
+    """
+    whole(partial(_exchange, there, other))
+
+
+def _exchange(there: Merged, other: Merged) -> None:
+    there.unmerge()
+    try:
+        other.carry_out()
+    except BaseException:
+        if not other.is_torn:
+            there.carry_out(to_the_end=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -114,6 +154,7 @@ class Merged:
         base: the model.
         choices: how they were merged.
         is_merged: whether they are in the model now.
+        is_torn: whether a part of them is, because a step failed and could not be taken back.
         report: what was done.
     """
 
@@ -124,7 +165,7 @@ class Merged:
             RegraftError: it cannot be done.
         """
         self.base, self.choices = base, choices
-        self.is_merged = False
+        self.is_merged = self.is_torn = False
         self._prepared: Prepared | None = prepare(base, adapters, choices)
         self.report = MergeReport((), 0.0, 0)
 
@@ -139,49 +180,70 @@ class Merged:
         return self.report.undo_bytes
 
     def carry_out(self, *, to_the_end: bool = False) -> None:
-        """Merge; if anything fails, the model is as it was.
+        """Merge; if anything fails, or Ctrl-C is pressed, the model is as it was.
 
         Args:
-            to_the_end: do not stop for Ctrl-C.
+            to_the_end: do not stop for Ctrl-C; it is raised when all is done.
 
         Raises:
             RegraftError: as :func:`merge`.
         """
-        started, prepared = time.perf_counter(), self._the_prepared()
-        with prepared.opened():
-            try:
-                self._run(prepared.forward(), to_the_end=to_the_end)
-                apply_all(prepared.changes)
-                self.is_merged = True
-            except BaseException:
-                self.is_merged = False
-                revert_all(prepared.changes)
-                self._run(prepared.backward(), to_the_end=True)
-                raise
-        self.report = _report(prepared, time.perf_counter() - started)
+        self._check_whole()
+        whole(partial(self._turn, True, to_the_end=to_the_end))
 
     def unmerge(self) -> None:
         """Take the adapters out: every bit is what it was, and tied weights are one again.
 
-        If anything fails, the model is merged as it was.
+        If anything fails, or Ctrl-C is pressed, the model is merged as it was.
 
         Raises:
             UsageError: nothing is merged, or the way back was not kept.
             MismatchError: the weights have been changed since the merge.
         """
-        if not self.is_merged:
+        if not self.is_merged and not self.is_torn:
             raise UsageError("no adapter is merged", hint="Merge one first")
-        prepared = self._the_prepared()
+        whole(partial(self._turn, False))
+
+    def _turn(self, merged: bool, *, to_the_end: bool = False) -> None:
+        """Make the model merged, or not merged, or leave it as it is."""
+        started, prepared = time.perf_counter(), self._the_prepared()
         with prepared.opened():
             try:
-                self._run(prepared.backward())
-                revert_all(prepared.changes)
-                self.is_merged = False
+                self._go(prepared, merged, to_the_end=to_the_end)
             except BaseException:
-                self.is_merged = True
-                apply_all(prepared.changes)
-                self._run(prepared.forward(), to_the_end=True)
+                self._go_back(prepared, merged)
                 raise
+        if merged:
+            self.report = _report(prepared, time.perf_counter() - started)
+
+    def _go(self, prepared: Prepared, merged: bool, *, to_the_end: bool) -> None:
+        """Do what is left to be done; the jobs know which of their tiles are merged."""
+        pieces = prepared.forward() if merged else prepared.backward()
+        run_all(pieces, self.choices.threads, to_the_end=to_the_end)
+        if merged:
+            apply_all(prepared.changes)
+        else:
+            revert_all(prepared.changes)
+        self.is_merged, self.is_torn = merged, False
+
+    def _go_back(self, prepared: Prepared, merged: bool) -> None:
+        """Take back what a step that failed has done; if that fails too, say so from then on."""
+        if self.is_torn:  # the step was the way back from one that failed before
+            return
+        try:
+            self._go(prepared, not merged, to_the_end=True)
+        except BaseException:
+            self.is_merged, self.is_torn = False, True
+            raise
+
+    def _check_whole(self) -> None:
+        """Refuse to merge into weights that are neither merged nor the base's.
+
+        Raises:
+            UsageError: they are.
+        """
+        if self.is_torn:
+            raise torn()
 
     def forget(self) -> None:
         """Let go of all that :meth:`unmerge` needs: the model stays merged."""
@@ -194,9 +256,6 @@ class Merged:
                 "what takes the adapters out again was not kept", hint="Load the model again"
             )
         return self._prepared
-
-    def _run(self, pieces: Iterator[Piece], *, to_the_end: bool = False) -> None:
-        run_all(pieces, self.choices.threads, to_the_end=to_the_end)
 
 
 def _report(prepared: Prepared, seconds: float) -> MergeReport:

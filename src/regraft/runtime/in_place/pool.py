@@ -6,11 +6,13 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
 from regraft.deltas.units import Encoder
 from regraft.deltas.weights import Bytes
+from regraft.runtime.whole import Stopped, asked_to_stop, whole
 
 TILE_BYTES = 2**20
 """Weights that are worked on at a time: with their result they stay in a processor's own cache."""
@@ -43,7 +45,7 @@ def default_threads() -> int:
 def run_all(pieces: Iterable[Piece], threads: int, *, to_the_end: bool = False) -> None:
     """Do all pieces on some threads; the first error stops them.
 
-    The calling thread only waits, so that Ctrl-C never falls into the middle of a piece.
+    Ctrl-C never falls into the middle of a piece.
 
     Args:
         pieces: what is to be done; one is taken when a thread is free.
@@ -53,56 +55,49 @@ def run_all(pieces: Iterable[Piece], threads: int, *, to_the_end: bool = False) 
     Raises:
         BaseException: the first error of any thread, after all threads have ended.
     """
-    work = _Work(iter(pieces))
-    interrupted: KeyboardInterrupt | None = None
-    while not work.stopped.is_set():
-        interrupted = _wait_for(work, threads, to_the_end=to_the_end) or interrupted
+    whole(partial(_run_all, pieces, threads, to_the_end=to_the_end))
+
+
+def _run_all(pieces: Iterable[Piece], threads: int, *, to_the_end: bool) -> None:
+    """Do all pieces; a step that is asked to stop leaves out the rest of them."""
+    work = _Work(iter(pieces), _to_the_end if to_the_end else asked_to_stop())
+    with ThreadPoolExecutor(threads, thread_name_prefix="regraft") as pool:
+        try:
+            for _ in range(threads):
+                pool.submit(work.do)
+        except RuntimeError:  # the system grants no more threads
+            work.do()
     if work.errors:
         raise work.errors[0]
-    if interrupted is not None:
-        raise interrupted
+
+
+def _to_the_end() -> bool:
+    return False
 
 
 class _Work:
     """Pieces that several threads share."""
 
-    def __init__(self, pieces: Iterator[Piece]) -> None:
-        self._pieces, self._lock = pieces, threading.Lock()
-        self.stopped = threading.Event()
+    def __init__(self, pieces: Iterator[Piece], asked: Callable[[], bool]) -> None:
+        self._pieces, self._lock, self._asked = pieces, threading.Lock(), asked
+        self._stopped = False
         self.errors: list[BaseException] = []
 
     def do(self) -> None:
         """Do pieces until there are none, or one fails."""
-        room = Room()
         try:
+            room = Room()
             while (piece := self._next()) is not None:
                 piece(room)
         except BaseException as error:
+            self._stopped = True
             self.errors.append(error)
-        self.stopped.set()
 
     def _next(self) -> Piece | None:
         with self._lock:
-            return None if self.stopped.is_set() else next(self._pieces, None)
-
-
-def _wait_for(work: _Work, threads: int, *, to_the_end: bool) -> KeyboardInterrupt | None:
-    """Run threads until all have ended, however often Ctrl-C is pressed; return one that was."""
-    interrupted: KeyboardInterrupt | None = None
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="regraft")
-    try:
-        for _ in range(threads):
-            pool.submit(work.do)
-    except KeyboardInterrupt as interrupt:
-        interrupted = interrupt
-    except RuntimeError:  # the system grants no more threads
-        work.do()
-    while True:
-        if interrupted is not None and not to_the_end:
-            work.stopped.set()
-        try:
-            pool.shutdown()
-        except KeyboardInterrupt as interrupt:
-            interrupted = interrupt
-        else:
-            return interrupted
+            if self._stopped:
+                return None
+            piece = next(self._pieces, None)
+            if piece is not None and self._asked():
+                raise Stopped
+            return piece

@@ -33,7 +33,14 @@ import torch
 
 from regraft.adapters.lora_config import as_json
 from regraft.adapters.wrappers import PREFIX
-from regraft.errors import AdapterError, BusyError, Problem, RegraftError, UsageError
+from regraft.errors import (
+    AccessError,
+    AdapterError,
+    BusyError,
+    Problem,
+    RegraftError,
+    UsageError,
+)
 from regraft.formats.inside import file_pieces, head_of
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped
@@ -46,6 +53,7 @@ from regraft.merging.output import (
     write_file,
     write_pieces,
 )
+from regraft.merging.ownership import check_own, check_place, make_private, open_folder
 from regraft.merging.planning import parse_dtype
 from regraft.merging.writer import write_error
 from regraft.runtime.live_base import dtype_name, spec_of, torch_dtype_of
@@ -60,6 +68,7 @@ _TRIES = 20
 _IN_PLACE_ONLY = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTSUP)
 _MAGNITUDE = "lora_magnitude_vector"
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_ELSEWHERE = "save to another folder"
 
 
 def write_adapter(
@@ -296,11 +305,19 @@ def _locked(folder: Path) -> int:
 
     Raises:
         BusyError: another process holds it.
+        AccessError: it is another user's, others may write to it, or it is a link.
     """
     for _ in range(_TRIES):
-        folder.mkdir(exist_ok=True)
+        made = make_private(folder)
+        check_place(folder, _ELSEWHERE)
         with suppress(FileNotFoundError):
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = open_folder(folder)
+            try:
+                if not made:
+                    check_own(fd, folder, _ELSEWHERE)
+            except AccessError:
+                os.close(fd)
+                raise
             if _lock(fd, folder):
                 return fd
             os.close(fd)

@@ -527,22 +527,22 @@ def mutated_json(seed: int | str, count: int, kind: Kind) -> Iterator[bytes]:
     names, values = _FIELDS[kind]
     sound = _SOUND[kind]()
     for _ in range(count):
-        value: Any = _as_pairs(sound)
+        value: Any = as_pairs(sound)
         chance = rng.random()
         for _ in range(0 if chance > 0.9 else 1 if chance > 0.4 else rng.randint(2, 6)):
-            value = _changed_json(rng, value, names, values)
+            value = changed_json(rng, value, names, values)
         content = to_json(value).encode("utf-8", "surrogatepass")
         yield damaged(rng, content) if rng.random() < 0.1 else content
 
 
-def _as_pairs(value: Any) -> Any:
+def as_pairs(value: Any) -> Any:
     """Return a copy whose objects are :class:`Pairs`."""
     if isinstance(value, dict):
-        return Pairs((key, _as_pairs(item)) for key, item in value.items())
-    return [_as_pairs(item) for item in value] if isinstance(value, list) else value
+        return Pairs((key, as_pairs(item)) for key, item in value.items())
+    return [as_pairs(item) for item in value] if isinstance(value, list) else value
 
 
-def _changed_json(
+def changed_json(
     rng: random.Random, value: Any, names: tuple[str, ...], values: tuple[Any, ...]
 ) -> Any:
     """Change one thing, most often a field of the object at the top; return the whole."""

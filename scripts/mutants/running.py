@@ -1,0 +1,200 @@
+"""Runs tests in copies of the tree, in processes that can be stopped with all they started."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mutants.changes import Change
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path("src", "regraft")
+ROOMS = ("deltas", "merging", "verifying", "runtime")
+"""What is changed, and the folders of tests that mirror it."""
+
+_COPIED = ("src", "tests", "scripts", "docs", "examples", "benchmarks", "pyproject.toml")
+_STARTING = 60.0
+"""Seconds that a run may take beside its tests: imports, and kernels to compile."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """A test, as pytest names it, with its seconds and the functions it calls."""
+
+    name: str
+    seconds: float
+    functions: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of the tests of one change.
+
+    Attributes:
+        noticed: by a test that failed, or by one that did not end.
+        by: the test, or what else happened.
+        tests: how many were to run.
+        seconds: what it took.
+    """
+
+    noticed: bool
+    by: str
+    tests: int
+    seconds: float
+
+
+def copy_tree(folder: Path) -> Path:
+    """Copy what the tests need; compiled kernels come along, and are as old as they were."""
+    for name in _COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns(".*")
+            shutil.copytree(source, folder / name, ignore=ignored, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+def calls_of_tests(tree: Path, kept: Path, folders: Sequence[str]) -> list[Test]:
+    """Return what each test calls: of test files that changed since by running them.
+
+    Args:
+        tree: a copy of the project.
+        kept: a file in which this is kept from one run to the next.
+        folders: folders and files of tests.
+
+    Raises:
+        SystemExit: a test fails as it is.
+    """
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    files = sorted({path for name in folders for path in _test_files(tree, name)})
+    for file in files:
+        digest = hashlib.blake2b((tree / file).read_bytes()).hexdigest()
+        if known.get(file, {}).get("digest") == digest:
+            continue
+        print(f"looks at what {file} calls", flush=True)
+        known[file] = {"digest": digest, "tests": _calls(tree, file)}
+        kept.write_text(json.dumps(known))
+    return [
+        Test(name, seconds, frozenset(functions))
+        for file in files
+        for name, (seconds, functions) in known[file]["tests"].items()
+    ]
+
+
+def _test_files(tree: Path, name: str) -> list[str]:
+    place = tree / "tests" / name
+    found = place.rglob("test_*.py") if place.is_dir() else [place]
+    return [path.relative_to(tree).as_posix() for path in found]
+
+
+def _calls(tree: Path, file: str) -> dict[str, tuple[float, list[str]]]:
+    calls = tree / "calls.json"
+    calls.unlink(missing_ok=True)
+    code, text = _pytest(tree, tree, ["-p", "mutants.tracing", file], 1800, MUTANTS_CALLS=calls)
+    if code != 0:
+        raise SystemExit(f"{file} fails as it is:\n{text}")
+    found: dict[str, tuple[float, list[str]]] = json.loads(calls.read_text())
+    return found
+
+
+def fitting(change: Change, tests: Sequence[Test], seconds: float) -> list[Test]:
+    """Return the tests to run for a change: those that call its function, quick ones first.
+
+    Of what no test is seen to call (compiled kernels, what runs at the import) they are those that
+    call something of its file, or else all of the mirrored folder. Of each test with several
+    parameters some come before the many.
+
+    Args:
+        change: the change.
+        tests: all tests.
+        seconds: what they may take together; at least one runs.
+    """
+    function, file = f"{change.file}:{change.function}", f"{change.file}:"
+    room = change.file.partition("/")[0]
+    for calls in (
+        [test for test in tests if function in test.functions],
+        [test for test in tests if any(name.startswith(file) for name in test.functions)],
+        [test for test in tests if test.name.startswith(f"tests/{room}/")],
+    ):
+        if calls:
+            return _within(calls, seconds, room)
+    return []
+
+
+def _within(tests: Sequence[Test], seconds: float, room: str) -> list[Test]:
+    seen: dict[str, int] = {}
+    order = []
+    for test in sorted(tests, key=lambda test: test.seconds):
+        name = test.name.partition("[")[0]
+        seen[name] = seen.get(name, 0) + 1
+        mirrored = test.name.startswith(f"tests/{room}/")
+        order.append((min(seen[name], 4), not mirrored, test.seconds, test))
+    taken, chosen = 0.0, list[Test]()
+    for *_, test in sorted(order, key=lambda each: each[:3]):
+        if chosen and taken + test.seconds > seconds:
+            continue
+        taken += test.seconds
+        chosen.append(test)
+    return chosen
+
+
+def tried(change: Change, tree: Path, folder: Path, tests: Sequence[Test]) -> Result:
+    """Make a change in a copy of the sources, and run tests until one fails.
+
+    Args:
+        change: the change.
+        tree: the copy of the project that the tests are run from.
+        folder: where the changed copy goes.
+        tests: the tests to run.
+    """
+    started = time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tree / "src", folder / "src")
+    path = folder / PACKAGE / change.file
+    path.write_text(change.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
+    limit = _STARTING + 10 * sum(test.seconds for test in tests)
+    code, text = _pytest(tree, folder, ["-x", *(test.name for test in tests)], limit)
+    return Result(code != 0, _noticed_by(code, text), len(tests), time.perf_counter() - started)
+
+
+def _noticed_by(code: int | None, text: str) -> str:
+    if code is None:
+        return "a test that did not end"
+    if code == 0:
+        return ""
+    failed = [line for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else f"pytest ended with {code}"
+
+
+def _pytest(
+    tree: Path, sources: Path, arguments: Sequence[str], seconds: float, **more: object
+) -> tuple[int | None, str]:
+    """Run pytest in a group of processes of its own; return None for a code if it did not end."""
+    paths = os.pathsep.join([str(sources / "src"), str(tree / "scripts")])
+    given = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **{k: str(v) for k, v in more.items()}}
+    with (tree / "output.txt").open("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], cwd=tree,
+            env=os.environ | given, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return code, output.read()
