@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,19 @@ def test_an_adapter_that_names_no_base_is_refused(
     )
     result = run("generate", alone, "--prompt", "w1")
     assert (result.exit_code, "does not name its base" in result.stderr) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "garbage"), ("tokenizer.json", "[1]"), ("tokenizer.json", '{"a": 5}'),
+     ("generation_config.json", "[1]"), ("tokenizer_config.json", "[" * 5000)],
+)  # fmt: skip
+def test_side_files_that_cannot_be_read_are_refused_by_type(
+    run: Run, base: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(base, odd)
+    (odd / name).write_text(content)
+    result = run("generate", odd, "--prompt", "w1", "--max-new-tokens", "1")
+    assert result.exit_code == 3
+    assert str(odd) in result.stderr

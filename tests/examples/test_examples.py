@@ -51,12 +51,16 @@ def test_an_example_runs_from_the_command_line(place: Path, tmp_path: Path) -> N
     command = [sys.executable, EXAMPLES / words[0], *words[1:]]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     assert "100.0%" in done.stdout
+    assert "q_proj" in done.stdout
     assert "tensors merged" in done.stdout
 
 
-def test_two_adapters_are_merged(place: Path, tmp_path: Path) -> None:
+def test_two_adapters_are_merged(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("merge_two_adapters", place / "base", place / "a", place / "b", tmp_path / "out")
     assert regraft.verify(tmp_path / "out").ok
+    assert "q_proj" in capsys.readouterr().out
 
 
 def test_a_merge_is_swapped_and_taken_back(

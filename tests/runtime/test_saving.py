@@ -32,7 +32,7 @@ from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter, adapter_of
 from regraft.runtime.saving.files import write_adapter
 from regraft.runtime.saving.fingerprint import KEY
-from regraft.runtime.saving.saved import of_live, with_base, write_saved
+from regraft.runtime.saving.saved import Saved, of_live, with_base, write_saved
 from regraft.testing import adapters as made
 from regraft.testing.zoo import make_base, make_model
 
@@ -337,6 +337,28 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     for _ in range(2):
         write_adapter(tmp_path, config, tensors, tokenizer=fast)
         assert {CONFIG, WEIGHTS, "tokenizer.json"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_folder_whose_name_is_not_utf8_is_saved_to_with_card_and_tokenizer(
+    tmp_path: Path,
+) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+    config, tensors = small()
+    folder = tmp_path / os.fsdecode(b"x\xff")
+    write_saved(Saved({**config, "task_type": "CAUSAL_LM"}, tensors), folder, tokenizer=fast)
+    assert {CONFIG, WEIGHTS, CARD, "tokenizer.json"} < {path.name for path in folder.iterdir()}
+    assert 'from_pretrained(model, "x\\udcff")' in (folder / CARD).read_text("utf-8")
+    assert open_adapter(locate(folder, kind="adapter")).config["r"] == config["r"]
+
+
+def test_a_pipe_in_place_of_a_card_is_not_waited_for(tmp_path: Path) -> None:
+    config, tensors = small()
+    os.mkfifo(tmp_path / CARD)
+    write_adapter(tmp_path, config, tensors, card="new")
+    assert (tmp_path / WEIGHTS).is_file()
 
 
 # -- the card --------------------------------------------------------------------------------------

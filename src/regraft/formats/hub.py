@@ -27,6 +27,7 @@ from regraft.formats.reference import (
     neighbour,
     parse_reference,
 )
+from regraft.formats.text import visible
 
 Kind = Literal["base", "adapter", "merged"]
 
@@ -148,7 +149,7 @@ def _no_such_path(path: Path) -> InputError:
     hint = f"Check the spelling; relative paths start from {Path.cwd()}."
     return InputError(
         "no such file or folder",
-        where=str(path),
+        where=visible(str(path)),
         expected="a path that exists, or a Hub id such as org/name or org/name@revision",
         hint=(hint + _neighbour(path)).removesuffix("."),
     )

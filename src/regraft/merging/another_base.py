@@ -17,7 +17,7 @@ import numpy as np
 
 from regraft.adapters.fingerprint import Fingerprint, Verdict, mismatch, parsed, places_of, verdict
 from regraft.adapters.model import Adapter
-from regraft.errors import BaseMismatchWarning
+from regraft.errors import BaseMismatchWarning, redacted
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
 from regraft.merging.lookup import BaseIndex, Found, Held
@@ -86,7 +86,7 @@ def notes_of_another_base(
 def warn(notes: Sequence[str], *, stacklevel: int) -> None:
     """Issue the notes as warnings, as an adapter's on a live model are."""
     for note in notes:
-        warnings.warn(note, BaseMismatchWarning, stacklevel=stacklevel + 1)
+        warnings.warn(redacted(note), BaseMismatchWarning, stacklevel=stacklevel + 1)
 
 
 class SeenBase:

@@ -315,7 +315,9 @@ def _model(folder: Path, *, load_in_4bit: bool, dtype: str | None, device: str |
         arguments["device_map"] = {"": where}  # weights go there one by one
     try:
         model = from_pretrained(cls, str(place), **arguments)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RegraftError, MemoryError):
+        raise
+    except Exception as error:  # the libraries' errors are of many kinds
         raise InputError(
             "transformers cannot load this model", where=str(place),
             found=f"{type(error).__name__}: {error}".strip().partition("\n")[0],

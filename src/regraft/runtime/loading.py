@@ -14,7 +14,7 @@ from regraft.adapters.fingerprint import KEY, mismatch
 from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.lora_config import VELORA
 from regraft.adapters.model import Adapter
-from regraft.errors import BaseMismatchWarning, ChangedError, UnsupportedError
+from regraft.errors import BaseMismatchWarning, ChangedError, UnsupportedError, redacted
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
@@ -244,4 +244,4 @@ def warn_of(name: str, files: AdapterFiles, adapter: Adapter, base: LiveBase) ->
     if carried is None or compare(carried, base, rename) != "another":
         return
     message = mismatch(name, files.config.get("base_model_name_or_path"), base.checkpoint.source)
-    warnings.warn(message, BaseMismatchWarning, stacklevel=4)
+    warnings.warn(redacted(message), BaseMismatchWarning, stacklevel=4)

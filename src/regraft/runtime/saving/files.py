@@ -45,6 +45,7 @@ from regraft.formats.inside import file_pieces, head_of
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped
 from regraft.formats.safetensors import build_header
+from regraft.formats.text import plain_text
 from regraft.merging.output import (
     exchange_at_once,
     out_path,
@@ -239,7 +240,14 @@ def _content(
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Let a tokenizer save itself, and flush what it wrote."""
     before = set(folder.iterdir())
-    tokenizer.save_pretrained(str(folder))
+    if plain_text(str(folder)) == str(folder):
+        tokenizer.save_pretrained(str(folder))
+    else:  # the tokenizers library takes no path that is not UTF-8
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            tokenizer.save_pretrained(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
     for path in set(folder.iterdir()) - before:
         if path.is_file():
             with path.open("rb") as file:
