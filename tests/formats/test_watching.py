@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from regraft.errors import AccessError, ChangedError, FormatError, InputError, OutputExistsError
+from regraft.formats import watching
 from regraft.formats.inside import read_whole
 from regraft.formats.json_file import read_json
 from regraft.formats.reading import FilePool, open_regular
-from regraft.formats.watching import Stamp, Watch, check_unchanged, current, leave_out, watched
+from regraft.formats.watching import (
+    Stamp,
+    Watch,
+    check_unchanged,
+    current,
+    has_inodes,
+    leave_out,
+    watched,
+)
 from regraft.tensors import TensorSpec
 
 
@@ -177,3 +188,28 @@ def test_a_watch_within_another_one_is_its_own(file: Path) -> None:
             assert current() is not outer
         assert isinstance(outer, Watch)
         assert outer.first(file) is None
+
+
+MOUNTS = """\
+22 28 0:21 / /proc rw,nosuid shared:12 - proc proc rw
+31 28 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+40 31 0:52 / /mnt/bucket rw,nosuid - fuse.rclone remote: rw,user_id=0
+"""
+
+
+@pytest.mark.parametrize(("device", "kept"), [((0, 52), False), ((8, 1), True), ((9, 9), True)])
+def test_inodes_are_gone_by_where_a_file_system_has_them(
+    device: tuple[int, int], kept: bool
+) -> None:
+    assert has_inodes(os.makedev(*device), MOUNTS) == kept
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_another_inode_alone_is_a_change_where_there_are_inodes(
+    file: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = count()
+    monkeypatch.setattr(Stamp, "of", lambda _: Stamp(1, next(numbers), 6, 1, 1))
+    monkeypatch.setattr(watching, "has_inodes", lambda _: kept)
+    with pytest.raises(ChangedError) if kept else nullcontext():
+        run(lambda: read(file), lambda: read(file))

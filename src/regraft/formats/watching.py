@@ -38,6 +38,9 @@ _COARSE_STEP = 2 * _SECOND
 
 _TRIES = 8
 
+_WITHOUT_INODES = ("fuse", "vfat", "msdos", "exfat")
+"""How the kinds of file systems begin that number their files as they come."""
+
 
 @dataclass(frozen=True)
 class Stamp:
@@ -55,6 +58,12 @@ class Stamp:
         return cls(
             found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
         )  # fmt: skip
+
+    def is_like(self, other: Stamp) -> bool:
+        """Whether this is the same file, unchanged, as far as its file system can tell."""
+        if self == other:
+            return True
+        return replace(self, inode=other.inode) == other and not has_inodes(self.device)
 
     def is_of_same_content(self, other: Stamp) -> bool:
         """Whether nothing seems to be written since; modes and links of the file may differ."""
@@ -89,7 +98,7 @@ class Watch:
         stamp = _settled(fd)
         with self._lock:
             first = self._seen.setdefault(path, stamp)
-            if first != stamp:
+            if not first.is_like(stamp):
                 self._problems.setdefault(path, _changed(path, first, stamp))
 
     def note_content(self, path: Path, content: bytes) -> None:
@@ -116,7 +125,7 @@ class Watch:
             except OSError as error:
                 found.setdefault(path, _gone(path, error))
             else:
-                if now != first:
+                if not first.is_like(now):
                     found.setdefault(path, _changed(path, first, now))
         return [found[path] for path in sorted(found)]
 
@@ -229,6 +238,26 @@ def _settled(fd: int) -> Stamp:
         time.sleep(0.25 if in_seconds else 0.001)
         stamp = Stamp.of(os.fstat(fd))
     return stamp
+
+
+def has_inodes(device: int, mounts: str | None = None) -> bool:
+    """Whether files of a device keep their inode's number for as long as nobody replaces them.
+
+    Those of FUSE (rclone, gcsfuse, sshfs) and FAT can get another one once the kernel forgets them.
+
+    Args:
+        device: ``st_dev`` of a file.
+        mounts: what ``/proc/self/mountinfo`` says, by default now.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
+        except OSError:
+            return True
+    number = f"{os.major(device)}:{os.minor(device)}"
+    lines = (line.partition(" - ") for line in mounts.splitlines())
+    kinds = {rest.split()[0] for mount, _, rest in lines if mount.split()[2:3] == [number] and rest}
+    return not any(kind.startswith(_WITHOUT_INODES) for kind in kinds)
 
 
 def _changed(path: Path, first: Stamp, now: Stamp) -> Problem:
