@@ -25,6 +25,9 @@ _TURNED: dict[type[ast.AST], tuple[str, str]] = {
 """What an operator is, and what it becomes."""
 
 _OTHER_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+_COMMUTING = ("fma", "min", "max", "add_product")
+"""Functions whose first two arguments may be swapped."""
+
 _SHOWN = ("Problem", "hint")
 """Calls and keywords that only say something to the user."""
 
@@ -213,6 +216,8 @@ def _calls(finder: _Finder, node: ast.Call) -> Iterator[Any]:
     if isinstance(node.func, ast.Name) and node.func.id in _OTHER_NAMES:
         yield _place(node.func), _OTHER_NAMES[node.func.id]
     first, second = [*node.args, None, None][:2]
+    if isinstance(node.func, ast.Name) and node.func.id in _COMMUTING:
+        return
     if first is None or second is None or ast.Starred in (type(first), type(second)):
         return
     one, other = _place(first), _place(second)

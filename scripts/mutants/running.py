@@ -109,30 +109,37 @@ def _calls(tree: Path, file: str) -> dict[str, tuple[float, list[str]]]:
 
 
 def fitting(change: Change, tests: Sequence[Test], seconds: float) -> list[Test]:
-    """Return the tests to run for a change: those that call its function, quick ones first.
+    """Return the tests to run for a change, those first that are likeliest to fail, and quick ones.
 
-    Of what no test is seen to call (compiled kernels, what runs at the import) they are those that
-    call something of its file, or else all of the mirrored folder. Of each test with several
-    parameters some come before the many.
+    They are those that call its function. Of what no test is seen to call (compiled kernels, what
+    runs at the import) they are those that call something of its file, then all of the mirrored
+    folder. Of each test with several parameters some come before the many.
 
     Args:
         change: the change.
         tests: all tests.
         seconds: what they may take together; at least one runs.
     """
-    function, file = f"{change.file}:{change.function}", f"{change.file}:"
     room = change.file.partition("/")[0]
-    for calls in (
-        [test for test in tests if function in test.functions],
-        [test for test in tests if any(name.startswith(file) for name in test.functions)],
-        [test for test in tests if test.name.startswith(f"tests/{room}/")],
-    ):
-        if calls:
-            return _within(calls, seconds, room)
-    return []
+    called = [test for test in tests if f"{change.file}:{change.function}" in test.functions]
+    near = [test for test in tests if _calls_file(test, change.file)]
+    mirrored = [test for test in tests if test.name.startswith(f"tests/{room}/")]
+    ranks = [called] if called else [near, [test for test in mirrored if test not in near]]
+    taken, found = 0.0, list[Test]()
+    for test in (test for rank in ranks for test in _in_order(rank, room)):
+        if not found or taken + test.seconds <= seconds:
+            taken += test.seconds
+            found.append(test)
+    return found
 
 
-def _within(tests: Sequence[Test], seconds: float, room: str) -> list[Test]:
+def _calls_file(test: Test, file: str) -> bool:
+    return any(name.startswith(f"{file}:") for name in test.functions)
+
+
+def _in_order(tests: Sequence[Test], room: str) -> list[Test]:
+    """Return tests with those of the mirrored folder and quick ones first, each name a few times
+    before any comes often."""
     seen: dict[str, int] = {}
     order = []
     for test in sorted(tests, key=lambda test: test.seconds):
@@ -140,13 +147,7 @@ def _within(tests: Sequence[Test], seconds: float, room: str) -> list[Test]:
         seen[name] = seen.get(name, 0) + 1
         mirrored = test.name.startswith(f"tests/{room}/")
         order.append((min(seen[name], 4), not mirrored, test.seconds, test))
-    taken, chosen = 0.0, list[Test]()
-    for *_, test in sorted(order, key=lambda each: each[:3]):
-        if chosen and taken + test.seconds > seconds:
-            continue
-        taken += test.seconds
-        chosen.append(test)
-    return chosen
+    return [test for *_, test in sorted(order, key=lambda each: each[:3])]
 
 
 def tried(change: Change, tree: Path, folder: Path, tests: Sequence[Test]) -> Result:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import runpy
 import shlex
 import sys
 from collections import Counter
@@ -212,20 +211,6 @@ def test_shell_examples_name_commands_and_options_that_exist(page: Path) -> None
         assert words[1] in known, words
         used = {word.partition("=")[0] for word in words[2:] if word.startswith("-")}
         assert used <= options_of(known[words[1]]) | {"--help", "-h"}, words
-
-
-def test_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from cli.tiny import make_adapter, make_base
-
-    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")
-    arguments = {
-        "merge_with_progress.py": [base, adapter, tmp_path / "one"],
-        "merge_two_adapters.py": [base, adapter, adapter, tmp_path / "two"],
-    }
-    assert [example.name for example in EXAMPLES] == sorted(arguments)
-    for example in EXAMPLES:
-        runpy.run_path(str(example))["main"](*map(str, arguments[example.name]))
-        assert "q_proj" in capsys.readouterr().out
 
 
 # -- README ----------------------------------------------------------------------------------------

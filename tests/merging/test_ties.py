@@ -163,6 +163,24 @@ def test_a_trained_head_is_measured_against_the_copy_of_the_embedding_it_is_tied
     assert (config["tie_word_embeddings"], config["vocab_size"]) == (False, GROWN)
 
 
+def test_what_peft_writes_along_or_twice_hides_nothing_that_comes_after_it(tmp_path: Path) -> None:
+    """It writes the base's own embeddings along, and trained ones twice, when rows were added."""
+    tables = {name: draw(GROWN, HIDDEN, seed=n) for n, name in enumerate([EMBED, HEAD])}
+    whole = {f"{toys.PREFIX}model.norm.modules_to_save.weight": draw(HIDDEN, seed=7)}
+    for name, table in tables.items():
+        module = f"{toys.PREFIX}{name.removesuffix('.weight')}"
+        whole |= {f"{module}.original_module.weight": draw(VOCAB, HIDDEN, seed=8)}
+        whole |= {f"{module}.modules_to_save.weight": table, f"{module}.weight": table}
+    found, config = merged(
+        tmp_path, toys.llama_tensors(), toys.CONFIG, whole, target_modules=["q_proj"],
+        modules_to_save=["lm_head", "embed_tokens", "norm"],
+    )  # fmt: skip
+    for name, table in tables.items():
+        assert found[name].tobytes() == table.astype(BF16).tobytes()
+    assert found["model.norm.weight"].tobytes() == draw(HIDDEN, seed=7).astype(BF16).tobytes()
+    assert config["vocab_size"] == GROWN
+
+
 # -- tensors that the base lacks -------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from peft import LoraConfig
 
 import regraft
+from regraft.formats.reading import FilePool
 from regraft.testing.adapters import make_adapter
 from regraft.testing.zoo import example_inputs, load_base, logits, make_base
 
@@ -156,3 +159,42 @@ def test_threads_with_less_room_than_adapters_get_their_own(
     with ThreadPoolExecutor(len(sources)) as pool:
         assert all(pool.map(work, sources))
     assert cache.stats().peak_bytes <= cache.max_bytes
+
+
+def test_a_file_that_was_written_to_since_it_was_looked_at_is_refused(
+    base: Path, sources: dict[str, Path], answers: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    copies = {
+        name: Path(shutil.copytree(sources[name], tmp_path / name)) for name in ("plain", "dora")
+    }
+    adapters = attached(base, copies, regraft.AdapterCache("1GB"))
+    (copies["plain"] / "adapter_model.safetensors").chmod(0o600)
+    with adapters.using("plain"):  # a new mode is no change
+        assert torch.equal(answer(adapters), answers["plain"])
+    shutil.copy(sources["dora"] / "adapter_model.safetensors", copies["dora"])
+    with (
+        pytest.raises(regraft.ChangedError, match="since it was looked at"),
+        adapters.using("dora"),
+    ):
+        answer(adapters)
+    adapters.delete_adapter("dora")
+    adapters.load_adapter(copies["dora"], "dora")
+    with adapters.using("dora"):
+        assert torch.equal(answer(adapters), answers["dora"])
+
+
+def test_an_adapter_is_not_loaded_of_two_states_of_its_file(
+    base: Path, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(sources["plain"], tmp_path / "a"))
+    weights, read_into = folder / "adapter_model.safetensors", FilePool.read_into
+
+    def changing(pool: FilePool, *arguments: Any) -> None:
+        read_into(pool, *arguments)
+        os.utime(weights)
+
+    monkeypatch.setattr(FilePool, "read_into", changing)
+    adapters = regraft.attach(load_base(base))
+    with pytest.raises(regraft.ChangedError) as caught:
+        adapters.load_adapter(folder)
+    assert [problem.where for problem in caught.value.problems] == [str(weights)]

@@ -27,6 +27,7 @@ class Room:
     def empty(self) -> None:
         """Empty it."""
         self.full = False
+        self.put(self.full, 1)
 '''
 
 CHANGED = {
@@ -38,7 +39,7 @@ CHANGED = {
     "pass": "the raise",
     "total = sum(sizes[2:])": "a place",
     "return [max(size, total) for size in sizes if size != 0]": "min",
-    "return [min(total, size) for size in sizes if size != 0]": "swapped",
+    "self.put(1, self.full)": "swapped",
     "return [min(size, total) for size in sizes if True]": "the filter",
     "return [min(size, total) for size in sizes if size == 0]": "!=",
     "return [min(size, total) for size in sizes if size != 1]": "zero",
@@ -101,3 +102,5 @@ def test_tests_that_call_the_changed_function_come_first_and_within_the_time(mut
     assert running.fitting(change, tests, 10) == [tests[1], tests[2]]
     unseen = changes.Change("merging/room.py", "kernel", (1, 0, 1, 1), "")
     assert len(running.fitting(unseen, tests, 100)) == 4
+    kernel = changes.Change("merging/kernels.py", "add", (1, 0, 1, 1), "")
+    assert running.fitting(kernel, tests, 100) == [tests[3], tests[1], tests[0]]

@@ -32,6 +32,7 @@ from regraft.formats.problems import DOWNLOAD_AGAIN, capped, quoted
 from regraft.formats.reading import typed_os_errors
 from regraft.formats.safetensors import read_header
 from regraft.formats.torch_zip import read_torch_file
+from regraft.formats.watching import Stamp
 from regraft.tensors import TensorSpec
 
 __all__ = [
@@ -124,6 +125,7 @@ class AdapterFiles:
         weights_file: the file name of the weights.
         metadata: the strings the safetensors header carries; empty for PyTorch's files.
         notes: what the user should know of how it was found.
+        seen: what the weights file was when it was opened, where it is to be read much later.
     """
 
     root: Path
@@ -134,6 +136,7 @@ class AdapterFiles:
     weights_file: str
     metadata: dict[str, str]
     notes: tuple[str, ...] = ()
+    seen: Stamp | None = None
 
     @property
     def weights_shown(self) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -55,6 +55,10 @@ class Stamp:
         return cls(
             found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
         )  # fmt: skip
+
+    def is_of_same_content(self, other: Stamp) -> bool:
+        """Whether nothing seems to be written since; modes and links of the file may differ."""
+        return replace(self, changed=0) == replace(other, changed=0)
 
 
 class Watch:
@@ -135,7 +139,7 @@ def current() -> Watch | None:
 
 
 @contextmanager
-def watched(*, to_the_end: bool = False) -> Iterator[None]:
+def watched(*, to_the_end: bool = False) -> Iterator[Watch]:
     """Watch the inputs of a verb; a decorator too.
 
     Args:
@@ -149,7 +153,7 @@ def watched(*, to_the_end: bool = False) -> Iterator[None]:
     token = _current.set(watch)
     try:
         with telling_changes():
-            yield
+            yield watch
             if to_the_end:
                 watch.check()
     finally:

@@ -72,6 +72,8 @@ class Lease(Generic[T]):
         values: the things by name.
     """
 
+    _released = True  # until it is made
+
     def __init__(self, store: Store[T], entries: Sequence[Entry[T]], owner: int) -> None:
         self._store, self._hold = store, _Hold(entries, owner)
         self._released = False
@@ -337,12 +339,12 @@ class Store(Generic[T]):
         for entry in entries:
             self._wake(entry)
         self._use(hold)
-        new = [entry for entry in entries if not entry.held]
-        self._make_room(_sum(new))
-        for entry in new:
-            entry.held = True
-        self.nbytes += _sum(new)
-        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        if new := [entry for entry in entries if not entry.held]:
+            self._make_room(_sum(new))
+            for entry in new:
+                entry.held = True
+            self.nbytes += _sum(new)
+            self.peak_bytes = max(self.peak_bytes, self.nbytes)
         self._half_done = False
 
     def _use(self, hold: _Hold[T]) -> None:

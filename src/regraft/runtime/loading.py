@@ -14,10 +14,11 @@ from regraft.adapters.fingerprint import KEY, mismatch
 from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.lora_config import VELORA
 from regraft.adapters.model import Adapter
-from regraft.errors import BaseMismatchWarning, UnsupportedError, redacted
+from regraft.errors import BaseMismatchWarning, ChangedError, UnsupportedError, redacted
 from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
+from regraft.formats.watching import Stamp, watched
 from regraft.merging.expert_stacks import check_version, with_version
 from regraft.merging.factors import not_finite
 from regraft.merging.match import prefix_changes
@@ -40,10 +41,14 @@ def open_files(
 
     Raises:
         UsageError: ``peft_version`` is no release that tells anything.
+        ChangedError: a file was changed meanwhile.
         RegraftError: it is none, or is malformed.
     """
     check_version(peft_version)
-    return with_version(open_adapter(locate(source, kind="adapter", token=token)), peft_version)
+    with watched(to_the_end=True) as watch:
+        files = open_adapter(locate(source, kind="adapter", token=token))
+    seen = watch.first(files.root / files.weights_file)
+    return with_version(replace(files, seen=seen), peft_version)
 
 
 def load(name: str, files: AdapterFiles, adapter: Adapter) -> LiveAdapter:
@@ -53,6 +58,7 @@ def load(name: str, files: AdapterFiles, adapter: Adapter) -> LiveAdapter:
 
     Raises:
         AdapterError: a tensor holds NaN or infinity.
+        ChangedError: the file was changed meanwhile, or since its header was read.
         AccessError, FormatError: the file cannot be read as its header says.
     """
     specs = list(files.tensors.values())
@@ -60,12 +66,29 @@ def load(name: str, files: AdapterFiles, adapter: Adapter) -> LiveAdapter:
     end = max(spec.start + spec.nbytes for spec in specs)
     whole = TensorSpec("", "U8", (end - begin,), specs[0].path, begin, end - begin)
     raw = torch.empty(end - begin, dtype=torch.uint8)
-    with FilePool() as pool:
+    with watched(to_the_end=True) as watch, FilePool() as pool:
         pool.read_into(whole, 0, memoryview(raw.numpy()))
+        _check_since(files, watch.first(whole.path))
     tensors = {key: _view(raw, spec, begin) for key, spec in files.tensors.items()}
     if not _is_finite(raw, specs):
         check_finite(tensors, files.tensors)
     return LiveAdapter(name, dict(files.config), adapter, tensors, dict(files.metadata))
+
+
+def _check_since(files: AdapterFiles, now: Stamp | None) -> None:
+    """Refuse a file that is another one than that whose header and config were read.
+
+    With a cache that may be long ago. New modes and links of a file are no change.
+
+    Raises:
+        ChangedError: it is.
+    """
+    if files.seen is not None and now is not None and not now.is_of_same_content(files.seen):
+        raise ChangedError(
+            "the adapter's file was changed since it was looked at", where=files.weights_shown,
+            expected="the file whose header and config were read",
+            hint="Load the adapter again (load_adapter), under another name or once it is deleted",
+        )  # fmt: skip
 
 
 def _view(raw: torch.Tensor, spec: TensorSpec, begin: int) -> torch.Tensor:

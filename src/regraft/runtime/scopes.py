@@ -138,7 +138,7 @@ class scope:  # noqa: N801 - it is used as a function
 
     def __del__(self) -> None:
         """Close what an interrupt has left open, at the moment in which its block was left."""
-        if self._token is not None:
+        if getattr(self, "_token", None) is not None:  # it may not even have been made
             self._close()
 
     def _close(self) -> None:
