@@ -256,5 +256,5 @@ def test_a_name_with_a_nul_is_refused(
 
 def test_a_base_that_an_adapter_names_with_a_nul_is_refused(tmp_path: Path) -> None:
     adapter = toys.write_adapter(tmp_path / "a", base_model_name_or_path="org/\0name")
-    with pytest.raises(InputError, match="NUL"):
+    with pytest.raises(InputError, match=r"is not here.*u0000"):
         regraft.merge(None, adapter, tmp_path / "out")

@@ -95,13 +95,20 @@ def test_a_damaged_cache_is_told_once_and_made_anew(
         assert run(cache) == (42, 1, [])
 
 
-def test_a_cache_as_numba_writes_it_or_of_another_version_is_made_anew_in_silence(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_as_numba_alone_writes_it_is_made_anew(cache: Path) -> None:
     run(cache)
     (index,) = files(cache, "nbi")
     index.write_bytes(pickle.dumps("0.50") + pickle.dumps(("stamp", {})))
-    assert run(cache) == (42, 0, [])
+    value, hits, said = run(cache)
+    assert (value, hits, len(said)) == (42, 0, 1)
+    assert "older version" in said[0]
+    assert run(cache) == (42, 1, [])
+
+
+def test_a_cache_of_another_numba_is_made_anew_in_silence(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(cache)
     with monkeypatch.context() as patch:
         patch.setattr(numba, "__version__", "0.50")
         assert run(cache) == (42, 0, [])

@@ -66,7 +66,7 @@ def read_metadata(folder: Path) -> Metadata:
         endless = text.startswith("---") and len(text) > _HEAD // 4
         return Metadata({}, _told(path, "without an end in its first 64 KiB") if endless else "")
     try:
-        found = yaml.load(match[1], _Loader)
+        found = _Loader(match[1]).get_single_data()
         return _kept(path, found if isinstance(found, dict) else {})
     except Exception as error:  # PyYAML raises what its parts do: ValueError, KeyError, ...
         said = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
