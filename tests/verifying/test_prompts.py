@@ -243,7 +243,26 @@ def test_without_peft_a_merge_that_is_not_rounded_answers(
     assert found.base_kl_mean == pytest.approx(expected.base_kl_mean, rel=1e-3)
 
 
+@pytest.mark.parametrize("keys", ["missing_keys", "unexpected_keys"])
 def test_an_adapter_that_peft_would_load_in_part(
+    models: Models, file: Path, monkeypatch: pytest.MonkeyPatch, keys: str
+) -> None:
+    import peft
+
+    load = peft.PeftModel.load_adapter
+
+    def loads_in_part(*arguments: Any, **named: Any) -> Any:
+        result = load(*arguments, **named)
+        return result._replace(**{keys: ["score.weight"]})
+
+    monkeypatch.setattr(peft.PeftModel, "load_adapter", loads_in_part)
+    report = compare(models.merged, models.base, models.adapter, file)
+    assert report.reference == "float32 merge"
+    assert "(1 tensors do not fit, such as 'score.weight')" in report.notes[0]
+    assert report.ok
+
+
+def test_an_adapter_that_peft_does_not_load(
     models: Models, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import peft
