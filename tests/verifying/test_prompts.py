@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from regraft.formats.hub import locate
 from regraft.merging.planning import Choices
 from regraft.testing import zoo
 from regraft.testing.adapters import make_adapter
+from regraft.verifying import prompts
 from regraft.verifying.prompt_file import read_prompts
 from regraft.verifying.prompt_report import PromptReport, Tally, judged
 from regraft.verifying.prompts import compare_prompts
@@ -165,6 +167,28 @@ def test_a_wrong_merge_answers_differently(
     assert report.verdict == "different"
     if not weight:
         assert report.kl_mean == report.base_kl_mean
+
+
+def test_one_model_is_in_memory_at_a_time(
+    models: Models, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    load = prompts._load
+
+    def watched(*arguments: Any) -> Any:
+        assert [model for model in loaded if model() is not None] == []
+        model = load(*arguments)
+        model.__dict__["part of a cycle"] = [model]
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(prompts, "_load", watched)
+    gc.disable()  # nothing is let go of by chance
+    try:
+        compare(models.merged, models.base, models.adapter, file)
+    finally:
+        gc.enable()
+    assert len(loaded) == 3
 
 
 def test_an_adapter_that_does_nothing_cannot_be_judged(models: Models, file: Path) -> None:
