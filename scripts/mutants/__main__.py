@@ -25,6 +25,7 @@ from mutants.running import (
     ROOMS,
     ROOT,
     Result,
+    Test,
     calls_of_tests,
     copy_tree,
     fitting,
@@ -73,8 +74,8 @@ def _arguments() -> argparse.Namespace:
         "--seconds", type=float, default=60, help="of tests for one change (default 60)"
     )
     parser.add_argument(
-        "--tests", nargs="*", default=[], metavar="FOLDER",
-        help="folders or files of tests besides the mirrored ones",
+        "--tests", nargs="+", default=list(ROOMS), metavar="FOLDER",
+        help="folders and files of tests to choose from (default: those of the four packages)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every change there")
     parser.add_argument("--work", type=Path, default=ROOT / ".mutants", metavar="FOLDER")
@@ -84,14 +85,14 @@ def _arguments() -> argparse.Namespace:
 def _results(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     tree = copy_tree(work / "tree")
     changes, known = list(_drawn(arguments, tree / PACKAGE)), _explanations()
+    tests: list[Test] = []
     for number, change in enumerate(changes, 1):
         text = (tree / PACKAGE / change.file).read_text(encoding="utf-8")
         diff = _diff(change.file, text, change.apply(text))
         why = known.get((change.file, *_changed_lines(text, change.apply(text))), "")
         result = Result(False, "", 0, 0.0)
         if not why:
-            folders = [_room(change), *arguments.tests]
-            tests = calls_of_tests(tree, arguments.work / "calls.json", folders)
+            tests = tests or calls_of_tests(tree, arguments.work / "calls.json", arguments.tests)
             fit = fitting(change, tests, arguments.seconds)
             result = tried(change, tree, work / "changed", fit)
         outcome = "noticed" if result.noticed else "equivalent" if why else "not noticed"

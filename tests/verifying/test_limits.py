@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import regraft
 from merging import toys
+from merging.quantized_bases import write_quantized
 from merging.toys import BF16
 from verifying.test_judge import FREE, NAMES, Tool, verdicts
 
@@ -100,6 +102,23 @@ def test_what_is_like_another_tensor_is_not_called_swapped(tool: Tool) -> None:
     tensors[first], tensors[second] = (1.005 * other).astype(BF16), mine.astype(BF16)
     report = tool.judge(tensors)
     assert {verdicts(report)[name] for name in (first, second)} == {"swapped"}
+
+
+def test_one_code_that_is_another_is_told(tmp_path: Path) -> None:
+    base, out = write_quantized(tmp_path / "base", "nf4"), tmp_path / "out"
+    adapter = toys.write_adapter(tmp_path / "adapter")
+    regraft.merge(base, adapter, out, quantize="keep", undo=False)
+    report = regraft.verify(out, base=base, adapters=adapter)
+    assert report.verdict == "exact", report.conclusions
+    touched, free = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "qo")
+    for path in out.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in {touched, free} & tensors.keys():
+            tensors[name].reshape(-1)[0] ^= 1
+        save_file(tensors, path, {"format": "pt"})
+    report = regraft.verify(out, base=base, adapters=adapter)
+    told = {name: verdict for name, verdict in verdicts(report).items() if verdict != "exact"}
+    assert told == {touched: "other", free: "changed"}
 
 
 GROWN = toys.VOCAB + 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from regraft.formats.hub import locate
 from regraft.merging.planning import Choices
 from regraft.testing import zoo
 from regraft.testing.adapters import make_adapter
+from regraft.verifying import prompts
 from regraft.verifying.prompt_file import read_prompts
 from regraft.verifying.prompt_report import PromptReport, Tally, judged
 from regraft.verifying.prompts import compare_prompts
@@ -167,6 +169,28 @@ def test_a_wrong_merge_answers_differently(
         assert report.kl_mean == report.base_kl_mean
 
 
+def test_one_model_is_in_memory_at_a_time(
+    models: Models, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    load = prompts._load
+
+    def watched(*arguments: Any) -> Any:
+        assert [model for model in loaded if model() is not None] == []
+        model = load(*arguments)
+        model.__dict__["part of a cycle"] = [model]
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(prompts, "_load", watched)
+    gc.disable()  # nothing is let go of by chance
+    try:
+        compare(models.merged, models.base, models.adapter, file)
+    finally:
+        gc.enable()
+    assert len(loaded) == 3
+
+
 def test_an_adapter_that_does_nothing_cannot_be_judged(models: Models, file: Path) -> None:
     report = compare(models.base, models.base, [(models.adapter, 1e-4)], file)
     assert not report.ok
@@ -243,7 +267,26 @@ def test_without_peft_a_merge_that_is_not_rounded_answers(
     assert found.base_kl_mean == pytest.approx(expected.base_kl_mean, rel=1e-3)
 
 
+@pytest.mark.parametrize("keys", ["missing_keys", "unexpected_keys"])
 def test_an_adapter_that_peft_would_load_in_part(
+    models: Models, file: Path, monkeypatch: pytest.MonkeyPatch, keys: str
+) -> None:
+    import peft
+
+    load = peft.PeftModel.load_adapter
+
+    def loads_in_part(*arguments: Any, **named: Any) -> Any:
+        result = load(*arguments, **named)
+        return result._replace(**{keys: ["score.weight"]})
+
+    monkeypatch.setattr(peft.PeftModel, "load_adapter", loads_in_part)
+    report = compare(models.merged, models.base, models.adapter, file)
+    assert report.reference == "float32 merge"
+    assert "(1 tensors do not fit, such as 'score.weight')" in report.notes[0]
+    assert report.ok
+
+
+def test_an_adapter_that_peft_does_not_load(
     models: Models, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import peft
