@@ -496,7 +496,8 @@ def test_what_cannot_be_read_any_more_is_done_again(
     real = os.preadv
 
     def preadv(fd: int, *rest: Any) -> int:
-        if WORK in os.readlink(f"/proc/self/fd/{fd}"):  # noqa: PTH115
+        path = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+        if WORK in path and "undo/adapter-" not in path:  # these are only made at the end
             raise OSError(errno.EIO, "bad sector")
         return real(fd, *rest)
 
