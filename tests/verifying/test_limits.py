@@ -104,6 +104,17 @@ def test_what_is_like_another_tensor_is_not_called_swapped(tool: Tool) -> None:
     assert {verdicts(report)[name] for name in (first, second)} == {"swapped"}
 
 
+def test_a_base_whose_digits_were_cut_off_has_no_delta(tmp_path: Path) -> None:
+    """It is off by up to a unit everywhere, and none of it is the delta's."""
+    tool = Tool(tmp_path, np.float32, size=0.3)
+    tensors = tool.merged(stored=BF16)
+    words = tool.weights[NAMES[1]].view(np.uint32) >> 16
+    tensors[NAMES[1]] = words.astype(np.uint16).view(BF16)
+    report = tool.judge(tensors)
+    told = {name: verdict for name, verdict in verdicts(report).items() if name in NAMES}
+    assert told == {name: "missing" if name == NAMES[1] else "rounding" for name in NAMES}
+
+
 def test_a_whole_module_is_measured_against_the_bases(tmp_path: Path) -> None:
     base, out = toys.write_base(tmp_path / "base"), tmp_path / "out"
     name, head = "lm_head.weight", toys.draw(toys.VOCAB, toys.HIDDEN, seed=5)
