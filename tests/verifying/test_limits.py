@@ -104,6 +104,15 @@ def test_what_is_like_another_tensor_is_not_called_swapped(tool: Tool) -> None:
     assert {verdicts(report)[name] for name in (first, second)} == {"swapped"}
 
 
+def test_a_base_with_one_tensor_changed_is_not_called_the_base(tool: Tool) -> None:
+    tensors = tool.merged(0.0)
+    assert tool.judge(tensors).conclusions[0].startswith("this is the base")
+    tensors[FREE[0]] = shifted(tensors[FREE[0]])
+    report = tool.judge(tensors)
+    assert verdicts(report)[FREE[0]] == "changed"
+    assert not any("this is the base" in said for said in report.conclusions)
+
+
 def test_a_base_whose_digits_were_cut_off_has_no_delta(tmp_path: Path) -> None:
     """It is off by up to a unit everywhere, and none of it is the delta's."""
     tool = Tool(tmp_path, np.float32, size=0.3)
