@@ -96,6 +96,9 @@ def test_a_module_of_one_side_has_a_delta_of_zero_on_the_other(tmp_path: Path) -
     y = write_adapter(tmp_path / "y", lowrank(MODULES[:2]))
     (delta,) = regraft.diff(x, y).deltas
     assert (delta.name, delta.ranks, delta.relative) == (MODULES[2], (8, None), 1.0)
+    norm = 1.5 * np.linalg.norm(product(lowrank(), MODULES[2]))  # the scale is 12 / 8
+    assert delta.norms == (pytest.approx(norm), 0)
+    assert delta.delta_norm == pytest.approx(norm)
     (delta,) = regraft.diff(y, x).deltas
     assert (delta.ranks, delta.relative, delta.cosine) == ((None, 8), math.inf, None)
     assert json.loads(json.dumps(regraft.diff(y, x).to_json()))["deltas"][0]["relative"] is None

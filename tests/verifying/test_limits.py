@@ -104,6 +104,45 @@ def test_what_is_like_another_tensor_is_not_called_swapped(tool: Tool) -> None:
     assert {verdicts(report)[name] for name in (first, second)} == {"swapped"}
 
 
+def test_a_base_with_one_tensor_changed_is_not_called_the_base(tool: Tool) -> None:
+    tensors = tool.merged(0.0)
+    assert tool.judge(tensors).conclusions[0].startswith("this is the base")
+    tensors[FREE[0]] = shifted(tensors[FREE[0]])
+    report = tool.judge(tensors)
+    assert verdicts(report)[FREE[0]] == "changed"
+    assert not any("this is the base" in said for said in report.conclusions)
+
+
+def test_a_base_whose_digits_were_cut_off_has_no_delta(tmp_path: Path) -> None:
+    """It is off by up to a unit everywhere, and none of it is the delta's."""
+    tool = Tool(tmp_path, np.float32, size=0.3)
+    tensors = tool.merged(stored=BF16)
+    words = tool.weights[NAMES[1]].view(np.uint32) >> 16
+    tensors[NAMES[1]] = words.astype(np.uint16).view(BF16)
+    report = tool.judge(tensors)
+    told = {name: verdict for name, verdict in verdicts(report).items() if name in NAMES}
+    assert told == {name: "missing" if name == NAMES[1] else "rounding" for name in NAMES}
+
+
+def test_a_whole_module_is_measured_against_the_bases(tmp_path: Path) -> None:
+    base, out = toys.write_base(tmp_path / "base"), tmp_path / "out"
+    name, head = "lm_head.weight", toys.draw(toys.VOCAB, toys.HIDDEN, seed=5)
+    head = (toys.load(base)[name].astype(np.float32) + 0.1 * head).astype(np.float32)
+    trained = toys.attention() | {f"{toys.PREFIX}{name}": head}
+    adapter = toys.write_adapter(tmp_path / "adapter", trained, modules_to_save=["lm_head"])
+    regraft.merge(base, adapter, out, dtype="float32", undo=False)
+    found = {}
+    for what, values in {
+        "rounding": head.astype(BF16), "missing": toys.load(base)[name],
+        "scale": toys.load(base)[name] + np.float32(3) * (head - toys.load(base)[name]),
+    }.items():  # fmt: skip
+        tensors = toys.load(out) | {name: values.astype(np.float32)}
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        report = regraft.verify(out, base=base, adapters=adapter)
+        found[what] = verdicts(report)[name]
+    assert found == {what: what for what in found}
+
+
 def test_one_code_that_is_another_is_told(tmp_path: Path) -> None:
     base, out = write_quantized(tmp_path / "base", "nf4"), tmp_path / "out"
     adapter = toys.write_adapter(tmp_path / "adapter")
