@@ -64,6 +64,7 @@ torture: $(VENV)/.dev
 	$(PY) scripts/torture_hostile.py --headers 1000000 --configs 100000
 	$(PY) scripts/torture_bitflips.py --small-all --large 1000 --folder .torture
 	$(PY) scripts/torture_undo.py
+	$(PY) scripts/torture_interrupts.py
 
 docs: $(VENV)/.dev
 	$(PY) -m pytest -q tests/docs
