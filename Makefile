@@ -66,6 +66,7 @@ torture: $(VENV)/.dev
 	$(PY) scripts/torture_bitflips.py --small-all --large 1000 --folder .torture
 	$(PY) scripts/torture_undo.py
 	$(PY) scripts/torture_inputs.py --every 3
+	$(PY) scripts/torture_interrupts.py
 
 mutants: $(VENV)/.model
 	PYTHONPATH=scripts $(PY) -m mutants --count 100 --json .mutants/report.json

@@ -224,7 +224,9 @@ def test_int8_is_that_of_bitsandbytes(dtype: str, shape: tuple[int, ...], scale:
     assert made["w.weight"].tobytes() == codes.view(torch.uint8).numpy().tobytes()
     assert made["w.SCB"].tobytes() == scales.numpy().tobytes()
     assert made["w.weight_format"].tobytes() == b"\0"
-    assert params.dtype != torch.int8 or torch.equal(params.data, codes)
+    assert params.data.dtype == torch.int8
+    assert made["w.weight"].tobytes() == params.data.view(torch.uint8).numpy().tobytes()
+    assert made["w.SCB"].tobytes() == params.SCB.numpy().tobytes()
 
 
 # -- fp8 -------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Interrupts at every step of what a handle does, and what has to hold after each.
 
 Python raises what a signal's handler raises in the main thread: after a call, as a function begins
-or a generator goes on, and at the end of a loop's round. A trace function raises ``KeyboardInterrupt``
-at the n-th of these steps, for every n, in the code of regraft's runtime and in what it uses of
+or a generator goes on, and at the end of a loop's round. A trace function raises an interrupt at
+the n-th of these steps, for every n, in the code of regraft's runtime and in what it uses of
 ``contextlib`` and ``threading``. Other threads are not traced: signals are not heard there either.
 """
 
@@ -313,7 +313,7 @@ class Operation:
 
     name: str
     act: Callable[[World], object]
-    prepare: Callable[[World], object] = field(default=lambda world: None)
+    prepare: Callable[[World], object] = field(default=lambda _: None)
 
 
 def _merged(world: World) -> None:
@@ -430,9 +430,9 @@ def at_every_point(
     number, count, wrong = first, 0, []
     while True:
         points = Points(number)
-        if not interrupted(world, operation, points):
+        if not interrupted(world, operation, points) and not points.where:
             return count, wrong + _list(after(world, f"{operation.name}, not interrupted"))
-        count += 1
+        count += 1  # also where Python swallows it: in a finalizer, or a weak reference's callback
         found = after(world, f"{operation.name}, point {number}, {points.where}")
         if found is not None:
             return count, [*wrong, found]

@@ -456,6 +456,94 @@ def test_a_large_request_is_not_starved_by_small_ones() -> None:
     run_threads(6, work)
 
 
+def started(work: Callable[[], None], until: Callable[[], object]) -> threading.Thread:
+    """Start a thread, and return it once it has come to where something holds."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not until() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert until()
+    return thread
+
+
+def test_who_comes_later_does_not_take_the_room_that_another_one_waits_for() -> None:
+    store, order = filled(Store(30, timeout=50.0)), []
+
+    def ask(names: str) -> None:
+        with store.lease(list(names)):
+            order.append(names)
+            time.sleep(0.01)
+
+    first = store.lease(["a"])
+    large = started(lambda: ask("bcd"), lambda: store._queue)
+    small = started(lambda: ask("e"), lambda: order or len(store._queue) == 2)
+    assert order == []
+    first.release()
+    for thread in (large, small):
+        thread.join(30)
+    assert order == ["bcd", "e"]
+
+
+def test_leases_without_an_end_on_what_is_there_do_not_starve_who_needs_room() -> None:
+    store, stop = filled(Store(20, timeout=2.0)), threading.Event()
+
+    def hold_in_turns(number: int) -> None:
+        while not stop.is_set():
+            with store.lease(["a"]):
+                time.sleep(0.02 + 0.01 * number)
+
+    threads = [started(lambda n=n: hold_in_turns(n), lambda: store._busy) for n in range(3)]
+    with store.lease(["b", "c"]) as lease:
+        assert lease.values == {"b": "B", "c": "C"}
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+
+
+def test_an_adapter_that_is_deleted_and_loaded_again_is_had_in_time() -> None:
+    cache, stop = AdapterCache(10, timeout=2.0), threading.Event()
+    cache.register("a", lambda: 0, 10)
+    seen: list[int] = []
+
+    def ask(_: int) -> None:
+        while not stop.is_set():
+            try:
+                with cache.lease(["a"]) as lease:
+                    seen.append(lease["a"])
+                    time.sleep(0.01)
+            except UsageError:  # just now there is none
+                time.sleep(0)
+
+    def come_and_go() -> None:
+        for version in range(1, 20):
+            cache.unregister("a")
+            cache.register("a", lambda version=version: version, 10)
+            with cache.lease(["a"]) as lease:
+                assert lease["a"] == version
+            time.sleep(0.01)
+
+    def work(number: int) -> None:
+        try:
+            come_and_go() if number == 0 else ask(number)
+        finally:
+            if number == 0:
+                stop.set()
+
+    begun = time.monotonic()
+    run_threads(6, work)
+    assert time.monotonic() - begun < 20
+    assert max(seen) >= 1
+
+
+def test_a_lease_that_is_let_go_of_without_a_release_is_released() -> None:
+    cache = filled(AdapterCache(10, timeout=5.0))
+    cache.lease(["a"])
+    with cache.lease(["b"]) as lease:
+        assert lease["b"] == "B"
+    assert cache.stats().nbytes == 10
+
+
 def test_prefetched_adapters_are_there_when_they_are_asked_for() -> None:
     cache = filled(AdapterCache(30))
     assert [each.result(30) for each in cache.prefetch("abc")] == [True, True, True]

@@ -126,6 +126,8 @@ def test_what_answers_is_not_deleted(adapters: regraft.Adapters) -> None:
         adapters.delete_adapter("a")
     with adapters.using("b"), pytest.raises(regraft.UsageError, match="answers now"):
         adapters.delete_adapter("b")
+    with adapters.using("b"), pytest.raises(regraft.UsageError, match="answers now"):
+        adapters.delete_adapter("a")  # what answers for all others
     adapters.delete_adapter("b")
     assert adapters.names == ("a", "c")
     adapters.set_adapter(None)

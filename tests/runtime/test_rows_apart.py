@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import regraft
+from regraft.runtime.mixed_modules import Split, layout_of
+from regraft.runtime.row_axes import Axis
 
 ROWS = ["a", "b", None]
 
@@ -49,6 +51,31 @@ class Recurrent(nn.Module):
         x = self.lin(x)
         y = self.rnn(x if self.first else x.transpose(0, 1))[0]
         return y if self.first else y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@torch.no_grad()
+def test_attention_masks_of_each_head_go_with_their_rows(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    rows, heads, length, width = 5, 2, 3, 8
+    layers = [nn.MultiheadAttention(width, heads, batch_first=batch_first) for _ in range(2)]
+    x = torch.randn(rows, length, width)
+    x = x if batch_first else x.transpose(0, 1)
+    masks = torch.rand(rows * heads, length, length) < 0.4
+    masks[:, :, 0] = False  # something is left to look at
+    given = {"query": x, "key": x, "value": x, "attn_mask": masks}
+    groups = [(0, [0, 3]), (1, [1, 2, 4])]
+    layout = layout_of(layers[0], Axis("attention"), given)
+    split = Split(layout, groups, given)
+    out, weights = split.run(lambda number, taken: layers[number](**taken))
+    for number, places in groups:
+        expected, of_heads = layers[number](**given)
+        axis = 0 if batch_first else 1
+        index = torch.tensor(places)
+        torch.testing.assert_close(
+            out.index_select(axis, index), expected.index_select(axis, index)
+        )
+        torch.testing.assert_close(weights[index], of_heads[index])
 
 
 @pytest.mark.parametrize("length", [3, 5, 6])

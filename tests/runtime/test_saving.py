@@ -541,6 +541,52 @@ def test_the_fingerprint_is_of_the_base_and_not_of_what_was_merged_into_it(tmp_p
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
 
 
+def fingerprint_in(folder: Path) -> str | None:
+    """Return the fingerprint that an adapter's file carries."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return (file.metadata() or {}).get(KEY)
+
+
+@pytest.mark.parametrize("merged", ["a", "b"])
+def test_saved_while_adapters_are_merged_it_gets_no_fingerprint_of_them(
+    tmp_path: Path, merged: str
+) -> None:
+    for seed, name in enumerate("ab"):
+        config, tensors = small(seed=seed)
+        regraft.save(live(config, tensors), tmp_path / name)  # without a base
+    model = make_model("llama")
+    adapters = regraft.attach(model, tmp_path / "a", "a")
+    adapters.load_adapter(tmp_path / "b", "b")
+    regraft.save(adapters, tmp_path / "before", name="a")
+    adapters.merge_adapter(merged)
+    regraft.save(adapters, tmp_path / "while", name="a")
+    assert fingerprint_in(tmp_path / "while") is None
+    with adapters.disable_adapter():
+        regraft.save(adapters, tmp_path / "disabled", name="a")
+    adapters.unmerge_adapter()
+    regraft.save(adapters, tmp_path / "after", name="a")
+    expected = fingerprint_in(tmp_path / "before")
+    assert expected is not None
+    assert fingerprint_in(tmp_path / "disabled") == fingerprint_in(tmp_path / "after") == expected
+
+
+def test_trained_on_another_base_it_carries_that_ones_fingerprint(tmp_path: Path) -> None:
+    regraft.save(peft_model(), tmp_path / "first")
+    other = make_model("llama")
+    for parameter in other.parameters():
+        parameter.data = parameter.data.roll(1, -1)
+    for is_trainable, name in ((False, "used"), (True, "trained")):
+        with pytest.warns(regraft.BaseMismatchWarning):
+            adapters = regraft.attach(other, tmp_path / "first", is_trainable=is_trainable)
+        regraft.save(adapters, tmp_path / name)
+        adapters.detach()
+    assert fingerprint_in(tmp_path / "used") == fingerprint_in(tmp_path / "first")
+    assert fingerprint_in(tmp_path / "trained") not in (None, fingerprint_in(tmp_path / "first"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", regraft.BaseMismatchWarning)
+        regraft.attach(other, tmp_path / "trained")
+
+
 @pytest.mark.parametrize(
     ("source", "heading"),
     [("mine.tmp", "mine"), ("tmp-checkpoint-5", "checkpoint-5"), ("tmpab12_xyz", "adapter")],
