@@ -23,7 +23,7 @@ from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.bases import see
 from regraft.merging.events import Progress, tell
 from regraft.merging.expert_stacks import with_version
-from regraft.merging.jobs import plan_digest
+from regraft.merging.targets import plan_digest
 from regraft.merging.keep import keeps
 from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
 from regraft.merging.merged_adapters import check_adapter, open_kept, weights_of

@@ -18,7 +18,7 @@ from merging.toys import BF16, PREFIX, draw, write_adapter, write_base
 from regraft.deltas.cutting import UNIT_COLUMNS
 from regraft.merging import planning
 from regraft.merging.execute import Task, execute
-from regraft.merging.jobs import merge_targets
+from regraft.merging.targets import merge_targets
 from regraft.merging.keep import keeps
 from regraft.merging.patch import PatchWriter
 from regraft.merging.planning import SMALLEST_TILE

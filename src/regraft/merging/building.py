@@ -9,7 +9,8 @@ from pathlib import Path
 from regraft.merging.events import Progress, tell
 from regraft.merging.execute import OpenSource, Task, execute
 from regraft.merging.finalize import Used, sides_of, write_rest
-from regraft.merging.jobs import Done, Target, count_done, fingerprint, jobs_of, merge_targets
+from regraft.merging.jobs import Done, count_done, fingerprint, jobs_of
+from regraft.merging.targets import Target, merge_targets
 from regraft.merging.keep import digests_only, keeps
 from regraft.merging.patch import PatchWriter
 from regraft.merging.plan import Plan

@@ -20,7 +20,8 @@ from regraft.merging.compute import StepMath
 from regraft.merging.dequantizing import DequantizingSource
 from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.factors import FactorStore, read_differently
-from regraft.merging.jobs import Done, Job, Target, jobs_of
+from regraft.merging.jobs import Done, Job, jobs_of
+from regraft.merging.targets import Target
 from regraft.merging.keep import Keep, KeepRun, keep_tiles
 from regraft.merging.ledger import Closing, Ledger
 from regraft.merging.patch import PatchWriter

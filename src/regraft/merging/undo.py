@@ -26,7 +26,7 @@ from regraft.formats.layout import RECEIPT
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import open_regular, read_at, typed_os_errors
 from regraft.merging.bases import open_base
-from regraft.merging.jobs import Target, plan_digest
+from regraft.merging.targets import Target, plan_digest
 from regraft.merging.keep import Keep
 from regraft.merging.output import copy_file, write_file
 from regraft.merging.patch import (
