@@ -45,7 +45,8 @@ from safetensors.numpy import save_file
 
 import regraft
 from regraft.errors import EnvironmentShortfall, OutputExistsError
-from regraft.merging import execute, ledger
+from regraft.merging.execution import commit_log as ledger
+from regraft.merging.execution import scheduler as execute
 from regraft.tensors import parse_size
 
 PREFIX = "base_model.model."

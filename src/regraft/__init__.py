@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     )
     from regraft.inspection import Inspection, inspect
     from regraft.merging.events import ProgressEvent
-    from regraft.merging.leftovers import Leftover
-    from regraft.merging.plan import Plan
-    from regraft.merging.receipt import Receipt
-    from regraft.merging.report import CheckReport, UnmergeReport
+    from regraft.merging.files.leftovers import Leftover
+    from regraft.merging.files.receipt import Receipt
+    from regraft.merging.planning.plan import Plan
+    from regraft.merging.planning.report import CheckReport, UnmergeReport
     from regraft.runtime.attaching import attach, handle_of
     from regraft.runtime.cache import AdapterCache, CacheStats
     from regraft.runtime.handle import Adapters as Adapters
@@ -60,11 +60,11 @@ _HOME = {
     "inspect": "regraft.inspection",
     "Inspection": "regraft.inspection",
     "ProgressEvent": "regraft.merging.events",
-    "Plan": "regraft.merging.plan",
-    "Receipt": "regraft.merging.receipt",
-    "CheckReport": "regraft.merging.report",
-    "UnmergeReport": "regraft.merging.report",
-    "Leftover": "regraft.merging.leftovers",
+    "Plan": "regraft.merging.planning.plan",
+    "Receipt": "regraft.merging.files.receipt",
+    "CheckReport": "regraft.merging.planning.report",
+    "UnmergeReport": "regraft.merging.planning.report",
+    "Leftover": "regraft.merging.files.leftovers",
     "convert": "regraft.converting",
     "dequantize": "regraft.converting",
     "quantize": "regraft.converting",

@@ -15,10 +15,8 @@ from regraft.formats.hub import locate
 from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
-from regraft.merging.bases import open_base, open_base_headers, see
 from regraft.merging.events import Progress, tell
-from regraft.merging.gap import TrainedOn
-from regraft.merging.output import (
+from regraft.merging.files.publish import (
     SLACK_BYTES,
     check_output,
     check_space,
@@ -26,11 +24,10 @@ from regraft.merging.output import (
     out_path,
     replaced_inputs,
 )
-from regraft.merging.plan import Plan
-from regraft.merging.planning import Choices, make_plan, settled
-from regraft.merging.quantized import check_scales
-from regraft.merging.quantizing import KEEP
-from regraft.merging.recipe import (
+from regraft.merging.inputs.base import open_base, open_base_headers, see
+from regraft.merging.inputs.dequantized_view import check_scales
+from regraft.merging.planning.base_drift import TrainedOn
+from regraft.merging.planning.options import (
     AdapterArg,
     Coding,
     base_named_by,
@@ -40,10 +37,13 @@ from regraft.merging.recipe import (
     read_adapters,
     refuse_swapped,
 )
-from regraft.merging.report import CheckReport
+from regraft.merging.planning.plan import Plan
+from regraft.merging.planning.planner import Choices, make_plan, settled
+from regraft.merging.planning.quantized_output import KEEP
+from regraft.merging.planning.report import CheckReport
 
 if TYPE_CHECKING:
-    from regraft.merging.receipt import Receipt
+    from regraft.merging.files.receipt import Receipt
 
 
 @watched()
@@ -135,8 +135,8 @@ def merge(
     check_space(place, made.disk_bytes)
 
     from regraft.merging.building import build
-    from regraft.merging.undo import Keeping
-    from regraft.merging.workplace import workplace
+    from regraft.merging.files.staging import workplace
+    from regraft.merging.undo.manifest import Keeping
 
     with workplace(place, overwrite=overwrite) as work:
         called = command or call_of("merge", made.base.source, made)

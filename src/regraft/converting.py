@@ -12,9 +12,8 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
 from regraft.formats.watching import watched
 from regraft.memory import peak_memory
-from regraft.merging.bases import open_base, see
 from regraft.merging.events import Progress, tell
-from regraft.merging.output import (
+from regraft.merging.files.publish import (
     SLACK_BYTES,
     check_output,
     check_space,
@@ -22,14 +21,15 @@ from regraft.merging.output import (
     out_path,
     replaced_inputs,
 )
-from regraft.merging.plan import Plan
-from regraft.merging.planning import Choices, make_plan
-from regraft.merging.quantized import Quantization, check_scales
-from regraft.merging.quantizing import KEEP, resolved
-from regraft.merging.recipe import Coding, choices_of
+from regraft.merging.inputs.base import open_base, see
+from regraft.merging.inputs.dequantized_view import Quantization, check_scales
+from regraft.merging.planning.options import Coding, choices_of
+from regraft.merging.planning.plan import Plan
+from regraft.merging.planning.planner import Choices, make_plan
+from regraft.merging.planning.quantized_output import KEEP, resolved
 
 if TYPE_CHECKING:
-    from regraft.merging.receipt import Receipt
+    from regraft.merging.files.receipt import Receipt
 
 
 def convert(
@@ -247,7 +247,7 @@ def _build(
     overwrite: bool,
 ) -> Receipt:  # fmt: skip
     from regraft.merging.building import build
-    from regraft.merging.workplace import workplace
+    from regraft.merging.files.staging import workplace
 
     files = [shard.path for shard in made.stored.shards]
     if not made.stored.single_file:

@@ -256,7 +256,7 @@ def _inspect(located: Located, token: str | None) -> Inspection:
         return _of_adapter(open_adapter(located))
     refuse_foreign(located.path)
     if looks == "gguf":
-        from regraft.merging.bases import open_base
+        from regraft.merging.inputs.base import open_base
 
         return _of_checkpoint(open_base(located), merged=False)
     if located.subfolder:  # the Hub tells headers of files at the top alone

@@ -20,22 +20,26 @@ from regraft.formats.reading import FilePool
 from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
-from regraft.merging.bases import see
 from regraft.merging.events import Progress, tell
-from regraft.merging.expert_stacks import with_version
-from regraft.merging.targets import plan_digest
-from regraft.merging.keep import keeps
-from regraft.merging.leftovers import Leftover, find_leftovers, remove_leftover
-from regraft.merging.merged_adapters import check_adapter, open_kept, weights_of
-from regraft.merging.output import check_output, check_space, out_path, replaced_inputs
-from regraft.merging.patch import PatchReader
-from regraft.merging.plan import Plan, Step
-from regraft.merging.planning import Choices, fit_memory, make_plan, parse_dtype, settled
-from regraft.merging.quantized import Quantization
-from regraft.merging.receipt import Receipt, read_receipt
-from regraft.merging.recipe import AdapterArg, Coding, choices_of, open_adapters, parse_adapters
-from regraft.merging.report import UnmergeReport
-from regraft.merging.undo import (
+from regraft.merging.files.leftovers import Leftover, find_leftovers, remove_leftover
+from regraft.merging.files.publish import check_output, check_space, out_path, replaced_inputs
+from regraft.merging.files.receipt import Receipt, read_receipt
+from regraft.merging.files.staging import Workplace, workplace
+from regraft.merging.inputs.base import see
+from regraft.merging.inputs.dequantized_view import Quantization
+from regraft.merging.inputs.expert_stacks import with_version
+from regraft.merging.planning.options import (
+    AdapterArg,
+    Coding,
+    choices_of,
+    open_adapters,
+    parse_adapters,
+)
+from regraft.merging.planning.plan import Plan, Step
+from regraft.merging.planning.planner import Choices, fit_memory, make_plan, parse_dtype, settled
+from regraft.merging.planning.report import UnmergeReport
+from regraft.merging.planning.targets import plan_digest
+from regraft.merging.undo.manifest import (
     PATCH,
     UNDO,
     Keeping,
@@ -48,11 +52,13 @@ from regraft.merging.undo import (
     side_files,
     stand_in,
 )
-from regraft.merging.workplace import Workplace, workplace
+from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weights_of
+from regraft.merging.undo.patch import PatchReader
+from regraft.merging.undo.residuals import keeps
 
 if TYPE_CHECKING:
-    from regraft.merging.execute import OpenSource
-    from regraft.merging.restore import Recipe
+    from regraft.merging.execution.scheduler import OpenSource
+    from regraft.merging.undo.restore import Recipe
 
 RECEIPT = "regraft/receipt.json"
 
@@ -184,8 +190,8 @@ def swap(
     check_space(place, sum(file.size for file in found.manifest.files))
 
     from regraft.merging.building import build
-    from regraft.merging.execute import FACTOR_CACHE
-    from regraft.merging.factors import FactorStore
+    from regraft.merging.compute.factors import FactorStore
+    from regraft.merging.execution.scheduler import FACTOR_CACHE
 
     with workplace(place, overwrite=overwrite) as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
@@ -362,7 +368,7 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
     Raises:
         UnsupportedError: this version of regraft plans that merge in another way.
     """
-    from regraft.merging.restore import Recipe
+    from regraft.merging.undo.restore import Recipe
 
     folder = work.fresh_base()
     source = found.receipt.base
@@ -411,7 +417,7 @@ def _check_merged(found: _Found, made: Plan) -> None:
 
 
 def _opener(undone: _Undone, found: _Found) -> OpenSource:
-    from regraft.merging.restore import RestoringSource
+    from regraft.merging.undo.restore import RestoringSource
 
     path = found.folder / UNDO / PATCH
     return lambda files, store: RestoringSource(
@@ -420,7 +426,7 @@ def _opener(undone: _Undone, found: _Found) -> OpenSource:
 
 
 def _write_side_files(found: _Found, work: Workplace) -> list[str]:
-    from regraft.merging.output import write_file
+    from regraft.merging.files.publish import write_file
 
     names = []
     for name, content in side_files(found.folder, found.manifest):

@@ -16,7 +16,7 @@ from cli.test_plan_text import lora, plan
 from cli.test_receipt_text import TOTALS, receipt
 from cli.tiny import make_receipt
 from regraft.errors import InputError, Problem
-from regraft.merging.report import CheckReport
+from regraft.merging.planning.report import CheckReport
 
 
 class Called:

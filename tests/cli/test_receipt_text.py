@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft.cli.receipt_text import render
-from regraft.merging.receipt import InputRecord, Receipt, TensorRecord, Totals
+from regraft.merging.files.receipt import InputRecord, Receipt, TensorRecord, Totals
 
 
 def record(name: str, delta: float | None = None, changed: int = 0) -> TensorRecord:

@@ -29,7 +29,7 @@ from regraft.formats.json_file import read_json
 from regraft.formats.remote import checkpoint_of
 from regraft.formats.safetensors import build_header, read_header
 from regraft.formats.torch_zip import read_torch_file
-from regraft.merging.planning import Choices, make_plan
+from regraft.merging.planning.planner import Choices, make_plan
 from regraft.tensors import TensorSpec
 from regraft.testing.hostile import files, folders, mutation, pickles
 from regraft.testing.hostile.files import run_headers, run_json, run_tensors

@@ -10,7 +10,7 @@ import yaml
 
 import regraft
 from merging import toys
-from regraft.merging.card import hub_id, repository_of
+from regraft.merging.files.card import hub_id, repository_of
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from merging import toys
 from merging.test_undo import comparable
 from regraft import ChangedError, ProgressEvent
 from regraft.formats.watching import Stamp
-from regraft.merging import finalize, undo
-from regraft.merging.factors import FactorStore
+from regraft.merging import finalize
+from regraft.merging.compute.factors import FactorStore
+from regraft.merging.undo import manifest as undo
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 SIDES = ("tokenizer.json", "LICENSE", "README.md")

@@ -10,7 +10,7 @@ import pytest
 
 import regraft
 from merging import toys
-from regraft.merging.expert_stacks import by_version
+from regraft.merging.inputs.expert_stacks import by_version
 
 EXPERTS, RANK, SIZE = 3, 2, 8
 ALPHA = 2  # a scale of one

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from regraft.demo.model import _dense
 from regraft.errors import FormatError, InputError, MismatchError, UnsupportedError
 from regraft.formats.reading import FilePool
-from regraft.merging.gguf_base import GgufBase, open_gguf_base
+from regraft.merging.inputs.gguf import GgufBase, open_gguf_base
 from regraft.names.gguf import FAMILIES, REFUSED
 from regraft.numerics.arrays import Bytes
 from regraft.quant.weight import Block, Decoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from regraft.merging.markup import block, cell, code, prose
+from regraft.merging.files.markup import block, cell, code, prose
 
 FENCE = "```"
 

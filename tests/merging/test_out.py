@@ -13,7 +13,7 @@ import regraft
 from merging import toys
 from regraft.cli.app import app
 from regraft.errors import OutputExistsError
-from regraft.merging import output
+from regraft.merging.files import publish as output
 
 Verb = Callable[[Path, str], object]
 

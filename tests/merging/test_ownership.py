@@ -15,7 +15,7 @@ from merging import toys
 from merging.toys import tree
 from regraft.cli.app import app
 from regraft.errors import AccessError
-from regraft.merging import workplace
+from regraft.merging.files import staging as workplace
 from regraft.runtime.saving.files import write_adapter
 
 WORK = ".out.regraft"

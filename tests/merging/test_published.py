@@ -22,7 +22,8 @@ from merging.quantized_bases import four_bit, int8
 from merging.toys import draw, lora, write_adapter
 from regraft.adapters.fingerprint import KEY, Fingerprint, places_of
 from regraft.errors import MismatchError
-from regraft.merging import quantized, stacking
+from regraft.merging.inputs import dequantized_view as quantized
+from regraft.merging.inputs import stacking
 
 EXPERTS, HIDDEN, INTER = 3, 64, 48
 SCALE = toys.ALPHA / toys.RANK
@@ -205,8 +206,8 @@ def test_experts_are_the_same_whatever_is_turned_at_a_time(
     regraft.merge(base, adapter, tmp_path / "one", dtype="float32")
     monkeypatch.setattr(quantized, "BAND_BYTES", 5 * 2 * INTER * 2)
     monkeypatch.setattr(stacking, "_STRIP", 3 * INTER)
-    monkeypatch.setattr("regraft.merging.planning.LARGEST_TILE", 0)
-    monkeypatch.setattr("regraft.merging.planning.SMALLEST_TILE", 4096)
+    monkeypatch.setattr("regraft.merging.planning.planner.LARGEST_TILE", 0)
+    monkeypatch.setattr("regraft.merging.planning.planner.SMALLEST_TILE", 4096)
     monkeypatch.setattr(stacking, "_FEW", 1)
     for threads in (1, 8):
         regraft.merge(base, adapter, tmp_path / f"{threads}", dtype="float32", threads=threads)

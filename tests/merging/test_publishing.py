@@ -11,7 +11,7 @@ import pytest
 
 import regraft
 from merging import toys
-from regraft.merging import output
+from regraft.merging.files import publish as output
 
 State = Any
 """Of a file its size and time, of a folder what is in it."""

@@ -201,10 +201,10 @@ def test_bytes_depend_on_neither_threads_nor_tiles(
     options: dict[str, Any],
 ) -> None:  # fmt: skip
     regraft.merge(nf4, adapter, tmp_path / "a", **options)
-    monkeypatch.setattr("regraft.merging.planning.LARGEST_TILE", 4096)
-    monkeypatch.setattr("regraft.merging.planning.SMALLEST_TILE", 256)
-    monkeypatch.setattr("regraft.merging.tiles.UNIT_COLUMNS", 16)
-    monkeypatch.setattr("regraft.merging.planning.BASELINE_BYTES", 512 * 2**20 - 60 * 2**20)
+    monkeypatch.setattr("regraft.merging.planning.planner.LARGEST_TILE", 4096)
+    monkeypatch.setattr("regraft.merging.planning.planner.SMALLEST_TILE", 256)
+    monkeypatch.setattr("regraft.merging.planning.tiles.UNIT_COLUMNS", 16)
+    monkeypatch.setattr("regraft.merging.planning.planner.BASELINE_BYTES", 512 * 2**20 - 60 * 2**20)
     regraft.merge(nf4, adapter, tmp_path / "b", threads=1, **options)
     weights = [sorted((tmp_path / n).glob("*.safetensors")) for n in "ab"]
     for one, other in zip(*weights, strict=True):

@@ -27,8 +27,8 @@ from merging.toys import (
     write_adapter,
     write_base,
 )
-from regraft.merging.receipt import read_receipt, receipt_bytes
-from regraft.merging.sidefiles import json_bytes
+from regraft.merging.files.receipt import read_receipt, receipt_bytes
+from regraft.merging.files.side_files import json_bytes
 
 RECEIPT = Path("regraft") / "receipt.json"
 

@@ -16,14 +16,14 @@ import regraft
 from merging import toys
 from merging.toys import BF16, PREFIX, draw, write_adapter, write_base
 from regraft.deltas.cutting import UNIT_COLUMNS
-from regraft.merging import planning
-from regraft.merging.execute import Task, execute
-from regraft.merging.targets import merge_targets
-from regraft.merging.keep import keeps
-from regraft.merging.patch import PatchWriter
-from regraft.merging.planning import SMALLEST_TILE
-from regraft.merging.undo import section_names
-from regraft.merging.workplace import workplace
+from regraft.merging.execution.scheduler import Task, execute
+from regraft.merging.files.staging import workplace
+from regraft.merging.planning import planner as planning
+from regraft.merging.planning.planner import SMALLEST_TILE
+from regraft.merging.planning.targets import merge_targets
+from regraft.merging.undo.manifest import section_names
+from regraft.merging.undo.patch import PatchWriter
+from regraft.merging.undo.residuals import keeps
 
 SMALLEST_CAP = "219MiB"
 """What the plan asks for at least when no single step needs much."""

@@ -21,8 +21,11 @@ from merging import toys
 from merging.processes import environment, python
 from merging.toys import tree
 from regraft.errors import AccessError, BusyError, DiskSpaceError, OutputExistsError
-from regraft.merging import building, leftovers, output, workplace
-from regraft.merging.run import StepRun
+from regraft.merging import building
+from regraft.merging.execution.step_run import StepRun
+from regraft.merging.files import leftovers
+from regraft.merging.files import publish as output
+from regraft.merging.files import staging as workplace
 
 WORK = ".out.regraft"
 SHARD = "out/model-00001-of-00003.safetensors"
@@ -81,7 +84,9 @@ SERVER = """
 import json, os, signal, sys
 from pathlib import Path
 import regraft
-from regraft.merging import ledger, output, patch
+from regraft.merging.execution import commit_log as ledger
+from regraft.merging.files import publish as output
+from regraft.merging.undo import patch
 
 ledger.SECONDS_BETWEEN_NOTES = -1
 calls = published = 0
@@ -383,7 +388,7 @@ def test_other_inputs_and_options_start_afresh(
     interrupt(12, **({"adapter": "../plain"} if change == "the weight" else {}))
     action(place)
     if change == "the version":
-        monkeypatch.setattr("regraft.merging.jobs.__version__", "9")
+        monkeypatch.setattr("regraft.merging.execution.jobs.__version__", "9")
     assert set(worked_on(monkeypatch, **options)) >= set(toys.llama_tensors())
     found = comparable(Path("out"))
     shutil.rmtree("out")

@@ -34,7 +34,7 @@ from regraft.errors import (
     UsageError,
 )
 from regraft.formats import inside
-from regraft.merging import output
+from regraft.merging.files import publish as output
 
 
 class Stand:
@@ -254,7 +254,7 @@ def test_no_room_is_exit_code_4(tmp_path: Path, small_disk: Callable[[int], Path
 
 
 NOTES_AT_ONCE = """
-from regraft.merging import ledger
+from regraft.merging.execution import commit_log as ledger
 ledger.SECONDS_BETWEEN_NOTES = 0
 from regraft.cli import main
 main()

@@ -13,7 +13,7 @@ import numpy as np
 from blake3 import blake3
 from safetensors.numpy import load_file, save_file
 
-from regraft.merging.receipt import read_receipt, receipt_bytes
+from regraft.merging.files.receipt import read_receipt, receipt_bytes
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -17,8 +17,8 @@ from regraft.adapters.fingerprint import parsed, places_of
 from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
 from regraft.merging.another_base import SeenBase
-from regraft.merging.bases import open_base, see
-from regraft.merging.source import FileSource
+from regraft.merging.inputs.base import open_base, see
+from regraft.merging.inputs.source import FileSource
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.saving.fingerprint import (
     Parameter,

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import regraft
-from regraft.merging.backwards import Backwards
-from regraft.merging.compute import StepMath
+from regraft.merging.compute.step_inverse import Backwards
+from regraft.merging.compute.step_math import StepMath
 from regraft.runtime.whole import Turns, asked_to_stop, whole
 from runtime.interrupts import OPERATIONS, Operation, World, at_every_point, at_random, bits_of
 

@@ -27,7 +27,7 @@ from regraft.errors import (
     UnsupportedError,
     UsageError,
 )
-from regraft.merging.compute import StepMath
+from regraft.merging.compute.step_math import StepMath
 from regraft.runtime.in_place.merge import Merged, merge, swap
 from regraft.runtime.in_place.pool import run_all
 from regraft.runtime.live_base import LiveBase
@@ -277,7 +277,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(
 def test_a_failure_while_unmerging_leaves_the_model_merged(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regraft.merging.backwards import Backwards
+    from regraft.merging.compute.step_inverse import Backwards
 
     model, base, adapters = llama
     before = bits(model)

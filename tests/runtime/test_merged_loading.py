@@ -22,7 +22,7 @@ from faithful.cases import ATTENTION, MIXTRAL_EXPERTS, lora
 from merging import toys
 from merging.quantized_bases import write_quantized
 from regraft.libraries import require
-from regraft.merging.in_memory import MemoryMerge
+from regraft.merging.execution.in_memory import MemoryMerge
 from regraft.testing.adapters import make_adapter
 from regraft.testing.zoo import example_inputs, logits, make_base
 

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import regraft
 from regraft.errors import MismatchError
-from regraft.merging.coding import Coder
+from regraft.merging.compute.requantize import Coder
 from regraft.runtime.in_place import quantized
 from regraft.runtime.in_place.merge import merge, swap
 from regraft.runtime.live_base import LiveBase

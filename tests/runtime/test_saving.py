@@ -402,7 +402,7 @@ KILLED = """
 import json, os, shutil, sys
 from pathlib import Path
 import torch
-from regraft.merging import output
+from regraft.merging.files import publish as output
 from regraft.runtime.saving import files
 
 changes = True

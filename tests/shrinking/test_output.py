@@ -261,7 +261,7 @@ def test_the_output_is_not_an_input(tmp_path: Path) -> None:
 def test_too_little_room_is_found_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regraft.merging.output.free_bytes", lambda _: 10)
+    monkeypatch.setattr("regraft.merging.files.publish.free_bytes", lambda _: 10)
     refused(DiskSpaceError, write_adapter(tmp_path / "a"))
 
 

@@ -20,7 +20,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.cli.app import app
 from regraft.formats.checkpoint import open_adapter, open_checkpoint
 from regraft.formats.hub import locate
-from regraft.merging.planning import Choices
+from regraft.merging.planning.planner import Choices
 from regraft.testing import zoo
 from regraft.testing.adapters import make_adapter
 from regraft.verifying import prompts

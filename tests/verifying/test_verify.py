@@ -15,8 +15,8 @@ import pytest
 
 import regraft
 from merging import toys
-from regraft.merging.receipt import read_receipt, receipt_bytes
-from regraft.merging.sidefiles import json_bytes
+from regraft.merging.files.receipt import read_receipt, receipt_bytes
+from regraft.merging.files.side_files import json_bytes
 from regraft.verifying.report import Difference
 
 RECEIPT = "regraft/receipt.json"

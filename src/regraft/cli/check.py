@@ -10,7 +10,7 @@ from regraft.cli import options
 from regraft.cli.output import Output
 
 if TYPE_CHECKING:
-    from regraft.merging.report import CheckReport
+    from regraft.merging.planning.report import CheckReport
 
 
 @click.command(short_help="Would it merge? All problems at once.")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from regraft.cli.text import plural, size, table
-from regraft.merging.leftovers import Leftover
+from regraft.merging.files.leftovers import Leftover
 
 _UNITS = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from regraft.cli.text import count, memory, pairs, percent, plural, seconds, size, table
 from regraft.formats.text import path_word, unspelled
-from regraft.merging.receipt import InputRecord, Receipt, TensorRecord, Totals
+from regraft.merging.files.receipt import InputRecord, Receipt, TensorRecord, Totals
 from regraft.tensors import parse_size
 
 MOST_MOVED = 5

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from regraft.cli.receipt_text import peak, speed
 from regraft.cli.text import pairs, plural, size
-from regraft.merging.report import UnmergeReport
+from regraft.merging.planning.report import UnmergeReport
 from regraft.tensors import parse_size
 
 SHOWN = 8

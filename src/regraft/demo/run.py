@@ -23,7 +23,7 @@ from regraft.demo.result import DemoResult, Training
 from regraft.demo.state import DemoFolder
 from regraft.demo.text import memory, milliseconds, seconds, size
 from regraft.errors import MissingExtraError
-from regraft.merging.output import out_path
+from regraft.merging.files.publish import out_path
 
 if TYPE_CHECKING:
     from regraft.demo.live import Answers, InMemory, LiveModel, Switched

@@ -20,10 +20,10 @@ from regraft.adapters.model import Adapter
 from regraft.errors import BaseMismatchWarning, redacted
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
-from regraft.merging.lookup import BaseIndex, Found, Held
-from regraft.merging.quantized import Quantization
-from regraft.merging.source import FileSource, Source
-from regraft.merging.strange_bases import notes_of_strange_base
+from regraft.merging.inputs.base_index import BaseIndex, Found, Held
+from regraft.merging.inputs.dequantized_view import Quantization
+from regraft.merging.inputs.source import FileSource, Source
+from regraft.merging.undo.strange_bases import notes_of_strange_base
 from regraft.names import NameMap
 from regraft.quant.gguf import UNQUANTIZED
 from regraft.tensors import TensorSpec
@@ -99,7 +99,7 @@ class SeenBase:
         self._quantization, self._at_hand = quantization, at_hand
         self._source = stored
         if quantization is not None:
-            from regraft.merging.stacking import plain_values
+            from regraft.merging.inputs.stacking import plain_values
 
             self._source = plain_values(quantization, stored)
 

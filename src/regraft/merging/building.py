@@ -7,16 +7,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from regraft.merging.events import Progress, tell
-from regraft.merging.execute import OpenSource, Task, execute
+from regraft.merging.execution.jobs import Done, count_done, fingerprint, jobs_of
+from regraft.merging.execution.scheduler import OpenSource, Task, execute
+from regraft.merging.files.receipt import Receipt
+from regraft.merging.files.staging import Workplace
 from regraft.merging.finalize import Used, sides_of, write_rest
-from regraft.merging.jobs import Done, count_done, fingerprint, jobs_of
-from regraft.merging.targets import Target, merge_targets
-from regraft.merging.keep import digests_only, keeps
-from regraft.merging.patch import PatchWriter
-from regraft.merging.plan import Plan
-from regraft.merging.receipt import Receipt
-from regraft.merging.undo import PATCH, UNDO, Keeping, section_names
-from regraft.merging.workplace import Workplace
+from regraft.merging.planning.plan import Plan
+from regraft.merging.planning.targets import Target, merge_targets
+from regraft.merging.undo.manifest import PATCH, UNDO, Keeping, section_names
+from regraft.merging.undo.patch import PatchWriter
+from regraft.merging.undo.residuals import digests_only, keeps
 
 
 def build(

@@ -19,15 +19,11 @@ from regraft.formats.layout import ADAPTER_CONFIG
 from regraft.formats.reading import open_regular, typed_os_errors
 from regraft.formats.safetensors import build_header
 from regraft.formats.text import plain_text, spelled
-from regraft.merging.card import auto_class_of, model_card
-from regraft.merging.execute import Outcome, is_stored
-from regraft.merging.front_matter import read_metadata
-from regraft.merging.gap import warning as gap_warning
-from regraft.merging.merged_adapters import check_copies
-from regraft.merging.output import copy_file, write_file
-from regraft.merging.patch import PatchWriter
-from regraft.merging.plan import Plan
-from regraft.merging.receipt import (
+from regraft.merging.execution.scheduler import Outcome, is_stored
+from regraft.merging.files.card import auto_class_of, model_card
+from regraft.merging.files.front_matter import read_metadata
+from regraft.merging.files.publish import copy_file, write_file
+from regraft.merging.files.receipt import (
     InputRecord,
     Receipt,
     TensorRecord,
@@ -36,8 +32,12 @@ from regraft.merging.receipt import (
     lost_warning,
     receipt_bytes,
 )
-from regraft.merging.sidefiles import json_bytes, plan_side_files, updated_config
-from regraft.merging.undo import Keeping, keep_base
+from regraft.merging.files.side_files import json_bytes, plan_side_files, updated_config
+from regraft.merging.planning.base_drift import warning as gap_warning
+from regraft.merging.planning.plan import Plan
+from regraft.merging.undo.manifest import Keeping, keep_base
+from regraft.merging.undo.merged_adapters import check_copies
+from regraft.merging.undo.patch import PatchWriter
 
 Used = Callable[[], tuple[float, int, int]]
 """Asks for seconds, peak memory in bytes, and threads."""

@@ -18,8 +18,8 @@ from regraft.formats.layout import looks_like
 from regraft.formats.parsed import check_parsed
 from regraft.formats.reading import is_there
 from regraft.libraries import from_pretrained, from_template, quieted, require
-from regraft.merging.card import auto_class_of
-from regraft.merging.planning import parse_dtype
+from regraft.merging.files.card import auto_class_of
+from regraft.merging.planning.planner import parse_dtype
 from regraft.tensors import DTYPES
 
 if TYPE_CHECKING:

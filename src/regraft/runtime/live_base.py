@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from regraft.formats.checkpoint import Checkpoint
-from regraft.merging.lookup import BaseIndex, Found, Held
-from regraft.merging.single_experts import as_slice
+from regraft.merging.inputs.base_index import BaseIndex, Found, Held
+from regraft.merging.inputs.single_experts import as_slice
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
 from regraft.runtime.parametrized import computed_leaves

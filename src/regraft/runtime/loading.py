@@ -19,10 +19,10 @@ from regraft.formats.checkpoint import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
 from regraft.formats.watching import Stamp, watched
-from regraft.merging.expert_stacks import check_version, with_version
-from regraft.merging.factors import not_finite
-from regraft.merging.match import prefix_changes
-from regraft.merging.planning import parse_dtype
+from regraft.merging.compute.factors import not_finite
+from regraft.merging.inputs.expert_stacks import check_version, with_version
+from regraft.merging.planning.match import prefix_changes
+from regraft.merging.planning.planner import parse_dtype
 from regraft.runtime.live_base import LiveBase, torch_dtype_of
 from regraft.runtime.matching import LiveAdapter, adapter_of
 from regraft.runtime.saving.fingerprint import compare

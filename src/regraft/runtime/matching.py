@@ -15,8 +15,8 @@ from regraft.adapters.model import Adapter
 from regraft.deltas.views import View
 from regraft.errors import MismatchError, Problem
 from regraft.formats.checkpoint import AdapterFiles
-from regraft.merging.match import Work, match
-from regraft.merging.ties import on_both_sides
+from regraft.merging.planning.match import Work, match
+from regraft.merging.planning.ties import on_both_sides
 from regraft.runtime.live_base import LiveBase, spec_of
 from regraft.runtime.parametrized import is_computed, way_back
 

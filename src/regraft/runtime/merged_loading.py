@@ -21,13 +21,12 @@ from regraft.formats.parsed import check_parsed
 from regraft.formats.watching import watched
 from regraft.libraries import from_pretrained, require
 from regraft.merging.another_base import notes_of_another_base, warn
-from regraft.merging.bases import open_base, see
-from regraft.merging.card import auto_class_of
-from regraft.merging.in_memory import MemoryMerge
-from regraft.merging.plan import Plan, Step
-from regraft.merging.planning import make_plan
-from regraft.merging.quantized import check_scales
-from regraft.merging.recipe import (
+from regraft.merging.execution.in_memory import MemoryMerge
+from regraft.merging.files.card import auto_class_of
+from regraft.merging.files.side_files import updated_config
+from regraft.merging.inputs.base import open_base, see
+from regraft.merging.inputs.dequantized_view import check_scales
+from regraft.merging.planning.options import (
     AdapterArg,
     choices_of,
     open_inputs,
@@ -35,7 +34,8 @@ from regraft.merging.recipe import (
     read_adapters,
     refuse_swapped,
 )
-from regraft.merging.sidefiles import updated_config
+from regraft.merging.planning.plan import Plan, Step
+from regraft.merging.planning.planner import make_plan
 from regraft.tensors import DTYPES
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 
 from regraft.formats.inside import read_whole
 from regraft.formats.reading import typed_os_errors
-from regraft.merging.front_matter import read_metadata
-from regraft.merging.markup import code
+from regraft.merging.files.front_matter import read_metadata
+from regraft.merging.files.markup import code
 from regraft.runtime.saving.card import adapter_card, is_made
 from regraft.shrinking.report import ShrinkReport
 from regraft.tensors import TensorSpec

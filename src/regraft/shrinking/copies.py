@@ -17,8 +17,8 @@ from regraft.adapters.wrappers import plain_key
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.formats.checkpoint import AdapterFiles, Checkpoint
 from regraft.formats.reading import FilePool
-from regraft.merging.lookup import BaseIndex
-from regraft.merging.placing import whole_part
+from regraft.merging.inputs.base_index import BaseIndex
+from regraft.merging.planning.placement import whole_part
 from regraft.names import NameMap
 from regraft.shrinking.report import Outcome
 from regraft.tensors import WORKING_DTYPES, TensorSpec

@@ -21,7 +21,7 @@ from regraft.deltas.reduction import (
 )
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.formats.reading import FilePool
-from regraft.merging.placing import Factors
+from regraft.merging.planning.placement import Factors
 from regraft.shrinking.forms import Form
 from regraft.shrinking.report import ShrunkModule
 from regraft.shrinking.targets import Pair

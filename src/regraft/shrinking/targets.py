@@ -14,8 +14,14 @@ from regraft.adapters.wrappers import plain_key
 from regraft.deltas.reduction import Vector, smallest_rank
 from regraft.errors import AdapterError, Problem, UnsupportedError
 from regraft.formats.problems import capped, quoted
-from regraft.merging.match import EXPERT_ORDER, PEFT_EMBEDDINGS
-from regraft.merging.placing import Factors, Misfit, Placement, dora_on_stack, read_factors
+from regraft.merging.planning.match import EXPERT_ORDER, PEFT_EMBEDDINGS
+from regraft.merging.planning.placement import (
+    Factors,
+    Misfit,
+    Placement,
+    dora_on_stack,
+    read_factors,
+)
 from regraft.shrinking.report import Layer
 
 TIE = "both sides of a tie"

@@ -30,7 +30,7 @@ from regraft.formats.reading import FilePool, typed_os_errors
 from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.events import Progress, tell
-from regraft.merging.output import (
+from regraft.merging.files.publish import (
     check_output,
     check_space,
     copy_file,
@@ -39,9 +39,9 @@ from regraft.merging.output import (
     write_file,
     write_pieces,
 )
-from regraft.merging.planning import parse_dtype
-from regraft.merging.sidefiles import CARD, SideFiles, adapter_side_files, json_bytes
-from regraft.merging.workplace import workplace
+from regraft.merging.files.side_files import CARD, SideFiles, adapter_side_files, json_bytes
+from regraft.merging.files.staging import workplace
+from regraft.merging.planning.planner import parse_dtype
 from regraft.shrinking.card import shrunk_card
 from regraft.shrinking.config import with_one_scale, with_ranks
 from regraft.shrinking.copies import Copy, compare, copies_in
@@ -264,7 +264,7 @@ def _looked_through(job: _Job, files: FilePool, told: Told) -> dict[str, Problem
         bad, beyond = scan(files, spec, job.dtypes[name])
         told.add(spec.nbytes)
         if bad:
-            from regraft.merging.factors import not_finite  # it brings the kernels along
+            from regraft.merging.compute.factors import not_finite  # it brings the kernels along
 
             problems += not_finite(spec, bad).problems
         if beyond and name not in factors:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.formats.reading import open_regular, typed_os_errors
-from regraft.merging.sidefiles import travels
+from regraft.merging.files.side_files import travels
 from regraft.verifying.diff_report import Change, ConfigChange, FileChange
 
 _SETS = frozenset(("target_modules", "exclude_modules", "modules_to_save"))

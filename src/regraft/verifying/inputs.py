@@ -16,10 +16,10 @@ from regraft.formats.hub import locate
 from regraft.formats.layout import RECEIPT
 from regraft.formats.reading import expanded, is_there
 from regraft.formats.text import unspelled
-from regraft.merging.bases import open_base
-from regraft.merging.expert_stacks import with_version
-from regraft.merging.receipt import InputRecord, Receipt, read_receipt
-from regraft.merging.recipe import open_adapters, read_adapters
+from regraft.merging.files.receipt import InputRecord, Receipt, read_receipt
+from regraft.merging.inputs.base import open_base
+from regraft.merging.inputs.expert_stacks import with_version
+from regraft.merging.planning.options import open_adapters, read_adapters
 
 Recipe = tuple[Checkpoint, list[Adapter]]
 """The base and the adapters that a model should be made of."""
@@ -109,7 +109,7 @@ def not_of_receipt(inputs: Inputs) -> list[str]:
     """
     if inputs.recipe is None or inputs.receipt is None or not inputs.receipt.adapters:
         return []
-    from regraft.merging.merged_adapters import check_adapter
+    from regraft.merging.undo.merged_adapters import check_adapter
 
     base, receipt, said = inputs.recipe[0], inputs.receipt, list[str]()
     if inputs.record is None and not is_that_base(base, receipt.base):
@@ -133,8 +133,8 @@ def _merged(
     Raises:
         RegraftError: one is not there, or is not what was merged.
     """
-    from regraft.merging.merged_adapters import check_adapter, open_kept, weights_of
-    from regraft.merging.undo import MANIFEST, UNDO, read_manifest
+    from regraft.merging.undo.manifest import MANIFEST, UNDO, read_manifest
+    from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weights_of
 
     names = read_manifest(folder).adapters if (folder / UNDO / MANIFEST).is_file() else (None,)
     weights = weights_of(receipt)
@@ -182,6 +182,6 @@ def is_that_base(base: Checkpoint, record: InputRecord) -> bool:
     Raises:
         FormatError, InputError, AccessError: one cannot be read.
     """
-    from regraft.merging.merged_adapters import unlike
+    from regraft.merging.undo.merged_adapters import unlike
 
     return next(unlike(base.tensors, record), None) is None

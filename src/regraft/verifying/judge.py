@@ -24,19 +24,19 @@ from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
 from regraft.merging.another_base import notes_of_another_base
-from regraft.merging.bases import decoded_like, see
-from regraft.merging.coding import Coder, block_of, noise_key
-from regraft.merging.compute import StepMath
-from regraft.merging.dequantizing import DequantizingSource
+from regraft.merging.compute.factors import FactorStore
+from regraft.merging.compute.requantize import Coder, block_of, noise_key
+from regraft.merging.compute.step_math import StepMath
+from regraft.merging.compute.two_pass_quantize import Gathering, Gatherings
 from regraft.merging.events import Progress
-from regraft.merging.execute import FACTOR_CACHE, coder_of, made_steps, plain_source
-from regraft.merging.factors import FactorStore
-from regraft.merging.making import Gathering, Gatherings
-from regraft.merging.plan import Made, Plan, Step
-from regraft.merging.planning import Choices, make_plan
-from regraft.merging.quantized import see_through
-from regraft.merging.source import FileSource
-from regraft.merging.tiles import Tile, tiles_of
+from regraft.merging.execution.scheduler import FACTOR_CACHE, coder_of, made_steps, plain_source
+from regraft.merging.inputs.base import decoded_like, see
+from regraft.merging.inputs.dequantize import DequantizingSource
+from regraft.merging.inputs.dequantized_view import see_through
+from regraft.merging.inputs.source import FileSource
+from regraft.merging.planning.plan import Made, Plan, Step
+from regraft.merging.planning.planner import Choices, make_plan
+from regraft.merging.planning.tiles import Tile, tiles_of
 from regraft.numerics.conversions import KINDS
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
 from regraft.verifying.diagnosis import (

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from regraft.deltas.weights import Bytes
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
-from regraft.merging.lookup import BaseIndex, Held, overlap
-from regraft.merging.plan import Step
+from regraft.merging.inputs.base_index import BaseIndex, Held, overlap
+from regraft.merging.planning.plan import Step
 from regraft.names import NameMap, Piece
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 

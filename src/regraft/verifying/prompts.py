@@ -39,7 +39,7 @@ from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import typed_os_errors
 from regraft.libraries import from_pretrained, from_template, quieted, require
 from regraft.merging.events import Progress, ProgressEvent
-from regraft.merging.planning import Choices, make_plan
+from regraft.merging.planning.planner import Choices, make_plan
 from regraft.verifying.prompt_file import Prompt, read_prompts
 from regraft.verifying.prompt_report import (
     PromptAgreement,
@@ -479,9 +479,9 @@ def _merged_float32(
     """Return a merge that is not rounded to 16 bits, made in a temporary folder."""
     from regraft.formats.checkpoint import open_checkpoint
     from regraft.formats.hub import locate
-    from regraft.merging.bases import see
     from regraft.merging.building import build
-    from regraft.merging.workplace import workplace
+    from regraft.merging.files.staging import workplace
+    from regraft.merging.inputs.base import see
 
     out = folder / "float32"
     wide = Choices("F32", None, choices.max_memory, choices.threads)

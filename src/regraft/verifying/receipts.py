@@ -22,7 +22,7 @@ from regraft.formats.layout import RECEIPT
 from regraft.formats.reading import FilePool, open_regular, read_at, typed_os_errors
 from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
 from regraft.merging.events import Progress
-from regraft.merging.receipt import Receipt, TensorRecord, file_key
+from regraft.merging.files.receipt import Receipt, TensorRecord, file_key
 from regraft.tensors import TensorSpec
 from regraft.verifying.report import Difference
 from regraft.verifying.workers import Told, for_each
@@ -63,7 +63,7 @@ def check_receipt(
 
     Args:
         root: the folder.
-        receipt: its receipt, as :func:`regraft.merging.receipt.read_receipt` returned it.
+        receipt: its receipt, as :func:`regraft.merging.files.receipt.read_receipt` returned it.
         threads: how many read at a time.
         progress: called as work proceeds.
 

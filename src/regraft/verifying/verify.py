@@ -14,8 +14,8 @@ from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT, looks_like
 from regraft.formats.watching import watched
 from regraft.merging.events import Progress
-from regraft.merging.planning import Choices, default_threads
-from regraft.merging.recipe import AdapterArg, choices_of, parse_adapters
+from regraft.merging.planning.options import AdapterArg, choices_of, parse_adapters
+from regraft.merging.planning.planner import Choices, default_threads
 from regraft.verifying.inputs import (
     Inputs,
     Recipe,
@@ -27,7 +27,7 @@ from regraft.verifying.receipts import ReceiptCheck, check_receipt
 from regraft.verifying.report import Difference, TensorVerdict, VerifyReport, overall
 
 if TYPE_CHECKING:
-    from regraft.merging.receipt import Receipt
+    from regraft.merging.files.receipt import Receipt
     from regraft.verifying.judge import Judgement
 
 
@@ -181,7 +181,7 @@ def _against_receipt(
     located: Located, choices: Choices, progress: Progress | None, *, needed: bool
 ) -> ReceiptCheck | None:
     """Hold a folder against its receipt; return None where there is none and none is needed."""
-    from regraft.merging.receipt import read_receipt
+    from regraft.merging.files.receipt import read_receipt
 
     path = located.path / RECEIPT
     if not located.path.is_dir() or not os.path.lexists(path):

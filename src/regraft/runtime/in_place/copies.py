@@ -15,7 +15,7 @@ import torch
 
 from regraft.deltas.views import View
 from regraft.deltas.weights import Bytes, Floats, Weights
-from regraft.merging.factors import check_values
+from regraft.merging.compute.factors import check_values
 from regraft.runtime.in_place.weights import bytes_of
 from regraft.runtime.live_base import spec_of
 from regraft.runtime.matching import LiveAdapter, Tensors
@@ -23,7 +23,7 @@ from regraft.tensors import TensorSpec
 
 
 class Copies:
-    """Copies of adapters on the CPU; a :class:`regraft.merging.factors.Factors`.
+    """Copies of adapters on the CPU; a :class:`regraft.merging.compute.factors.Factors`.
 
     Attributes:
         adapters: the adapters, with their tensors copied.

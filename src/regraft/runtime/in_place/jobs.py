@@ -14,14 +14,14 @@ from regraft.deltas.exceptions import keep_exceptions, put_back
 from regraft.deltas.units import Encoder, Kept
 from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import MismatchError
-from regraft.merging.backwards import Backwards
-from regraft.merging.coding import Coder, block_of, read_packed
-from regraft.merging.compute import ReadSource, StepMath
-from regraft.merging.dequantizing import DequantizingSource
-from regraft.merging.factors import Factors
-from regraft.merging.plan import Step
-from regraft.merging.run import overflow
-from regraft.merging.tiles import Tile, tiles_of
+from regraft.merging.compute.factors import Factors
+from regraft.merging.compute.requantize import Coder, block_of, read_packed
+from regraft.merging.compute.step_inverse import Backwards
+from regraft.merging.compute.step_math import ReadSource, StepMath
+from regraft.merging.execution.step_run import overflow
+from regraft.merging.inputs.dequantize import DequantizingSource
+from regraft.merging.planning.plan import Step
+from regraft.merging.planning.tiles import Tile, tiles_of
 from regraft.runtime.in_place.pool import TILE_BYTES, Room
 from regraft.runtime.in_place.quantized import LiveQuantized
 from regraft.runtime.in_place.weights import TensorMemory

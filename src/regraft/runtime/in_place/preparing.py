@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from regraft.errors import MismatchError, Problem, UnsupportedError
-from regraft.merging.coding import Coder
-from regraft.merging.compute import ReadSource
-from regraft.merging.dequantizing import DequantizingSource
-from regraft.merging.match import Work
-from regraft.merging.plan import Step
-from regraft.merging.planning import action_of, segments_of
-from regraft.merging.quantizing import unfit_for_codes
-from regraft.merging.ties import cannot_part
+from regraft.merging.compute.requantize import Coder
+from regraft.merging.compute.step_math import ReadSource
+from regraft.merging.inputs.dequantize import DequantizingSource
+from regraft.merging.planning.match import Work
+from regraft.merging.planning.plan import Step
+from regraft.merging.planning.planner import action_of, segments_of
+from regraft.merging.planning.quantized_output import unfit_for_codes
+from regraft.merging.planning.ties import cannot_part
 from regraft.runtime.in_place.changes import Change, dequantized, plain_linear, untied
 from regraft.runtime.in_place.copies import Copies
 from regraft.runtime.in_place.jobs import CodedJob, Job, PlainJob

@@ -18,7 +18,7 @@ from torch import nn
 
 from regraft.deltas.weights import Bytes
 from regraft.errors import FormatError
-from regraft.merging.source import WholeSource
+from regraft.merging.inputs.source import WholeSource
 from regraft.quant.bitsandbytes import FourBit, Nested
 from regraft.quant.int8 import Int8
 from regraft.quant.weight import Codec, QuantizedWeight
@@ -34,7 +34,7 @@ from regraft.tensors import BY_CONFIG_NAME, TensorSpec, nbytes_of
 
 
 class LiveQuantized(WholeSource):
-    """A quantized parameter; a :class:`regraft.merging.source.Source` of its stored tensors.
+    """A quantized parameter; a :class:`regraft.merging.inputs.source.Source` of its stored tensors.
 
     Attributes:
         module, leaf: the layer, and the attribute that the parameter is.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.deltas.views import Delta
-from regraft.merging.match import Work
+from regraft.merging.planning.match import Work
 from regraft.runtime.layers.kinds import shadow
 from regraft.runtime.layers.plain import plain_weight
 from regraft.runtime.layers.residuals import residual_pair

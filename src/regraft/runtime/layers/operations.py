@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regraft.deltas.views import Delta, RowPatch
 from regraft.errors import MismatchError, Problem
-from regraft.merging.match import Work
+from regraft.merging.planning.match import Work
 from regraft.runtime.layers.computed import READS_ITS_CHILDREN, ComputedWeight, Replacement
 from regraft.runtime.layers.kinds import EMBEDDING, LINEAR, Kind, kind_of, runs_otherwise
 from regraft.runtime.layers.plain import plain_weight

@@ -10,8 +10,8 @@ from typing import Any
 
 from regraft.errors import redacted
 from regraft.formats.text import path_word, python_string
-from regraft.merging.card import repository_of, title_of
-from regraft.merging.markup import block, cell, code, prose
+from regraft.merging.files.card import repository_of, title_of
+from regraft.merging.files.markup import block, cell, code, prose
 from regraft.tensors import TensorSpec
 
 MARK = "Saved by [regraft](https://github.com/regraft/regraft)"

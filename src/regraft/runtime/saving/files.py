@@ -46,16 +46,16 @@ from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped
 from regraft.formats.safetensors import build_header
 from regraft.formats.text import plain_text
-from regraft.merging.output import (
+from regraft.merging.files.direct_io import write_error
+from regraft.merging.files.ownership import check_own, check_place, make_private, open_folder
+from regraft.merging.files.publish import (
     exchange_at_once,
     out_path,
     sync_directory,
     write_file,
     write_pieces,
 )
-from regraft.merging.ownership import check_own, check_place, make_private, open_folder
-from regraft.merging.planning import parse_dtype
-from regraft.merging.writer import write_error
+from regraft.merging.planning.planner import parse_dtype
 from regraft.runtime.live_base import dtype_name, spec_of, torch_dtype_of
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec, nbytes_of
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.errors import OutputExistsError
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH, is_model_weights
 from regraft.libraries import require
-from regraft.merging.output import out_path
+from regraft.merging.files.publish import out_path
 
 if TYPE_CHECKING:
     import torch

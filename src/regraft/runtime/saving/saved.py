@@ -14,7 +14,7 @@ from torch import nn
 from regraft.adapters.wrappers import peft_key, plain_config
 from regraft.errors import UnsupportedError, UsageError
 from regraft.formats.text import plain_text
-from regraft.merging.card import hub_id
+from regraft.merging.files.card import hub_id
 from regraft.runtime.handle import Adapters, attached_to
 from regraft.runtime.layers.served import split
 from regraft.runtime.live_base import LiveBase

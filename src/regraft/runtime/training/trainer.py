@@ -20,7 +20,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from regraft.adapters.wrappers import PREFIX
 from regraft.errors import UnsupportedError, UsageError
-from regraft.merging.output import out_path
+from regraft.merging.files.publish import out_path
 from regraft.runtime.handle import Adapters
 from regraft.runtime.live_base import LiveBase
 from regraft.runtime.matching import LiveAdapter

@@ -23,7 +23,7 @@ from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.safetensors import Header, build_header, read_header
 from regraft.inspection import inspect
-from regraft.merging.planning import Choices, make_plan
+from regraft.merging.planning.planner import Choices, make_plan
 from regraft.tensors import nbytes_of
 from regraft.testing.hostile import mutation
 from regraft.testing.hostile.mutation import (

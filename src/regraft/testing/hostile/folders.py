@@ -20,8 +20,8 @@ from blake3 import blake3
 import regraft
 from regraft.errors import RegraftError
 from regraft.formats.safetensors import build_header
-from regraft.merging.receipt import sealed
-from regraft.merging.sidefiles import json_bytes
+from regraft.merging.files.receipt import sealed
+from regraft.merging.files.side_files import json_bytes
 from regraft.tensors import nbytes_of
 from regraft.testing.hostile import mutation
 from regraft.testing.hostile.mutation import TensorShape, damaged

@@ -1,0 +1,1 @@
+"""How one tile is computed, there and back."""

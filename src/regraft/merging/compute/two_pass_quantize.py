@@ -1,0 +1,171 @@
+"""Weights that are put into a quantized format: their scales first, then their codes.
+
+A scale needs a whole block of values, and a quantized scale all of them, so a weight is gone
+through twice. The first pass is shared: whoever comes for a tile of codes helps to gather until
+there is nothing left, and waits for the others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from regraft.deltas import kernels
+from regraft.deltas.weights import Bytes, Floats, Sums, Weights
+from regraft.merging.compute.step_math import StepMath
+from regraft.merging.inputs.source import Source
+from regraft.merging.planning.plan import Step
+from regraft.merging.planning.tiles import Tile, tiles_of
+from regraft.quant.grid import values_of
+from regraft.quant.making import Maker, Making
+from regraft.quant.rounding import account, codes_for
+from regraft.quant.weight import Block
+
+
+class Gathering:
+    """One weight on its way into a format; safe to use from several threads.
+
+    Args:
+        step: what makes its codes.
+        maker: the format.
+        name, shape: the weight's.
+        math: computes its values.
+        source: what its source is read from.
+        tile_bytes: the size that tiles are cut by.
+    """
+
+    def __init__(
+        self, step: Step, maker: Maker, name: str, shape: tuple[int, ...], math: StepMath,
+        source: Source, tile_bytes: int,
+    ) -> None:  # fmt: skip
+        self.step, self.math, self._source = step, math, source
+        self.making: Making = maker.begin(name, shape)
+        self._tiles: Iterator[Tile] = tiles_of(step, tile_bytes)
+        self._changed = threading.Condition()
+        self._inside, self._failed = 0, False
+        self._small: Mapping[str, Bytes] | None = None
+
+    def values(self, tile: Tile, raw: Bytes, room: Bytes, sums: Sums) -> tuple[Weights, Floats]:
+        """Return a tile's weights and its values before they become codes.
+
+        Args:
+            tile: the tile.
+            raw: takes the weights' bytes.
+            room: takes the values, float32.
+            sums: as in :func:`regraft.deltas.kernels.merge_rows`; added to.
+        """
+        self._source.read(self.step.source, tile.read_at, raw)
+        weights = Weights.of_bytes(raw, self.step.source.dtype)
+        values = room[: 4 * raw.size // self.step.source.itemsize].view(np.float32)
+        if self.step.segments:
+            self.math.run(tile, weights, Weights.of_floats(values), sums)
+        else:
+            kernels.widen(*weights.arguments, values)
+        return weights, values
+
+    def gathered(self, raw: Bytes, room: Bytes) -> Mapping[str, Bytes]:
+        """Return the small stored tensors by role, once all tiles were gone through.
+
+        Raises:
+            NumericError: the weight holds NaN or infinity.
+        """
+        while True:
+            with self._changed:
+                tile = next(self._tiles, None)
+                if tile is None:
+                    return self._wait()
+                self._inside += 1
+            try:
+                sums: Sums = np.zeros(4, np.float64)
+                _, values = self.values(tile, raw[: tile.read], room, sums)
+                self.making.gather(Block(tile.rows, tile.columns), values)
+            except BaseException:
+                self.fail()
+                raise
+            finally:
+                with self._changed:
+                    self._inside -= 1
+                    self._changed.notify_all()
+
+    def _wait(self) -> Mapping[str, Bytes]:
+        """Wait for those who are still at it; the last one makes the scales."""
+        self._changed.wait_for(lambda: not self._inside or self._failed)
+        if self._failed:
+            return {}
+        if self._small is None:
+            self._small = self.making.finish()
+        return self._small
+
+    def fail(self) -> None:
+        """Wake whoever waits."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+    @property
+    def failed(self) -> bool:
+        """Whether there will be no scales."""
+        return self._failed
+
+    def encode(
+        self, tile: Tile, weights: Weights, values: Floats, rounding: str, key: int, coded: Sums
+    ) -> Bytes:
+        """Return the bytes of a tile's codes.
+
+        Args:
+            tile: the tile.
+            weights, values: as :meth:`values` gives them.
+            rounding: of :data:`regraft.quant.weight.ROUNDINGS`.
+            key: says which random bits rounding takes.
+            coded: added to: what survived of the delta and the noise, as in
+                :func:`regraft.quant.rounding.requantize`, for a step with deltas.
+        """
+        at = Block(tile.rows, tile.columns)
+        if rounding == "nearest" and not self.step.segments:
+            return self.making.encode(at, values)
+        block = self.making.start_codes(at, values)
+        codes = block.codes
+        if rounding != "nearest":
+            width = self.step.matrix[1]
+            first = at.rows[0] * width + at.columns[0]
+            index = (first, width if block.rows > 1 else 0)
+            codes = codes_for(block, weights.kind, values, rounding, key, index, np.zeros(2))
+        if self.step.segments:
+            after = np.empty(values.size, np.float32)
+            values_of(replace(block, codes=codes), *Weights.of_floats(after).arguments)
+            account(np.ascontiguousarray(weights.floats()), values, after, coded)
+        if rounding == "nearest":
+            return self.making.encode(at, values)
+        return self.making.codec.pack(self.making.weight("F32", {}), at, codes)
+
+
+class Gatherings:
+    """The weights that are being made, by name; each lives until its last tensor is written."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Gathering] = {}
+        self._lock = threading.Lock()
+
+    def of(self, name: str, make: Callable[[], Gathering]) -> Gathering:
+        """Return a weight's, made if it is not there."""
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = make()
+            return self._open[name]
+
+    def release(self, name: str) -> None:
+        """Let go of a weight's."""
+        with self._lock:
+            gathering = self._open.pop(name, None)
+        if gathering is not None:
+            gathering.math.release()
+
+    def fail(self) -> None:
+        """Wake whoever waits for any."""
+        with self._lock:
+            found = list(self._open.values())
+        for gathering in found:
+            gathering.fail()

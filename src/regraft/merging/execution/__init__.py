@@ -1,0 +1,1 @@
+"""Who does what when: threads, journal, going on after an interruption."""

@@ -1,0 +1,348 @@
+"""The output folder: built beside its place, flushed, then renamed into it, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from blake3 import blake3
+
+from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
+from regraft.formats.inside import file_pieces
+from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
+from regraft.formats.problems import quoted
+from regraft.formats.reading import expanded
+from regraft.formats.watching import current
+from regraft.merging.files.direct_io import write_error
+
+SLACK_BYTES = 64 * 2**20
+"""Room asked for beyond the weights: tokenizer, headers, the file system's own needs."""
+
+REPLACED = "replaced"
+"""What lies beside a folder that takes another one's place, until it has."""
+
+
+Kind = Literal["model", "adapter"]
+"""What an output is."""
+
+_MAY_REPLACE: dict[Kind, tuple[Looks, ...]] = {
+    "model": ("merged", "checkpoint", "empty", "tokenizer"),
+    "adapter": ("adapter", "empty"),
+}
+"""What an output may take the place of, by what it is itself."""
+
+
+def out_path(out: str | Path) -> Path:
+    """Return where an output goes; ``~`` is the user's home, and stays where there is no such.
+
+    Raises:
+        UsageError: it is a name that no folder can have.
+    """
+    if "\0" in str(out):
+        raise UsageError("the output's name holds a NUL character", where=quoted(str(out)))
+    return Path(os.path.expanduser(out))  # noqa: PTH111  (Path.expanduser raises there)
+
+
+def check_output(
+    out: Path, inputs: Sequence[Path], *, overwrite: bool, kind: Kind = "model"
+) -> None:
+    """Refuse an output folder that would harm something.
+
+    Args:
+        out: the folder.
+        inputs: what is read.
+        overwrite: whether it may replace a folder that holds what it will hold. One that holds
+            nothing is filled.
+        kind: what it will hold.
+
+    Raises:
+        UsageError: it is, holds, or lies in one of the inputs.
+        OutputExistsError: it exists and may not be replaced.
+    """
+    place = out.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if place == source or place in source.parents or source in place.parents:
+            raise UsageError(
+                "the output would lie in (or over) an input", where=str(out), found=str(path),
+                hint="Choose another folder for -o",
+            )  # fmt: skip
+    if not os.path.lexists(out):
+        return
+    if _is_below_our_feet(place):
+        raise OutputExistsError(
+            "the output would take the place of the current folder", where=str(out),
+            hint="Give a folder in it, such as -o ./NAME, or run this from another folder",
+        )  # fmt: skip
+    if _is_empty(out):
+        return
+    if obstacle := _obstacle(out, kind):
+        what, found, hint = obstacle
+        if out.is_dir() and not overwrite:
+            what = f"the output exists already, and {what}"
+        raise OutputExistsError(what, where=str(out), found=found, hint=hint)
+    if not overwrite:
+        raise OutputExistsError(
+            "the output exists already", where=str(out),
+            hint="Give another -o, or --overwrite to replace it once the new one is complete",
+        )  # fmt: skip
+
+
+def _obstacle(out: Path, kind: Kind) -> tuple[str, str, str] | None:
+    """Return why something may not be replaced at all (what, found, hint); None if it may be."""
+    if out.is_symlink():
+        return (
+            "the output is a link, which is not replaced", f"a link to {out.readlink()}",
+            "Give the folder that it leads to, or another -o",
+        )  # fmt: skip
+    if not out.is_dir():
+        return "the output is a file", "a file", "Give a folder as -o, or remove the file yourself"
+    if out.is_mount() or out.resolve() == _home():
+        found = "a mount point" if out.is_mount() else "the home folder"
+        return f"{found} is not replaced", found, "Give a folder in it as -o"
+    looks = looks_like(out)
+    if looks in _MAY_REPLACE[kind]:
+        return None
+    held = {"model": "a model", "adapter": "an adapter"}[kind]
+    what = f"--overwrite replaces only folders that hold {held}"
+    return what, DESCRIPTIONS[looks], "Give another -o, or remove it yourself"
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home().resolve()
+    except (RuntimeError, OSError):  # there is none
+        return None
+
+
+def replaced_inputs(out: Path, *sources: object) -> list[Path]:
+    """Return those of a call's inputs that lie at or below ``out``, before any is opened.
+
+    Args:
+        out: the output.
+        sources: paths, Hub ids, pairs of one and a weight, lists of these, or None.
+    """
+    found: list[Path] = []
+    place = out.resolve()
+    for source in sources:
+        if isinstance(source, list | tuple):
+            found += replaced_inputs(out, *source)
+        elif isinstance(source, str | Path):
+            path = expanded(source)
+            if os.path.lexists(path) and place in (path.resolve(), *path.resolve().parents):
+                found.append(path)
+    return found
+
+
+def _is_below_our_feet(place: Path) -> bool:
+    """Whether a folder is the current one or above it: whoever is in it would stay in the old."""
+    try:
+        inside = Path.cwd()
+    except FileNotFoundError:  # it was removed
+        return False
+    return place == inside or place in inside.parents
+
+
+def _is_empty(out: Path) -> bool:
+    return not out.is_symlink() and out.is_dir() and looks_like(out) == "empty"
+
+
+SUFFIX = ".regraft"
+
+
+def place_of(out: Path) -> Path:
+    """Return the work folder of an output: beside it."""
+    place = Path(os.path.normpath(out.absolute()))
+    return place.parent / f".{place.name}{SUFFIX}"
+
+
+def free_bytes(out: Path) -> int:
+    """Return the bytes free where ``out`` will be, for this user.
+
+    What an earlier try at ``out`` has taken counts as free: it is gone on with, or removed first.
+    """
+    folder = out.absolute().parent
+    while not os.path.exists(folder):  # noqa: PTH110  (False where it may not be looked at)
+        folder = folder.parent
+    return shutil.disk_usage(folder).free + _taken(place_of(out))
+
+
+def _taken(folder: Path) -> int:
+    """Return what the files below a folder take on the disk; nothing of what cannot be seen."""
+    taken = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                taken += (Path(parent) / name).lstat().st_blocks * 512
+    return taken
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to begin what will not fit.
+
+    Raises:
+        DiskSpaceError: fewer bytes are free than are needed.
+    """
+    free = free_bytes(out)
+    if free < needed + SLACK_BYTES:
+        raise DiskSpaceError(
+            "not enough disk space", where=str(out.absolute().parent),
+            expected=f"{(needed + SLACK_BYTES) / 1e9:.2f} GB free", found=f"{free / 1e9:.2f} GB",
+            hint="Free some space, or put -o on another disk; nothing was written",
+        )  # fmt: skip
+
+
+def publish(folder: Path, out: Path, *, overwrite: bool, kind: Kind = "model") -> None:
+    """Flush a folder and put it in place; what it replaces is left in the folder's name.
+
+    Raises:
+        OutputExistsError: something came to be at ``out`` meanwhile that may not be replaced.
+        OSError: the system refused; ``out`` is as it was, after :func:`put_back`.
+    """
+    for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_directory(directory)
+    moved = _move(folder, out)
+    if not moved:
+        check_output(out, [], overwrite=overwrite, kind=kind)
+        moved = _is_empty(out)
+        _take_empty(folder, out) if moved else _exchange(folder, out)
+    try:
+        sync_directory(out.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            out.rename(folder) if moved else _exchange(folder, out)
+        raise
+
+
+def put_back(folder: Path, out: Path) -> None:
+    """Put back what was being replaced if its successor did not come into place; else remove it."""
+    aside = _aside(folder)
+    if not os.path.lexists(aside):
+        return
+    if os.path.lexists(out):
+        shutil.rmtree(aside)
+    else:
+        aside.rename(out)
+
+
+def _aside(folder: Path) -> Path:
+    """Return where what is replaced lies for a moment, where folders cannot be swapped."""
+    return folder.with_name(REPLACED)
+
+
+_ONLY_IF_ABSENT, _BOTH_WAYS = 1, 2  # renameat2's RENAME_NOREPLACE and RENAME_EXCHANGE
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL)
+
+
+def _move(folder: Path, out: Path) -> bool:
+    """Rename a folder to where nothing is; return False, with nothing done, if something is."""
+    failure = _renameat2(folder, out, _ONLY_IF_ABSENT)
+    if failure in _UNSUPPORTED and not os.path.lexists(out):
+        folder.rename(out)
+        return True
+    if failure not in (0, errno.EEXIST, *_UNSUPPORTED):
+        raise OSError(failure, os.strerror(failure), str(out))
+    return failure == 0
+
+
+def _take_empty(folder: Path, out: Path) -> None:
+    """Rename a folder to where an empty one is, which the system replaces only if it is empty.
+
+    Raises:
+        OutputExistsError: something was put into it meanwhile.
+    """
+    try:
+        folder.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise OutputExistsError("the output is no longer empty", where=str(out)) from None
+
+
+def _exchange(folder: Path, out: Path) -> None:
+    """Swap two folders: in one step, where the kernel can."""
+    if not exchange_at_once(folder, out):
+        out.rename(_aside(folder))
+        folder.rename(out)
+        _aside(folder).rename(folder)
+
+
+def exchange_at_once(folder: Path, out: Path) -> bool:
+    """Swap two folders in one step; return False, with nothing done, where the kernel cannot.
+
+    Raises:
+        OSError: the system refused.
+    """
+    failure = _renameat2(folder, out, _BOTH_WAYS)
+    if failure and failure not in _UNSUPPORTED:
+        raise OSError(failure, os.strerror(failure), str(out))
+    return not failure
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> int:
+    """Call Linux's renameat2; return 0 or an error's number, ENOSYS where there is no such call."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = getattr(libc, "renameat2", None)
+    if call is None:
+        return errno.ENOSYS
+    at_cwd = -100
+    return (
+        0 if call(at_cwd, bytes(source), at_cwd, bytes(target), flags) == 0 else ctypes.get_errno()
+    )
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file and flush it to the disk.
+
+    Raises:
+        AccessError, DiskSpaceError: the system refused.
+    """
+    write_pieces(path, [content])
+
+
+def copy_file(source: Path, path: Path) -> str:
+    """Copy a file of an input and flush the copy to the disk; return its blake3 (hex).
+
+    Raises:
+        InputError, FormatError, AccessError, DiskSpaceError: the system refused.
+    """
+    digest = write_pieces(path, file_pieces(source))
+    if (watch := current()) is not None:
+        watch.note_digest(source, digest)
+    return digest
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
+    """Write a file and flush it to the disk; return its blake3 (hex).
+
+    Raises:
+        AccessError, DiskSpaceError: the system refused.
+    """
+    digest = blake3()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(os.fdopen(os.open(path, flags, 0o666), "wb")) as file:
+            for piece in pieces:
+                digest.update(piece)
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(path, error) from error
+    return digest.hexdigest()

@@ -1,0 +1,529 @@
+"""Making the plan: from matched works to steps, files, config, memory and disk."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.known_settings import unknown_note
+from regraft.adapters.model import Adapter
+from regraft.errors import MemoryCapError, MismatchError, Problem, UsageError
+from regraft.formats.checkpoint import Checkpoint
+from regraft.merging.files.receipt import Action
+from regraft.merging.inputs.base_index import BaseIndex
+from regraft.merging.inputs.dequantized_view import Quantization, removed, room_of, turned
+from regraft.merging.inputs.published import published
+from regraft.merging.planning.base_drift import TrainedOn
+from regraft.merging.planning.completeness import notes_of_class
+from regraft.merging.planning.config_updates import (
+    choose_class,
+    class_updates,
+    left_out_of,
+    missing_head,
+    note_left_out,
+)
+from regraft.merging.planning.match import Matching, Work, match
+from regraft.merging.planning.plan import OutputShard, Plan, Segment, Step
+from regraft.merging.planning.quantized_output import (
+    KEEP,
+    KeptSteps,
+    MadeSteps,
+    check_made,
+    kept_format,
+    resolved,
+    unfit_for_codes,
+)
+from regraft.merging.planning.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
+from regraft.merging.planning.tiles import smallest_tile
+from regraft.names import NameMap
+from regraft.tensors import BY_CONFIG_NAME, DTYPE_ALIASES, DTYPES, WORKING_DTYPES
+
+BASELINE_BYTES = 170 * 2**20
+"""Resident memory of the interpreter with numpy, numba and the compiled kernels, measured."""
+
+BYTES_PER_TENSOR = 4 * 2**10
+"""Memory that the specs, steps and records of one tensor take, measured."""
+
+LARGEST_TILE = 2 * 2**20
+SMALLEST_TILE = 64 * 2**10
+FACTOR_BYTES = 48 * 2**20
+"""Room for the factors of the steps in flight, when none alone needs more."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of a merge, checked.
+
+    Attributes:
+        dtype: safetensors dtype of every floating-point tensor of the output; None keeps each.
+        shard_size: largest output file in bytes; None keeps the base's files.
+        max_memory: cap on resident memory in bytes.
+        threads: worker threads; None chooses.
+        undo: whether the output keeps what an undo needs; None chooses, by :func:`settled`.
+        keep_adapters: whether a copy of each adapter is kept for it.
+        quantize: a format, or ``keep`` for the base's own; None for plain values.
+        rounding: how values become codes, of :data:`regraft.quant.weight.ROUNDINGS`; None
+            chooses.
+        seed: which random bits rounding takes.
+        double_quant: whether the scales of a 4-bit format are quantized too.
+        peft_version: the release of PEFT that trained adapters whose config does not say it.
+    """
+
+    dtype: str | None
+    shard_size: int | None
+    max_memory: int
+    threads: int | None
+    undo: bool | None = False
+    keep_adapters: bool = False
+    quantize: str | None = None
+    rounding: str | None = None
+    seed: int = 0
+    double_quant: bool = False
+    peft_version: str | None = None
+
+
+def settled(choices: Choices, quantization: Quantization | None) -> Choices:
+    """Return choices in which it is settled whether an undo is kept.
+
+    Not, if not asked for, where weights are put into another format: nothing in the output tells
+    of what they were, so an undo would be a copy of them.
+    """
+    format = _format(choices, quantization)
+    undo = format in (None, KEEP) if choices.undo is None else choices.undo
+    return replace(
+        choices, quantize=format, undo=undo, keep_adapters=choices.keep_adapters and undo
+    )
+
+
+def _format(choices: Choices, quantization: Quantization | None) -> str | None:
+    return resolved(choices.quantize, quantization, double_quant=choices.double_quant)
+
+
+def parse_dtype(name: str | None) -> str | None:
+    """Return the safetensors dtype for ``"bfloat16"``, ``"bf16"``, ``"torch.half"``, ...
+
+    Raises:
+        UsageError: it is none that regraft can write.
+    """
+    if name is None:
+        return None
+    short = str(name).removeprefix("torch.")
+    short = DTYPE_ALIASES.get(short.lower(), short)
+    found = BY_CONFIG_NAME.get(short) or DTYPES.get(short.upper())
+    if found is None or found.name not in WORKING_DTYPES:
+        raise UsageError(
+            f"cannot write dtype {name!r}", where="--dtype", expected="float32, bfloat16 or float16"
+        )
+    return found.name
+
+
+def make_plan(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    choices: Choices,
+    out: Path | None,
+    undone: Mapping[str, Step] | None = None,
+    quantization: Quantization | None = None,
+    trained_on: TrainedOn | None = None,
+) -> Plan:
+    """Return the plan of a merge, from headers alone.
+
+    Args:
+        base: the base; of a quantized one its plain weights.
+        adapters: the adapters, in the order they are added.
+        choices: the options.
+        out: the output folder, if it is known.
+        undone: the steps of an earlier merge that are run backwards while the base is read.
+        quantization: how the base is quantized, if it is.
+        trained_on: the base that the adapters were trained on, if another one was named.
+
+    Raises:
+        UnsupportedError: the output cannot be quantized as asked for.
+        MismatchError: adapters and base do not fit; every misfit is listed.
+        MemoryCapError: a step cannot fit under the cap.
+    """
+    transposed: frozenset[str] = frozenset()
+    choices = replace(choices, quantize=_format(choices, quantization))
+    if choices.quantize == KEEP:
+        kept = kept_format(base, quantization)
+        base, transposed = turned(base, kept), kept.transposed
+    chosen = choose_class(base, adapters)
+    names = NameMap.for_config(base.config, chosen.name)
+    if choices.quantize != KEEP:
+        if quantization is not None:
+            base, quantization = published(base, quantization, names)
+        trained_on = trained_on and trained_on.published(names)
+    index = BaseIndex(base, names, transposed)
+    matching = match(index, adapters)
+    ties = settle_ties(index, matching, base.config)
+    works = {**matching.works, **{work.name: work for work in ties.parted}}
+    updates = _config_updates(index, works, ties, choices, matching)
+    updates |= class_updates(index, adapters, works, chosen)
+    left_out = left_out_of(base, index)
+    matching.problems += [*chosen.problems, *missing_head(index, adapters, works, left_out)]
+    matching.problems += unfit_for_codes(works.values(), kept=choices.quantize == KEEP)
+    if matching.problems:
+        raise MismatchError(matching.problems)
+    made = None
+    if choices.quantize not in (None, KEEP):
+        made = MadeSteps(index, choices.quantize or "", choices.double_quant)
+    shards = _shards(base, works, choices, left_out, quantization, made)
+    steps = [step for shard in shards for step in shard.steps]
+    if trained_on is not None:
+        trained_on.check(steps)
+    read = (quantization, trained_on and trained_on.quantization)
+    room = sum(room_of(each.stacks.values()) for each in read if each)
+    threads, tile, memory = fit_memory(
+        steps, choices, undone, compare=trained_on is not None, room=room
+    )
+    if made is not None:
+        check_made(steps, base, made.format)
+        updates |= made.config(steps, base.config or {})
+    elif choices.quantize is None and quantization is not None:
+        updates |= dict.fromkeys(removed(base.config or {}))
+    warnings = [
+        *matching.warnings, *_notes(adapters, ties), *note_left_out(index, left_out), *chosen.notes,
+        *notes_of_class(
+            index, works, left_out,
+            merged_out=choices.quantize is None and quantization is not None,
+        ),
+        *(quantization.warnings if quantization is not None else ()),
+        *_notes_of_base(adapters, quantized=bool(quantization or trained_on)),
+    ]  # fmt: skip
+    return Plan(
+        base, tuple(adapters), tuple(shards), updates, _options(choices), memory, threads, tile,
+        tuple(warnings), out=str(out) if out else None, quantization=quantization,
+        trained_on=trained_on,
+    )  # fmt: skip
+
+
+def _options(choices: Choices) -> dict[str, Any]:
+    """Return the choices that decide the bytes, as the receipt has them."""
+    options: dict[str, Any] = {
+        "dtype": choices.dtype and DTYPES[choices.dtype].config_name,
+        "shard_size": choices.shard_size,
+        "undo": bool(choices.undo),
+    }
+    if choices.quantize is not None:
+        options |= {"quantize": choices.quantize, "rounding": _rounding(choices)}
+        options |= {"seed": choices.seed}
+    if choices.quantize not in (None, KEEP):
+        options["double_quant"] = choices.double_quant
+    if choices.peft_version is not None:
+        options["peft_version"] = choices.peft_version
+    return options
+
+
+def _rounding(choices: Choices) -> str:
+    """Return how values become codes.
+
+    Weights that lie on a grid need chance to leave their places as far as a small delta asks.
+    Others fall to either side by themselves, and chance would only add noise.
+    """
+    return choices.rounding or ("stochastic" if choices.quantize == KEEP else "nearest")
+
+
+# -- config ----------------------------------------------------------------------------------------
+
+
+def _config_updates(
+    index: BaseIndex,
+    works: Mapping[str, Work],
+    ties: TieOutcome,
+    choices: Choices,
+    matching: Matching,
+) -> dict[str, Any]:
+    """Return what changes in config.json, by dotted path."""
+    config = index.base.config or {}
+    updates: dict[str, Any] = {}
+    if ties.untied:
+        for path in ("", "text_config."):
+            if not path or isinstance(config.get("text_config"), dict):
+                updates[f"{path}tie_word_embeddings"] = False
+    updates |= _vocabulary_updates(index, works, matching, config)
+    if choices.dtype:
+        updates |= _dtype_updates(config, DTYPES[choices.dtype].config_name)
+    return updates
+
+
+def _vocabulary_updates(
+    index: BaseIndex, works: Mapping[str, Work], matching: Matching, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    if not vocabulary_changed(index, works.values()):
+        return {}
+    sizes = _vocabulary_sizes(index, works)
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} has {rows}" for name, rows in sizes.items())
+        matching.problems.append(
+            Problem("the vocabulary grew on one side only", index.base.source,
+                    "the same number of rows in both embeddings", listed,
+                    "Save the adapter with both embeddings in modules_to_save, or resize the base")
+        )  # fmt: skip
+        return {}
+    rows = next(iter(sizes.values()))
+    paths = ["vocab_size"] * ("vocab_size" in config)
+    if isinstance(config.get("text_config"), dict) and "vocab_size" in config["text_config"]:
+        paths.append("text_config.vocab_size")
+    return dict.fromkeys(paths, rows)
+
+
+def _vocabulary_sizes(index: BaseIndex, works: Mapping[str, Work]) -> dict[str, int]:
+    """Return the rows of both embeddings in the output, by tensor name."""
+    sizes: dict[str, int] = {}
+    names = index.names
+    for module in (names.input_embedding, names.output_embedding):
+        for found in index.find(f"{module}.weight") if module else ():
+            for held in found.held:
+                name = found.alias if found.alias in works else held.spec.name
+                work = works.get(name or held.spec.name)
+                sizes[name or ""] = output_rows(work) if work else held.spec.shape[0]
+    for work in works.values():
+        if work.base is None and work.name == f"{names.output_embedding}.weight":
+            sizes[work.name] = output_rows(work)
+    return sizes
+
+
+def _dtype_updates(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return what changes with the dtype; nothing for a model of diffusers, which stops at one."""
+    if is_of_diffusers(config):
+        return {}
+    paths = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    for name, part in config.items():
+        if isinstance(part, dict):
+            paths += [f"{name}.{key}" for key in ("dtype", "torch_dtype") if key in part]
+    return dict.fromkeys(paths, dtype)
+
+
+# -- steps and files -------------------------------------------------------------------------------
+
+
+def _shards(
+    base: Checkpoint, works: Mapping[str, Work], choices: Choices, left_out: frozenset[str],
+    quantization: Quantization | None, made: MadeSteps | None,
+) -> list[OutputShard]:  # fmt: skip
+    if choices.quantize == KEEP and quantization is not None:
+        base = replace(base, shards=quantization.stored.shards)
+        kept = KeptSteps(
+            works, quantization, lambda n: _step(n, base, works.get(n), choices), segments_of
+        )
+        files = [[kept.step(n) for n in s.tensors if n not in left_out] for s in base.shards]
+        known = {*quantization.weights}
+    else:
+        files = [
+            [
+                _step(name, base, works.get(name), choices)
+                for name in shard.tensors
+                if name not in left_out
+            ]
+            for shard in base.shards
+        ]
+        known = set()
+    known |= {step.name for steps in files for step in steps}
+    extra = [_step(name, base, work, choices) for name, work in works.items() if name not in known]
+    if made is not None:
+        files = [[each for step in steps for each in made.of(step)] for steps in files]
+        extra = [each for step in extra for each in made.of(step)]
+    if choices.shard_size:
+        files = _split([step for steps in files for step in steps] + extra, choices.shard_size)
+        names = numbered_names(len(files), _stem(base))
+    else:
+        files[-1].extend(extra)
+        names = _kept_names(base)
+    return [OutputShard(name, tuple(steps)) for name, steps in zip(names, files, strict=True)]
+
+
+def is_of_diffusers(config: Mapping[str, Any] | None) -> bool:
+    """Return whether a config is that of a part of a diffusers pipeline."""
+    return "_class_name" in (config or {})
+
+
+def numbered_names(count: int, stem: str = "model") -> list[str]:
+    """Return transformers' file names for ``count`` weight files, or diffusers' by its stem."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _stem(base: Checkpoint) -> str:
+    return "diffusion_pytorch_model" if is_of_diffusers(base.config) else "model"
+
+
+def _kept_names(base: Checkpoint) -> list[str]:
+    """Return the base's file names where transformers will find them, else the usual ones."""
+    names = [shard.name for shard in base.shards]
+    usual = len(names) > 1 or names[0] in (
+        "model.safetensors",
+        "diffusion_pytorch_model.safetensors",
+    )
+    if base.container == "safetensors" and usual and not base.single_file:
+        return names
+    return numbered_names(len(names), _stem(base))
+
+
+def _split(steps: list[Step], limit: int) -> list[list[Step]]:
+    files: list[list[Step]] = [[]]
+    filled = 0
+    for step in steps:
+        if files[-1] and filled + step.nbytes > limit:
+            files.append([])
+            filled = 0
+        files[-1].append(step)
+        filled += step.nbytes
+    return files
+
+
+def _step(name: str, base: Checkpoint, work: Work | None, choices: Choices) -> Step:
+    if work is None:
+        spec = base.tensors[name]
+        dtype = _output_dtype(spec.dtype, choices)
+        same = dtype == spec.dtype and not spec.is_virtual
+        action: Action = "copy" if same else "convert"
+        return Step(name, action, spec, None, dtype, spec.shape)
+    stored = work.base.dtype if work.base is not None else _main_dtype(base, work.source.dtype)
+    dtype = _output_dtype(stored, choices)
+    shape = (output_rows(work), *work.source.shape[1:]) if work.source.shape else ()
+    return Step(
+        name, action_of(work), work.source, work.source_adapter, dtype, shape,
+        segments_of(work), tuple(work.patches),
+    )  # fmt: skip
+
+
+def action_of(work: Work) -> Action:
+    """Return what a work does to its tensor, for the receipt."""
+    if work.base is None:
+        return "add"
+    if work.deltas or work.patches:
+        return "merge"
+    return "replace" if work.source_adapter is not None else "add"
+
+
+def _output_dtype(stored: str, choices: Choices) -> str:
+    return choices.dtype if choices.dtype and stored in WORKING_DTYPES else stored
+
+
+def _main_dtype(base: Checkpoint, fallback: str) -> str:
+    """Return the dtype most of the base's weights have, for tensors that the base lacks."""
+    bytes_of: dict[str, int] = {}
+    for spec in base.tensors.values():
+        if spec.dtype in WORKING_DTYPES:
+            bytes_of[spec.dtype] = bytes_of.get(spec.dtype, 0) + spec.nbytes
+    return max(bytes_of, key=lambda d: bytes_of[d]) if bytes_of else fallback
+
+
+def segments_of(work: Work) -> tuple[Segment, ...]:
+    """Cut the rows wherever a delta begins or ends, so that each piece has one list of deltas."""
+    if not work.deltas:
+        return ()
+    edges = sorted({edge for delta in work.deltas for edge in delta.rows})
+    segments = []
+    for low, high in pairwise(edges):
+        here = tuple(d for d in work.deltas if d.rows[0] <= low and high <= d.rows[1])
+        if here:
+            segments.append(Segment((low, high), here))
+    return tuple(segments)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+PER_THREAD, TO_KEEP, TO_RESTORE = 4, 2, 3
+"""Buffers of a thread, in tiles: to merge, what keeping for an undo adds, and what restoring."""
+
+TO_DECODE, TO_DECODE_GGUF, TO_ENCODE, TO_COMPARE = 1, 5, 6, 10
+"""What decoding a quantized base adds to them, making codes, and comparing with another base."""
+
+
+def fit_memory(
+    steps: Sequence[Step], choices: Choices, undone: Mapping[str, Step] | None = None,
+    *, compare: bool = False, room: int = 0,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Choose threads and tile size under the cap: ``(threads, tile bytes, memory bytes)``.
+
+    Args:
+        steps: what is to be done.
+        choices: the cap, the threads, and whether an undo is kept for.
+        undone: the steps of an earlier merge that are run backwards meanwhile.
+        compare: whether another base is read beside.
+        room: bytes that reading takes, however many threads do it.
+
+    Raises:
+        MemoryCapError: not even one thread with the smallest tile fits.
+    """
+    back = undone or {}
+
+    def cost(step: Step) -> int:
+        other = back.get(step.source.name)
+        return step.factor_bytes + (other.factor_bytes + 32 * other.units.count if other else 0)
+
+    largest = max(steps, key=cost)
+    factors = max(FACTOR_BYTES, cost(largest))
+    wanted = choices.threads or default_threads()
+    fixed = BASELINE_BYTES + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors + room
+    tiles = PER_THREAD + TO_KEEP * bool(choices.undo) + TO_RESTORE * (undone is not None)
+    tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
+    tiles += TO_DECODE_GGUF * any(step.source.path.suffix == ".gguf" for step in steps)
+    tiles += TO_COMPARE * compare
+    coded = any(step.codes_of is not None for step in [*steps, *back.values()])
+    tiles += TO_ENCODE * coded
+    rows = [smallest_tile(step) for step in steps]
+    rows += [smallest_tile(step, backwards=True) for step in back.values()]
+    least = max(SMALLEST_TILE, -(-max(rows) // 4096) * 4096)
+    for threads in range(wanted, 0, -1):
+        tile = min(max(LARGEST_TILE, least), (choices.max_memory - fixed) // (tiles * threads))
+        tile -= tile % 4096  # whole values, and whole blocks of the disk
+        if tile >= least:
+            return threads, tile, fixed + tiles * threads * tile
+    needed = fixed + tiles * least
+    raise MemoryCapError(
+        "one step needs more memory than allowed",
+        where=largest.name,
+        expected=f"at most {choices.max_memory / 2**20:.0f} MiB (--max-memory)",
+        found=f"{math.ceil(needed / 2**20)} MiB",
+        hint=f"Allow it: --max-memory {math.ceil(needed / 2**20)}MiB",
+    )
+
+
+def default_threads() -> int:
+    """Return one worker per core at hand, and three more that wait for the disk meanwhile."""
+    return len(os.sched_getaffinity(0)) + 3
+
+
+_QUANTIZED_NAME = re.compile(r"(?i)(^|[-_./])(bnb|4-?bit|8-?bit|nf4|gptq|awq|fp8|gguf)([-_./]|$)")
+
+
+def _notes_of_base(adapters: Sequence[Adapter], *, quantized: bool) -> list[str]:
+    """Return what to say of adapters that name a quantized base, where this one is plain."""
+    notes = []
+    for adapter in adapters:
+        name = adapter.settings.base_model_name_or_path or ""
+        if not quantized and _QUANTIZED_NAME.search(Path(name).name):
+            notes.append(
+                f"{adapter.label}: trained on {name}, by its name a quantized model, and this base "
+                "is not quantized; --trained-on says how far apart the two are"
+            )
+    return notes
+
+
+def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:
+    notes = []
+    if ties.untied:
+        notes.append(
+            "the adapter gives the input and output embeddings different weights: both are "
+            "written, and tie_word_embeddings is set to false"
+        )
+    for adapter in adapters:
+        notes += adapter.notes
+        notes += unknown_note(adapter.label, adapter.settings.unknown)
+        init = str(adapter.settings.init_lora_weights).lower()
+        if init.startswith("pissa_niter"):
+            notes.append(
+                f"{adapter.label}: {init} began with a randomized factorization; it is recomputed "
+                "with the exact one, which it approximates"
+            )
+    return notes

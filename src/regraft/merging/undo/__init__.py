@@ -1,0 +1,1 @@
+"""What a merge keeps of its base, and the way back."""

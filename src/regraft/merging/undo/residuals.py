@@ -1,0 +1,225 @@
+"""Tensors of the base that an undo cannot compute: what tells them from something it will have.
+
+A replaced tensor is told from what took its place, a converted one from itself converted there and
+back, and one that the output does not have from nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+
+from regraft.deltas import planes
+from regraft.deltas.weights import Bytes, Weights
+from regraft.formats.reading import FilePool
+from regraft.merging.compute.requantize import ValuesOf, can_be_told, told_codes
+from regraft.merging.inputs.dequantize import DequantizingSource
+from regraft.merging.inputs.source import Source
+from regraft.merging.planning.plan import Plan
+from regraft.merging.planning.quantized_output import KEEP
+from regraft.merging.planning.tiles import Tile
+from regraft.merging.undo.patch import CHUNKS, PLANES, packed, section
+from regraft.quant.weight import Block, QuantizedWeight
+from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A tensor of the base that is kept by its difference.
+
+    Attributes:
+        original: the base's tensor.
+        adapter: the adapter's tensor that it is told from, if it is that.
+        through: the dtype that the output has it in, if it is told from itself converted; of a
+            ``coded`` one, if its values are.
+        coded: the quantized weight whose codes it holds, if they are told from plain values.
+    """
+
+    original: TensorSpec
+    adapter: TensorSpec | None = None
+    through: str | None = None
+    coded: QuantizedWeight | None = None
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element, as the difference is taken; 1 for dtypes of part of a byte."""
+        bits = DTYPES[self.original.dtype].bits
+        return bits // 8 if bits % 8 == 0 and self.original.numel else 1
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return -(-self.original.nbytes // (planes.CHUNK * self.item))
+
+
+def keeps(plan: Plan) -> list[Keep]:
+    """Return the tensors of the base that have to be told from something, in their order."""
+    steps = {step.name: step for step in plan.steps}
+    found = []
+    packed = _dequantized(plan)
+    for name, original in plan.stored.tensors.items():
+        step = steps.get(name)
+        if name in packed:
+            found.append(packed[name])
+        elif step is not None and step.coded is not None:
+            continue
+        elif step is None or step.made is not None:
+            found.append(Keep(original))
+        elif step.source_adapter is not None or step.source.name != name:
+            usable = step.source_adapter is not None and _is_comparable(step.source, original)
+            found.append(Keep(original, adapter=step.source if usable else None))
+        elif not step.is_invertible and step.dtype != original.dtype:
+            found.append(Keep(original, through=step.dtype))
+    return found
+
+
+def _dequantized(plan: Plan) -> dict[str, Keep]:
+    """Return the stored tensors that the output has as plain values of a weight or a stack."""
+    if plan.quantization is None or plan.options.get("quantize") == KEEP:
+        return {}
+    steps = {step.name: step for step in plan.steps}
+    found = {
+        spec.name: Keep(spec)
+        for stack in plan.quantization.stacks.values()
+        for spec in plan.quantization.stored_of(stack.spec.name)
+    }
+    for weight in plan.quantization.weights.values():
+        found |= {spec.name: Keep(spec) for spec in weight.parts.values()}
+        step = steps.get(weight.name)
+        if (
+            step is not None
+            and step.source.is_virtual
+            and step.made is None
+            and can_be_told(weight)
+        ):
+            same = step.is_invertible or step.dtype in (weight.dtype, "F32")
+            through = None if same else step.dtype
+            found[weight.codes.name] = Keep(weight.codes, through=through, coded=weight)
+    return found
+
+
+def digests_only(plan: Plan) -> list[Keep]:
+    """Return the stored tensors that no step of a plan reads as they are, for their digests."""
+    return list(_dequantized(plan).values())
+
+
+def _is_comparable(source: TensorSpec, original: TensorSpec) -> bool:
+    working = source.dtype in WORKING_DTYPES and original.dtype in WORKING_DTYPES
+    return working or source.dtype == original.dtype
+
+
+def converted(raw: Bytes, dtype: str, to: str) -> Bytes:
+    """Return values of one working dtype as another; unchanged bytes if it is the same."""
+    if dtype == to:
+        return raw
+    source = Weights.of_bytes(raw, dtype)
+    result = np.empty(raw.size * DTYPES[to].bits // DTYPES[dtype].bits, np.uint8)
+    Weights.of_bytes(result, to).take(source, np.zeros(4, np.float64))
+    return result
+
+
+def adapter_prediction(
+    keep: Keep, other: TensorSpec, begin: int, size: int, files: FilePool
+) -> Bytes:
+    """Return what bytes ``begin`` to ``begin + size`` are told from: ``other`` as their dtype.
+
+    Where ``other`` is shorter, zeros.
+    """
+    bits, other_bits = DTYPES[keep.original.dtype].bits, DTYPES[other.dtype].bits
+    first = begin * other_bits // bits
+    last = min((begin + size) * other_bits // bits, other.nbytes)
+    result = np.zeros(size, np.uint8)
+    if last > first:
+        raw = np.empty(last - first, np.uint8)
+        files.read_into(other, first, raw.data)
+        there = converted(raw, other.dtype, keep.original.dtype)
+        result[: there.size] = there
+    return result
+
+
+def keep_tiles(keep: Keep, tile_bytes: int) -> Iterator[Tile]:
+    """Cut a tensor into tiles of whole chunks."""
+    chunk, total = planes.CHUNK * keep.item, keep.original.nbytes
+    each = max(tile_bytes // chunk, 1) * chunk
+    for number, start in enumerate(range(0, max(total, 1), each)):
+        length = min(each, total - start)
+        yield Tile(number, "bytes", (0, 0), (0, 0), start, length, 0, 0)
+
+
+class KeepRun:
+    """A kept tensor while it is worked on; as :class:`regraft.merging.execution.step_run.StepRun`."""
+
+    cost = 0
+
+    def __init__(
+        self, keep: Keep, source: Source, files: FilePool, *, compress: bool = True
+    ) -> None:
+        """Take what is kept and what it is read from; not to ``compress`` gives digests alone."""
+        self._keep, self._source, self._files = keep, source, files
+        self._compress = compress
+        self._hash = blake3()
+        self._lengths: dict[int, list[int]] = {}
+        self._turn, self._next = threading.Condition(), 0
+        self.failed = False
+
+    def work(self, tile: Tile, buffers: object) -> Bytes:
+        """Compress one tile's difference; return what is to be kept."""
+        del buffers
+        keep, chunk = self._keep, planes.CHUNK * self._keep.item
+        raw = np.empty(tile.read, np.uint8)
+        self._source.read(keep.original, tile.read_at, raw)
+        parts = [
+            planes.compress(piece, self._prediction(tile.read_at + at, piece), keep.item)
+            for at in range(0, tile.read if self._compress else 0, chunk)
+            for piece in (raw[at : at + chunk],)
+        ]
+        with self._turn:
+            self._turn.wait_for(lambda: self._next == tile.number or self.failed)
+            self._hash.update(raw.data)
+            self._lengths[tile.number] = [len(part) for part in parts]
+            self._next += 1
+            self._turn.notify_all()
+        return np.frombuffer(b"".join(parts), np.uint8)
+
+    def _prediction(self, begin: int, piece: Bytes) -> Bytes:
+        keep = self._keep
+        if keep.adapter is not None:
+            return adapter_prediction(keep, keep.adapter, begin, piece.size, self._files)
+        if keep.coded is not None:
+            return told_codes(keep.coded, begin, piece.size, self._values(keep), self._source.read)
+        if keep.through is not None:
+            there = converted(piece, keep.original.dtype, keep.through)
+            return converted(there, keep.through, keep.original.dtype)
+        return np.zeros(piece.size, np.uint8)
+
+    def _values(self, keep: Keep) -> ValuesOf | None:
+        """Return what gives the values that an undo will have; None for the codes' own."""
+        weight, through = keep.coded, keep.through
+        if weight is None or through is None:
+            return None
+        seen = DequantizingSource({weight.name: weight}, self._source)
+
+        def values(at: Block) -> Bytes:
+            there = converted(seen.values(weight, at), weight.dtype, through)
+            return converted(there, through, weight.dtype)
+
+        return values
+
+    def fail(self) -> None:
+        """Wake whoever waits for a tile that will never come."""
+        with self._turn:
+            self.failed = True
+            self._turn.notify_all()
+
+    def finish(self) -> tuple[str, list[tuple[str, bytes]]]:
+        """Return the digest of the tensor, and its sections after the chunks themselves."""
+        name = self._keep.original.name
+        self._source.release(self._keep.original)
+        lengths = np.array([n for _, ns in sorted(self._lengths.items()) for n in ns], np.uint32)
+        table = packed(lengths.tobytes())
+        sections = [(section(name, PLANES), b""), (section(name, CHUNKS), table)]
+        return self._hash.hexdigest(), sections
