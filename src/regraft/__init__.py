@@ -35,16 +35,16 @@ if TYPE_CHECKING:
         UsageError,
     )
     from regraft.inspection import Inspection, inspect
-    from regraft.merging.events import ProgressEvent
     from regraft.merging.files.leftovers import Leftover
     from regraft.merging.files.receipt import Receipt
     from regraft.merging.planning.plan import Plan
     from regraft.merging.planning.report import CheckReport, UnmergeReport
+    from regraft.progress import ProgressEvent
     from regraft.runtime.attaching import attach, handle_of
-    from regraft.runtime.cache import AdapterCache, CacheStats
     from regraft.runtime.handle import Adapters as Adapters
     from regraft.runtime.merged_loading import load_merged
     from regraft.runtime.saving.save import save
+    from regraft.runtime.store.cache import AdapterCache, CacheStats
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
@@ -59,7 +59,7 @@ _HOME = {
     "check": "regraft.api",
     "inspect": "regraft.inspection",
     "Inspection": "regraft.inspection",
-    "ProgressEvent": "regraft.merging.events",
+    "ProgressEvent": "regraft.progress",
     "Plan": "regraft.merging.planning.plan",
     "Receipt": "regraft.merging.files.receipt",
     "CheckReport": "regraft.merging.planning.report",
@@ -80,8 +80,8 @@ _HOME = {
     "attach": "regraft.runtime.attaching",
     "handle_of": "regraft.runtime.attaching",
     "Adapters": "regraft.runtime.handle",
-    "AdapterCache": "regraft.runtime.cache",
-    "CacheStats": "regraft.runtime.cache",
+    "AdapterCache": "regraft.runtime.store.cache",
+    "CacheStats": "regraft.runtime.store.cache",
     "DiffReport": "regraft.verifying.diff_report",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",

@@ -15,7 +15,6 @@ from regraft.formats.hub import locate
 from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
-from regraft.merging.events import Progress, tell
 from regraft.merging.files.publish import (
     SLACK_BYTES,
     check_output,
@@ -41,6 +40,7 @@ from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.planner import Choices, make_plan, settled
 from regraft.merging.planning.quantized_output import KEEP
 from regraft.merging.planning.report import CheckReport
+from regraft.progress import Progress, tell
 
 if TYPE_CHECKING:
     from regraft.merging.files.receipt import Receipt

@@ -20,7 +20,6 @@ from regraft.formats.reading import FilePool
 from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
-from regraft.merging.events import Progress, tell
 from regraft.merging.files.leftovers import Leftover, find_leftovers, remove_leftover
 from regraft.merging.files.publish import check_output, check_space, out_path, replaced_inputs
 from regraft.merging.files.receipt import Receipt, read_receipt
@@ -55,6 +54,7 @@ from regraft.merging.undo.manifest import (
 from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weights_of
 from regraft.merging.undo.patch import PatchReader
 from regraft.merging.undo.residuals import keeps
+from regraft.progress import Progress, tell
 
 if TYPE_CHECKING:
     from regraft.merging.execution.scheduler import OpenSource

@@ -16,7 +16,7 @@ import regraft
 from cli.kinds import Launch
 from regraft.cli import output as module
 from regraft.cli.output import Output
-from regraft.merging.events import ProgressEvent
+from regraft.progress import ProgressEvent
 
 
 class Terminal(io.StringIO):

@@ -14,8 +14,8 @@ from torch import nn
 
 import regraft
 from faithful.harness import Case, Workshop
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter, adapter_of
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.matching import LiveAdapter, adapter_of
 from regraft.testing import zoo
 
 Bits = dict[str, np.ndarray]

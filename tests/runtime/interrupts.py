@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import regraft
-from regraft.runtime import scopes
+from regraft.runtime.forward import scopes
 
 SIZE = 8
 LOCKS = type(threading.Lock()), type(threading.RLock())

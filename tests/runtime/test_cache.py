@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from regraft import AdapterCache, MemoryCapError, UsageError
-from regraft.runtime.leases import Lease, Store
+from regraft.runtime.store.leases import Lease, Store
 
 NAMES = tuple("abcdefgh")
 SIZES = dict(zip(NAMES, (10, 20, 30, 40, 50, 60, 70, 130), strict=True))

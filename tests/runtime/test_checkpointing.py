@@ -11,7 +11,7 @@ import torch
 from faithful.cases import MIXTRAL_EXPERTS, lora
 from faithful.harness import Workshop
 from regraft import Adapters, attach
-from regraft.runtime import scopes
+from regraft.runtime.forward import scopes
 from regraft.testing import zoo
 
 KINDS: dict[str, tuple[str, Any, Any]] = {

@@ -19,14 +19,14 @@ from regraft.formats.reading import FilePool
 from regraft.merging.another_base import SeenBase
 from regraft.merging.inputs.base import open_base, see
 from regraft.merging.inputs.source import FileSource
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.saving.fingerprint import (
+from regraft.runtime.model.fingerprint import (
     Parameter,
     compare,
     fingerprint_of,
     parameters_of,
     sampled,
 )
+from regraft.runtime.model.live_base import LiveBase
 from regraft.testing import zoo
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -15,7 +15,7 @@ from torch import nn
 
 import regraft
 from regraft.errors import UnsupportedError, UsageError
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.training.new_adapter import new_adapter
 from regraft.testing.zoo import example_inputs, make_model
 from runtime.test_new_adapter import CASES, EXPERTS, logits_of, name_of, their_tensors

@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from regraft.runtime.layers import grouped, on_gpu  # noqa: E402
-from regraft.runtime.layers.grouped import GroupedLora, lay_out, rank_buckets  # noqa: E402
+from regraft.runtime.forward.layers import grouped, on_gpu  # noqa: E402
+from regraft.runtime.forward.layers.grouped import GroupedLora, lay_out, rank_buckets  # noqa: E402
 
 WIDTH, HEIGHT = 20, 12
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-14}

@@ -30,8 +30,8 @@ from regraft.errors import (
 from regraft.merging.compute.step_math import StepMath
 from regraft.runtime.in_place.merge import Merged, merge, swap
 from regraft.runtime.in_place.pool import run_all
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter, adapter_of
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.matching import LiveAdapter, adapter_of
 from runtime.in_memory import (
     adapters_of,
     assert_same,

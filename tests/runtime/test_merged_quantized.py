@@ -19,7 +19,7 @@ from regraft.errors import MismatchError
 from regraft.merging.compute.requantize import Coder
 from regraft.runtime.in_place import quantized
 from regraft.runtime.in_place.merge import merge, swap
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.model.live_base import LiveBase
 from regraft.testing import zoo
 from regraft.testing.adapters import make_adapter
 from runtime.in_memory import adapters_of, assert_same, load, state_bits

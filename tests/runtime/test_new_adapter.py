@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import regraft
 from regraft.errors import MismatchError, UnsupportedError, UsageError
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.saving.saved import of_live, write_saved
 from regraft.runtime.training.new_adapter import LoraConfig, as_config, new_adapter
 from regraft.runtime.training.selecting import shortest_names

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import regraft
 from faithful.harness import assert_visible
-from regraft.runtime.layers.plain import plain_weight
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.saving.fingerprint import compare, fingerprint_of, parameters_of
+from regraft.runtime.forward.layers.plain import plain_weight
+from regraft.runtime.model.fingerprint import compare, fingerprint_of, parameters_of
+from regraft.runtime.model.live_base import LiveBase
 from regraft.testing import zoo
 from regraft.testing.adapters import perturb
 from runtime.live import distance, losses_of, traces_of, tree_of

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regraft.runtime.layers.quick import FEW, Quick
+from regraft.runtime.forward.layers.quick import FEW, Quick
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

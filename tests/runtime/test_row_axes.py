@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import regraft
-from regraft.runtime.row_axes import OTHERWISE
+from regraft.runtime.model.row_axes import OTHERWISE
 from runtime.toys import Experts
 
 ROWS: list[Any] = ["a", "b", None, "a"]

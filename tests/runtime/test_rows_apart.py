@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import regraft
-from regraft.runtime.mixed_modules import Split, layout_of
-from regraft.runtime.row_axes import Axis
+from regraft.runtime.forward.mixed_modules import Split, layout_of
+from regraft.runtime.model.row_axes import Axis
 
 ROWS = ["a", "b", None]
 

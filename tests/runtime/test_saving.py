@@ -28,10 +28,10 @@ from merging.processes import python
 from regraft.errors import AdapterError, BusyError, OutputExistsError, UsageError
 from regraft.formats.checkpoint import open_adapter
 from regraft.formats.hub import locate
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter, adapter_of
+from regraft.runtime.model.fingerprint import KEY
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.matching import LiveAdapter, adapter_of
 from regraft.runtime.saving.files import write_adapter
-from regraft.runtime.saving.fingerprint import KEY
 from regraft.runtime.saving.saved import Saved, of_live, with_base, write_saved
 from regraft.testing import adapters as made
 from regraft.testing.zoo import make_base, make_model

@@ -23,7 +23,7 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 
 from deltas import reference  # noqa: E402
-from regraft.runtime.layers import grouped, on_gpu, triton_kernels  # noqa: E402
+from regraft.runtime.forward.layers import grouped, on_gpu, triton_kernels  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 EPS = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -205,7 +205,7 @@ def test_a_result_that_is_laid_out_in_another_way_is_refused() -> None:
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from regraft.runtime.layers.triton_kernels import _merge
+from regraft.runtime.forward.layers.triton_kernels import _merge
 sizes = {"ADAPTERS": 2, "ROWS": 32, "COLUMNS": 128}
 types = ["*KIND"] * 2 + ["*i64"] * 2 + ["*i32", "*fp32"] + ["i32"] * 4 + ["constexpr"] * 3
 names = _merge.arg_names

@@ -25,7 +25,7 @@ the first rule a fine-tuned descendant is told from its ancestor; changes of 0.3
 show. Behind the noise of 4 bits it is not.
 
 Here is what a fingerprint is and what two sets of values say. Taking values is done by
-:mod:`regraft.merging.another_base` from files, by :mod:`regraft.runtime.saving.fingerprint` from a
+:mod:`regraft.merging.another_base` from files, by :mod:`regraft.runtime.model.fingerprint` from a
 running model.
 """
 

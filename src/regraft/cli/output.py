@@ -20,7 +20,7 @@ from regraft.formats.text import spelled
 if TYPE_CHECKING:
     from regraft.cli.failures import Failure
     from regraft.demo.progress import Progress as StepProgress
-    from regraft.merging.events import Progress, ProgressEvent
+    from regraft.progress import Progress, ProgressEvent
 
 
 @contextmanager
@@ -158,7 +158,7 @@ _STAGES = {
 
 
 class _Bar:
-    """A tqdm bar in bytes, fed by :class:`~regraft.merging.events.ProgressEvent`."""
+    """A tqdm bar in bytes, fed by :class:`~regraft.progress.ProgressEvent`."""
 
     def __init__(self) -> None:
         from tqdm import tqdm

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from regraft.merging.events import Progress, tell
 from regraft.merging.execution.jobs import Done, count_done, fingerprint, jobs_of
 from regraft.merging.execution.scheduler import OpenSource, Task, execute
 from regraft.merging.files.receipt import Receipt
@@ -17,6 +16,7 @@ from regraft.merging.planning.targets import Target, merge_targets
 from regraft.merging.undo.manifest import PATCH, UNDO, Keeping, section_names
 from regraft.merging.undo.patch import PatchWriter
 from regraft.merging.undo.residuals import digests_only, keeps
+from regraft.progress import Progress, tell
 
 
 def build(

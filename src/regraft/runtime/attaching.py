@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import UsageError
 from regraft.libraries import require
-from regraft.runtime.cache import AdapterCache
+from regraft.runtime.store.cache import AdapterCache
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,10 @@ def attach(
         RegraftError: the adapter cannot be read, or does not fit; the model is then as before.
     """
     require("torch", why="a live model")
-    from regraft.runtime.handle import Adapters, attached_to
+    from regraft.runtime.handle import Adapters
+    from regraft.runtime.model.attached import attached_to
+    from regraft.runtime.model.wrappers import unwrapped
     from regraft.runtime.whole import whole
-    from regraft.runtime.wrappers import unwrapped
 
     _check_model(model)
     if attached_to(unwrapped(model)) is not None:
@@ -124,7 +125,7 @@ def _check_module(path: str, module: nn.Module) -> None:
 def handle_of(model: nn.Module) -> Adapters | None:
     """Return the handle of a model, or of the one inside of wrappers; None if it has none."""
     require("torch", why="a live model")
-    from regraft.runtime.handle import attached_to
-    from regraft.runtime.wrappers import unwrapped
+    from regraft.runtime.model.attached import attached_to
+    from regraft.runtime.model.wrappers import unwrapped
 
     return attached_to(unwrapped(model))

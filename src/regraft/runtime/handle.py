@@ -21,39 +21,29 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.errors import UsageError
 from regraft.formats.checkpoint import AdapterFiles
-from regraft.runtime import loading, scopes
-from regraft.runtime.cache import AdapterCache
-from regraft.runtime.choices import Choice, listed, named
-from regraft.runtime.following import Following
-from regraft.runtime.hooks import Hooks, State
+from regraft.runtime.forward import scopes
+from regraft.runtime.forward.choices import Choice, listed, named
+from regraft.runtime.forward.following import Following
+from regraft.runtime.forward.hooks import Hooks, State
+from regraft.runtime.forward.layers.operations import Part
+from regraft.runtime.forward.selection import Named, Rows, Selection
 from regraft.runtime.in_place.merge import Merged, MergeReport, prepared_merge
 from regraft.runtime.in_weights import InWeights
-from regraft.runtime.layers.operations import Part
-from regraft.runtime.library import Chosen, Held, Library
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter
-from regraft.runtime.row_axes import is_of_transformers
-from regraft.runtime.selection import Named, Rows, Selection
+from regraft.runtime.model.attached import Handle, all_attached, forget, remember
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.matching import LiveAdapter
+from regraft.runtime.model.row_axes import is_of_transformers
+from regraft.runtime.model.wrappers import check_trainable, unwrapped
+from regraft.runtime.store import loading
+from regraft.runtime.store.cache import AdapterCache
+from regraft.runtime.store.library import Chosen, Held, Library
 from regraft.runtime.training.optimizers import watch_optimizers
 from regraft.runtime.whole import Turns, whole
-from regraft.runtime.wrappers import check_trainable, unwrapped
 
 _numbers = itertools.count(1)
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapters]] = weakref.WeakKeyDictionary()
-"""The handle of each model that has one.
-
-A handle holds its model, so nothing here holds the handle: the hooks on the model do, and all of
-them go together.
-"""
 
 
-def attached_to(model: Any) -> Adapters | None:
-    """Return the handle of a model, without its wrappers; None if it has none."""
-    found = _ATTACHED.get(model)
-    return found() if found is not None else None
-
-
-class Adapters:
+class Adapters(Handle):
     """The adapters of one live model; made by :func:`regraft.attach`.
 
     Which of them answer is said for everyone by :meth:`set_adapter`, and for a block of code, in
@@ -72,7 +62,7 @@ class Adapters:
         self._turns = Turns()
         self._in_weights = InWeights(self._state, self._turns, self._hooks.look)
         self._frozen: list[nn.Parameter] = []
-        _ATTACHED[model] = weakref.ref(self)
+        remember(model, self)
 
     def __repr__(self) -> str:
         names = ", ".join(self.names) or "none"
@@ -237,7 +227,7 @@ class Adapters:
                 parameter.requires_grad_(False)
                 self._frozen.append(parameter)
         self._hooks.keep_gradients()
-        watch_optimizers(_trained_adapters)
+        watch_optimizers(all_attached)
 
     # -- the model changes -----------------------------------------------------------------------
 
@@ -297,7 +287,7 @@ class Adapters:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
-        _ATTACHED.pop(self._base.model, None)
+        forget(self._base.model)
 
     unload = detach
 
@@ -556,8 +546,3 @@ class Adapters:
         from regraft.runtime.saving.save import save
 
         return save(self, folder, name=name, **options)
-
-
-def _trained_adapters() -> Iterator[Adapters]:
-    """Yield every handle on which something can be trained."""
-    yield from [handle for held in list(_ATTACHED.values()) if (handle := held()) is not None]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from regraft.errors import UsageError
-from regraft.runtime.choices import Choice, listed, named
-from regraft.runtime.hooks import State
+from regraft.runtime.forward.choices import Choice, listed, named
+from regraft.runtime.forward.hooks import State
+from regraft.runtime.forward.selection import Named
 from regraft.runtime.in_place.merge import Merged, MergeReport, exchange
-from regraft.runtime.selection import Named
 from regraft.runtime.whole import Turns
 
 

@@ -275,7 +275,7 @@ class _Loading:
 
     def tensor(self, step: Step) -> torch.Tensor:
         """Return a step's tensor, computed now."""
-        from regraft.runtime.live_base import torch_dtype_of
+        from regraft.runtime.model.live_base import torch_dtype_of
 
         flat = _room(step.nbytes)
         try:
@@ -334,7 +334,7 @@ class MergedSlice:
     @property
     def dtype(self) -> torch.dtype:
         """Its dtype."""
-        from regraft.runtime.live_base import torch_dtype_of
+        from regraft.runtime.model.live_base import torch_dtype_of
 
         return torch_dtype_of(self._step.dtype)
 

@@ -14,7 +14,7 @@ from regraft.errors import Problem
 from regraft.formats.checkpoint import AdapterFiles
 from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import build_header
-from regraft.merging.events import Progress, ProgressEvent
+from regraft.progress import Progress, ProgressEvent
 from regraft.shrinking.factors import Stored, read_stored, reduced, shapes
 from regraft.shrinking.forms import Form
 from regraft.shrinking.targets import Pair

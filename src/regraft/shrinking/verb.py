@@ -29,7 +29,6 @@ from regraft.formats.problems import capped
 from regraft.formats.reading import FilePool, typed_os_errors
 from regraft.formats.watching import watched
 from regraft.memory import peak_memory
-from regraft.merging.events import Progress, tell
 from regraft.merging.files.publish import (
     check_output,
     check_space,
@@ -42,6 +41,7 @@ from regraft.merging.files.publish import (
 from regraft.merging.files.side_files import CARD, SideFiles, adapter_side_files, json_bytes
 from regraft.merging.files.staging import workplace
 from regraft.merging.planning.planner import parse_dtype
+from regraft.progress import Progress, tell
 from regraft.shrinking.card import shrunk_card
 from regraft.shrinking.config import with_one_scale, with_ranks
 from regraft.shrinking.copies import Copy, compare, copies_in

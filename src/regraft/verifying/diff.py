@@ -20,7 +20,7 @@ from regraft.formats.reading import typed_os_errors
 from regraft.formats.safetensors import read_header
 from regraft.formats.torch_zip import read_torch_file
 from regraft.formats.watching import watched
-from regraft.merging.events import Progress, ProgressEvent
+from regraft.progress import Progress, ProgressEvent
 from regraft.tensors import TensorSpec
 from regraft.verifying.diff_folders import config_changes, file_changes
 from regraft.verifying.diff_report import DiffReport, DiffSide, Kind, LoneTensor

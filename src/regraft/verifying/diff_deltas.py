@@ -21,7 +21,7 @@ from regraft.deltas.reduction import difference_norm, product_norm
 from regraft.deltas.threads import one_thread
 from regraft.formats.checkpoint import AdapterFiles
 from regraft.formats.reading import FilePool
-from regraft.merging.events import Progress, ProgressEvent
+from regraft.progress import Progress, ProgressEvent
 from regraft.shrinking.factors import own_products, read_stored
 from regraft.shrinking.targets import Pair, read_pairs
 from regraft.tensors import TensorSpec

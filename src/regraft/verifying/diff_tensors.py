@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regraft.formats.reading import FilePool
-from regraft.merging.events import Progress, ProgressEvent
+from regraft.progress import Progress, ProgressEvent
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
 from regraft.verifying.diff_report import TensorChange, finite
 from regraft.verifying.workers import for_each

@@ -28,7 +28,6 @@ from regraft.merging.compute.factors import FactorStore
 from regraft.merging.compute.requantize import Coder, block_of, noise_key
 from regraft.merging.compute.step_math import StepMath
 from regraft.merging.compute.two_pass_quantize import Gathering, Gatherings
-from regraft.merging.events import Progress
 from regraft.merging.execution.scheduler import FACTOR_CACHE, coder_of, made_steps, plain_source
 from regraft.merging.inputs.base import decoded_like, see
 from regraft.merging.inputs.dequantize import DequantizingSource
@@ -38,6 +37,7 @@ from regraft.merging.planning.plan import Made, Plan, Step
 from regraft.merging.planning.planner import Choices, make_plan
 from regraft.merging.planning.tiles import Tile, tiles_of
 from regraft.numerics.conversions import KINDS
+from regraft.progress import Progress
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
 from regraft.verifying.diagnosis import (
     Diagnosis,

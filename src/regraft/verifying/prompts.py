@@ -38,8 +38,8 @@ from regraft.formats.parsed import check_parsed
 from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import typed_os_errors
 from regraft.libraries import from_pretrained, from_template, quieted, require
-from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.planning.planner import Choices, make_plan
+from regraft.progress import Progress, ProgressEvent
 from regraft.verifying.prompt_file import Prompt, read_prompts
 from regraft.verifying.prompt_report import (
     PromptAgreement,

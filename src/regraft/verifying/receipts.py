@@ -21,8 +21,8 @@ from regraft.formats.inside import leads_outside
 from regraft.formats.layout import RECEIPT
 from regraft.formats.reading import FilePool, open_regular, read_at, typed_os_errors
 from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
-from regraft.merging.events import Progress
 from regraft.merging.files.receipt import Receipt, TensorRecord, file_key
+from regraft.progress import Progress
 from regraft.tensors import TensorSpec
 from regraft.verifying.report import Difference
 from regraft.verifying.workers import Told, for_each

@@ -13,9 +13,9 @@ from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT, looks_like
 from regraft.formats.watching import watched
-from regraft.merging.events import Progress
 from regraft.merging.planning.options import AdapterArg, choices_of, parse_adapters
 from regraft.merging.planning.planner import Choices, default_threads
+from regraft.progress import Progress
 from regraft.verifying.inputs import (
     Inputs,
     Recipe,

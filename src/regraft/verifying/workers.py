@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TypeVar
 
-from regraft.merging.events import Progress, ProgressEvent
+from regraft.progress import Progress, ProgressEvent
 
 Item = TypeVar("Item")
 

@@ -1,7 +1,8 @@
 """Merging into memory: the steps of a merge into files, with the caller's room for a result.
 
 Nothing is hashed, nothing is kept for an undo, and no file is written. The bytes are those of the
-merge into files, since the arithmetic is the same :class:`regraft.merging.compute.step_math.StepMath`.
+merge into files, since the arithmetic is the same:
+:class:`regraft.merging.compute.step_math.StepMath`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from regraft.formats.reading import FilePool
 from regraft.merging.compute.factors import FactorStore, read_differently
 from regraft.merging.compute.requantize import Coder
 from regraft.merging.compute.step_math import StepMath
-from regraft.merging.events import Progress, ProgressEvent
 from regraft.merging.execution.commit_log import Closing, Ledger
 from regraft.merging.execution.jobs import Done, Job, jobs_of
 from regraft.merging.execution.step_run import Buffers, Other, StepRun
@@ -35,6 +34,7 @@ from regraft.merging.planning.targets import Target
 from regraft.merging.planning.tiles import Tile, tiles_of
 from regraft.merging.undo.patch import PatchWriter
 from regraft.merging.undo.residuals import Keep, KeepRun, keep_tiles
+from regraft.progress import Progress, ProgressEvent
 
 if TYPE_CHECKING:
     from regraft.merging.compute.two_pass_quantize import Gathering, Gatherings

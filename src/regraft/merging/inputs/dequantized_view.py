@@ -2,7 +2,8 @@
 
 The planner knows names, shapes and dtypes of the model's own weights. A *logical* checkpoint gives
 it these: each quantized weight is one tensor without bytes of its own (a virtual one). What the
-files hold stays at hand in :class:`Quantization`; :mod:`regraft.merging.inputs.dequantize` reads it.
+files hold stays at hand in :class:`Quantization`, and
+:mod:`regraft.merging.inputs.dequantize` reads it.
 """
 
 from __future__ import annotations

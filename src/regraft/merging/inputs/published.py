@@ -2,7 +2,8 @@
 
 gpt-oss in 4 bits, as Unsloth saves it, has a linear layer for each expert, and another one in the
 router. Merged out, the class of transformers would find neither. So the single experts of a stack
-are seen as the stack, which has no bytes of its own: :mod:`regraft.merging.inputs.stacking` reads it.
+are seen as the stack, which has no bytes of its own:
+:mod:`regraft.merging.inputs.stacking` reads it.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def keep_tiles(keep: Keep, tile_bytes: int) -> Iterator[Tile]:
 
 
 class KeepRun:
-    """A kept tensor while it is worked on; as :class:`regraft.merging.execution.step_run.StepRun`."""
+    """A kept tensor while it is worked on, as ``StepRun`` is for a step."""
 
     cost = 0
 

@@ -50,7 +50,7 @@ class Recipe:
 
 
 class RestoringSource:
-    """Gives the bytes of a base that is not there; a :class:`regraft.merging.inputs.source.Source`."""
+    """Gives the bytes of a base that is not there; a ``Source`` of ``merging.inputs``."""
 
     def __init__(
         self, recipe: Recipe, patch: PatchReader, files: FilePool, store: FactorStore

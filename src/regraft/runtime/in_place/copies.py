@@ -17,8 +17,8 @@ from regraft.deltas.views import View
 from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.merging.compute.factors import check_values
 from regraft.runtime.in_place.weights import bytes_of
-from regraft.runtime.live_base import spec_of
-from regraft.runtime.matching import LiveAdapter, Tensors
+from regraft.runtime.model.live_base import spec_of
+from regraft.runtime.model.matching import LiveAdapter, Tensors
 from regraft.tensors import TensorSpec
 
 

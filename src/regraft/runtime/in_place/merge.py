@@ -17,12 +17,12 @@ import numpy as np
 from regraft.errors import UsageError
 from regraft.quant.rounding import NOISE, SURVIVED
 from regraft.quant.weight import ROUNDINGS
-from regraft.runtime.hooks import torn
+from regraft.runtime.forward.hooks import torn
 from regraft.runtime.in_place.changes import apply_all, revert_all
 from regraft.runtime.in_place.pool import default_threads, run_all
 from regraft.runtime.in_place.preparing import Choices, Prepared, prepare
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.matching import LiveAdapter
 from regraft.runtime.whole import whole
 
 Weighted = Sequence[tuple[LiveAdapter, float]]

@@ -20,15 +20,15 @@ from regraft.merging.planning.plan import Step
 from regraft.merging.planning.planner import action_of, segments_of
 from regraft.merging.planning.quantized_output import unfit_for_codes
 from regraft.merging.planning.ties import cannot_part
+from regraft.runtime.forward.layers.served import check_mergeable
 from regraft.runtime.in_place.changes import Change, dequantized, plain_linear, untied
 from regraft.runtime.in_place.copies import Copies
 from regraft.runtime.in_place.jobs import CodedJob, Job, PlainJob
 from regraft.runtime.in_place.pool import Piece
 from regraft.runtime.in_place.quantized import LiveQuantized
 from regraft.runtime.in_place.weights import check_at_hand, plain
-from regraft.runtime.layers.served import check_mergeable
-from regraft.runtime.live_base import LiveBase, torch_dtype_of
-from regraft.runtime.matching import LiveAdapter, match_live, weighted, without_place
+from regraft.runtime.model.live_base import LiveBase, torch_dtype_of
+from regraft.runtime.model.matching import LiveAdapter, match_live, weighted, without_place
 from regraft.tensors import TensorSpec
 
 

@@ -23,7 +23,7 @@ from regraft.quant.bitsandbytes import FourBit, Nested
 from regraft.quant.int8 import Int8
 from regraft.quant.weight import Codec, QuantizedWeight
 from regraft.runtime.in_place.weights import TensorMemory, bytes_of, check_at_hand, plain
-from regraft.runtime.quantized_parameters import (
+from regraft.runtime.model.quantized_parameters import (
     Scales,
     has_lost_scales,
     is_packed,

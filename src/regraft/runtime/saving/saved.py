@@ -15,15 +15,15 @@ from regraft.adapters.wrappers import peft_key, plain_config
 from regraft.errors import UnsupportedError, UsageError
 from regraft.formats.text import plain_text
 from regraft.merging.files.card import hub_id
-from regraft.runtime.handle import Adapters, attached_to
-from regraft.runtime.layers.served import split
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter, match_live
-from regraft.runtime.quantized_parameters import is_4bit, is_8bit
+from regraft.runtime.forward.layers.served import split
+from regraft.runtime.model.attached import Handle, attached_to
+from regraft.runtime.model.fingerprint import KEY, Parameter, fingerprint_of, parameters_of
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.matching import LiveAdapter, match_live
+from regraft.runtime.model.quantized_parameters import is_4bit, is_8bit
+from regraft.runtime.model.wrappers import unwrapped
 from regraft.runtime.saving.card import adapter_card
 from regraft.runtime.saving.files import stored_specs, write_adapter
-from regraft.runtime.saving.fingerprint import KEY, Parameter, fingerprint_of, parameters_of
-from regraft.runtime.wrappers import unwrapped
 
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _EMBEDDING_WRAPPER = ".base_layer."
@@ -102,11 +102,11 @@ def _unwrapped(what: Any) -> Any:
     return vars(what).get("_regraft_model", what) if isinstance(what, nn.Module) else what
 
 
-def _handle_of(what: Any) -> Adapters | None:
+def _handle_of(what: Any) -> Any:
     """Return what ``attach`` returned for a model, or the same if it was given; None for others."""
     if isinstance(what, nn.Module):
         return attached_to(what)
-    return what if isinstance(what, Adapters) else None
+    return what if isinstance(what, Handle) else None
 
 
 def _chosen(names: Sequence[str], active: Sequence[str], name: str | None) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from regraft.adapters.wrappers import PREFIX
-from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.model.matching import LiveAdapter
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 """In the order in which a layer of PEFT's has them, after what the layer itself has."""

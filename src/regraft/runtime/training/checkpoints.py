@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import MismatchError, Problem
-from regraft.runtime import loading
-from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.model.matching import LiveAdapter
+from regraft.runtime.store import loading
 from regraft.runtime.training.as_peft import names_in_peft
 
 _WEIGHTS = "model.safetensors"

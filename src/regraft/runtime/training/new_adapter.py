@@ -14,11 +14,11 @@ from regraft.adapters.settings import LoraSettings, read_settings
 from regraft.adapters.wrappers import PREFIX
 from regraft.deltas.residual import FACTORIZATIONS
 from regraft.errors import MismatchError, Problem, UnsupportedError
-from regraft.runtime.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
-from regraft.runtime.layers.plain import plain_weight
-from regraft.runtime.live_base import LiveBase, input_embedding
-from regraft.runtime.matching import LiveAdapter, adapter_of, match_live
-from regraft.runtime.parametrized import computed_leaves, is_computed, way_back
+from regraft.runtime.forward.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
+from regraft.runtime.forward.layers.plain import plain_weight
+from regraft.runtime.model.live_base import LiveBase, input_embedding
+from regraft.runtime.model.matching import LiveAdapter, adapter_of, match_live
+from regraft.runtime.model.parametrized import computed_leaves, is_computed, way_back
 from regraft.runtime.training.first_values import FirstValues, dtype_of_factors
 from regraft.runtime.training.selecting import completed, modules_of, nothing_selected
 

@@ -12,8 +12,8 @@ from torch import nn
 from regraft.adapters.patterns import suffixes_of
 from regraft.adapters.settings import LoraSettings
 from regraft.errors import MismatchError, Problem, UnsupportedError, UsageError
-from regraft.runtime.layers.kinds import CONV1D, LINEAR, kind_of
-from regraft.runtime.live_base import LiveBase
+from regraft.runtime.forward.layers.kinds import CONV1D, LINEAR, kind_of
+from regraft.runtime.model.live_base import LiveBase
 
 ALL_LINEAR = "all-linear"
 HEADS: Mapping[str, tuple[str, ...]] = {

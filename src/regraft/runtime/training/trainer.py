@@ -12,7 +12,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,12 +21,14 @@ from torch.nn.modules.module import _IncompatibleKeys
 from regraft.adapters.wrappers import PREFIX
 from regraft.errors import UnsupportedError, UsageError
 from regraft.merging.files.publish import out_path
-from regraft.runtime.handle import Adapters
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.matching import LiveAdapter
 from regraft.runtime.saving.saved import of_live, write_saved
 from regraft.runtime.training.as_peft import in_order_of_peft, names_in_peft
 from regraft.runtime.training.checkpoints import complete, write_for_trainer
+
+if TYPE_CHECKING:
+    from regraft.runtime.handle import Adapters
 
 _PARAMETERS = "regraft_adapter"
 _CHECKPOINT = "checkpoint-"
@@ -140,7 +142,7 @@ class _Twin(nn.Module):  # type: ignore[misc]
     """What the twin does otherwise than the model's class."""
 
     _regraft_model: Any
-    _regraft_adapters: Adapters
+    _regraft_adapters: Any
     _regraft_adapter: LiveAdapter
     _regraft_prefix: str = ""
     _regraft_missing: Sequence[str] = ()

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from regraft.deltas.views import Delta
 from regraft.merging.planning.match import Work
-from regraft.runtime.layers.kinds import shadow
-from regraft.runtime.layers.plain import plain_weight
-from regraft.runtime.layers.residuals import residual_pair
-from regraft.runtime.matching import Tensors
+from regraft.runtime.forward.layers.kinds import shadow
+from regraft.runtime.forward.layers.plain import plain_weight
+from regraft.runtime.forward.layers.residuals import residual_pair
+from regraft.runtime.model.matching import Tensors
 
 READS_ITS_CHILDREN = (nn.MultiheadAttention,)
 """Modules that use the weights of their submodules without calling them."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from regraft.errors import UsageError
-from regraft.runtime.choices import listed
+from regraft.runtime.forward.choices import listed
 
 Scopes = Mapping[int, Any]
 """Selections by the key of their handle; None stands for no adapter.

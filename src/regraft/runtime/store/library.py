@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from regraft.errors import UsageError
-from regraft.runtime.cache import AdapterCache
-from regraft.runtime.leases import Lease
-from regraft.runtime.matching import LiveAdapter
-from regraft.runtime.selection import Named, Rows, Selection
+from regraft.runtime.forward.selection import Named, Rows, Selection
+from regraft.runtime.model.matching import LiveAdapter
+from regraft.runtime.store.cache import AdapterCache
+from regraft.runtime.store.leases import Lease
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from regraft.runtime.layers import on_gpu
+from regraft.runtime.forward.layers import on_gpu
 
 Pair = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r); the scale is in B."""

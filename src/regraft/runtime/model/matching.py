@@ -17,8 +17,8 @@ from regraft.errors import MismatchError, Problem
 from regraft.formats.checkpoint import AdapterFiles
 from regraft.merging.planning.match import Work, match
 from regraft.merging.planning.ties import on_both_sides
-from regraft.runtime.live_base import LiveBase, spec_of
-from regraft.runtime.parametrized import is_computed, way_back
+from regraft.runtime.model.live_base import LiveBase, spec_of
+from regraft.runtime.model.parametrized import is_computed, way_back
 
 _CUT = re.compile(r"^(?P<name>.+)\[rows (?P<first>\d+):(?P<last>\d+)\]$")
 

@@ -24,8 +24,8 @@ from regraft.adapters.fingerprint import (
     spread,
     verdict,
 )
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.quantized_parameters import (
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.quantized_parameters import (
     has_lost_scales,
     is_4bit,
     is_8bit,

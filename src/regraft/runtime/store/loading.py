@@ -23,9 +23,9 @@ from regraft.merging.compute.factors import not_finite
 from regraft.merging.inputs.expert_stacks import check_version, with_version
 from regraft.merging.planning.match import prefix_changes
 from regraft.merging.planning.planner import parse_dtype
-from regraft.runtime.live_base import LiveBase, torch_dtype_of
-from regraft.runtime.matching import LiveAdapter, adapter_of
-from regraft.runtime.saving.fingerprint import compare
+from regraft.runtime.model.fingerprint import compare
+from regraft.runtime.model.live_base import LiveBase, torch_dtype_of
+from regraft.runtime.model.matching import LiveAdapter, adapter_of
 from regraft.tensors import DTYPES, TensorSpec
 
 
@@ -225,7 +225,7 @@ def bytes_in_use(adapter: LiveAdapter, base: LiveBase) -> int:
     """Return the bytes that an adapter takes while it is used, at most.
 
     On a model in 16 bits, factors in float32 get a copy in 16 bits (see
-    :class:`regraft.runtime.layers.quick.Quick`).
+    :class:`regraft.runtime.forward.layers.quick.Quick`).
     """
     wide = sum(t.nbytes for t in adapter.tensors.values() if t.dtype == torch.float32)
     narrow = base.dtype.itemsize < torch.float32.itemsize

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from regraft.errors import MismatchError, Problem
-from regraft.runtime.hooks import Hooks
-from regraft.runtime.layers.kinds import kind_of
-from regraft.runtime.layers.operations import Operations, Part, operations_of
-from regraft.runtime.layers.plain import plain_weight
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.quantized_parameters import plain_form
-from regraft.runtime.selection import Named, Rows, Selection
+from regraft.runtime.forward.hooks import Hooks
+from regraft.runtime.forward.layers.kinds import kind_of
+from regraft.runtime.forward.layers.operations import Operations, Part, operations_of
+from regraft.runtime.forward.layers.plain import plain_weight
+from regraft.runtime.forward.selection import Named, Rows, Selection
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.quantized_parameters import plain_form
 
 _AGAIN = "Put the module back, or detach() and attach the adapters to the model as it is now"
 _STEP = 2.0**-7

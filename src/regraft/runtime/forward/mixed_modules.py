@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from regraft.errors import UnsupportedError
-from regraft.runtime.hooks import tensors_in
-from regraft.runtime.row_axes import Axis, is_of_transformers, unknown_rows
+from regraft.runtime.forward.hooks import tensors_in
+from regraft.runtime.model.row_axes import Axis, is_of_transformers, unknown_rows
 
 Arguments = Mapping[str, Any]
 """What a module is called with, by name."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from regraft.errors import UsageError
 
 if TYPE_CHECKING:
-    from regraft.runtime.selection import Named
+    from regraft.runtime.forward.selection import Named
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 """Adapters that answer together: a name, names, names with weights; None for no adapter."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import UsageError
-from regraft.runtime.leases import Lease, Store
+from regraft.runtime.store.leases import Lease, Store
 from regraft.tensors import parse_size
 
 Item = Any

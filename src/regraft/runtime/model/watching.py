@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import MismatchError
-from regraft.runtime.wrappers import plain_paths
+from regraft.runtime.model.wrappers import plain_paths
 
 _Link = tuple[Mapping[str, Any], str, nn.Module]
 """The children of a module, a name among them, and the child."""

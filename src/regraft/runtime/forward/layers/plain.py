@@ -9,7 +9,7 @@ from torch import nn
 
 from regraft.errors import UnsupportedError
 from regraft.quant.int8 import LEVELS
-from regraft.runtime.quantized_parameters import (
+from regraft.runtime.model.quantized_parameters import (
     is_4bit,
     is_8bit,
     is_packed,

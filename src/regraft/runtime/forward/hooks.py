@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from regraft.errors import UsageError
-from regraft.runtime import scopes
-from regraft.runtime.live_base import LiveBase, input_embedding
-from regraft.runtime.watching import Watch, lost_in_copy
+from regraft.runtime.forward import scopes
+from regraft.runtime.model.live_base import LiveBase, input_embedding
+from regraft.runtime.model.watching import Watch, lost_in_copy
+from regraft.runtime.model.wrappers import plain_paths
 from regraft.runtime.whole import whole
-from regraft.runtime.wrappers import plain_paths
 
 
 class State:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from regraft.errors import UnsupportedError
-from regraft.runtime.live_base import is_conv1d, is_linear_without_weight
+from regraft.runtime.model.live_base import is_conv1d, is_linear_without_weight
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.runtime import scopes
-from regraft.runtime.hooks import tensors_in
-from regraft.runtime.layers.grouped import GroupedLora
-from regraft.runtime.layers.operations import Operations
-from regraft.runtime.layers.quick import quick_dtype
-from regraft.runtime.layers.steps import Dora, LowRank, Step, run, scaled
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.mixed_modules import by_name, prove, split_of
-from regraft.runtime.row_axes import (
+from regraft.runtime.forward import scopes
+from regraft.runtime.forward.hooks import tensors_in
+from regraft.runtime.forward.layers.grouped import GroupedLora
+from regraft.runtime.forward.layers.operations import Operations
+from regraft.runtime.forward.layers.quick import quick_dtype
+from regraft.runtime.forward.layers.steps import Dora, LowRank, Step, run, scaled
+from regraft.runtime.forward.mixed_modules import by_name, prove, split_of
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.row_axes import (
     Axis,
     axis_of,
     doubt_of_images,

@@ -19,7 +19,7 @@ def kernels() -> Any | None:
     """Return the module of kernels; None without triton."""
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("regraft.runtime.layers.triton_kernels")
+    return importlib.import_module("regraft.runtime.forward.layers.triton_kernels")
 
 
 def can_run(tensors: Sequence[Tensor]) -> bool:

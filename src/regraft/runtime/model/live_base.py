@@ -20,9 +20,9 @@ from regraft.merging.inputs.base_index import BaseIndex, Found, Held
 from regraft.merging.inputs.single_experts import as_slice
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
-from regraft.runtime.parametrized import computed_leaves
-from regraft.runtime.quantized_parameters import Scales, plain_form, remembered
-from regraft.runtime.wrappers import plain_paths
+from regraft.runtime.model.parametrized import computed_leaves
+from regraft.runtime.model.quantized_parameters import Scales, plain_form, remembered
+from regraft.runtime.model.wrappers import plain_paths
 from regraft.tensors import BY_CONFIG_NAME, DTYPES, VIRTUAL, TensorSpec, nbytes_of
 
 IN_MEMORY = Path("memory")

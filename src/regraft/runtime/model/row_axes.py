@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import UnsupportedError, UsageError
-from regraft.runtime.live_base import LiveBase, input_embedding
+from regraft.runtime.model.live_base import LiveBase, input_embedding
 
 OTHERWISE = frozenset({
     "bridgetower", "bros", "edgetam_video", "fsmt", "led", "longformer", "mask2former",

@@ -11,14 +11,22 @@ from torch import Tensor, nn
 from regraft.deltas.views import Delta, RowPatch
 from regraft.errors import MismatchError, Problem
 from regraft.merging.planning.match import Work
-from regraft.runtime.layers.computed import READS_ITS_CHILDREN, ComputedWeight, Replacement
-from regraft.runtime.layers.kinds import EMBEDDING, LINEAR, Kind, kind_of, runs_otherwise
-from regraft.runtime.layers.plain import plain_weight
-from regraft.runtime.layers.served import grouped_step, split
-from regraft.runtime.layers.steps import Dora, Factors, LowRank, Shift, Step, TokenLogits, TokenRows
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter, Tensors, match_live, weighted
-from regraft.runtime.parametrized import computing_module, is_computed, way_back
+from regraft.runtime.forward.layers.computed import READS_ITS_CHILDREN, ComputedWeight, Replacement
+from regraft.runtime.forward.layers.kinds import EMBEDDING, LINEAR, Kind, kind_of, runs_otherwise
+from regraft.runtime.forward.layers.plain import plain_weight
+from regraft.runtime.forward.layers.served import grouped_step, split
+from regraft.runtime.forward.layers.steps import (
+    Dora,
+    Factors,
+    LowRank,
+    Shift,
+    Step,
+    TokenLogits,
+    TokenRows,
+)
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.matching import LiveAdapter, Tensors, match_live, weighted
+from regraft.runtime.model.parametrized import computing_module, is_computed, way_back
 
 Part = tuple[LiveAdapter, float]
 """An adapter and the weight on its scale."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from regraft.runtime.layers.kinds import Kind, looked_up
-from regraft.runtime.layers.quick import Quick
+from regraft.runtime.forward.layers.kinds import Kind, looked_up
+from regraft.runtime.forward.layers.quick import Quick
 
 Pair = tuple[Tensor, Tensor]
 """A and B of a delta, as the layer's kind takes them."""

@@ -15,10 +15,10 @@ from torch import nn
 
 from regraft.adapters.model import Adapter, LoraTarget
 from regraft.errors import Problem, UnsupportedError
-from regraft.runtime.layers.kinds import GROUPED_CONVOLUTION
-from regraft.runtime.layers.steps import Factors, LowRank
-from regraft.runtime.live_base import LiveBase
-from regraft.runtime.matching import LiveAdapter
+from regraft.runtime.forward.layers.kinds import GROUPED_CONVOLUTION
+from regraft.runtime.forward.layers.steps import Factors, LowRank
+from regraft.runtime.model.live_base import LiveBase
+from regraft.runtime.model.matching import LiveAdapter
 
 Served = list[tuple[str, LoraTarget]]
 """Module paths and what an adapter has for them."""

@@ -1,0 +1,1 @@
+"""What is computed in a forward pass: hooks, scopes, selections, and each kind of layer."""

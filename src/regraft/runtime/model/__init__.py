@@ -1,0 +1,1 @@
+"""A running model, seen as a checkpoint: its weights and wrappers, and whether they changed."""

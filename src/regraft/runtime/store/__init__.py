@@ -1,0 +1,1 @@
+"""Adapters in memory: read, matched, kept under a cap, lent out."""
