@@ -1,0 +1,50 @@
+"""Layers that use their weight and bias in a way of their own are run on changed ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.models.voxtral_realtime.modeling_voxtral_realtime import (
+    VoxtralRealtimeCausalConv1d,
+)
+
+import regraft
+from regraft.runtime.saving.files import write_adapter
+
+RANK, ALPHA = 2, 6
+
+
+class Sound(nn.Module):
+    """A convolution that sees only what came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = VoxtralRealtimeCausalConv1d(3, 5, kernel_size=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (batch, 5, n) of (batch, 3, n)."""
+        return self.conv(x)
+
+
+def test_the_bias_of_an_adapter_is_added_to_that_of_a_causal_convolution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Sound().eval(), torch.randn(2, 3, 9)
+    a, b, bias = torch.randn(RANK, 3, 4), torch.randn(5, RANK, 1), torch.randn(5)
+    key, config = "base_model.model.conv", {"peft_type": "LORA", "target_modules": ["conv"]}
+    folder = write_adapter(
+        tmp_path / "a",
+        config | {"r": RANK, "lora_alpha": ALPHA, "lora_bias": True},
+        {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b, f"{key}.lora_B.bias": bias},
+    )
+    expected = Sound().eval()
+    expected.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        plain = model(x)
+        expected.conv.weight += ALPHA / RANK * (b[..., 0] @ a.reshape(RANK, -1)).reshape(5, 3, 4)
+        expected.conv.bias += ALPHA / RANK * bias
+        adapters = regraft.attach(model, folder, "a")
+        torch.testing.assert_close(model(x), expected(x))
+        adapters.detach()
+        assert torch.equal(model(x), plain)
