@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from regraft.deltas.agreement import Fit
-from regraft.deltas.inner import KINDS
+from regraft.numerics.conversions import KINDS
 
 SIZE = 4096
 

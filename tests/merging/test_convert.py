@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import regraft
 from merging import toys
 from regraft.cli.app import app
-from regraft.errors import NumericError, UnsupportedError
+from regraft.errors import NumericError, UnsupportedError, UsageError
 from regraft.merging.planning.planner import parse_dtype
 
 
@@ -110,3 +110,13 @@ def test_the_command_says_what_it_did(base: Path, tmp_path: Path) -> None:
 )
 def test_dtypes_go_by_all_their_names(name: str, expected: str) -> None:
     assert parse_dtype(name) == expected
+
+
+@pytest.mark.parametrize("name", ["int8", "I8", "float64", "float8_e4m3fn", "torch.bool", "many"])
+def test_other_dtypes_are_refused_with_those_that_can_be_written(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UsageError, match=f"cannot write dtype '{name}'") as caught:
+        regraft.convert(base, tmp_path / "out", dtype=name)
+    assert caught.value.problems[0].expected == "float32, bfloat16 or float16"
+    assert not (tmp_path / "out").exists()

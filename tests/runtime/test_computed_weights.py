@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
-from transformers.models.voxtral_realtime.modeling_voxtral_realtime import (
-    VoxtralRealtimeCausalConv1d,
+from transformers.models.moonshine_streaming.modeling_moonshine_streaming import (
+    MoonshineStreamingCausalConv1d,
 )
 
 import regraft
@@ -21,17 +22,20 @@ class Sound(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = VoxtralRealtimeCausalConv1d(3, 5, kernel_size=4)
+        self.conv = MoonshineStreamingCausalConv1d(3, 5, kernel_size=4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (batch, 5, n) of (batch, 3, n)."""
-        return self.conv(x)
+        return self.conv(x)[0]
 
 
-def test_the_bias_of_an_adapter_is_added_to_that_of_a_causal_convolution(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bias_of_an_adapter_is_added_to_that_of_a_causal_convolution_and_rounded_once(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    model, x = Sound().eval(), torch.randn(2, 3, 9)
-    a, b, bias = torch.randn(RANK, 3, 4), torch.randn(5, RANK, 1), torch.randn(5)
+    model, x = Sound().to(dtype).eval(), torch.randn(2, 3, 9, dtype=dtype)
+    a, b, bias = (torch.randn(size, dtype=dtype) for size in ((RANK, 3, 4), (5, RANK, 1), (5,)))
     key, config = "base_model.model.conv", {"peft_type": "LORA", "target_modules": ["conv"]}
     folder = write_adapter(
         tmp_path / "a",
@@ -42,9 +46,10 @@ def test_the_bias_of_an_adapter_is_added_to_that_of_a_causal_convolution(tmp_pat
     expected.load_state_dict(model.state_dict())
     with torch.no_grad():
         plain = model(x)
-        expected.conv.weight += ALPHA / RANK * (b[..., 0] @ a.reshape(RANK, -1)).reshape(5, 3, 4)
-        expected.conv.bias += ALPHA / RANK * bias
+        product = b[..., 0].float() @ a.reshape(RANK, -1).float()
+        expected.conv.weight += ALPHA / RANK * product.reshape(5, 3, 4)
+        expected.conv.bias += ALPHA / RANK * bias.float()
         adapters = regraft.attach(model, folder, "a")
-        torch.testing.assert_close(model(x), expected(x))
+        assert torch.equal(model(x), expected.to(dtype)(x))
         adapters.detach()
         assert torch.equal(model(x), plain)

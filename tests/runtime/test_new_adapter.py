@@ -358,11 +358,16 @@ def _tied() -> Any:
 SHARED = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
 
 
-def test_what_two_sides_of_a_tie_share_is_trained_once() -> None:
-    handle = regraft.attach(_tied(), regraft.LoraConfig(r=2, target_modules=["q_proj"], **SHARED))
-    found = list(handle.parameters())
-    assert len(found) == len({id(parameter) for parameter in found})
-    assert len(found) == len(list(handle.named_parameters()))
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_what_two_sides_of_a_tie_share_is_trained_once(tmp_path: Path, modules: list[str]) -> None:
+    fields: dict[str, Any] = SHARED | {"modules_to_save": modules}
+    model = _tied()
+    made = regraft.attach(model, regraft.LoraConfig(r=2, target_modules=["q_proj"], **fields))
+    regraft.save(model, tmp_path / "a")
+    for handle in (made, regraft.attach(_tied(), tmp_path / "a", is_trainable=True)):
+        found = list(handle.parameters())
+        assert len(found) == len({id(parameter) for parameter in found}) == 3
+        assert len(found) == len(list(handle.named_parameters()))
 
 
 @pytest.mark.parametrize("fields", [SHARED, {"target_modules": ["q_proj", "embed_tokens"],

@@ -81,8 +81,6 @@ class ComputedWeight:
     def _with_one(self, value: Tensor, delta: Delta) -> Tensor:
         left, right = self.pair(delta, value.device)
         rows = value.reshape(-1, right.shape[1]) if value.dim() != 2 else value
-        if delta.feature == "lora-bias" and value.dim() == 1:
-            return value + left.reshape(value.shape) * delta.scale
         low, high = delta.rows
         part = rows[low:high].float() + (left.float() @ right.float()) * delta.scale
         if delta.is_residual:
