@@ -126,3 +126,19 @@ def test_a_kernel_that_cannot_swap_has_the_new_one_flushed_before_the_old_is_mov
     assert back[0] == aside[1]
     watch.renamed = [(place[0], place[1], aside[2])]
     flushed_before(watch, out)
+
+
+def test_what_an_earlier_try_has_finished_is_flushed_by_the_one_that_puts_it_into_place(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def progress(event: regraft.ProgressEvent) -> None:
+        if event.stage == "merge" and 4 * event.done >= 3 * event.total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        regraft.merge(inputs / "base", inputs / "adapter", out, threads=1, progress=progress)
+    watch = Watch(monkeypatch)
+    regraft.merge(inputs / "base", inputs / "adapter", out, threads=1)
+    flushed_before(watch, out)

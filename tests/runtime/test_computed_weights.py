@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.moonshine_streaming.modeling_moonshine_streaming import (
     MoonshineStreamingCausalConv1d,
 )
 
 import regraft
+from regraft.runtime.forward.layers.kinds import runs_otherwise
 from regraft.runtime.saving.files import write_adapter
 
 RANK, ALPHA = 2, 6
@@ -53,3 +55,19 @@ def test_the_bias_of_an_adapter_is_added_to_that_of_a_causal_convolution_and_rou
         assert torch.equal(model(x), expected.to(dtype)(x))
         adapters.detach()
         assert torch.equal(model(x), plain)
+
+
+PLAIN: dict[str, nn.Module] = {
+    "linear": nn.Linear(2, 3),
+    "conv": nn.Conv1d(2, 3, 1),
+    "falcon": FalconLinear(2, 3),  # adds its bias apart
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_layer_that_is_linear_in_its_weight_is_not_run_on_changed_ones(name: str) -> None:
+    assert not runs_otherwise(PLAIN[name])
+
+
+def test_a_layer_whose_class_makes_more_of_its_weight_is() -> None:
+    assert runs_otherwise(MoonshineStreamingCausalConv1d(2, 3, 2))
