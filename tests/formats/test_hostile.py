@@ -23,7 +23,8 @@ import torch
 import regraft
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import AdapterError, FormatError, RegraftError
-from regraft.formats.checkpoint import open_adapter, open_checkpoint
+from regraft.formats.adapter_files import open_adapter
+from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json
 from regraft.formats.remote import checkpoint_of

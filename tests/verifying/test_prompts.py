@@ -18,7 +18,8 @@ import regraft
 from merging.processes import errors, python
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.cli.app import app
-from regraft.formats.checkpoint import open_adapter, open_checkpoint
+from regraft.formats.adapter_files import open_adapter
+from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.hub import locate
 from regraft.merging.planning.planner import Choices
 from regraft.testing import zoo

@@ -19,7 +19,8 @@ from safetensors import deserialize, safe_open
 from regraft.adapters import patterns
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import RegraftError
-from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from regraft.formats.adapter_files import open_adapter
+from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.safetensors import Header, build_header, read_header
 from regraft.inspection import inspect
