@@ -196,7 +196,7 @@ def names_of(requirements: list[str]) -> set[str]:
     return {match[0].replace("-", "_").lower() for match in found if match}
 
 
-NEEDS_THE_EXTRA = Path("verifying/prompts.py")
+NEEDS_THE_EXTRA = (Path("verifying/prompts.py"), Path("verifying/prompt_models.py"))
 
 
 def core_imports() -> set[str]:
@@ -205,7 +205,7 @@ def core_imports() -> set[str]:
     found: set[str] = set()
     for path in package.rglob("*.py"):
         place = path.relative_to(package)
-        if not {"demo", "runtime", "testing"} & set(place.parts) and place != NEEDS_THE_EXTRA:
+        if not {"demo", "runtime", "testing"} & set(place.parts) and place not in NEEDS_THE_EXTRA:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Import):
                     found |= {alias.name for alias in node.names}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError
-from regraft.formats.checkpoint import AdapterFiles, Checkpoint
+from regraft.formats.adapter_files import AdapterFiles
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
 from regraft.formats.watching import watched
 from regraft.memory import peak_memory

@@ -19,14 +19,8 @@ from regraft.adapters.model import FINGERPRINT
 from regraft.adapters.settings import refusals
 from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, FormatError, InputError, Problem
-from regraft.formats.checkpoint import (
-    AdapterFiles,
-    Checkpoint,
-    adapter_folder,
-    open_adapter,
-    open_checkpoint,
-    refuse_foreign,
-)
+from regraft.formats.adapter_files import AdapterFiles, adapter_folder, open_adapter, refuse_foreign
+from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import ADAPTER_CONFIG, RECEIPT, looks_like

@@ -13,7 +13,7 @@ from merging.toys import adapter_config, draw, write_json
 from regraft.adapters.dialects.peft import read_adapter, strip_wrappers, wrapper_depth
 from regraft.adapters.model import Adapter
 from regraft.errors import AdapterError
-from regraft.formats.checkpoint import open_adapter
+from regraft.formats.adapter_files import open_adapter
 from regraft.formats.hub import Located
 
 IN, OUT, R = 5, 4, 3

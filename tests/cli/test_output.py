@@ -16,6 +16,7 @@ import regraft
 from cli.kinds import Launch
 from regraft.cli import output as module
 from regraft.cli.output import Output
+from regraft.numerics.listeners import tell_compiling
 from regraft.progress import ProgressEvent
 
 
@@ -211,3 +212,15 @@ def test_secrets_are_hidden_on_stderr_and_in_answers_but_not_in_a_models_words(
 def test_names_that_are_not_utf8_are_spelled_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     Output(as_json=True).data({"path": Path(os.fsdecode(b"x\xff"))}, "")
     assert json.loads(capsys.readouterr().out) == {"path": "x\\xff"}
+
+
+def test_the_bar_says_that_kernels_are_compiled_until_work_begins(terminal: Terminal) -> None:
+    with Output().progress() as progress:
+        assert progress is not None
+        progress(ProgressEvent("merge", 0, 100))
+        tell_compiling()
+        assert "compiling for this processor, once" in terminal.getvalue()
+        progress(ProgressEvent("merge", 50, 100))
+    written = terminal.getvalue()
+    tell_compiling()
+    assert terminal.getvalue() == written

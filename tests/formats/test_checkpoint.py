@@ -13,7 +13,8 @@ import torch
 from safetensors.numpy import save_file
 
 from regraft.errors import FormatError, InputError, RegraftError, UnsupportedError
-from regraft.formats.checkpoint import looks_like, open_adapter, open_checkpoint
+from regraft.formats.adapter_files import open_adapter
+from regraft.formats.checkpoint import looks_like, open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.reading import FilePool
 

@@ -23,7 +23,8 @@ import torch
 import regraft
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import AdapterError, FormatError, RegraftError
-from regraft.formats.checkpoint import open_adapter, open_checkpoint
+from regraft.formats.adapter_files import open_adapter
+from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json
 from regraft.formats.remote import checkpoint_of
@@ -31,10 +32,11 @@ from regraft.formats.safetensors import build_header, read_header
 from regraft.formats.torch_zip import read_torch_file
 from regraft.merging.planning.planner import Choices, make_plan
 from regraft.tensors import TensorSpec
-from regraft.testing.hostile import files, folders, mutation, pickles
+from regraft.testing.hostile import files, folders, pickles, tiny
 from regraft.testing.hostile.files import run_headers, run_json, run_tensors
 from regraft.testing.hostile.folders import run_merges, run_sides
-from regraft.testing.hostile.mutation import mutated_headers, mutated_json, mutated_tensors
+from regraft.testing.hostile.headers import mutated_headers
+from regraft.testing.hostile.mutation import Kind, mutated_json, mutated_tensors
 from regraft.testing.hostile.pickles import mutated_pickles, run_pickles
 from regraft.testing.hostile.report import FuzzReport, unsound
 
@@ -60,7 +62,7 @@ def test_headers_are_read_as_the_reference_reads_them_or_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "index", "config"])
-def test_json_files_give_a_plan_or_a_typed_error(kind: mutation.Kind, tmp_path: Path) -> None:
+def test_json_files_give_a_plan_or_a_typed_error(kind: Kind, tmp_path: Path) -> None:
     count = 1_000 if kind == "config" else 400  # few of a config's fields are looked at
     report = run_json(count, "test", kind, tmp_path)
     assert_clean(report, count)
@@ -400,7 +402,7 @@ def test_headers_on_the_hub_are_checked_too(model: tuple[Path, Path]) -> None:
 def test_a_base_with_tensors_of_no_use_is_refused(
     changes: dict[str, tuple[int, ...]], message: str, model: tuple[Path, Path]
 ) -> None:
-    tensors = [(n, d, changes.get(n, s)) for n, d, s in mutation.base_tensors()]
+    tensors = [(n, d, changes.get(n, s)) for n, d, s in tiny.base_tensors()]
     path = model[0] / "model.safetensors"
     header = build_header(tensors, {})
     path.write_bytes(header)

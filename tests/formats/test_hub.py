@@ -25,7 +25,8 @@ from regraft.errors import (
     InputError,
     RegraftError,
 )
-from regraft.formats.checkpoint import open_adapter, open_checkpoint
+from regraft.formats.adapter_files import open_adapter
+from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.reference import parse_reference
 

@@ -15,6 +15,7 @@ import pytest
 
 from regraft.numerics import compiling
 from regraft.numerics.compiling import CompileCacheWarning
+from regraft.numerics.listeners import while_compiling
 
 SOURCE = """
 from regraft.numerics.compiling import njit
@@ -132,3 +133,16 @@ def test_where_nothing_can_be_kept_that_is_told_and_functions_run(
     value, _, said = run(cache)
     assert (value, len(said)) == (42, 1)
     assert "cannot be kept" in said[0]
+
+
+def test_whoever_listens_is_told_before_a_function_is_compiled(cache: Path) -> None:
+    told: list[str] = []
+    with while_compiling(lambda: told.append("compiling")):
+        run(cache)
+        assert told == ["compiling"]
+        run(cache)  # from the cache
+    assert told == ["compiling"]
+    for path in files(cache, "nbc"):
+        path.unlink()
+    run(cache)
+    assert told == ["compiling"]  # nobody listens any more

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 import regraft
 from merging.processes import python
 from regraft.errors import AdapterError, BusyError, OutputExistsError, UsageError
-from regraft.formats.checkpoint import open_adapter
+from regraft.formats.adapter_files import open_adapter
 from regraft.formats.hub import locate
 from regraft.runtime.model.fingerprint import KEY
 from regraft.runtime.model.live_base import LiveBase

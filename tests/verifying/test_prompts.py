@@ -18,7 +18,8 @@ import regraft
 from merging.processes import errors, python
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.cli.app import app
-from regraft.formats.checkpoint import open_adapter, open_checkpoint
+from regraft.formats.adapter_files import open_adapter
+from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.hub import locate
 from regraft.merging.planning.planner import Choices
 from regraft.testing import zoo
@@ -173,7 +174,7 @@ def test_one_model_is_in_memory_at_a_time(
     models: Models, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
-    load = prompts._load
+    load = prompts.load_model
 
     def watched(*arguments: Any) -> Any:
         assert [model for model in loaded if model() is not None] == []
@@ -182,7 +183,7 @@ def test_one_model_is_in_memory_at_a_time(
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(prompts, "_load", watched)
+    monkeypatch.setattr(prompts, "load_model", watched)
     gc.disable()  # nothing is let go of by chance
     try:
         compare(models.merged, models.base, models.adapter, file)

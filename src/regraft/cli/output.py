@@ -120,9 +120,12 @@ class Output:
         if self.quiet or not _is_terminal(sys.stderr):
             yield None
             return
+        from regraft.numerics.listeners import while_compiling
+
         bar = _Bar()
         try:
-            yield bar
+            with while_compiling(bar.compiling):
+                yield bar
         finally:
             bar.close()
 
@@ -179,6 +182,10 @@ class _Bar:
             bar.set_description(stage, refresh=False)
         bar.total = event.total or None
         bar.update(event.done - bar.n)
+
+    def compiling(self) -> None:
+        """Say why nothing moves; the next event says what is done then."""
+        self._bar.set_description("compiling for this processor, once")
 
     def close(self) -> None:
         self._bar.close()

@@ -1,28 +1,24 @@
-"""Checkpoints and adapters as sets of files: which tensors there are, and where.
+"""Checkpoints as sets of files: which tensors there are, and where.
 
 What is opened here is known from headers alone, and checked as a whole: an index against its
-shards, an adapter's weights against its config's presence. What the tensors mean is for others.
+shards. What the tensors mean is for others.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from regraft.errors import FormatError, InputError, Problem, UnsupportedError
-from regraft.formats import foreign
 from regraft.formats.hub import Located
 from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import (
-    ADAPTER_CONFIG,
     ADAPTER_SAFE,
-    ADAPTER_TORCH,
     DESCRIPTIONS,
     MLX_WEIGHTS,
-    NEW_EMBEDDINGS,
     TORCH_SUFFIXES,
     is_gguf,
     is_mostly_lora,
@@ -32,23 +28,20 @@ from regraft.formats.problems import DOWNLOAD_AGAIN, capped, quoted
 from regraft.formats.reading import typed_os_errors
 from regraft.formats.safetensors import read_header
 from regraft.formats.torch_zip import read_torch_file
-from regraft.formats.watching import Stamp
 from regraft.tensors import TensorSpec
 
 __all__ = [
-    "AdapterFiles",
     "Checkpoint",
     "Container",
     "Shard",
     "looks_like",
-    "open_adapter",
     "open_checkpoint",
     "read_base_config",
 ]
 
 Container = Literal["safetensors", "torch", "gguf"]
 
-_CONFIG_BYTES = 8 * 2**20
+CONFIG_BYTES = 8 * 2**20
 _INDEX_BYTES = 32 * 2**20
 _WEIGHT_FILES = (  # the order in which transformers looks for them
     "model.safetensors",
@@ -59,10 +52,7 @@ _WEIGHT_FILES = (  # the order in which transformers looks for them
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_OF_ITS_OWN = (ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH, "config.json", MLX_WEIGHTS)
-"""Files that show a folder to be what was meant, whatever lies below."""
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _SUFFIXES = (".safetensors", ".bin")
 _LOOKED_FOR = "model.safetensors or pytorch_model.bin, or either with an index"
 _ONE_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.")
@@ -110,48 +100,6 @@ class Checkpoint:
     index_metadata: dict[str, Any] | None
     container: Container
     single_file: bool
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """An adapter on disk, as files; its dialect has not been looked at.
-
-    Attributes:
-        root: its folder.
-        source: what the user called it.
-        revision: the Hub's commit hash, if it came from there.
-        config: ``adapter_config.json``.
-        tensors: every tensor by the name it has in the file, in order of offset.
-        weights_file: the file name of the weights.
-        metadata: the strings the safetensors header carries; empty for PyTorch's files.
-        notes: what the user should know of how it was found.
-        seen: what the weights file was when it was opened, where it is to be read much later.
-    """
-
-    root: Path
-    source: str
-    revision: str | None
-    config: dict[str, Any]
-    tensors: dict[str, TensorSpec]
-    weights_file: str
-    metadata: dict[str, str]
-    notes: tuple[str, ...] = ()
-    seen: Stamp | None = None
-
-    @property
-    def weights_shown(self) -> str:
-        """How messages name its weights."""
-        return f"{self._folder_shown}/{self.weights_file}"
-
-    @property
-    def config_shown(self) -> str:
-        """How messages name its config."""
-        return f"{self._folder_shown}/{ADAPTER_CONFIG}"
-
-    @property
-    def _folder_shown(self) -> str:
-        """The source, less the weights file if that was named."""
-        return self.source.removesuffix(f"/{self.weights_file}").rstrip("/") or "/"
 
 
 def open_checkpoint(located: Located) -> Checkpoint:
@@ -209,7 +157,7 @@ def read_base_config(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    config = read_json_object(path, max_bytes=_CONFIG_BYTES)
+    config = read_json_object(path, max_bytes=CONFIG_BYTES)
     labels = config.get("id2label")
     if labels is None or isinstance(labels, dict):
         return config
@@ -307,7 +255,7 @@ def _not_a_checkpoint(root: Path) -> InputError:
         "mlx-adapter": "Give the model the adapter was trained on as the base",
         "tokenizer": "Give the folder that holds the weights too",
     }
-    hint = hints.get(looks, f"Check the path.{_subfolder_hint(root, 'config.json')}")
+    hint = hints.get(looks, f"Check the path.{subfolder_hint(root, 'config.json')}")
     return InputError(
         "is not a checkpoint",
         where=str(root),
@@ -317,7 +265,7 @@ def _not_a_checkpoint(root: Path) -> InputError:
     )
 
 
-def _subfolder_hint(root: Path, wanted: str) -> str:
+def subfolder_hint(root: Path, wanted: str) -> str:
     """Return a sentence that names subfolders holding ``wanted``, or nothing."""
     names = sorted(quoted(path.parent.name) for path in root.glob(f"*/{wanted}"))
     return f" A subfolder holds {wanted}: {', '.join(names[:3])}" if names else ""
@@ -383,7 +331,7 @@ def _open_shards(root: Path, names: Sequence[str]) -> list[tuple[Shard, dict[str
     problems: list[Problem] = []
     for name in names:
         try:
-            specs, metadata = _open_weights(root / name)
+            specs, metadata = open_weights(root / name)
         except FormatError as error:
             problems += error.problems
         else:
@@ -393,7 +341,7 @@ def _open_shards(root: Path, names: Sequence[str]) -> list[tuple[Shard, dict[str
     return opened
 
 
-def _open_weights(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+def open_weights(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     if _container(path.name) == "torch":
         return read_torch_file(path), {}
     header = read_header(path)
@@ -430,204 +378,3 @@ def _tensor_misfit(
         what = "a tensor is not in the shard the index names"
         return [Problem(what, where, quoted(mapped), here, hint)]
     return []
-
-
-def open_adapter(located: Located) -> AdapterFiles:
-    """Open an adapter: a folder in PEFT's layout, or the weights file in it.
-
-    Raises:
-        FormatError: a file is malformed.
-        InputError: config or weights are missing, two weights files contradict each other, or
-            this is not an adapter; the message says what it looks like.
-        UnsupportedError: an MLX adapter.
-        AccessError: the system refused to read a file.
-    """
-    with typed_os_errors(located.path):
-        return _open_adapter(located)
-
-
-def _open_adapter(located: Located) -> AdapterFiles:
-    located, notes = adapter_folder(located)
-    named_file = not located.path.is_dir()
-    root = located.path.parent if named_file else located.path
-    on_hub = located.repo_id is not None
-    whole = (root / ADAPTER_CONFIG).is_file() and _has_adapter_weights(located.path)
-    if not whole or (root / NEW_EMBEDDINGS).is_file():
-        refuse_foreign(located.path)
-    if on_hub and located.path.is_dir():
-        _refuse_top_of_repository(located)
-    _refuse_other_kinds(located.path, root, on_hub=on_hub)
-    weights = located.path if named_file else _adapter_weights(root, same_age=on_hub)
-    config = _adapter_config(root)
-    tensors, metadata = _open_weights(weights)
-    return AdapterFiles(
-        root=root,
-        source=located.source,
-        revision=located.revision,
-        config=config,
-        tensors=tensors,
-        weights_file=weights.name,
-        metadata=metadata,
-        notes=notes,
-    )
-
-
-def adapter_folder(located: Located) -> tuple[Located, tuple[str, ...]]:
-    """Return where an adapter lies, and what to say where that is a folder below the one named.
-
-    A run's folder has its adapters in folders of their own, and PEFT saves one called ``sql`` in
-    ``sql/``. Of several checkpoints the one with the highest step is taken.
-
-    Raises:
-        InputError: several folders below hold an adapter, and nothing tells which one is meant.
-        AccessError: the system refused to look into one.
-    """
-    with typed_os_errors(located.path):
-        below = _adapters_below(located.path)
-    if not below:
-        return located, ()
-    numbered = {name: int(match[1]) for name in below if (match := _CHECKPOINT.fullmatch(name))}
-    if len(below) > 1 and len(numbered) < len(below):
-        shown = ", ".join(map(quoted, below[:8])) + (", ..." if len(below) > 8 else "")
-        raise InputError(
-            "holds several adapters, each in a folder of its own",
-            where=str(located.path),
-            expected="one adapter",
-            found=shown,
-            hint=f"Name the one you mean, such as {located.source.rstrip('/')}/{below[0]}",
-        )
-    chosen = max(numbered, key=lambda name: numbered[name]) if len(below) > 1 else below[0]
-    source = f"{located.source.rstrip('/')}/{chosen}"
-    newest = f", the newest of {len(below)} checkpoints" if len(below) > 1 else ""
-    note = f"{located.source}: the adapter in {chosen} is taken{newest}"
-    return replace(located, path=located.path / chosen, source=source), (note,)
-
-
-def _adapters_below(path: Path) -> list[str]:
-    """Return the names of the folders in a folder that hold an adapter, unless it does itself."""
-    if not path.is_dir() or any((path / name).exists() for name in _OF_ITS_OWN):
-        return []
-    found = path.glob(f"*/{ADAPTER_CONFIG}")
-    return sorted(each.parent.name for each in found if _has_adapter_weights(each.parent))
-
-
-def _has_adapter_weights(path: Path) -> bool:
-    if not path.is_dir():
-        return path.name in (ADAPTER_SAFE, ADAPTER_TORCH)
-    return any((path / name).is_file() for name in (ADAPTER_SAFE, ADAPTER_TORCH))
-
-
-_NO_WEIGHTS = (".json", ".md", ".txt", ".jinja", ".model")
-"""Endings of files that lie beside an adapter's weights."""
-
-
-def refuse_foreign(path: Path) -> None:
-    """Raise where a folder or file is an adapter in another layout than PEFT's.
-
-    Raises:
-        UnsupportedError: it is; says which layout.
-    """
-    if (path / NEW_EMBEDDINGS).is_file():
-        raise UnsupportedError(
-            "the adapter has rows of added tokens in a file of their own, which regraft does not "
-            "read", where=str(path / NEW_EMBEDDINGS), expected="an adapter that has its embeddings "
-            "in adapter_model.safetensors", hint="Save it with PEFT and the embeddings in "
-            "modules_to_save, or move the file away if the added tokens do not matter",
-        )  # fmt: skip
-    if found := foreign.of_path(path):
-        raise foreign.refusal(*found, path)
-
-
-def _refuse_top_of_repository(located: Located) -> None:
-    """Raise where a repository, or a folder of it, has adapters in folders below alone.
-
-    Of these the configs were fetched, and no weights.
-    """
-    if (located.path / ADAPTER_CONFIG).exists():
-        return
-    below = sorted(each.parent.name for each in located.path.glob(f"*/{ADAPTER_CONFIG}"))
-    if below:
-        top, at, revision = located.source.partition("@")
-        raise InputError(
-            "is not an adapter: its adapters lie in folders below", where=located.source,
-            expected=ADAPTER_CONFIG, found=", ".join(map(quoted, below[:8])),
-            hint=f"Name the one you mean, such as {top.rstrip('/')}/{below[0]}{at}{revision}",
-        )  # fmt: skip
-
-
-def _refuse_other_kinds(path: Path, root: Path, *, on_hub: bool) -> None:
-    """Raise where ``path`` is plainly something other than a PEFT adapter."""
-    looks = looks_like(path)
-    if looks == "mlx-adapter":
-        raise foreign.refusal(foreign.MLX, MLX_WEIGHTS, path)
-    if path.is_file() and path.suffix in _NO_WEIGHTS:
-        raise InputError(
-            "is not the weights file of an adapter", where=str(path), found=f"a {path.suffix} file",
-            expected=f"{ADAPTER_SAFE}, or its folder", hint=f"Give the folder: {root}",
-        )  # fmt: skip
-    if (root / ADAPTER_CONFIG).is_file():
-        return
-    if on_hub and (root / "config.json").is_file():  # a model's weights were not fetched
-        looks = "checkpoint"
-    if looks in ("checkpoint", "merged", "gguf", "empty", "tokenizer"):
-        raise InputError(
-            "is not an adapter",
-            where=str(path),
-            expected=f"{ADAPTER_CONFIG} and {ADAPTER_SAFE}",
-            found=DESCRIPTIONS[looks],
-            hint=f"Give the adapter's folder.{_subfolder_hint(path, ADAPTER_CONFIG)}".removesuffix(
-                "."
-            ),
-        )
-
-
-def _adapter_weights(root: Path, *, same_age: bool) -> Path:
-    """Return the weights file of an adapter's folder.
-
-    A ``.bin`` that is newer than the safetensors beside it makes it unclear which one is meant.
-    With ``same_age`` times say nothing: the Hub's cache has them from the download.
-    """
-    safe, torch = root / ADAPTER_SAFE, root / ADAPTER_TORCH
-    if not safe.is_file():
-        if not torch.is_file():
-            raise _no_adapter_weights(root)
-        return torch
-    if same_age or not torch.is_file() or torch.stat().st_mtime <= safe.stat().st_mtime:
-        return safe
-    raise InputError(
-        "two weights files contradict each other",
-        where=str(root),
-        expected=f"{ADAPTER_SAFE}, or {ADAPTER_TORCH}",
-        found=f"both, and {ADAPTER_TORCH} is the newer one",
-        hint="Delete the one that is out of date",
-    )
-
-
-def _no_adapter_weights(root: Path) -> InputError:
-    has_config = (root / ADAPTER_CONFIG).is_file()
-    seen = DESCRIPTIONS[looks_like(root)]
-    other_layout = "LoRA weights in a layout that is not PEFT's"
-    found = other_layout if seen == "an adapter" else seen
-    found = f"{ADAPTER_CONFIG} alone" if has_config else found
-    subfolders = "" if has_config else _subfolder_hint(root, ADAPTER_CONFIG)
-    return InputError(
-        "the adapter's weights are missing" if has_config else "is not an adapter",
-        where=str(root),
-        expected=f"{ADAPTER_SAFE} or {ADAPTER_TORCH}",
-        found=found,
-        hint=(
-            f"Check the path, and that the training run saved the adapter.{subfolders}"
-        ).removesuffix("."),
-    )
-
-
-def _adapter_config(root: Path) -> dict[str, Any]:
-    path = root / ADAPTER_CONFIG
-    if path.is_file():
-        return read_json_object(path, max_bytes=_CONFIG_BYTES)
-    raise InputError(
-        f"{ADAPTER_CONFIG} is missing",
-        where=str(root),
-        expected=f"{ADAPTER_CONFIG} beside the weights, in PEFT's format",
-        hint="PEFT saves it where the adapter was trained; rank and scale stand in it",
-    )

@@ -18,6 +18,8 @@ from typing import Any
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
+from regraft.numerics.listeners import tell_compiling
+
 _MARK = b"regraft1"
 _DIGEST_BYTES = 16
 _AGAIN = "What numba compiled earlier is compiled again"
@@ -70,10 +72,13 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception as error:  # whatever numba's parts raise of what they find
             _say(f"{_AGAIN}: {type(error).__name__}: {error}")
-            return None
+            found = None
+        if found is None:
+            tell_compiling()
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:

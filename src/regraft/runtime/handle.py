@@ -20,7 +20,7 @@ from torch import nn
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.errors import UsageError
-from regraft.formats.checkpoint import AdapterFiles
+from regraft.formats.adapter_files import AdapterFiles
 from regraft.runtime.forward import scopes
 from regraft.runtime.forward.choices import Choice, listed, named
 from regraft.runtime.forward.following import Following

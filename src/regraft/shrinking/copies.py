@@ -15,7 +15,8 @@ from regraft.adapters.dialects.peft import strip_wrappers
 from regraft.adapters.model import Adapter
 from regraft.adapters.wrappers import plain_key
 from regraft.deltas.rounding import Bytes, decode, encode
-from regraft.formats.checkpoint import AdapterFiles, Checkpoint
+from regraft.formats.adapter_files import AdapterFiles
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.reading import FilePool
 from regraft.merging.inputs.base_index import BaseIndex
 from regraft.merging.planning.placement import whole_part

@@ -11,7 +11,7 @@ import numpy as np
 from regraft.adapters.wrappers import peft_key
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.errors import Problem
-from regraft.formats.checkpoint import AdapterFiles
+from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.reading import FilePool
 from regraft.formats.safetensors import build_header
 from regraft.progress import Progress, ProgressEvent

@@ -21,7 +21,8 @@ from regraft.adapters.model import Adapter
 from regraft.adapters.wrappers import plain_config
 from regraft.deltas.threads import one_thread
 from regraft.errors import AdapterError, NumericError, Problem, UsageError
-from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
+from regraft.formats.adapter_files import AdapterFiles, open_adapter
+from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.hub import locate
 from regraft.formats.inside import read_whole, refuse_outside
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import AdapterError, InputError, UnsupportedError, UsageError
-from regraft.formats.checkpoint import AdapterFiles, open_adapter, open_checkpoint
+from regraft.formats.adapter_files import AdapterFiles, open_adapter
+from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import ADAPTER_CONFIG, TORCH_SUFFIXES, looks_like
 from regraft.formats.problems import quoted

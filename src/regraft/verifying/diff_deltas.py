@@ -19,7 +19,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.deltas.reduction import difference_norm, product_norm
 from regraft.deltas.threads import one_thread
-from regraft.formats.checkpoint import AdapterFiles
+from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.reading import FilePool
 from regraft.progress import Progress, ProgressEvent
 from regraft.shrinking.factors import own_products, read_stored

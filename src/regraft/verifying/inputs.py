@@ -11,7 +11,8 @@ from pathlib import Path
 
 from regraft.adapters.model import Adapter
 from regraft.errors import FormatError, InputError, MismatchError, RegraftError
-from regraft.formats.checkpoint import AdapterFiles, Checkpoint
+from regraft.formats.adapter_files import AdapterFiles
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
 from regraft.formats.layout import RECEIPT
 from regraft.formats.reading import expanded, is_there

@@ -25,11 +25,9 @@ from typing import Any
 from regraft.adapters.model import Adapter
 from regraft.errors import (
     DiskSpaceError,
-    EnvironmentShortfall,
     InputError,
     NumericError,
     Problem,
-    RegraftError,
     UnsupportedError,
 )
 from regraft.formats.checkpoint import Checkpoint
@@ -41,6 +39,16 @@ from regraft.libraries import from_pretrained, from_template, quieted, require
 from regraft.merging.planning.planner import Choices, make_plan
 from regraft.progress import Progress, ProgressEvent
 from regraft.verifying.prompt_file import Prompt, read_prompts
+from regraft.verifying.prompt_models import (
+    SPARE,
+    auto_class,
+    first_line,
+    is_out_of_memory,
+    load_model,
+    loading,
+    no_memory,
+    text_config,
+)
 from regraft.verifying.prompt_report import (
     PromptAgreement,
     PromptReport,
@@ -54,9 +62,6 @@ MAX_TOKENS = 256
 
 _POSITIONS = 64
 """Positions compared at once, in float64."""
-
-_SPARE = 1.25
-"""Memory wanted for a model, as a factor on its weights in float32."""
 
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _TOKENIZERS = (
@@ -99,16 +104,16 @@ def compare_prompts(
     path, prompts = Path(os.path.expanduser(file)), check_prompts(file)  # noqa: PTH111
     with _quiet(), _scratch() as folder:
         for checkpoint in (merged, base):
-            _auto_class(checkpoint)
+            auto_class(checkpoint)
         rows = _tokenized(prompts, path, (merged, base), max_tokens)
         run = _Run(rows, folder, progress)
         live = _live(base, adapters, choices, folder)
         device = run.keep(live.model, base.source)
         live.model = None
         _collect()
-        answered = run.compare(_load(merged), merged.source)
+        answered = run.compare(load_model(merged), merged.source)
         _collect()
-        alone = run.compare_base(_load(base), base.source)
+        alone = run.compare_base(load_model(base), base.source)
     return _report(path, rows, answered, alone, live, device)
 
 
@@ -186,11 +191,6 @@ def _scratch() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _first_line(error: BaseException) -> str:
-    line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {line[:300]}"
-
-
 # -- tokens ----------------------------------------------------------------------------------------
 
 
@@ -230,7 +230,7 @@ def _tokenized(
         try:
             ids = _tokens(tokenizer, prompt)
         except Exception as error:  # a template may raise what it likes
-            found = _first_line(error)
+            found = first_line(error)
             problems.append(Problem("cannot be made into tokens", where, found=found))
             continue
         if not ids:
@@ -257,7 +257,7 @@ def _tokenizer(models: Sequence[Checkpoint]) -> Any:
     for model in models:
         if any((model.root / name).is_file() for name in _TOKENIZERS):
             check_parsed(model.root)
-            with _loading(model, "its tokenizer"):
+            with loading(model, "its tokenizer"):
                 return from_pretrained(AutoTokenizer, model.root, local_files_only=True)
     raise UnsupportedError(
         "there is no tokenizer to read the prompts with", where=models[0].source,
@@ -269,124 +269,8 @@ def _tokenizer(models: Sequence[Checkpoint]) -> Any:
 def _longest(model: Checkpoint) -> int:
     """Return how many positions a model has, if its config says so."""
     config = model.config or {}
-    found = [part.get(key) for part in (config, _text_config(config)) for key in _LIMITS]
+    found = [part.get(key) for part in (config, text_config(config)) for key in _LIMITS]
     return min((n for n in found if isinstance(n, int) and n > 0), default=2**31)
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    part = config.get("text_config")
-    return part if isinstance(part, dict) else {}
-
-
-# -- models ----------------------------------------------------------------------------------------
-
-
-def _auto_class(model: Checkpoint) -> str:
-    """Return the class of transformers that loads a model which continues text.
-
-    Raises:
-        UnsupportedError: it is another kind of model.
-        InputError: there is no config, or only a file was named.
-    """
-    if model.single_file or model.config is None:
-        raise InputError(
-            "prompts need a whole model: weights, config and tokenizer", where=model.source,
-            expected="a folder", found="a file" if model.single_file else "no config.json",
-        )  # fmt: skip
-    from transformers.models.auto import modeling_auto
-
-    kind, names = model.config.get("model_type"), model.config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    for auto, table in (
-        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-    ):
-        known = table.get(kind) if isinstance(kind, str) else None
-        if known is not None and name in (known, None) and not _encodes(model.config):
-            return auto
-    raise UnsupportedError(
-        "answers to prompts cannot be compared for this kind of model", where=model.source,
-        expected="a model that continues text, which transformers knows",
-        found=quoted(name or kind) + (", an encoder-decoder" if _encodes(model.config) else ""),
-        hint="Leave --prompts out: its tensors are compared all the same",
-    )  # fmt: skip
-
-
-def _encodes(config: dict[str, Any]) -> bool:
-    return bool(config.get("is_encoder_decoder") or _text_config(config).get("is_encoder_decoder"))
-
-
-@contextmanager
-def _loading(model: Checkpoint, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while transformers loads something into typed errors."""
-    try:
-        yield
-    except (RegraftError, MemoryError):
-        raise
-    except Exception as error:  # the library's errors are of many kinds
-        if _is_out_of_memory(error):
-            raise _no_memory(model.source, _first_line(error)) from None
-        raise UnsupportedError(
-            f"transformers cannot load {what}", where=model.source, found=_first_line(error)
-        ) from None
-
-
-def _load(model: Checkpoint, dtype: str = "float32") -> Any:
-    """Return a model for evaluation.
-
-    Raises:
-        UnsupportedError: transformers cannot load it.
-        InputError: weights are missing, which transformers would fill with random numbers.
-        EnvironmentShortfall: it does not fit into memory.
-    """
-    import transformers
-
-    _check_memory(model)
-    check_parsed(model.root)
-    with _loading(model, "it"):
-        loaded, info = from_pretrained(
-            getattr(transformers, _auto_class(model)), model.root, dtype=dtype,
-            local_files_only=True, weights_only=True, output_loading_info=True,
-        )  # fmt: skip
-    lost = sorted({*info["missing_keys"], *map(_name, info["mismatched_keys"])})
-    if lost:
-        raise InputError(
-            "weights are missing: it gives no answers of its own", where=model.source,
-            found=f"{len(lost)} without a value, such as {quoted(lost[0])}",
-        )  # fmt: skip
-    return loaded.eval()
-
-
-def _name(mismatch: Any) -> str:
-    return str(mismatch[0] if isinstance(mismatch, tuple) else mismatch)
-
-
-def _float32_bytes(model: Checkpoint) -> int:
-    return 4 * sum(spec.numel for spec in model.tensors.values())
-
-
-def _check_memory(model: Checkpoint) -> None:
-    """Refuse to load what does not fit, where the system says how much there is (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    needed = int(_SPARE * _float32_bytes(model))
-    if free and free[0] < needed:
-        found = f"{free[0] / 1e9:.1f} GB available"
-        raise _no_memory(model.source, found, f"{needed / 1e9:.1f} GB")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error)
-
-
-def _no_memory(where: str, found: str, expected: str = "") -> EnvironmentShortfall:
-    return EnvironmentShortfall(
-        "not enough memory to run prompts through the model", where=where, expected=expected,
-        found=found, hint="Leave --prompts out: tensors are compared within --max-memory",
-    )  # fmt: skip
 
 
 # -- base + adapters -------------------------------------------------------------------------------
@@ -429,16 +313,16 @@ def _with_peft(base: Checkpoint, adapters: Sequence[Adapter]) -> Any:
         raise _CannotError(f"its weights are in {quoted(odd[0].weights_file)}")
     # PiSSA and OLoRA round what is left of the base to its dtype, as they did in training.
     rounds = any(adapter.settings.begins_with_base for adapter in adapters)
-    model = _load(base, "auto" if rounds else "float32")
+    model = load_model(base, "auto" if rounds else "float32")
     names = [f"adapter{number}" for number in range(len(adapters))]
     try:
         live = _attached(model, adapters, names)
     except (MemoryError, _CannotError):
         raise
     except Exception as error:  # the library's errors are of many kinds
-        if _is_out_of_memory(error):
-            raise _no_memory(base.source, _first_line(error)) from None
-        raise _CannotError(_first_line(error)) from None
+        if is_out_of_memory(error):
+            raise no_memory(base.source, first_line(error)) from None
+        raise _CannotError(first_line(error)) from None
     return live.float().eval()
 
 
@@ -490,7 +374,7 @@ def _merged_float32(
     _check_disk(folder, plan.nbytes)
     with workplace(out, overwrite=False) as place:
         build(plan, place, (), "regraft verify", lambda: (0.0, 0, 1), keeping=None)
-    return _load(open_checkpoint(locate(out, kind="base")))
+    return load_model(open_checkpoint(locate(out, kind="base")))
 
 
 def _check_disk(folder: Path, needed: int) -> None:
@@ -596,7 +480,7 @@ def _moved(model: Any) -> tuple[Any, Any]:
     import torch
 
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > _SPARE * needed + 2**31:
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > SPARE * needed + 2**31:
         return model.to("cuda"), torch.device("cuda")
     return model, torch.device("cpu")
 
@@ -610,10 +494,10 @@ def _answer(model: Any, ids: list[int], device: Any, source: str) -> Any:
         with torch.inference_mode():
             return model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0].float()
     except Exception as error:  # whatever a model's own code raises
-        if _is_out_of_memory(error):
-            raise _no_memory(source, _first_line(error)) from None
+        if is_out_of_memory(error):
+            raise no_memory(source, first_line(error)) from None
         raise UnsupportedError(
-            "the model does not answer text alone", where=source, found=_first_line(error)
+            "the model does not answer text alone", where=source, found=first_line(error)
         ) from None
 
 

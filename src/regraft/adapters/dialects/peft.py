@@ -13,7 +13,7 @@ from regraft.adapters.settings import LoraSettings, read_settings
 from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, Problem
 from regraft.formats import foreign
-from regraft.formats.checkpoint import AdapterFiles
+from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.problems import quoted
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 

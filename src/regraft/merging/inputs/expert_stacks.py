@@ -15,7 +15,7 @@ from functools import cached_property
 
 from regraft.adapters.model import Adapter
 from regraft.errors import Problem, UsageError
-from regraft.formats.checkpoint import AdapterFiles
+from regraft.formats.adapter_files import AdapterFiles
 
 Orientation = bool
 """Whether a stack is stored (experts, in, out) as seen from its factors A (.., in), B (out, ..)."""

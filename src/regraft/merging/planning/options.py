@@ -10,7 +10,8 @@ from typing import Any
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.errors import InputError, UsageError
-from regraft.formats.checkpoint import AdapterFiles, Checkpoint, open_adapter
+from regraft.formats.adapter_files import AdapterFiles, open_adapter
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.hub import locate
 from regraft.formats.layout import looks_like
 from regraft.formats.problems import of_each, quoted

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from regraft.errors import ChangedError, MismatchError, Problem
-from regraft.formats.checkpoint import AdapterFiles, open_adapter
+from regraft.formats.adapter_files import AdapterFiles, open_adapter
 from regraft.formats.hub import Located
 from regraft.formats.problems import quoted
 from regraft.formats.reading import FilePool

@@ -14,7 +14,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.deltas.views import View
 from regraft.errors import MismatchError, Problem
-from regraft.formats.checkpoint import AdapterFiles
+from regraft.formats.adapter_files import AdapterFiles
 from regraft.merging.planning.match import Work, match
 from regraft.merging.planning.ties import on_both_sides
 from regraft.runtime.model.live_base import LiveBase, spec_of

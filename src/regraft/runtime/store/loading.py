@@ -15,7 +15,7 @@ from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.lora_config import VELORA
 from regraft.adapters.model import Adapter
 from regraft.errors import BaseMismatchWarning, ChangedError, UnsupportedError, redacted
-from regraft.formats.checkpoint import AdapterFiles, open_adapter
+from regraft.formats.adapter_files import AdapterFiles, open_adapter
 from regraft.formats.hub import locate
 from regraft.formats.reading import FilePool
 from regraft.formats.watching import Stamp, watched

@@ -19,20 +19,17 @@ from safetensors import deserialize, safe_open
 from regraft.adapters import patterns
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import RegraftError
-from regraft.formats.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from regraft.formats.adapter_files import open_adapter
+from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.safetensors import Header, build_header, read_header
 from regraft.inspection import inspect
 from regraft.merging.planning.planner import Choices, make_plan
 from regraft.tensors import nbytes_of
-from regraft.testing.hostile import mutation
-from regraft.testing.hostile.mutation import (
-    Kind,
-    TensorShape,
-    mutated_headers,
-    mutated_json,
-    mutated_tensors,
-)
+from regraft.testing.hostile import tiny
+from regraft.testing.hostile.headers import mutated_headers
+from regraft.testing.hostile.mutation import Kind, mutated_json, mutated_tensors
+from regraft.testing.hostile.odd import to_json
 from regraft.testing.hostile.report import (
     FuzzReport,
     attempt_case,
@@ -42,6 +39,7 @@ from regraft.testing.hostile.report import (
     run_cases,
     scratch,
 )
+from regraft.testing.hostile.tiny import TensorShape
 
 INDEX = "model.safetensors.index.json"
 _SAFE_OPEN_SHARE = 0.02
@@ -228,21 +226,21 @@ def write_model(folder: Path, *, sharded: bool = False, head: bool = False) -> t
     base, adapter = folder / "base", folder / "adapter"
     for path in (base, adapter):
         path.mkdir(parents=True)
-    tensors = mutation.base_tensors()
+    tensors = tiny.base_tensors()
     if sharded:
-        (base / INDEX).write_text(mutation.to_json(mutation.weight_index()))
-        for number, name in enumerate(mutation.SHARDS):
+        (base / INDEX).write_text(to_json(tiny.weight_index()))
+        for number, name in enumerate(tiny.SHARDS):
             _write_hollow(base / name, tensors[number::2])
     else:
         _write_hollow(base / "model.safetensors", tensors)
-    (base / "config.json").write_text(mutation.to_json(mutation.base_config()))
-    trained, config = mutation.adapter_tensors(), mutation.adapter_config()
+    (base / "config.json").write_text(to_json(tiny.base_config()))
+    trained, config = tiny.adapter_tensors(), tiny.adapter_config()
     if head:
-        trained = [*trained[:-2], ("base_model.model.score.weight", "BF16", (3, mutation.HIDDEN))]
+        trained = [*trained[:-2], ("base_model.model.score.weight", "BF16", (3, tiny.HIDDEN))]
         changed = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         config |= {**changed, "trainable_token_indices": None}
     _write_hollow(adapter / "adapter_model.safetensors", trained)
-    (adapter / "adapter_config.json").write_text(mutation.to_json(config))
+    (adapter / "adapter_config.json").write_text(to_json(config))
     return base, adapter
 
 

@@ -23,8 +23,8 @@ from regraft.formats.safetensors import build_header
 from regraft.merging.files.receipt import sealed
 from regraft.merging.files.side_files import json_bytes
 from regraft.tensors import nbytes_of
-from regraft.testing.hostile import mutation
-from regraft.testing.hostile.mutation import TensorShape, damaged
+from regraft.testing.hostile import mutation, tiny
+from regraft.testing.hostile.odd import SOUND_VALUES, damaged, to_json
 from regraft.testing.hostile.report import (
     FuzzReport,
     attempt_case,
@@ -148,24 +148,24 @@ def read_files(folder: Path) -> dict[str, bytes]:
 def sound_base() -> dict[str, bytes]:
     """Return the files of a tiny base with a card, a tokenizer and a template."""
     return {
-        "model.safetensors": _weights(mutation.base_tensors(), 0),
-        "config.json": mutation.to_json(mutation.base_config()).encode(),
+        "model.safetensors": _weights(tiny.base_tensors(), 0),
+        "config.json": to_json(tiny.base_config()).encode(),
         "README.md": README.encode(),
         "chat_template.jinja": TEMPLATE.encode(),
-        **{name: mutation.to_json(value).encode() for name, value in _SIDE_JSON.items()},
+        **{name: to_json(value).encode() for name, value in _SIDE_JSON.items()},
     }
 
 
 def sound_adapter() -> dict[str, bytes]:
     """Return the files of an adapter on it."""
     return {
-        "adapter_model.safetensors": _weights(mutation.adapter_tensors(), 1),
-        "adapter_config.json": mutation.to_json(mutation.adapter_config()).encode(),
+        "adapter_model.safetensors": _weights(tiny.adapter_tensors(), 1),
+        "adapter_config.json": to_json(tiny.adapter_config()).encode(),
         "README.md": README.encode(),
     }
 
 
-def _weights(tensors: list[TensorShape], seed: int) -> bytes:
+def _weights(tensors: list[tiny.TensorShape], seed: int) -> bytes:
     """Return a weight file of numbers between a quarter and a half, in any float dtype."""
     rng = np.random.default_rng(seed)
     parts = []
@@ -233,8 +233,8 @@ def _changed_json(rng: random.Random, content: bytes) -> bytes:
     except (ValueError, RecursionError):
         return damaged(rng, content)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        value = mutation.changed_json(rng, value, _SIDE_KEYS, mutation.SOUND_VALUES)
-    return mutation.to_json(value).encode("utf-8", "surrogatepass")
+        value = mutation.changed_json(rng, value, _SIDE_KEYS, SOUND_VALUES)
+    return to_json(value).encode("utf-8", "surrogatepass")
 
 
 def _resealed(files: dict[str, bytes], told: Files) -> dict[str, bytes]:

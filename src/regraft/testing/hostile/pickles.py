@@ -21,7 +21,7 @@ import torch
 from regraft.errors import RegraftError
 from regraft.formats.torch_zip import read_torch_file
 from regraft.tensors import TensorSpec
-from regraft.testing.hostile.mutation import damaged
+from regraft.testing.hostile.odd import damaged
 from regraft.testing.hostile.report import (
     FuzzReport,
     attempt_case,
