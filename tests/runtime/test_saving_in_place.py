@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from regraft.formats.checkpoint import open_adapter
+from regraft.formats.adapter_files import open_adapter
 from regraft.formats.hub import locate
 from regraft.runtime.saving.files import write_adapter
 from runtime.test_saving import CONFIG, WEIGHTS, content, small
