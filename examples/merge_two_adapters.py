@@ -19,7 +19,9 @@ def main(base: str, first: str, second: str, out: str) -> None:
     receipt = regraft.merge(base, adapters, out)
     for record in receipt.tensors:
         if record.action == "merge":
-            print(record.name, dict(zip(record.adapters, record.scales, strict=True)))
+            scales = zip(record.adapters, record.scales, strict=True)
+            parts = [f"{scale:.3g} x {receipt.adapters[at].source}" for at, scale in scales]
+            print(record.name, " + ".join(parts))
     if receipt.quiet:
         print("the adapters changed (nearly) nothing", file=sys.stderr)
 

@@ -300,13 +300,7 @@ def _find(
     check_kept(folder)
     receipt = read_receipt(folder / RECEIPT)
     check_undo(folder, receipt.files)
-    manifest = read_manifest(folder)
-    if len(manifest.adapters) != len(receipt.adapters):
-        raise InputError(
-            "manifest and receipt name different numbers of adapters", where=str(folder),
-            expected=str(len(receipt.adapters)), found=str(len(manifest.adapters)),
-            hint="Take the merged model from where it was unchanged",
-        )  # fmt: skip
+    manifest = read_manifest(folder, receipt)
     opened = _merged_adapters(folder, receipt, manifest, adapters, token, option)
     return _Found(located, folder, receipt, manifest, open_checkpoint(located), tuple(opened))
 

@@ -224,3 +224,11 @@ def test_the_bar_says_that_kernels_are_compiled_until_work_begins(terminal: Term
     written = terminal.getvalue()
     tell_compiling()
     assert terminal.getvalue() == written
+
+
+def test_what_an_encoding_does_not_have_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    ascii_only = io.TextIOWrapper(raw, encoding="ascii")
+    monkeypatch.setattr(module, "sys", SimpleNamespace(stdout=ascii_only, stderr=sys.stderr))
+    Output().tell("merged into é")
+    assert raw.getvalue() == b"merged into \\xe9\n"

@@ -63,3 +63,4 @@ def test_a_word_of_a_shell_is_that_text_on_one_line(text: str) -> None:
 def test_a_path_is_no_option() -> None:
     assert path_word("-rf") == "./-rf"
     assert path_word("a b") == "'a b'"
+    assert path_word("=ls") == "'=ls'"  # zsh would look for a program

@@ -353,6 +353,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "a path upwards": lambda m: m["files"][0].update(name="../x.safetensors"),
     "a path": lambda m: m["files"][0].update(name="a/b.safetensors"),
     "a side file upwards": lambda m: m["side_files"][0].update(name="../../evil"),
+    "a hidden side file": lambda m: m["side_files"][0].update(name=".git/config"),
+    "a side file of its own": lambda m: m["side_files"][0].update(name="regraft/x.json"),
+    "a file that no merge keeps": lambda m: m["side_files"][0].update(name="optimizer.pt"),
     "an absolute side file": lambda m: m["side_files"][0].update(name="/tmp/evil"),
     "a huge gap": lambda m: m["files"][0].update(size=2**40, gaps=[[0, 2**39]]),
     "a negative gap": lambda m: m["files"][0].update(gaps=[[-8, 16]]),
@@ -379,6 +382,21 @@ def test_a_stranger_s_manifest_does_no_harm(
     with pytest.raises(FormatError):
         regraft.unmerge(model, tmp_path / "back")
     assert tree(tmp_path) == before
+    report = regraft.verify(model, receipt_only=True)
+    assert not report.ok
+    assert "undo manifest cannot be read" in report.differences[0].what
+
+
+def test_a_manifest_of_other_adapters_than_the_receipt_s_is_refused(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    model = merged(tmp_path, base, adapter)
+    manifest = toys.read_json(model / UNDO / "undo.json")
+    write_json(model / UNDO / "undo.json", manifest | {"adapters": ["adapter-0"] * 3})
+    reseal(model)
+    with pytest.raises(InputError, match="different numbers of adapters"):
+        regraft.unmerge(model, tmp_path / "back")
+    assert not regraft.verify(model).ok
 
 
 def test_a_merge_planned_otherwise_is_not_guessed_at(

@@ -6,11 +6,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import regraft
-from runtime.interrupts import World
+from regraft.runtime.store.library import Library
+from runtime.interrupts import World, bits_of
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +104,46 @@ def test_a_scope_that_ends_in_another_thread_is_over_where_it_began(world: World
     assert world.is_answer(["a"])
     with world.handle.using("b"):
         assert world.is_answer(["b"])
+
+
+def test_a_merge_after_one_that_was_taken_back_in_a_disabled_block_is_disabled_and_comes_back(
+    world: World,
+) -> None:
+    handle = world.handle
+    handle.merge_adapter("a")
+    with handle.disable_adapter():
+        handle.unmerge_adapter()
+    handle.merge_adapter("a")
+    with handle.disable_adapter():
+        assert torch.equal(world.answer(), world.answers[None])
+        assert handle.merged_adapters == []
+    assert handle.merged_adapters == ["a"]
+    assert bits_of(world.model) == world.bits["a",]
+    handle.unmerge_adapter()
+
+
+def test_a_mix_of_an_adapter_that_another_thread_deletes_is_not_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, mix, other = world.handle, Library.mix, [True]
+
+    def after_another_thread(self: Library, *rest: Any) -> Any:
+        if other:
+            other.clear()
+            handle.delete_adapter("b")
+            handle.load_adapter(world.folders["c"], "b")
+        return mix(self, *rest)
+
+    handle.set_adapter(None)
+    handle.load_adapter(world.folders["c"], "c")
+    monkeypatch.setattr(Library, "mix", after_another_thread)
+    with handle.using(["a", "b"]):
+        pass
+    with handle.using(["a", "b"]):
+        now = world.answer()
+    with handle.using(["a", "c"]):
+        assert torch.equal(now, world.answer())
+    for name in ("b", "c"):
+        handle.delete_adapter(name)
+    handle.load_adapter(world.folders["b"], "b")
+    handle.set_adapter("a")

@@ -215,7 +215,7 @@ def _write(
     if stream is sys.stderr:
         text = redacted(text)
     try:
-        stream.write(prefix + printable(text, keep) + end)
+        stream.write(_encodable(prefix + printable(text, keep) + end, stream))
         stream.flush()
     except BrokenPipeError as error:
         _abandon(stream)
@@ -224,6 +224,16 @@ def _write(
         _abandon(stream)
         if stream is sys.stdout:
             raise _unwritable(error) from error
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Return a text with all that a stream's encoding does not have spelled out."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def _unwritable(error: OSError) -> AccessError:

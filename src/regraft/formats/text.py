@@ -59,7 +59,8 @@ def shell_word(text: str) -> str:
     It is quoted where it has to be; what is not printable is spelled out, as in ``$'a\\nb'``.
     """
     if text.isprintable():
-        return shlex.quote(text)
+        quoted = shlex.quote(text)
+        return f"'{text}'" if quoted.startswith("=") else quoted  # zsh expands =name
     return "$'" + "".join(map(_in_shell, text)) + "'"
 
 

@@ -331,7 +331,7 @@ class Adapters(Handle):
             return None
         if len(parts) == 1 and parts[0][1] == 1.0:
             return chosen[parts[0][0]].selection
-        return self._library.mix(parts, lambda: self._together(chosen.parts(parts)))
+        return self._library.mix(parts, chosen, lambda: self._together(chosen.parts(parts)))
 
     @contextmanager
     def using(self, adapters: Choice) -> Iterator[None]:
@@ -370,7 +370,9 @@ class Adapters(Handle):
             )
         names = dict.fromkeys(name for parts in of_row for name, _ in parts)
         with self._library.choose(list(names)) as chosen:
-            rows = self._library.rows(of_row, repeats, lambda: self._rows(of_row, repeats, chosen))
+            rows = self._library.rows(
+                of_row, repeats, chosen, lambda: self._rows(of_row, repeats, chosen)
+            )
             with self._scope(rows):
                 yield
 

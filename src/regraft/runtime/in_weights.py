@@ -80,10 +80,15 @@ class InWeights:
         Raises:
             UsageError: they are not.
         """
-        if self._merging is None or named(adapters) != self._merging.names:
+        if self._merging is None:
             raise UsageError(
-                "this is not what is merged", where=repr(adapters),
-                expected=listed(self.kept) if self.kept else "nothing is merged",
+                "no adapter is merged, so none can be swapped", where=repr(adapters),
+                hint="merge_adapter(name) merges one",
+            )  # fmt: skip
+        if named(adapters) != self._merging.names:
+            raise UsageError(
+                "this is not what is merged", where=repr(adapters), expected=listed(self.kept),
+                hint="Name what is merged first, and then what is to take its place",
             )  # fmt: skip
 
     def merge(self, names: Named, work: Merged) -> MergeReport:
@@ -208,4 +213,6 @@ class InWeights:
         there = next((each for each in known if each.is_there), None)
         self._state.is_torn = there is not None and there.work.is_torn
         self._state.is_merged, self._merging = there is not None, there
+        if there is None:  # nothing waits any more for the end of a block
+            self._disabled.clear()
         self._look()  # layers that a merge takes out of their codes are other modules

@@ -137,7 +137,8 @@ def _merged(
     from regraft.merging.undo.manifest import MANIFEST, UNDO, read_manifest
     from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weights_of
 
-    names = read_manifest(folder).adapters if (folder / UNDO / MANIFEST).is_file() else (None,)
+    kept = (folder / UNDO / MANIFEST).is_file()
+    names = read_manifest(folder, receipt).adapters if kept else (None,)
     weights = weights_of(receipt)
     if None in names:
         sources = [unspelled(record.source) for record in receipt.adapters]

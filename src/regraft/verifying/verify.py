@@ -194,7 +194,24 @@ def _against_receipt(
         if needed:
             raise
         return ReceiptCheck([Difference(RECEIPT, "", error.problems[0].what)])
-    return check_receipt(located.path, receipt, threads=choices.threads or 1, progress=progress)
+    check = check_receipt(located.path, receipt, threads=choices.threads or 1, progress=progress)
+    check.differences += _unusable_undo(located.path, receipt, check)
+    return check
+
+
+def _unusable_undo(folder: Path, receipt: Receipt, check: ReceiptCheck) -> list[Difference]:
+    """Return what is wrong with a manifest of the undo that the receipt has just so."""
+    from regraft.merging.undo.manifest import MANIFEST, UNDO, read_manifest
+
+    name = f"{UNDO}/{MANIFEST}"
+    if not (folder / name).is_file() or any(found.file == name for found in check.differences):
+        return []
+    try:
+        read_manifest(folder, receipt)
+    except InputError as error:
+        problem = error.problems[0]
+        return [Difference(name, "", f"{problem.what}: {problem.found}")]
+    return []
 
 
 def _no_receipt(located: Located) -> InputError:

@@ -83,7 +83,7 @@ def hub_id(source: str | None) -> str | None:
 
 def _body(receipt: Receipt, auto_class: str) -> str:
     adapters = "\n".join(
-        f"| adapter {i + 1} | {cell(_shown(a.source))} | {a.weight:g} |"
+        f"| adapter {i + 1} | {cell(_shown(unspelled(a.source)))} | {a.weight:g} |"
         for i, a in enumerate(receipt.adapters)
     )
     title = title_of(unspelled(receipt.output), "merged" if receipt.adapters else "model")
@@ -97,7 +97,7 @@ def _body(receipt: Receipt, auto_class: str) -> str:
 
 | | source | weight |
 |---|---|---|
-| base | {cell(_shown(receipt.base.source))} | |
+| base | {cell(_shown(unspelled(receipt.base.source)))} | |
 {adapters}
 
 {_done(receipt)}
@@ -139,7 +139,7 @@ def _done(receipt: Receipt) -> str:
         )
     if receipt.trained_on is not None and totals.relative_gap is not None:
         said.append(
-            f"The adapters were trained on {code(_shown(receipt.trained_on))}; "
+            f"The adapters were trained on {code(_shown(unspelled(receipt.trained_on)))}; "
             f"{totals.relative_gap:.3g} times the deltas' norm lies between the two bases."
         )
     return "\n\n".join(said) or f"{totals.tensors} tensors were written."
@@ -166,8 +166,7 @@ def _renamed(command: str, source: str, shown: str) -> str:
 
 
 def _shown(source: str) -> str:
-    """Folders are named without their path, which is nobody else's business."""
-    source = unspelled(source)
+    """Return a name as it is on the disk, of a folder without its path: nobody else's business."""
     path = Path(os.path.expanduser(source))  # noqa: PTH111  (a name of no user stays as it is)
     if not is_there(path):
         return source

@@ -27,7 +27,7 @@ from regraft.formats.problems import capped, quoted
 from regraft.formats.reading import open_regular, read_at, typed_os_errors
 from regraft.merging.files.direct_io import write_error
 from regraft.merging.files.publish import copy_file, write_file
-from regraft.merging.files.receipt import file_key
+from regraft.merging.files.receipt import Receipt, file_key
 from regraft.merging.files.side_files import TEMPLATES, json_bytes, travels
 from regraft.merging.inputs.base import open_base
 from regraft.merging.planning.plan import OutputShard, Plan, Step, kept_name
@@ -333,11 +333,15 @@ def check_kept(folder: Path) -> None:
         )  # fmt: skip
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, receipt: Receipt) -> Manifest:
     """Return what a merged model keeps of its base.
 
+    Args:
+        folder: the merged model.
+        receipt: the merge's.
+
     Raises:
-        InputError: it keeps nothing.
+        InputError: it keeps nothing, or other adapters than the receipt has.
         FormatError: ``undo.json`` is not what regraft writes.
     """
     check_kept(folder)
@@ -351,6 +355,12 @@ def read_manifest(folder: Path) -> Manifest:
             expected=f"layout {UNDO_FORMAT}, as regraft writes it", found=str(error),
             hint="Take the merged model from where it was unchanged",
         ) from None  # fmt: skip
+    if len(manifest.adapters) != len(receipt.adapters):
+        raise InputError(
+            "manifest and receipt name different numbers of adapters", where=str(folder),
+            expected=str(len(receipt.adapters)), found=str(len(manifest.adapters)),
+            hint="Take the merged model from where it was unchanged",
+        )  # fmt: skip
     return manifest
 
 
@@ -363,7 +373,7 @@ def _manifest(value: dict[str, Any]) -> Manifest:
         for size in (_count(f["size"]),)
     )
     side = tuple(
-        SideFile(_relative(f["name"]), str(f["blake3"]), f["kept"] is True)
+        SideFile(_side_name(f["name"]), str(f["blake3"]), f["kept"] is True)
         for f in value["side_files"]
     )
     adapters = tuple(None if name is None else _plain(name) for name in value["adapters"])
@@ -386,9 +396,17 @@ def _plain(name: Any) -> str:
     return name
 
 
-def _relative(name: Any) -> str:
+def _side_name(name: Any) -> str:
+    """Return the name of a file that a merge keeps: one of a model's, or a chat template.
+
+    Raises:
+        ValueError: no merge keeps such a file.
+    """
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    return "/".join(_plain(part) for part in parts) if len(parts) in (1, 2) else _plain(None)
+    template = len(parts) == 2 and parts[0] == TEMPLATES and parts[1].endswith(".jinja")
+    if not (template or len(parts) == 1) or not _belongs(parts[-1]):
+        raise ValueError(f"the file name {quoted(name)}")
+    return "/".join(map(_plain, parts))
 
 
 def _count(value: Any) -> int:

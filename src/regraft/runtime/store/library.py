@@ -215,21 +215,32 @@ class Library:
         held = {name: there[name] if name in there else self._held[name] for name in names}
         return Chosen(held, lease)
 
-    def mix(self, parts: Named, make: Callable[[], Selection]) -> Selection:
-        """Return what a mix does; kept, unless the cache might drop an adapter of it."""
-        return self._kept(self._mixes, KEPT_MIXES, parts, [parts], make)
+    def mix(self, parts: Named, chosen: Chosen, make: Callable[[], Selection]) -> Selection:
+        """Return what a mix does; kept, unless the cache might drop an adapter of it.
 
-    def rows(self, of_row: tuple[Named, ...], repeats: int, make: Callable[[], Rows]) -> Rows:
+        Args:
+            parts: the mix.
+            chosen: its adapters, as they were chosen.
+            make: finds out what they do together.
+        """
+        return self._kept(self._mixes, KEPT_MIXES, parts, [parts], chosen, make)
+
+    def rows(
+        self, of_row: tuple[Named, ...], repeats: int, chosen: Chosen, make: Callable[[], Rows]
+    ) -> Rows:
         """Return what answers for each row; kept in the same way."""
-        return self._kept(self._rows, KEPT_ROWS, (of_row, repeats), of_row, make)
+        return self._kept(self._rows, KEPT_ROWS, (of_row, repeats), of_row, chosen, make)
 
     def _kept(
-        self, kept: OrderedDict[K, V], most: int, key: K, mixes: Sequence[Named],
+        self, kept: OrderedDict[K, V], most: int, key: K, mixes: Sequence[Named], chosen: Chosen,
         make: Callable[[], V],
     ) -> V:  # fmt: skip
-        if any(self._names.get(name, True) for parts in mixes for name, _ in parts):
-            return make()  # it may go at any time, or is gone
+        names = {name for parts in mixes for name, _ in parts}
         with self._lock:
+            # What is kept is of the adapters that have these names now. Those that were chosen
+            # may be others: deleted since, and perhaps loaded again under the same name.
+            if any(self._held.get(name) is not chosen[name] for name in names):
+                return make()
             if key not in kept:
                 kept[key] = make()
             kept.move_to_end(key)
