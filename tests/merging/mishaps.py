@@ -346,7 +346,7 @@ MISHAPS |= {
         ("'rank_pattern'", "a regular expression", "global flags"), "Fix"),
     "config with a rank that is no whole number": Mishap(
         config_of("adapter", rank_pattern={"q_proj": 3.0}), "AdapterError",
-        ("rank_pattern['q_proj']", "positive int", "3.0"), "Fix"),
+        ("rank_pattern['q_proj']", "positive whole number", "3.0"), "Fix"),
     "config that is no JSON": Mishap(
         put("adapter/adapter_config.json", b"{'r': 8}"), "FormatError",
         ("adapter_config.json", "cannot be read as JSON"), "again"),
