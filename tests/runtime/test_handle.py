@@ -84,6 +84,12 @@ def test_a_model_has_one_handle_which_can_be_found(model: Any, paths: list[Path]
     regraft.attach(model, paths[0]).detach()
 
 
+def test_a_handle_that_was_detached_says_so(adapters: regraft.Adapters) -> None:
+    adapters.detach()
+    with pytest.raises(regraft.UsageError, match=r"taken off this model.*regraft\.attach"):
+        adapters.set_adapter("a")
+
+
 def test_a_name_is_taken_once(adapters: regraft.Adapters, paths: list[Path]) -> None:
     before = answer(adapters.model)
     with pytest.raises(regraft.UsageError, match="of this name already"):

@@ -283,7 +283,7 @@ class Adapters(Handle):
             self.unmerge_adapter()
         self._hooks.remove()
         self._choose(None)
-        self._library.clear()
+        self._library.close()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()

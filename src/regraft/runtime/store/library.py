@@ -85,6 +85,7 @@ class Library:
         self._mixes: OrderedDict[Named, Selection] = OrderedDict()
         self._rows: OrderedDict[tuple[tuple[Named, ...], int], Rows] = OrderedDict()
         self._lock = threading.RLock()
+        self._is_closed = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,6 +128,11 @@ class Library:
             UsageError: there are some; all are listed.
         """
         unknown = [name for name in names if name not in self._names]
+        if unknown and self._is_closed:
+            raise UsageError(
+                "the adapters were taken off this model", where=", ".join(map(repr, unknown)),
+                hint="regraft.attach(model) attaches adapters again, with a handle of their own",
+            )  # fmt: skip
         if unknown:
             known = list(self._names)
             shown = ", ".join(map(repr, known[:20])) + (", ..." if len(known) > 20 else "")
@@ -188,8 +194,9 @@ class Library:
             for rows in [each for each in self._rows if any(name in dict(mix) for mix in each[0])]:
                 del self._rows[rows]
 
-    def clear(self) -> None:
-        """Let go of all."""
+    def close(self) -> None:
+        """Let go of all, for good."""
+        self._is_closed = True
         for name in self.names:
             self.remove(name)
 
