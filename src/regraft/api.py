@@ -137,7 +137,7 @@ def merge(
 
     from regraft.merging.building import build
     from regraft.merging.files.staging import workplace
-    from regraft.merging.undo.manifest import Keeping
+    from regraft.merging.undo.keeping import Keeping
 
     with workplace(place, overwrite=overwrite) as work:
         called = command or call_of("merge", made.base.source, made)

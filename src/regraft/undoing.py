@@ -38,18 +38,14 @@ from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import Choices, fit_memory, make_plan, parse_dtype, settled
 from regraft.merging.planning.report import UnmergeReport
 from regraft.merging.planning.targets import plan_digest
+from regraft.merging.undo.keeping import Keeping, base_shards, base_targets, side_files, stand_in
 from regraft.merging.undo.manifest import (
     PATCH,
     UNDO,
-    Keeping,
     Manifest,
-    base_shards,
-    base_targets,
     check_kept,
     check_undo,
     read_manifest,
-    side_files,
-    stand_in,
 )
 from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weights_of
 from regraft.merging.undo.patch import PatchReader

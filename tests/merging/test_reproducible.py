@@ -21,7 +21,7 @@ from regraft.merging.files.staging import workplace
 from regraft.merging.planning import planner as planning
 from regraft.merging.planning.planner import SMALLEST_TILE
 from regraft.merging.planning.targets import merge_targets
-from regraft.merging.undo.manifest import section_names
+from regraft.merging.undo.keeping import section_names
 from regraft.merging.undo.patch import PatchWriter
 from regraft.merging.undo.residuals import keeps
 

@@ -13,7 +13,8 @@ from regraft.merging.files.staging import Workplace
 from regraft.merging.finalize import Used, sides_of, write_rest
 from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.targets import Target, merge_targets
-from regraft.merging.undo.manifest import PATCH, UNDO, Keeping, section_names
+from regraft.merging.undo.keeping import Keeping, section_names
+from regraft.merging.undo.manifest import PATCH, UNDO
 from regraft.merging.undo.patch import PatchWriter
 from regraft.merging.undo.residuals import digests_only, keeps
 from regraft.progress import Progress, tell

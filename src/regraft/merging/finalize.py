@@ -35,7 +35,7 @@ from regraft.merging.files.receipt import (
 from regraft.merging.files.side_files import json_bytes, plan_side_files, updated_config
 from regraft.merging.planning.base_drift import warning as gap_warning
 from regraft.merging.planning.plan import Plan
-from regraft.merging.undo.manifest import Keeping, keep_base
+from regraft.merging.undo.keeping import Keeping, keep_base
 from regraft.merging.undo.merged_adapters import check_copies
 from regraft.merging.undo.patch import PatchWriter
 

@@ -12,7 +12,8 @@ from regraft.formats.problems import quoted
 from regraft.formats.reading import FilePool
 from regraft.formats.watching import AGAIN
 from regraft.merging.files.receipt import InputRecord, Receipt
-from regraft.merging.undo.manifest import UNDO, copy_name
+from regraft.merging.undo.keeping import copy_name
+from regraft.merging.undo.manifest import UNDO
 from regraft.merging.undo.patch import digest_of
 from regraft.tensors import TensorSpec
 

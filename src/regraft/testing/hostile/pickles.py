@@ -65,7 +65,7 @@ def _archive(program: bytes, *, byteorder: bytes) -> bytes:
     with zipfile.ZipFile(made, "w") as archive:
         for name, content in (("data.pkl", program), ("byteorder", byteorder), ("data/0", values),
                               ("data/1", values[::-1]), ("version", b"3\n")):  # fmt: skip
-            archive.writestr(f"archive/{name}", content)
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # of no date
     return made.getvalue()
 
 
