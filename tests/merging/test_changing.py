@@ -16,7 +16,7 @@ from regraft import ChangedError, ProgressEvent
 from regraft.formats.watching import Stamp
 from regraft.merging import finalize
 from regraft.merging.compute.factors import FactorStore
-from regraft.merging.undo import manifest as undo
+from regraft.merging.undo import keeping as undo
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 SIDES = ("tokenizer.json", "LICENSE", "README.md")
