@@ -373,3 +373,28 @@ def test_a_pickle_that_leaves_values_behind_is_refused(tmp_path: Path) -> None:
         archive.writestr("a/byteorder", "little")
     with pytest.raises(FormatError, match="belong to nothing"):
         read_torch_file(path)
+
+
+def test_the_name_of_a_record_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    path = save(tmp_path, {"a": torch.zeros(2)})
+    with zipfile.ZipFile(path) as archive:
+        records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            key = b"X\x01\x00\x00\x000"
+            archive.writestr(name, content.replace(key, key[:-1] + b"\x1b"))
+    with pytest.raises(FormatError, match="its storage is not in the zip") as caught:
+        read_torch_file(path)
+    assert "data/\\x1b" in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_one_storage_under_two_dtypes_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, {"a": torch.zeros(4), "b": torch.zeros(4, dtype=torch.int32)})
+    with zipfile.ZipFile(path) as archive:
+        records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content.replace(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000"))
+    with pytest.raises(FormatError, match="one storage under two dtypes"):
+        read_torch_file(path)

@@ -19,6 +19,7 @@ from typing import Any
 from regraft.errors import FormatError, Problem, UnsupportedError
 from regraft.formats.problems import DOWNLOAD_AGAIN, SAFE_NAME, capped, is_unsafe_name, quoted
 from regraft.formats.reading import open_regular, read_at
+from regraft.formats.text import visible
 from regraft.formats.torch_pickle import PickleError, StoredTensor, kind_of, read_pickle
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec
 
@@ -312,7 +313,7 @@ def _misplaced(tensor: StoredTensor, size: int) -> tuple[str, str]:
     """Return (expected, found) for a tensor that its record does not hold."""
     needed = max(sum(_span(tensor)), tensor.storage_bytes)
     found = "no record" if size < 0 else f"{size} bytes in its record"
-    return f"{needed} bytes in data/{tensor.key[:64]}", found
+    return f"{needed} bytes in data/{visible(tensor.key[:64])}", found
 
 
 def _oddity(name: str, tensor: StoredTensor) -> tuple[str, str] | None:
