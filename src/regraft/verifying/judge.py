@@ -263,8 +263,8 @@ class _Bench:
     ) -> None:  # fmt: skip
         self._files, self._base, self._plan = files, base, plan
         self._source = plain_source(plan, FileSource(files))
-        self._codes, self._made_left = made_steps(plan.steps)
-        self._gatherings = Gatherings()
+        self._codes, left = made_steps(plan.steps)
+        self._gatherings = Gatherings(left)
         self._adapters, self._choices = adapters, choices
         self._store = FactorStore(files, FACTOR_CACHE)
         needed = max((step.factor_bytes for step in plan.steps), default=0)
@@ -286,7 +286,8 @@ class _Bench:
         """Return what is to be said of one tensor."""
         with self._gate.holding(subject.step.factor_bytes):
             same, spread = self._compare(subject)
-            self._release_made(subject.step)
+            if (made := subject.step.made) is not None:
+                self._gatherings.finish(made.name)
             if same:
                 return Diagnosis("exact", 0.0)
             coded = subject.step.coded is not None or subject.step.made is not None
@@ -420,16 +421,6 @@ class _Bench:
                     tile, weights, values, options["rounding"], key, np.zeros(2)
                 )
             yield _Made(tile, result, raw[: tile.read])
-
-    def _release_made(self, step: Step) -> None:
-        """Let go of a weight's scales with the last of its tensors."""
-        if step.made is None:
-            return
-        with self._lock:
-            self._made_left[step.made.name] -= 1
-            last = not self._made_left[step.made.name]
-        if last:
-            self._gatherings.release(step.made.name)
 
     def _encode(
         self, coder: Coder, maths: StepMath, tile: Tile, source: Bytes, result: Bytes, sums: Sums,

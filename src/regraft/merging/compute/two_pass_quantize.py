@@ -8,6 +8,7 @@ there is nothing left, and waits for the others.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -145,7 +146,13 @@ class Gathering:
 class Gatherings:
     """The weights that are being made, by name; each lives until its last tensor is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: Counter[str]) -> None:
+        """Begin with none.
+
+        Args:
+            left: how many tensors of each weight are still to be finished; counted down.
+        """
+        self._left = left
         self._open: dict[str, Gathering] = {}
         self._lock = threading.Lock()
 
@@ -156,10 +163,11 @@ class Gatherings:
                 self._open[name] = make()
             return self._open[name]
 
-    def release(self, name: str) -> None:
-        """Let go of a weight's."""
+    def finish(self, name: str) -> None:
+        """Count a tensor of a weight as finished, and let go of the weight's with the last one."""
         with self._lock:
-            gathering = self._open.pop(name, None)
+            self._left[name] -= 1
+            gathering = None if self._left[name] else self._open.pop(name, None)
         if gathering is not None:
             gathering.math.release()
 

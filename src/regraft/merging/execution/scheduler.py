@@ -211,7 +211,7 @@ class _Queue:
         )
 
         if self._gatherings is None:
-            self._gatherings = Gatherings()
+            self._gatherings = Gatherings(self._made_left)
         codes, tile_bytes = self._codes[made.name], self._task.plan.tile_bytes
 
         def make() -> Gathering:
@@ -267,18 +267,9 @@ class _Queue:
         self._ledger.close_job(active.number, Closing(len(active.tiles), entry, sections))
         if isinstance(active.run, StepRun):
             active.run.release()
-            self._release_made(active.run.step)
+            if (made := active.run.step.made) is not None and self._gatherings is not None:
+                self._gatherings.finish(made.name)
         self._close_output(active)
-
-    def _release_made(self, step: Step) -> None:
-        """Let go of a weight that was put into a format, with the last of its tensors."""
-        if step.made is None:
-            return
-        with self._lock:
-            self._made_left[step.made.name] -= 1
-            last = not self._made_left[step.made.name]
-        if last and self._gatherings is not None:
-            self._gatherings.release(step.made.name)
 
     def _close_output(self, active: _Active) -> None:
         with self._lock:
