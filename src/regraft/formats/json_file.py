@@ -56,7 +56,10 @@ def read_json(
         InputError: there is no such file.
         AccessError: the system refused to read it.
     """
-    content = _content(path, max_bytes)
+    return _parsed(path, _content(path, max_bytes), max_bytes, max_depth, unique=unique)
+
+
+def _parsed(path: Path, content: bytes, max_bytes: int, max_depth: int, *, unique: bool) -> Any:
     try:
         _check_values(content, 1000 + max_bytes // _BYTES_PER_VALUE)
         value = json.loads(
@@ -80,7 +83,15 @@ def read_json_object(
     path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH
 ) -> dict[str, Any]:
     """Return the object in a JSON file; raises as :func:`read_json`, and for any other value."""
-    value = read_json(path, max_bytes=max_bytes, max_depth=max_depth)
+    return read_object_and_bytes(path, max_bytes=max_bytes, max_depth=max_depth)[0]
+
+
+def read_object_and_bytes(
+    path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH
+) -> tuple[dict[str, Any], bytes]:
+    """Return the object in a JSON file and the file's content; raises as the above."""
+    content = _content(path, max_bytes)
+    value = _parsed(path, content, max_bytes, max_depth, unique=True)
     if not isinstance(value, dict):
         raise FormatError(
             "holds the wrong kind of JSON value",
@@ -89,7 +100,7 @@ def read_json_object(
             found=f"a {type(value).__name__}",
             hint=DOWNLOAD_AGAIN,
         )
-    return value
+    return value, content
 
 
 def json_trouble(error: ValueError | RecursionError) -> str:

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from regraft.errors import FormatError
-from regraft.formats.inside import read_whole
-from regraft.formats.json_file import read_json_object
+from regraft.formats.json_file import read_object_and_bytes
 from regraft.formats.problems import quoted
 from regraft.formats.text import spelled
 from regraft.merging.files.side_files import json_bytes
@@ -278,7 +277,7 @@ def read_receipt(path: Path) -> Receipt:
         InputError: there is no such file.
         AccessError: the system refused to read it.
     """
-    value = read_json_object(path, max_bytes=MAX_RECEIPT_BYTES)
+    value, content = read_object_and_bytes(path, max_bytes=MAX_RECEIPT_BYTES)
     digest = value.pop("digest", None)
     try:
         receipt: Receipt = _decode(value, Receipt, "receipt")
@@ -291,7 +290,6 @@ def read_receipt(path: Path) -> Receipt:
     if digest is None and (receipt.files or receipt.headers):
         raise _unreadable(path, "no digest")
     document = json_bytes(value)
-    content = read_whole(path)
     if content != (document if digest is None else sealed(document)):
         raise FormatError(
             "the receipt is not as it was written: its digest or its layout does not fit",
