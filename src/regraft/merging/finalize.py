@@ -32,7 +32,7 @@ from regraft.merging.files.receipt import (
     lost_warning,
     receipt_bytes,
 )
-from regraft.merging.files.side_files import json_bytes, plan_side_files, updated_config
+from regraft.merging.files.side_files import CARD, json_bytes, plan_side_files, updated_config
 from regraft.merging.planning.base_drift import warning as gap_warning
 from regraft.merging.planning.plan import Plan
 from regraft.merging.undo.keeping import Keeping, keep_base
@@ -76,7 +76,7 @@ def write_rest(
         receipt, claims=_claims(plan), inherited=sides.metadata,
         auto_class=auto_class_of(config),
     )  # fmt: skip
-    rest.write("README.md", card.encode())
+    rest.write(CARD, card.encode())
     if patch is not None and keeping is not None:
         kept = keep_base(plan, patch, folder, rest.digests, keeping)
         totals = replace(receipt.totals, undo_bytes=patch.path.stat().st_size)

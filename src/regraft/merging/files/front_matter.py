@@ -14,8 +14,8 @@ from regraft.formats.inside import head_of, why_not
 from regraft.formats.problems import quoted
 from regraft.formats.reading import typed_os_errors
 from regraft.formats.text import plain_text
+from regraft.merging.files.side_files import CARD
 
-CARD = "README.md"
 _HEAD = 2**16
 """Bytes of a card in which its metadata has to end."""
 

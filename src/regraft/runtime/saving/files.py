@@ -55,11 +55,11 @@ from regraft.merging.files.publish import (
     write_file,
     write_pieces,
 )
+from regraft.merging.files.side_files import CARD
 from regraft.merging.planning.planner import parse_dtype
 from regraft.runtime.model.live_base import dtype_name, spec_of, torch_dtype_of
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec, nbytes_of
 
-CARD = "README.md"
 _CARD_BYTES = 2**20
 """Of a card, where the marks of a program's stand; what is larger, a person wrote."""
 
