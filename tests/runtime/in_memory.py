@@ -14,6 +14,7 @@ from torch import nn
 
 import regraft
 from faithful.harness import Case, Workshop
+from regraft.runtime.in_place.merge import Merged, Weighted, exchange, prepared_merge
 from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.model.matching import LiveAdapter, adapter_of
 from regraft.testing import zoo
@@ -86,3 +87,24 @@ def live_base(case: Case, workshop: Workshop) -> tuple[Any, LiveBase]:
     """Return the case's base as a live model."""
     model = load(workshop.base(case.architecture, case.dtype, case.sharded))
     return model, LiveBase(model)
+
+
+def merge(base: LiveBase, adapters: Weighted, *, undo: bool = True, **choices: Any) -> Merged:
+    """Merge adapters into a live model, and keep the way back or not."""
+    merged = prepared_merge(base, adapters, **choices)
+    try:
+        merged.carry_out()
+    except BaseException:
+        if merged.is_merged:  # interrupted as it was done; nobody will have it
+            merged.unmerge()
+        raise
+    if not undo:
+        merged.forget()
+    return merged
+
+
+def swap(merged: Merged, adapters: Weighted) -> Merged:
+    """Take what is merged out of a model, and merge other adapters the same way."""
+    other = Merged(merged.base, adapters, merged.choices)
+    exchange(merged, other)
+    return other

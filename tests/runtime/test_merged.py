@@ -28,7 +28,7 @@ from regraft.errors import (
     UsageError,
 )
 from regraft.merging.compute.step_math import StepMath
-from regraft.runtime.in_place.merge import Merged, merge, swap
+from regraft.runtime.in_place.merge import Merged
 from regraft.runtime.in_place.pool import run_all
 from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.model.matching import LiveAdapter, adapter_of
@@ -39,8 +39,10 @@ from runtime.in_memory import (
     identities,
     live_base,
     load,
+    merge,
     merged_files,
     state_bits,
+    swap,
 )
 
 CASES = [

@@ -18,11 +18,10 @@ import regraft
 from regraft.errors import MismatchError
 from regraft.merging.compute.requantize import Coder
 from regraft.runtime.in_place import quantized
-from regraft.runtime.in_place.merge import merge, swap
 from regraft.runtime.model.live_base import LiveBase
 from regraft.testing import zoo
 from regraft.testing.adapters import make_adapter
-from runtime.in_memory import adapters_of, assert_same, load, state_bits
+from runtime.in_memory import adapters_of, assert_same, load, merge, state_bits, swap
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
 

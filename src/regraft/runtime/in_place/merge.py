@@ -29,50 +29,6 @@ Weighted = Sequence[tuple[LiveAdapter, float]]
 """Adapters, each with a factor on its scale, in the order they are added."""
 
 
-def merge(
-    base: LiveBase,
-    adapters: Weighted,
-    *,
-    rounding: str | None = None,
-    seed: int = 0,
-    dequantize: bool = False,
-    threads: int | None = None,
-    undo: bool = True,
-) -> Merged:
-    """Merge adapters into a live model, in place.
-
-    Args:
-        base: the model.
-        adapters: the adapters with their weights; their tensors are copied.
-        rounding: how values become codes of a quantized weight: ``stochastic``, which keeps the
-            deltas on average (the default), or ``nearest``.
-        seed: which random bits that takes.
-        dequantize: put plain layers in the place of all quantized ones, with the values that the
-            merge of files out of the format gives.
-        threads: how many; by default one for each core at hand.
-        undo: whether the model can be un-merged afterwards.
-
-    Raises:
-        UsageError: the call contradicts itself.
-        MismatchError: adapters and model do not fit; lists every misfit.
-        AdapterError: an adapter holds NaN or infinity.
-        NumericError: a weight would hold NaN or infinity where it held a number.
-        UnsupportedError: a weight is offloaded.
-    """
-    merged = prepared_merge(
-        base, adapters, rounding=rounding, seed=seed, dequantize=dequantize, threads=threads
-    )
-    try:
-        merged.carry_out()
-    except BaseException:
-        if merged.is_merged:  # interrupted as it was done; nobody will have it
-            merged.unmerge()
-        raise
-    if not undo:
-        merged.forget()
-    return merged
-
-
 def prepared_merge(
     base: LiveBase,
     adapters: Weighted,
@@ -84,7 +40,21 @@ def prepared_merge(
 ) -> Merged:
     """Return a merge that can be carried out; nothing of the model is changed yet.
 
-    Arguments and errors are those of :func:`merge`.
+    Args:
+        base: the model.
+        adapters: the adapters with their weights; their tensors are copied.
+        rounding: how values become codes of a quantized weight: ``stochastic``, which keeps the
+            deltas on average (the default), or ``nearest``.
+        seed: which random bits that takes.
+        dequantize: put plain layers in the place of all quantized ones, with the values that the
+            merge of files out of the format gives.
+        threads: how many; by default one for each core at hand.
+
+    Raises:
+        UsageError: the call contradicts itself.
+        MismatchError: adapters and model do not fit; lists every misfit.
+        AdapterError: an adapter holds NaN or infinity.
+        UnsupportedError: a weight is offloaded.
     """
     if rounding not in (None, *ROUNDINGS):
         raise UsageError(f"there is no rounding {rounding!r}", expected=" or ".join(ROUNDINGS))
@@ -94,25 +64,12 @@ def prepared_merge(
     return Merged(base, adapters, Choices(rounding or "stochastic", seed, dequantize, count))
 
 
-def swap(merged: Merged, adapters: Weighted, *, undo: bool = True) -> Merged:
-    """Take what is merged out of a model, and merge other adapters the same way.
-
-    Raises:
-        RegraftError: as :func:`merge` and :meth:`Merged.unmerge`; the model is then merged as
-            before.
-    """
-    other = Merged(merged.base, adapters, merged.choices)
-    exchange(merged, other)
-    if not undo:
-        other.forget()
-    return other
-
-
 def exchange(there: Merged, other: Merged) -> None:
     """Take a merge out of a model and carry out another one, or leave the model as it was.
 
     Raises:
-        RegraftError: as :func:`swap`.
+        RegraftError: as :meth:`Merged.unmerge` and :meth:`Merged.carry_out`; the model is then
+            merged as before.
     """
     whole(partial(_exchange, there, other))
 
@@ -186,7 +143,8 @@ class Merged:
             to_the_end: do not stop for Ctrl-C; it is raised when all is done.
 
         Raises:
-            RegraftError: as :func:`merge`.
+            NumericError: a weight would hold NaN or infinity where it held a number.
+            RegraftError: it cannot be done.
         """
         self._check_whole()
         whole(partial(self._turn, True, to_the_end=to_the_end))
