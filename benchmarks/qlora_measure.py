@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import regraft
-from regraft.demo.answers import prompt_ids
-from regraft.demo.data import HELD_OUT_WORDS, make_examples
+from regraft.demo.steps.answers import prompt_ids
+from regraft.demo.steps.data import HELD_OUT_WORDS, make_examples
 from regraft.formats.safetensors import read_header
 
 PROSE = Path(__file__).resolve().parent / "general_text.txt"

@@ -10,14 +10,14 @@ from typing import Any
 
 import bitsandbytes_quantize as peer
 import regraft
-from regraft.demo.data import as_fields
-from regraft.demo.lessons import Lesson
-from regraft.demo.model import Base, get_base
 from regraft.demo.progress import silent
-from regraft.demo.result import Training
 from regraft.demo.settings import Settings
 from regraft.demo.state import DemoFolder
-from regraft.demo.training import get_adapter
+from regraft.demo.steps.data import as_fields
+from regraft.demo.steps.lessons import Lesson
+from regraft.demo.steps.model import Base, get_base
+from regraft.demo.steps.training import get_adapter
+from regraft.demo.telling.result import Training
 
 FRESH = "dequantize, merge, quantize again (bitsandbytes)"
 KEEP = "`--quantize keep` (stochastic)"

@@ -208,8 +208,8 @@ INTRODUCTION = f"""# What survives of a QLoRA adapter
 `make bench-qlora` measures what is left of an adapter when the merged model is to stay in 4 bits.
 The model is SmolLM2-135M-Instruct, put into NF4 by `regraft quantize`. The adapters are made by
 PEFT: LoRA of rank 8, alpha 16, on all linear layers, 40 steps of 4 sentences of
-[the demo's task](../src/regraft/demo/data.py), learning rate 1e-3. QLoRA's is trained on the values
-that the NF4 codes stand for (`regraft dequantize`), in float32.
+[the demo's task](../src/regraft/demo/steps/data.py), learning rate 1e-3. QLoRA's is trained on the
+values that the NF4 codes stand for (`regraft dequantize`), in float32.
 
 - **The exact merge** is `regraft merge ... --dtype float32`: codes as values, plus the delta. It is
   what the others should be like.

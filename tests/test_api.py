@@ -17,7 +17,7 @@ from merging.test_memory import write_sparse
 from merging.toys import Q0, lora, tree, write_adapter, write_base, write_json
 from regraft.api import parse_adapters
 from regraft.errors import RegraftError, UsageError
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 
 
 @pytest.fixture

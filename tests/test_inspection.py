@@ -377,7 +377,7 @@ def test_a_sharded_70b_takes_under_a_second(tmp_path: Path) -> None:
 
 
 def test_no_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regraft.formats.reading.FilePool.read_into", pytest.fail)
+    monkeypatch.setattr("regraft.formats.files.reading.FilePool.read_into", pytest.fail)
     assert inspect(tiny.make_base(tmp_path / "base")).kind == "base"
     assert inspect(tiny.make_adapter(tmp_path / "adapter")).kind == "adapter"
 

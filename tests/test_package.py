@@ -196,7 +196,7 @@ def names_of(requirements: list[str]) -> set[str]:
     return {match[0].replace("-", "_").lower() for match in found if match}
 
 
-NEEDS_THE_EXTRA = (Path("verifying/prompts.py"), Path("verifying/prompt_models.py"))
+NEEDS_THE_EXTRA = (Path("verifying/prompting/prompts.py"), Path("verifying/prompting/models.py"))
 
 
 def core_imports() -> set[str]:

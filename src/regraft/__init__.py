@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
     from regraft.undoing import clean, swap, unmerge
-    from regraft.verifying.diff import diff
-    from regraft.verifying.diff_report import DiffReport
+    from regraft.verifying.diffing.diff import diff
+    from regraft.verifying.diffing.report import DiffReport
     from regraft.verifying.report import VerifyReport
     from regraft.verifying.verify import verify
 
@@ -72,7 +72,7 @@ _HOME = {
     "swap": "regraft.undoing",
     "clean": "regraft.undoing",
     "verify": "regraft.verifying.verify",
-    "diff": "regraft.verifying.diff",
+    "diff": "regraft.verifying.diffing.diff",
     "save": "regraft.runtime.saving.save",
     "LoraConfig": "regraft.adapters.lora_config",
     "shrink": "regraft.shrinking.verb",
@@ -82,7 +82,7 @@ _HOME = {
     "Adapters": "regraft.runtime.handle",
     "AdapterCache": "regraft.runtime.store.cache",
     "CacheStats": "regraft.runtime.store.cache",
-    "DiffReport": "regraft.verifying.diff_report",
+    "DiffReport": "regraft.verifying.diffing.report",
     "ShrinkReport": "regraft.shrinking.report",
     "VerifyReport": "regraft.verifying.report",
     **dict.fromkeys(

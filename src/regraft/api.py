@@ -12,8 +12,8 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError
 from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
-from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.files.publish import (

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from regraft.errors import UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
-from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.files.publish import (
     SLACK_BYTES,

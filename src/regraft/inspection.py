@@ -21,11 +21,11 @@ from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, FormatError, InputError, Problem
 from regraft.formats.adapter_files import AdapterFiles, adapter_folder, open_adapter, refuse_foreign
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
+from regraft.formats.files.json_file import read_json_object
+from regraft.formats.files.reading import access_error
 from regraft.formats.hub import Located, locate
-from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import ADAPTER_CONFIG, RECEIPT, looks_like
 from regraft.formats.problems import quoted
-from regraft.formats.reading import access_error
 from regraft.formats.remote import checkpoint_of, fetch_headers, is_whole
 from regraft.tensors import TensorSpec
 

@@ -13,11 +13,11 @@ from regraft.adapters.model import Adapter
 from regraft.api import call_of
 from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
+from regraft.formats.files.reading import FilePool
+from regraft.formats.files.watching import watched
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import looks_like
 from regraft.formats.problems import capped
-from regraft.formats.reading import FilePool
-from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.files.leftovers import Leftover, find_leftovers, remove_leftover

@@ -15,8 +15,8 @@ from cli.test_commands import Called
 from cli.test_startup import HEAVY, loaded_by
 from merging import toys
 from merging.processes import errors, regraft_command
-from regraft.cli.diff_text import render
-from regraft.verifying.diff_report import (
+from regraft.cli.texts.diff import render
+from regraft.verifying.diffing.report import (
     ConfigChange,
     DiffReport,
     DiffSide,
@@ -179,7 +179,7 @@ def test_other_files_alone_do_not_make_a_difference() -> None:
 
 def test_everything_is_passed_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     diff = Called(report())
-    monkeypatch.setattr("regraft.verifying.diff.diff", diff)
+    monkeypatch.setattr("regraft.verifying.diffing.diff.diff", diff)
     result = run("diff", "./x", "org/y", "--threads", "3", "--token", "secret")
     assert (result.exit_code, result.stderr) == (0, "")
     assert diff.named == {
@@ -194,7 +194,7 @@ def test_everything_is_passed_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_exit_code_says_whether_they_differ(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = tuple(change(f"t{n}") for n in range(25))
-    monkeypatch.setattr("regraft.verifying.diff.diff", Called(report(changed=changed)))
+    monkeypatch.setattr("regraft.verifying.diffing.diff.diff", Called(report(changed=changed)))
     result = run("diff", "x", "y")
     assert (result.exit_code, result.stderr) == (1, "")
     assert "... and 5 more" in result.stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regraft.cli.plan_text import group, pattern, render
+from regraft.cli.texts.plan import group, pattern, render
 
 
 def step(name: str, action: str = "copy", **parts: Any) -> dict[str, Any]:

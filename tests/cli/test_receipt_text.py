@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from regraft.cli.receipt_text import render
+from regraft.cli.texts.receipt import render
 from regraft.merging.files.receipt import InputRecord, Receipt, TensorRecord, Totals
 
 

@@ -12,7 +12,7 @@ from cli.kinds import Launch, Run
 from cli.test_commands import Called
 from cli.test_startup import HEAVY, WITHOUT_TORCH, loaded_by
 from merging import toys
-from regraft.cli.shrink_text import render
+from regraft.cli.texts.shrink import render
 from regraft.shrinking.report import EmbeddingCopy, ShrinkReport, ShrunkModule
 
 

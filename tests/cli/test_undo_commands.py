@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from cli import tiny
 from cli.kinds import Launch, Run
 from cli.test_startup import WITHOUT_TORCH
-from regraft.cli import clean_text
+from regraft.cli.texts import clean as clean_text
 from regraft.errors import DiskSpaceError
 from regraft.formats.safetensors import read_header
 

@@ -13,7 +13,7 @@ from cli.kinds import Run
 from cli.tiny import base_tensors, make_adapter, make_base
 from merging import toys
 from merging.processes import python, regraft_command
-from regraft.cli import verify_text
+from regraft.cli.texts import verify as verify_text
 from regraft.verifying.report import Difference, TensorVerdict, VerifyReport
 
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from regraft.deltas.agreement import Fit
+from regraft.deltas.kernels.agreement import Fit
 from regraft.numerics.conversions import KINDS
 
 SIZE = 4096

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from regraft.deltas import planes
-from regraft.deltas.compression import compress, decompress, most_compressed
+from regraft.deltas.undo import residual_coding as planes
+from regraft.deltas.undo.compression import compress, decompress, most_compressed
 
 HUGE = 2**34
 """What a frame may claim that nobody has room for."""

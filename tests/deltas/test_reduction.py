@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regraft.deltas.reduction import (
+from regraft.deltas.ranks.reduction import (
     decompose,
     difference_norm,
     kept_share,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from merging.toys import BF16, draw
-from regraft.deltas import kernels
+from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.weights import Weights
 
 

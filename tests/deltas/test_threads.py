@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from regraft.deltas import threads
+from regraft.deltas.ranks import blas_threads as threads
 
 
 def test_it_is_one_inside_and_as_before_after_the_last_one_left() -> None:

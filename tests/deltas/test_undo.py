@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from regraft.deltas import kernels, planes
-from regraft.deltas.cutting import UNIT_COLUMNS, Units
-from regraft.deltas.streams import PLAIN
-from regraft.deltas.units import Decoder, Encoder, Kept, Rows, merge, sizes_of
+from regraft.deltas.kernels import merge as kernels
+from regraft.deltas.kernels.streams import PLAIN
+from regraft.deltas.undo import residual_coding as planes
+from regraft.deltas.undo.units import Decoder, Encoder, Kept, Rows, merge, sizes_of
+from regraft.deltas.undo.units_of_matrix import UNIT_COLUMNS, Units
 from regraft.deltas.weights import Weights
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}

@@ -12,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regraft.demo import merging, model, run, story
-from regraft.demo.compare import LogitComparison, compare_logits
-from regraft.demo.data import (
+from regraft.demo import run
+from regraft.demo.progress import on_terminal
+from regraft.demo.settings import Settings
+from regraft.demo.state import DemoFolder
+from regraft.demo.steps import merging, model
+from regraft.demo.steps.compare import LogitComparison, compare_logits
+from regraft.demo.steps.data import (
     HELD_OUT_WORDS,
     TEMPLATES,
     TRAIN_WORDS,
@@ -24,12 +28,10 @@ from regraft.demo.data import (
     as_table,
     make_examples,
 )
-from regraft.demo.lessons import FIELDS, LESSONS, TABLE, Lesson
-from regraft.demo.progress import on_terminal
-from regraft.demo.result import DemoResult, Figures, Question, Training
-from regraft.demo.settings import Settings
-from regraft.demo.state import DemoFolder
-from regraft.demo.text import table
+from regraft.demo.steps.lessons import FIELDS, LESSONS, TABLE, Lesson
+from regraft.demo.telling import story
+from regraft.demo.telling.result import DemoResult, Figures, Question, Training
+from regraft.demo.telling.text import table
 from regraft.errors import (
     EnvironmentShortfall,
     MismatchError,

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import regraft
-from regraft.demo import live
-from regraft.demo.lessons import LESSONS
-from regraft.demo.live import LiveModel
 from regraft.demo.state import DemoFolder
+from regraft.demo.steps import live
+from regraft.demo.steps.lessons import LESSONS
+from regraft.demo.steps.live import LiveModel
 
 SENTENCES = ["one", "three", "eleven"]
 

@@ -46,8 +46,8 @@ DESCRIBED = {
     "regraft.runtime.in_place.merge": ("MergeReport",),
     "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
-    "regraft.verifying.prompt_report": ("PromptReport", "PromptAgreement"),
-    "regraft.verifying.diff_report": (
+    "regraft.verifying.prompting.report": ("PromptReport", "PromptAgreement"),
+    "regraft.verifying.diffing.report": (
         *("DiffReport", "DiffSide", "LoneTensor", "TensorChange", "ConfigChange", "FileChange"),
         "DeltaChange",
     ),

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from regraft.errors import FormatError, InputError, RegraftError, UnsupportedError
 from regraft.formats.adapter_files import open_adapter
 from regraft.formats.checkpoint import looks_like, open_checkpoint
+from regraft.formats.files.reading import FilePool
 from regraft.formats.hub import Located
-from regraft.formats.reading import FilePool
 
 INDEX = "model.safetensors.index.json"
 

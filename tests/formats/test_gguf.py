@@ -15,8 +15,8 @@ import pytest
 
 from regraft.errors import FormatError, InputError, MissingExtraError, UnsupportedError
 from regraft.formats import gguf as reading
+from regraft.formats.files.reading import FilePool
 from regraft.formats.gguf import GgufArray, find_gguf, open_gguf
-from regraft.formats.reading import FilePool
 from regraft.testing.gguf_files import Array, blocks, write
 
 rng = np.random.default_rng(0)

@@ -25,8 +25,8 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import AdapterError, FormatError, RegraftError
 from regraft.formats.adapter_files import open_adapter
 from regraft.formats.checkpoint import open_checkpoint
+from regraft.formats.files.json_file import read_json
 from regraft.formats.hub import Located
-from regraft.formats.json_file import read_json
 from regraft.formats.remote import checkpoint_of
 from regraft.formats.safetensors import build_header, read_header
 from regraft.formats.torch_zip import read_torch_file

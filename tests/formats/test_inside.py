@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from regraft.errors import FormatError, InputError
-from regraft.formats.inside import LARGEST, contents_of, file_pieces, head_of, refuse_outside
+from regraft.formats.files.inside import LARGEST, contents_of, file_pieces, head_of, refuse_outside
 
 OUTSIDE = "a link to outside of its folder"
 NOWHERE = "a link that leads nowhere"

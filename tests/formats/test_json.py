@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from regraft.errors import AccessError, FormatError, InputError
-from regraft.formats.json_file import read_json, read_json_object
+from regraft.formats.files.json_file import read_json, read_json_object
 
 
 def write(folder: Path, content: bytes) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from regraft.errors import FormatError
-from regraft.formats.parsed import check_parsed
+from regraft.formats.files.parsed import check_parsed
 
 
 def of_size(size: int) -> Callable[[Path], None]:

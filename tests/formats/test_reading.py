@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from regraft.errors import AccessError, FormatError, InputError
-from regraft.formats import reading
-from regraft.formats.reading import FilePool
+from regraft.formats.files import reading
+from regraft.formats.files.reading import FilePool
 from regraft.tensors import TensorSpec
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regraft.formats.text import (
+from regraft.formats.files.text import (
     path_word,
     plain_text,
     python_string,

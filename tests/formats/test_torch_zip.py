@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regraft.errors import FormatError, UnsupportedError
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.formats.torch_zip import read_torch_file
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from regraft.errors import AccessError, ChangedError, FormatError, InputError, OutputExistsError
-from regraft.formats import watching
-from regraft.formats.inside import read_whole
-from regraft.formats.json_file import read_json
-from regraft.formats.reading import FilePool, open_regular
-from regraft.formats.watching import (
+from regraft.formats.files import watching
+from regraft.formats.files.inside import read_whole
+from regraft.formats.files.json_file import read_json
+from regraft.formats.files.reading import FilePool, open_regular
+from regraft.formats.files.watching import (
     Stamp,
     Watch,
     check_unchanged,

@@ -13,7 +13,7 @@ import regraft
 from merging import toys
 from merging.test_undo import comparable
 from regraft import ChangedError, ProgressEvent
-from regraft.formats.watching import Stamp
+from regraft.formats.files.watching import Stamp
 from regraft.merging import finalize
 from regraft.merging.compute.factors import FactorStore
 from regraft.merging.undo import keeping as undo

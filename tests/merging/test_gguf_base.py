@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from regraft.demo.model import _dense
+from regraft.demo.steps.model import _dense
 from regraft.errors import FormatError, InputError, MismatchError, UnsupportedError
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.merging.inputs.gguf import GgufBase, open_gguf_base
 from regraft.names.gguf import FAMILIES, REFUSED
 from regraft.numerics.arrays import Bytes

@@ -17,7 +17,7 @@ from merging import toys
 from merging.processes import python
 from regraft.errors import MemoryCapError
 from regraft.memory import peak_memory
-from regraft.quant.bitsandbytes import NF4
+from regraft.quant.formats.bitsandbytes import NF4
 from regraft.quant.making import MAKERS
 from regraft.tensors import TensorSpec, nbytes_of
 

@@ -33,7 +33,7 @@ from regraft.errors import (
     RegraftError,
     UsageError,
 )
-from regraft.formats import inside
+from regraft.formats.files import inside
 from regraft.merging.files import publish as output
 
 

@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from regraft.errors import FormatError
-from regraft.formats.reading import FilePool
-from regraft.quant import awq, registry
+from regraft.formats.files.reading import FilePool
+from regraft.quant import registry
+from regraft.quant.formats import awq
 from regraft.quant.weight import Found
 from regraft.testing.codecs import check_codec, stored
 

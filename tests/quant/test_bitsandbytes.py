@@ -11,8 +11,8 @@ from bitsandbytes import functional
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from safetensors.torch import save_file
 
-from regraft.formats.reading import FilePool
-from regraft.quant import bitsandbytes, int8
+from regraft.formats.files.reading import FilePool
+from regraft.quant.formats import bitsandbytes, int8
 from regraft.testing.codecs import check_codec, stored
 
 SHAPES = [(8, 128), (3, 64), (5, 7), (16, 48), (1, 1), (33, 96), (64, 320)]

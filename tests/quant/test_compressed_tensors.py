@@ -16,8 +16,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 
 from regraft.errors import FormatError
-from regraft.formats.reading import FilePool
-from regraft.quant import compressed_tensors, registry
+from regraft.formats.files.reading import FilePool
+from regraft.quant import registry
+from regraft.quant.formats import compressed_tensors
 from regraft.quant.weight import Found
 from regraft.testing.codecs import check_codec, stored
 

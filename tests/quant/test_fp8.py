@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from regraft.errors import FormatError, UnsupportedError
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.quant.registry import check_contents, find_weights, method_of
 from regraft.quant.weight import Found, QuantizedWeight
 from regraft.testing.codecs import check_codec, stored, values, whole

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from regraft.numerics.arrays import Bytes
-from regraft.quant import awq, compressed_tensors, gptq
+from regraft.quant.formats import awq, compressed_tensors, gptq
 from regraft.quant.weight import Found, Stored
 from regraft.tensors import TensorSpec, nbytes_of
 

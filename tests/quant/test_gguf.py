@@ -8,10 +8,10 @@ import gguf
 import numpy as np
 import pytest
 
+from regraft.formats.files.reading import FilePool
 from regraft.formats.gguf import open_gguf
-from regraft.formats.reading import FilePool
 from regraft.numerics.arrays import Bytes
-from regraft.quant.gguf import TYPES, GgufDecoder, block_size, stored_rows
+from regraft.quant.formats.gguf import TYPES, GgufDecoder, block_size, stored_rows
 from regraft.quant.weight import Block, QuantizedWeight, Read
 from regraft.tensors import TensorSpec
 from regraft.testing.codecs import check_codec

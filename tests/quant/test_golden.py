@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.quant import registry
 from regraft.testing.codecs import check_codec, stored
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regraft.numerics.conversions import BF16, F16, F32
-from regraft.quant import bitsandbytes, int8
+from regraft.quant.formats import bitsandbytes, int8
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
 from regraft.quant.rounding import (
     codes_for,

@@ -25,7 +25,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from regraft.errors import NumericError
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.numerics.conversions import KINDS
 from regraft.quant import grid

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from regraft.errors import FormatError
-from regraft.formats.reading import FilePool
-from regraft.quant import mxfp4
-from regraft.quant.mxfp4 import Mxfp4
+from regraft.formats.files.reading import FilePool
+from regraft.quant.formats import mxfp4
+from regraft.quant.formats.mxfp4 import Mxfp4
 from regraft.quant.registry import check_contents, find_weights, method_of
 from regraft.testing.codecs import check_codec, stored, values, whole
 

@@ -11,9 +11,7 @@ import pytest
 from regraft.numerics.arrays import Bytes
 from regraft.numerics.conversions import KINDS
 from regraft.quant import grid
-from regraft.quant.rounding import codes_for
-from regraft.quant.weight import ROUNDINGS
-from regraft.quant.words import (
+from regraft.quant.bit_packing import (
     codes_down,
     codes_of,
     lot_of,
@@ -23,6 +21,8 @@ from regraft.quant.words import (
     words_for,
     words_of,
 )
+from regraft.quant.rounding import codes_for
+from regraft.quant.weight import ROUNDINGS
 from regraft.tensors import TensorSpec
 
 

@@ -35,8 +35,8 @@ def _read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from regraft.demo.model import get_base
     from regraft.demo.state import DemoFolder
+    from regraft.demo.steps.model import get_base
 
     folder = DemoFolder(tmp_path_factory.mktemp("smollm2") / "demo")
     folder.open()

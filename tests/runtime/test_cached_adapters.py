@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 
 import regraft
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.testing.adapters import make_adapter
 from regraft.testing.zoo import example_inputs, load_base, logits, make_base
 

@@ -14,8 +14,8 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from regraft.adapters.fingerprint import parsed, places_of
+from regraft.formats.files.reading import FilePool
 from regraft.formats.hub import locate
-from regraft.formats.reading import FilePool
 from regraft.merging.another_base import SeenBase
 from regraft.merging.inputs.base import open_base, see
 from regraft.merging.inputs.source import FileSource

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from regraft.formats.watching import Watch
+from regraft.formats.files.watching import Watch
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "torture_inputs.py"
 

@@ -19,10 +19,11 @@ import regraft
 from deltas.reference import STORED
 from merging import toys
 from merging.processes import python
-from regraft.deltas.distance import VALUE_DTYPES, Distance, distance
+from regraft.deltas.kernels.distance import VALUE_DTYPES, Distance, distance
 from regraft.formats.safetensors import build_header
 from regraft.tensors import DTYPES, nbytes_of
-from regraft.verifying import diff_report, diff_tensors
+from regraft.verifying.diffing import report as diff_report
+from regraft.verifying.diffing import tensors as diff_tensors
 
 NUMPY = {**STORED, "F64": np.float64}
 """The numpy dtype of each dtype that is compared by value."""
@@ -172,7 +173,7 @@ def test_what_is_one_place_on_the_disk_is_not_read(
     linked.mkdir()
     for path in base.iterdir():
         (linked / path.name).symlink_to(path)
-    monkeypatch.setattr("regraft.formats.reading.FilePool.read_into", pytest.fail)
+    monkeypatch.setattr("regraft.formats.files.reading.FilePool.read_into", pytest.fail)
     assert regraft.diff(base, linked).same
 
 

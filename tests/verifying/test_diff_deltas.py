@@ -12,7 +12,7 @@ import pytest
 
 import regraft
 from merging import toys
-from regraft.cli.diff_text import render
+from regraft.cli.texts.diff import render
 from shrinking.small import MODULES, RANK, STACK, WIDTH, lowrank, product, stack, write_adapter
 
 Arrays = dict[str, np.ndarray[Any, Any]]

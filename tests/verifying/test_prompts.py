@@ -24,10 +24,10 @@ from regraft.formats.hub import locate
 from regraft.merging.planning.planner import Choices
 from regraft.testing import zoo
 from regraft.testing.adapters import make_adapter
-from regraft.verifying import prompts
-from regraft.verifying.prompt_file import read_prompts
-from regraft.verifying.prompt_report import PromptReport, Tally, judged
-from regraft.verifying.prompts import compare_prompts
+from regraft.verifying.prompting import prompts
+from regraft.verifying.prompting.file import read_prompts
+from regraft.verifying.prompting.prompts import compare_prompts
+from regraft.verifying.prompting.report import PromptReport, Tally, judged
 
 CHOICES = Choices(None, None, 512 * 2**20, 1)
 PROMPTS = ("w3 w9 w12 w5 w40", "w7 w7 w8", "w11 w2 w30 w31 w32 w33 w50 w51")
@@ -259,7 +259,9 @@ def test_without_peft_a_merge_that_is_not_rounded_answers(
     models: Models, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = compare(models.merged, models.base, models.adapter, file)
-    monkeypatch.setattr("regraft.verifying.prompts.find_spec", lambda name: name != "peft" or None)
+    monkeypatch.setattr(
+        "regraft.verifying.prompting.prompts.find_spec", lambda name: name != "peft" or None
+    )
     found = compare(models.merged, models.base, models.adapter, file)
     assert found.reference == "float32 merge"
     assert "PEFT is not installed" in found.notes[0]
@@ -334,8 +336,8 @@ def test_verify_takes_answers_into_account(models: Models, file: Path) -> None:
 def test_verify_says_so_if_answers_alone_differ(
     models: Models, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regraft.verifying.prompt_report.KL_LIMIT", 0.0)
-    monkeypatch.setattr("regraft.verifying.prompt_report.KL_SHARE", 0.0)
+    monkeypatch.setattr("regraft.verifying.prompting.report.KL_LIMIT", 0.0)
+    monkeypatch.setattr("regraft.verifying.prompting.report.KL_SHARE", 0.0)
     report = regraft.verify(models.merged, base=models.base, adapters=models.adapter, prompts=file)
     assert not report.ok
     assert report.verdict == "different"
@@ -527,7 +529,7 @@ def test_the_limits(
 def test_answers_that_are_no_numbers_are_infinitely_far() -> None:
     import torch
 
-    from regraft.verifying.prompts import _tally
+    from regraft.verifying.prompting.prompts import _tally
 
     kept = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, 1.0, 2.0]])
     assert _tally(kept, kept.clone()) == Tally(2, 2, 0.0, 0.0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from regraft.cli.output import Output
-from regraft.formats.text import shell_word
+from regraft.formats.files.text import shell_word
 from regraft.tensors import DTYPE_ALIASES, parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -44,8 +44,8 @@ def base_named(
     """
     if adapters:
         return base, adapters
+    from regraft.formats.files.reading import expanded, is_there
     from regraft.formats.layout import looks_like
-    from regraft.formats.reading import expanded, is_there
     from regraft.merging.planning.options import base_named_by, parse_adapters
 
     path = expanded(parse_adapters(base)[0][0])

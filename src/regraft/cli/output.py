@@ -15,7 +15,7 @@ import click
 
 from regraft.cli.text import plural, printable
 from regraft.errors import AccessError, redacted
-from regraft.formats.text import spelled
+from regraft.formats.files.text import spelled
 
 if TYPE_CHECKING:
     from regraft.cli.failures import Failure

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from regraft.deltas import kernels
+from regraft.deltas.kernels import merge as kernels
 from regraft.numerics.arrays import Bytes, Floats, Sums
 
 __all__ = ["Bytes", "Floats", "Sums", "Weights"]
@@ -24,7 +24,7 @@ class Weights:
     Attributes:
         x16: the values' 16-bit patterns, empty for float32.
         x32: the values, empty for the 16-bit dtypes.
-        kind: a value of :data:`regraft.deltas.kernels.KINDS`.
+        kind: a value of :data:`regraft.deltas.kernels.merge.KINDS`.
     """
 
     x16: npt.NDArray[np.uint16]

@@ -7,7 +7,7 @@ the caller makes. torch and transformers are imported only when the demo runs.
 from __future__ import annotations
 
 from regraft.demo.progress import Bar, Progress, on_terminal
-from regraft.demo.result import DemoResult
 from regraft.demo.run import run_demo
+from regraft.demo.telling.result import DemoResult
 
 __all__ = ["Bar", "DemoResult", "Progress", "on_terminal", "run_demo"]

@@ -11,22 +11,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.demo import story
-from regraft.demo.compare import LogitComparison, Logits, compare_logits
-from regraft.demo.conclusion import Found, conclude
-from regraft.demo.lessons import LESSONS, MERGED
-from regraft.demo.merging import Measured, run_merge, run_unmerge, same_files, time_copy
-from regraft.demo.model import Base, get_base, weight_bytes
 from regraft.demo.progress import Progress, silent
 from regraft.demo.quiet import quiet_libraries, wait_asleep
-from regraft.demo.result import DemoResult, Training
 from regraft.demo.state import DemoFolder
-from regraft.demo.text import memory, milliseconds, seconds, size
+from regraft.demo.steps.compare import LogitComparison, Logits, compare_logits
+from regraft.demo.steps.lessons import LESSONS, MERGED
+from regraft.demo.steps.merging import Measured, run_merge, run_unmerge, same_files, time_copy
+from regraft.demo.steps.model import Base, get_base, weight_bytes
+from regraft.demo.telling import story
+from regraft.demo.telling.conclusion import Found, conclude
+from regraft.demo.telling.result import DemoResult, Training
+from regraft.demo.telling.text import memory, milliseconds, seconds, size
 from regraft.errors import MissingExtraError
 from regraft.merging.files.publish import out_path
 
 if TYPE_CHECKING:
-    from regraft.demo.live import Answers, InMemory, LiveModel, Switched
+    from regraft.demo.steps.live import Answers, InMemory, LiveModel, Switched
 
 Say = Callable[[str], None]
 """Takes a piece of text to show, of one line or several."""
@@ -154,7 +154,7 @@ class _Demo:
         return base
 
     def train(self, base: Base, progress: Progress, *, fresh: bool) -> dict[str, Training]:
-        from regraft.demo.training import get_adapter
+        from regraft.demo.steps.training import get_adapter
 
         self.say(
             story.heading(2, "Training two adapters, each with a form of its own to answer in")
@@ -169,7 +169,7 @@ class _Demo:
         return training
 
     def switch(self, base: Base) -> _Live:
-        from regraft.demo.live import LiveModel
+        from regraft.demo.steps.live import LiveModel
 
         self.say(story.heading(3, "One base in memory, both adapters on it"))
         model = LiveModel(base.path, self.folder)
@@ -200,7 +200,7 @@ class _Demo:
         return rows
 
     def ask_four_bits(self, base: Base) -> tuple[Answers, int]:
-        from regraft.demo.live import LiveModel
+        from regraft.demo.steps.live import LiveModel
 
         self.say(story.heading(4, "The same adapters on the base in 4 bits (bitsandbytes, NF4)"))
         self.say(
@@ -262,7 +262,7 @@ class _Demo:
     def ask_merged(
         self, base: Base, live: _Live
     ) -> tuple[list[str], LogitComparison, LogitComparison]:
-        from regraft.demo.answers import Asker
+        from regraft.demo.steps.answers import Asker
 
         self.say(story.heading(7, "The merged model, loaded by transformers and nothing else"))
         asker = Asker(self.folder.merged)
@@ -284,7 +284,7 @@ class _Demo:
 
     def compare_float32(self, base: Base, live: _Live) -> LogitComparison:
         """Merge once more without the rounding to the base's dtype, compare, and remove it."""
-        from regraft.demo.answers import Asker
+        from regraft.demo.steps.answers import Asker
 
         out = self.folder.path / "merged-float32.tmp"
         run_merge(base.path, self.adapter, out, "--dtype", "float32")

@@ -13,8 +13,10 @@ from typing import Any
 from regraft.errors import InputError, UnsupportedError
 from regraft.formats import foreign
 from regraft.formats.checkpoint import CONFIG_BYTES, open_weights, subfolder_hint
+from regraft.formats.files.json_file import read_json_object
+from regraft.formats.files.reading import typed_os_errors
+from regraft.formats.files.watching import Stamp
 from regraft.formats.hub import Located
-from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import (
     ADAPTER_CONFIG,
     ADAPTER_SAFE,
@@ -25,8 +27,6 @@ from regraft.formats.layout import (
     looks_like,
 )
 from regraft.formats.problems import quoted
-from regraft.formats.reading import typed_os_errors
-from regraft.formats.watching import Stamp
 from regraft.tensors import TensorSpec
 
 _OF_ITS_OWN = (ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH, "config.json", MLX_WEIGHTS)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regraft.errors import FormatError, InputError, Problem, UnsupportedError
+from regraft.formats.files.json_file import read_json_object
+from regraft.formats.files.reading import typed_os_errors
 from regraft.formats.hub import Located
-from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import (
     ADAPTER_SAFE,
     DESCRIPTIONS,
@@ -25,7 +26,6 @@ from regraft.formats.layout import (
     looks_like,
 )
 from regraft.formats.problems import DOWNLOAD_AGAIN, capped, quoted
-from regraft.formats.reading import typed_os_errors
 from regraft.formats.safetensors import read_header
 from regraft.formats.torch_zip import read_torch_file
 from regraft.tensors import TensorSpec

@@ -25,8 +25,8 @@ from regraft.errors import (
     Problem,
     UnsupportedError,
 )
+from regraft.formats.files.reading import open_regular, read_at, typed_os_errors
 from regraft.formats.problems import DOWNLOAD_AGAIN, SAFE_NAME, capped, is_unsafe_name, quoted
-from regraft.formats.reading import open_regular, read_at, typed_os_errors
 from regraft.tensors import TensorSpec
 
 __all__ = ["GgufArray", "GgufFile", "GgufTensor", "find_gguf", "gguf_package", "open_gguf"]

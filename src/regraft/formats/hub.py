@@ -18,8 +18,9 @@ from regraft.errors import (
     RegraftError,
     keep_secret,
 )
+from regraft.formats.files.reading import access_error, expanded, typed_os_errors
+from regraft.formats.files.text import visible
 from regraft.formats.problems import quoted
-from regraft.formats.reading import access_error, expanded, typed_os_errors
 from regraft.formats.reference import (
     Reference,
     cached_id,
@@ -27,7 +28,6 @@ from regraft.formats.reference import (
     neighbour,
     parse_reference,
 )
-from regraft.formats.text import visible
 
 Kind = Literal["base", "adapter", "merged"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from regraft.errors import RegraftError
-from regraft.formats.reading import open_regular
+from regraft.formats.files.reading import open_regular
 from regraft.formats.safetensors import read_header
 
 Looks = Literal[

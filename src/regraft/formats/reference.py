@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from regraft.errors import InputError
-from regraft.formats.inside import head_of
+from regraft.formats.files.inside import head_of
 from regraft.formats.problems import quoted
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[\w.-]+)?", re.ASCII)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import EnvironmentShortfall, FormatError, InputError, Problem
 from regraft.formats.checkpoint import Checkpoint, Shard, open_checkpoint, read_base_config
+from regraft.formats.files.json_file import read_json_object
+from regraft.formats.files.reading import typed_os_errors
 from regraft.formats.hub import Located, locate
-from regraft.formats.json_file import read_json_object
 from regraft.formats.problems import capped, quoted
-from regraft.formats.reading import typed_os_errors
 from regraft.formats.safetensors import entry_trouble
 from regraft.tensors import TensorSpec
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import FormatError, Problem
-from regraft.formats.json_file import json_trouble, unique_object
+from regraft.formats.files.json_file import json_trouble, unique_object
+from regraft.formats.files.reading import open_regular, read_at
 from regraft.formats.problems import DOWNLOAD_AGAIN, SAFE_NAME, capped, is_unsafe_name, quoted
-from regraft.formats.reading import open_regular, read_at
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 
 MAX_HEADER_BYTES = 100_000_000

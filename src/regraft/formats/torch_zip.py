@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import FormatError, Problem, UnsupportedError
+from regraft.formats.files.reading import open_regular, read_at
+from regraft.formats.files.text import visible
 from regraft.formats.problems import DOWNLOAD_AGAIN, SAFE_NAME, capped, is_unsafe_name, quoted
-from regraft.formats.reading import open_regular, read_at
-from regraft.formats.text import visible
 from regraft.formats.torch_pickle import PickleError, StoredTensor, kind_of, read_pickle
 from regraft.tensors import BY_CONFIG_NAME, TensorSpec
 

@@ -19,13 +19,13 @@ from regraft.adapters.fingerprint import Fingerprint, Verdict, mismatch, parsed,
 from regraft.adapters.model import Adapter
 from regraft.errors import BaseMismatchWarning, redacted
 from regraft.formats.checkpoint import Checkpoint
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.merging.inputs.base_index import BaseIndex, Found, Held
 from regraft.merging.inputs.dequantized_view import Quantization
 from regraft.merging.inputs.source import FileSource, Source
 from regraft.merging.undo.strange_bases import notes_of_strange_base
 from regraft.names import NameMap
-from regraft.quant.gguf import UNQUANTIZED
+from regraft.quant.formats.gguf import UNQUANTIZED
 from regraft.tensors import TensorSpec
 
 LEAST = 16

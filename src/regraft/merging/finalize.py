@@ -14,11 +14,11 @@ from blake3 import blake3
 
 from regraft._version import __version__
 from regraft.errors import InputError, redacted
-from regraft.formats.inside import refuse_outside
+from regraft.formats.files.inside import refuse_outside
+from regraft.formats.files.reading import open_regular, typed_os_errors
+from regraft.formats.files.text import plain_text, spelled
 from regraft.formats.layout import ADAPTER_CONFIG
-from regraft.formats.reading import open_regular, typed_os_errors
 from regraft.formats.safetensors import build_header
-from regraft.formats.text import plain_text, spelled
 from regraft.merging.execution.scheduler import Outcome, is_stored
 from regraft.merging.files.card import auto_class_of, model_card
 from regraft.merging.files.front_matter import read_metadata

@@ -42,11 +42,11 @@ import numpy.typing as npt
 
 from regraft.errors import NumericError
 from regraft.numerics.arrays import Bytes, Floats
-from regraft.quant import fp8, int8
-from regraft.quant.bitsandbytes import LEVELS, MARK, FourBit, Nested
-from regraft.quant.fp8 import Fp8
+from regraft.quant.formats import fp8, int8
+from regraft.quant.formats.bitsandbytes import LEVELS, MARK, FourBit, Nested
+from regraft.quant.formats.fp8 import Fp8
+from regraft.quant.formats.int8 import Int8
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
-from regraft.quant.int8 import Int8
 from regraft.quant.making_kernels import (
     LUT_SIZE,
     e4m3_codes,

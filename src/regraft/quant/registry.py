@@ -10,13 +10,13 @@ from regraft.errors import FormatError, Problem, UnsupportedError
 from regraft.quant.weight import Found, QuantizedWeight, Stored
 
 METHODS: dict[str, tuple[str, ...]] = {
-    "awq": ("regraft.quant.awq",),
-    "bitsandbytes": ("regraft.quant.bitsandbytes", "regraft.quant.int8"),
-    "compressed-tensors": ("regraft.quant.compressed_tensors",),
-    "fbgemm_fp8": ("regraft.quant.fp8",),
-    "fp8": ("regraft.quant.fp8",),
-    "gptq": ("regraft.quant.gptq",),
-    "mxfp4": ("regraft.quant.mxfp4",),
+    "awq": ("regraft.quant.formats.awq",),
+    "bitsandbytes": ("regraft.quant.formats.bitsandbytes", "regraft.quant.formats.int8"),
+    "compressed-tensors": ("regraft.quant.formats.compressed_tensors",),
+    "fbgemm_fp8": ("regraft.quant.formats.fp8",),
+    "fp8": ("regraft.quant.formats.fp8",),
+    "gptq": ("regraft.quant.formats.gptq",),
+    "mxfp4": ("regraft.quant.formats.mxfp4",),
 }
 """Modules whose ``find`` looks for the weights of a ``quant_method``."""
 

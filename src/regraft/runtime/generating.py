@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import AdapterError, InputError, RegraftError, UnsupportedError, UsageError
+from regraft.formats.files.json_file import read_json_object
+from regraft.formats.files.parsed import check_parsed
+from regraft.formats.files.reading import is_there
 from regraft.formats.hub import locate
-from regraft.formats.json_file import read_json_object
 from regraft.formats.layout import looks_like
-from regraft.formats.parsed import check_parsed
-from regraft.formats.reading import is_there
 from regraft.libraries import from_pretrained, from_template, quieted, require
 from regraft.merging.files.card import auto_class_of
 from regraft.merging.planning.planner import parse_dtype

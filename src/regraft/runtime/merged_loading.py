@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RegraftError, UnsupportedError, UsageError
+from regraft.formats.files.parsed import check_parsed
+from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
-from regraft.formats.parsed import check_parsed
-from regraft.formats.watching import watched
 from regraft.libraries import from_pretrained, require
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.execution.in_memory import MemoryMerge

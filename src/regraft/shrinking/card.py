@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regraft.formats.inside import read_whole
-from regraft.formats.reading import typed_os_errors
+from regraft.formats.files.inside import read_whole
+from regraft.formats.files.reading import typed_os_errors
 from regraft.merging.files.front_matter import read_metadata
 from regraft.merging.files.markup import code
 from regraft.runtime.saving.card import adapter_card, is_made

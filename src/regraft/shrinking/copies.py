@@ -17,7 +17,7 @@ from regraft.adapters.wrappers import plain_key
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.merging.inputs.base_index import BaseIndex
 from regraft.merging.planning.placement import whole_part
 from regraft.names import NameMap

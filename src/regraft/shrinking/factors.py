@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.deltas.reduction import (
+from regraft.deltas.ranks.reduction import (
     Matrix,
     Vector,
     decompose,
@@ -20,7 +20,7 @@ from regraft.deltas.reduction import (
     truncated,
 )
 from regraft.deltas.rounding import Bytes, decode, encode
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.merging.planning.placement import Factors
 from regraft.shrinking.forms import Form
 from regraft.shrinking.report import ShrunkModule

@@ -11,7 +11,7 @@ import numpy as np
 from regraft.adapters.model import Adapter, LoraTarget
 from regraft.adapters.settings import RESAVE, LoraSettings
 from regraft.adapters.wrappers import plain_key
-from regraft.deltas.reduction import Vector, smallest_rank
+from regraft.deltas.ranks.reduction import Vector, smallest_rank
 from regraft.errors import AdapterError, Problem, UnsupportedError
 from regraft.formats.problems import capped, quoted
 from regraft.merging.planning.match import EXPERT_ORDER, PEFT_EMBEDDINGS

@@ -12,7 +12,7 @@ from regraft.adapters.wrappers import peft_key
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.errors import Problem
 from regraft.formats.adapter_files import AdapterFiles
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.formats.safetensors import build_header
 from regraft.progress import Progress, ProgressEvent
 from regraft.shrinking.factors import Stored, read_stored, reduced, shapes

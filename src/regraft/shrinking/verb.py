@@ -19,16 +19,16 @@ from typing import Any
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.adapters.wrappers import plain_config
-from regraft.deltas.threads import one_thread
+from regraft.deltas.ranks.blas_threads import one_thread
 from regraft.errors import AdapterError, NumericError, Problem, UsageError
 from regraft.formats.adapter_files import AdapterFiles, open_adapter
 from regraft.formats.checkpoint import open_checkpoint
+from regraft.formats.files.inside import read_whole, refuse_outside
+from regraft.formats.files.reading import FilePool, typed_os_errors
+from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
-from regraft.formats.inside import read_whole, refuse_outside
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
 from regraft.formats.problems import capped
-from regraft.formats.reading import FilePool, typed_os_errors
-from regraft.formats.watching import watched
 from regraft.memory import peak_memory
 from regraft.merging.files.publish import (
     check_output,

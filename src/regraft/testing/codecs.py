@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from regraft.deltas.weights import Weights
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.formats.safetensors import read_header
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant import grid

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from regraft.deltas.agreement import Agreement
+from regraft.deltas.kernels.agreement import Agreement
 from regraft.verifying.report import Kind
 
 FEW = 0.01

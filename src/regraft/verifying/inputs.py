@@ -13,10 +13,10 @@ from regraft.adapters.model import Adapter
 from regraft.errors import FormatError, InputError, MismatchError, RegraftError
 from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.files.reading import expanded, is_there
+from regraft.formats.files.text import unspelled
 from regraft.formats.hub import locate
 from regraft.formats.layout import RECEIPT
-from regraft.formats.reading import expanded, is_there
-from regraft.formats.text import unspelled
 from regraft.merging.files.receipt import InputRecord, Receipt, read_receipt
 from regraft.merging.inputs.base import open_base
 from regraft.merging.inputs.expert_stacks import with_version

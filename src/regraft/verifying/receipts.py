@@ -17,9 +17,9 @@ from pathlib import Path
 from blake3 import blake3
 
 from regraft.errors import InputError
-from regraft.formats.inside import leads_outside
+from regraft.formats.files.inside import leads_outside
+from regraft.formats.files.reading import FilePool, open_regular, read_at, typed_os_errors
 from regraft.formats.layout import RECEIPT
-from regraft.formats.reading import FilePool, open_regular, read_at, typed_os_errors
 from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
 from regraft.merging.files.receipt import Receipt, TensorRecord, file_key
 from regraft.progress import Progress

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from regraft.verifying.prompt_report import PromptReport
+from regraft.verifying.prompting.report import PromptReport
 
 Verdict = Literal["exact", "rounding", "different", "unjudged"]
 """The answer as a whole; see :class:`VerifyReport`."""

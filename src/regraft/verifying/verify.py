@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
+from regraft.formats.files.watching import watched
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT, looks_like
-from regraft.formats.watching import watched
 from regraft.merging.planning.options import AdapterArg, choices_of, parse_adapters
 from regraft.merging.planning.planner import Choices, default_threads
 from regraft.progress import Progress
@@ -28,7 +28,7 @@ from regraft.verifying.report import Difference, TensorVerdict, VerifyReport, ov
 
 if TYPE_CHECKING:
     from regraft.merging.files.receipt import Receipt
-    from regraft.verifying.judge import Judgement
+    from regraft.verifying.recompute import Judgement
 
 
 @watched(to_the_end=True)
@@ -172,7 +172,7 @@ def _check_prompts(prompts: str | Path, inputs: Inputs) -> None:
             expected="--base and --adapter, whose answers are those to compare with",
             found=inputs.said,
         )  # fmt: skip
-    from regraft.verifying.prompts import check_prompts
+    from regraft.verifying.prompting.prompts import check_prompts
 
     check_prompts(prompts)
 
@@ -248,7 +248,7 @@ def _again(
     merged: Checkpoint, recipe: Recipe, choices: Choices, progress: Progress | None
 ) -> Judgement:
     """Do the merge again and compare."""
-    from regraft.verifying.judge import judge
+    from regraft.verifying.recompute import judge
 
     return judge(merged, *recipe, choices, progress)
 
@@ -264,7 +264,7 @@ def _with_answers(
     choices: Choices, progress: Progress | None,
 ) -> VerifyReport:  # fmt: skip
     """Add to a report how the answers to prompts agree."""
-    from regraft.verifying.prompts import compare_prompts
+    from regraft.verifying.prompting.prompts import compare_prompts
 
     try:
         answers = compare_prompts(merged, *recipe, prompts, choices, progress=progress)
@@ -302,7 +302,7 @@ def _report(
         sentences.append(_of_receipt(check))
     tensors: tuple[TensorVerdict, ...] = ()
     if judged is not None:
-        from regraft.verifying.conclusions import conclude
+        from regraft.verifying.summary import conclude
 
         tensors, said = conclude(judged.tensors, judged.touched)
         sentences += said

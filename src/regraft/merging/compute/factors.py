@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from regraft.deltas import kernels
+from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.views import Delta, View
 from regraft.deltas.weights import Floats, Weights
 from regraft.errors import AdapterError, ChangedError
-from regraft.formats.reading import FilePool
-from regraft.formats.watching import AGAIN
+from regraft.formats.files.reading import FilePool
+from regraft.formats.files.watching import AGAIN
 from regraft.merging.planning.plan import Segment
 from regraft.tensors import TensorSpec
 
@@ -127,7 +127,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Packed:
-    """The deltas of a segment in the form :func:`regraft.deltas.kernels.merge_rows` takes.
+    """The deltas of a segment in the form :func:`regraft.deltas.kernels.merge.merge_rows` takes.
 
     Attributes:
         left: left factors one after the other.

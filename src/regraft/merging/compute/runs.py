@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from regraft.deltas.units import Rows
+from regraft.deltas.undo.units import Rows
 from regraft.deltas.weights import Floats, Weights
 from regraft.merging.compute.factors import Packed
 from regraft.merging.planning.plan import Segment

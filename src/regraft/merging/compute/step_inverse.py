@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from regraft.deltas.units import Decoder, Kept, merge
+from regraft.deltas.undo.units import Decoder, Kept, merge
 from regraft.deltas.views import Delta
 from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.merging.compute.factors import (

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from regraft.deltas import kernels
-from regraft.deltas.residual import FACTORIZATIONS
-from regraft.deltas.units import Encoder, merge
+from regraft.deltas.kernels import merge as kernels
+from regraft.deltas.ranks.initial_factors import FACTORIZATIONS
+from regraft.deltas.undo.units import Encoder, merge
 from regraft.deltas.views import Delta, View
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.merging.compute.factors import (
@@ -72,7 +72,7 @@ class StepMath:
             tile: of kind ``values``, ``rows`` or ``append``.
             source: its weights.
             result: where the result goes.
-            sums: as in :func:`regraft.deltas.kernels.merge_rows`; added to.
+            sums: as in :func:`regraft.deltas.kernels.merge.merge_rows`; added to.
             keeping: begun for the tile (of kind ``rows``), where an undo is wanted.
         """
         if tile.kind == "values":

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from regraft.deltas import kernels
+from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.merging.compute.step_math import StepMath
 from regraft.merging.inputs.source import Source
@@ -56,7 +56,7 @@ class Gathering:
             tile: the tile.
             raw: takes the weights' bytes.
             room: takes the values, float32.
-            sums: as in :func:`regraft.deltas.kernels.merge_rows`; added to.
+            sums: as in :func:`regraft.deltas.kernels.merge.merge_rows`; added to.
         """
         self._source.read(self.step.source, tile.read_at, raw)
         weights = Weights.of_bytes(raw, self.step.source.dtype)

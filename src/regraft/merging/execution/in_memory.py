@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from regraft.deltas.weights import Bytes, Sums, Weights
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.factors import FactorStore
 from regraft.merging.compute.step_math import StepMath
 from regraft.merging.execution.scheduler import FACTOR_CACHE, largest_tile, plain_source
@@ -104,7 +104,7 @@ class _Run:
         self._source.read(self._step.source, offset, buffer)
 
     def work(self, tile: Tile, buffer: Bytes) -> Sums:
-        """Compute a tile; return its sums, those of :func:`regraft.deltas.kernels.merge_rows`."""
+        """Compute a tile; return its sums: :func:`regraft.deltas.kernels.merge.merge_rows`."""
         sums: Sums = np.zeros(4, np.float64)
         result = self._result[tile.write_at : tile.write_at + tile.write]
         if tile.kind == "bytes":

@@ -12,8 +12,8 @@ from typing import Any
 
 from regraft._version import __version__
 from regraft.errors import RegraftError
-from regraft.formats.reading import FilePool
-from regraft.formats.watching import first_seen
+from regraft.formats.files.reading import FilePool
+from regraft.formats.files.watching import first_seen
 from regraft.merging.files.receipt import TensorRecord
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.targets import Target, plan_digest

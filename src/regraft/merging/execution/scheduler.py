@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from regraft.deltas.weights import Bytes
 from regraft.errors import MismatchError, Problem, RegraftError
+from regraft.formats.files.reading import FilePool
 from regraft.formats.problems import capped, quoted
-from regraft.formats.reading import FilePool
 from regraft.merging.compute.factors import FactorStore, read_differently
 from regraft.merging.compute.requantize import Coder
 from regraft.merging.compute.step_math import StepMath

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from blake3 import blake3
 
-from regraft.deltas.exceptions import keep_exceptions
-from regraft.deltas.units import Counts, Encoder, Lengths
+from regraft.deltas.undo.exceptions import keep_exceptions
+from regraft.deltas.undo.units import Counts, Encoder, Lengths
 from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import NumericError
 from regraft.merging.compute.factors import FactorStore, check_values

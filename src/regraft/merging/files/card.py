@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.formats.reading import is_there
-from regraft.formats.text import plain_text, python_string, shell_word, unspelled
+from regraft.formats.files.reading import is_there
+from regraft.formats.files.text import plain_text, python_string, shell_word, unspelled
 from regraft.merging.files.markup import block, cell, code, prose
 from regraft.merging.files.receipt import Receipt
 

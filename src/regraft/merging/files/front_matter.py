@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from regraft.formats.inside import head_of, why_not
+from regraft.formats.files.inside import head_of, why_not
+from regraft.formats.files.reading import typed_os_errors
+from regraft.formats.files.text import plain_text
 from regraft.formats.problems import quoted
-from regraft.formats.reading import typed_os_errors
-from regraft.formats.text import plain_text
 from regraft.merging.files.side_files import CARD
 
 _HEAD = 2**16

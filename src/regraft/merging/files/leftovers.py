@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.errors import AccessError, InputError
-from regraft.formats.reading import access_error, typed_os_errors
+from regraft.formats.files.reading import access_error, typed_os_errors
 from regraft.merging.files.ownership import is_own, is_shared, open_folder
 from regraft.merging.files.publish import REPLACED, SUFFIX, place_of, put_back
 from regraft.merging.files.staging import BASE, BUILT, JOURNAL, is_still, lock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from regraft.formats.text import visible
+from regraft.formats.files.text import visible
 
 _TICKS = re.compile("`+")
 _MARKS = re.compile(r"[\\`*<>\[\]|&~!#]|(?<![^\W_])_|_(?![^\W_])")

@@ -14,11 +14,11 @@ from typing import Literal
 from blake3 import blake3
 
 from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
-from regraft.formats.inside import file_pieces
+from regraft.formats.files.inside import file_pieces
+from regraft.formats.files.reading import expanded
+from regraft.formats.files.watching import current
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
 from regraft.formats.problems import quoted
-from regraft.formats.reading import expanded
-from regraft.formats.watching import current
 from regraft.merging.files.direct_io import write_error
 
 SLACK_BYTES = 64 * 2**20

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from regraft.errors import FormatError
-from regraft.formats.json_file import read_object_and_bytes
+from regraft.formats.files.json_file import read_object_and_bytes
+from regraft.formats.files.text import spelled
 from regraft.formats.problems import quoted
-from regraft.formats.text import spelled
 from regraft.merging.files.side_files import json_bytes
 from regraft.quant.weight import FORMATS, ROUNDINGS
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.formats.inside import contents_of
-from regraft.formats.json_file import read_json_object
+from regraft.formats.files.inside import contents_of
+from regraft.formats.files.json_file import read_json_object
+from regraft.formats.files.text import plain_text
 from regraft.formats.problems import quoted
-from regraft.formats.text import plain_text
 
 _TEXT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".codes")
 _LEGAL = re.compile(r"^(licen[cs]e|notice|use_policy|copying)([._-].*)?\Z", re.IGNORECASE)

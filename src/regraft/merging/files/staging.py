@@ -24,8 +24,8 @@ from typing import Any
 from blake3 import blake3
 
 from regraft.errors import BusyError, EnvironmentShortfall
-from regraft.formats.text import path_word
-from regraft.formats.watching import check_unchanged, leave_out, telling_changes
+from regraft.formats.files.text import path_word
+from regraft.formats.files.watching import check_unchanged, leave_out, telling_changes
 from regraft.merging.files.direct_io import write_error
 from regraft.merging.files.ownership import (
     check_own,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.formats.checkpoint import Checkpoint, Shard, open_checkpoint
+from regraft.formats.files.reading import is_there
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import looks_like
-from regraft.formats.reading import is_there
 from regraft.formats.remote import open_headers
 from regraft.merging.inputs.dequantized_view import Quantization, logical_checkpoint, see_through
-from regraft.quant.gguf import UNQUANTIZED
+from regraft.quant.formats.gguf import UNQUANTIZED
 from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import WORKING_DTYPES
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.formats.checkpoint import Checkpoint, Shard
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.numerics.arrays import Bytes
 from regraft.quant.registry import check_contents, find_weights
 from regraft.quant.weight import QuantizedWeight, Read, Stored

@@ -10,10 +10,10 @@ from typing import Any
 
 from regraft.errors import FormatError, MismatchError, Problem, UnsupportedError
 from regraft.formats.checkpoint import read_base_config
+from regraft.formats.files.reading import typed_os_errors
 from regraft.formats.gguf import GgufFile, GgufTensor, find_gguf, gguf_package, open_gguf
 from regraft.formats.layout import has_tokenizer
 from regraft.formats.problems import DOWNLOAD_AGAIN, capped, quoted
-from regraft.formats.reading import typed_os_errors
 from regraft.names.gguf import (
     FAMILIES,
     REFUSED,
@@ -23,7 +23,7 @@ from regraft.names.gguf import (
     huggingface_names,
     is_optional,
 )
-from regraft.quant.gguf import TYPES, UNQUANTIZED, GgufDecoder
+from regraft.quant.formats.gguf import TYPES, UNQUANTIZED, GgufDecoder
 from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import DTYPES
 

@@ -12,10 +12,10 @@ from regraft.adapters.model import Adapter
 from regraft.errors import InputError, UsageError
 from regraft.formats.adapter_files import AdapterFiles, open_adapter
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.files.reading import expanded, is_there
 from regraft.formats.hub import locate
 from regraft.formats.layout import looks_like
 from regraft.formats.problems import of_each, quoted
-from regraft.formats.reading import expanded, is_there
 from regraft.formats.reference import parse_reference
 from regraft.merging.inputs.expert_stacks import check_version, with_version
 from regraft.merging.planning.planner import Choices, parse_dtype

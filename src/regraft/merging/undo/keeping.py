@@ -15,13 +15,13 @@ from pathlib import Path
 from blake3 import blake3
 
 from regraft.adapters.model import Adapter
-from regraft.deltas import compression
+from regraft.deltas.undo import compression
 from regraft.errors import MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.files.inside import LARGEST, contents_of, file_pieces, read_whole
+from regraft.formats.files.reading import open_regular, read_at, typed_os_errors
 from regraft.formats.hub import Located
-from regraft.formats.inside import LARGEST, contents_of, file_pieces, read_whole
 from regraft.formats.problems import capped
-from regraft.formats.reading import open_regular, read_at, typed_os_errors
 from regraft.merging.files.direct_io import write_error
 from regraft.merging.files.publish import copy_file, write_file
 from regraft.merging.files.receipt import file_key

@@ -15,10 +15,10 @@ from typing import Any
 from blake3 import blake3
 
 from regraft.errors import FormatError, InputError, MismatchError
-from regraft.formats.json_file import read_json_object
+from regraft.formats.files.json_file import read_json_object
+from regraft.formats.files.reading import open_regular, typed_os_errors
 from regraft.formats.layout import RECEIPT
 from regraft.formats.problems import quoted
-from regraft.formats.reading import open_regular, typed_os_errors
 from regraft.merging.files.receipt import Receipt, file_key
 from regraft.merging.files.side_files import TEMPLATES, travels
 

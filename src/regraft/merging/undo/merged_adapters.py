@@ -7,10 +7,10 @@ from pathlib import Path
 
 from regraft.errors import ChangedError, MismatchError, Problem
 from regraft.formats.adapter_files import AdapterFiles, open_adapter
+from regraft.formats.files.reading import FilePool
+from regraft.formats.files.watching import AGAIN
 from regraft.formats.hub import Located
 from regraft.formats.problems import quoted
-from regraft.formats.reading import FilePool
-from regraft.formats.watching import AGAIN
 from regraft.merging.files.receipt import InputRecord, Receipt
 from regraft.merging.undo.keeping import copy_name
 from regraft.merging.undo.manifest import UNDO

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from regraft.deltas import compression
+from regraft.deltas.undo import compression
 from regraft.deltas.weights import Bytes, Floats
 from regraft.errors import FormatError
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.formats.safetensors import read_header
 from regraft.merging.files.direct_io import sync_or_empty, write_error
 from regraft.tensors import TensorSpec

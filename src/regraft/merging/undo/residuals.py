@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from blake3 import blake3
 
-from regraft.deltas import planes
+from regraft.deltas.undo import residual_coding as planes
 from regraft.deltas.weights import Bytes, Weights
-from regraft.formats.reading import FilePool
+from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.requantize import ValuesOf, can_be_told, told_codes
 from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.inputs.source import Source

@@ -12,9 +12,9 @@ from pathlib import Path
 from regraft.adapters.model import Adapter
 from regraft.errors import RegraftError
 from regraft.formats.checkpoint import Checkpoint
-from regraft.formats.json_file import read_json_object
+from regraft.formats.files.json_file import read_json_object
+from regraft.formats.files.reading import FilePool, expanded, is_there
 from regraft.formats.layout import RECEIPT
-from regraft.formats.reading import FilePool, expanded, is_there
 from regraft.merging.files.receipt import InputRecord, read_receipt
 
 _LOOKED_AT = 4

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from regraft.deltas.exceptions import keep_exceptions, put_back
-from regraft.deltas.units import Encoder, Kept
+from regraft.deltas.undo.exceptions import keep_exceptions, put_back
+from regraft.deltas.undo.units import Encoder, Kept
 from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import MismatchError
 from regraft.merging.compute.factors import Factors

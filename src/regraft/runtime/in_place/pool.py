@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from regraft.deltas.units import Encoder
+from regraft.deltas.undo.units import Encoder
 from regraft.deltas.weights import Bytes
 from regraft.runtime.whole import Stopped, asked_to_stop, whole
 

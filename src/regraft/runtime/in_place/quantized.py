@@ -19,8 +19,8 @@ from torch import nn
 from regraft.deltas.weights import Bytes
 from regraft.errors import FormatError
 from regraft.merging.inputs.source import WholeSource
-from regraft.quant.bitsandbytes import FourBit, Nested
-from regraft.quant.int8 import Int8
+from regraft.quant.formats.bitsandbytes import FourBit, Nested
+from regraft.quant.formats.int8 import Int8
 from regraft.quant.weight import Codec, QuantizedWeight
 from regraft.runtime.in_place.weights import TensorMemory, bytes_of, check_at_hand, plain
 from regraft.runtime.model.quantized_parameters import (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import redacted
-from regraft.formats.text import path_word, python_string
+from regraft.formats.files.text import path_word, python_string
 from regraft.merging.files.card import repository_of, title_of
 from regraft.merging.files.markup import block, cell, code, prose
 from regraft.tensors import TensorSpec

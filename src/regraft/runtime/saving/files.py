@@ -41,11 +41,11 @@ from regraft.errors import (
     RegraftError,
     UsageError,
 )
-from regraft.formats.inside import file_pieces, head_of
+from regraft.formats.files.inside import file_pieces, head_of
+from regraft.formats.files.text import plain_text
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped
 from regraft.formats.safetensors import build_header
-from regraft.formats.text import plain_text
 from regraft.merging.files.direct_io import write_error
 from regraft.merging.files.ownership import check_own, check_place, make_private, open_folder
 from regraft.merging.files.publish import (

@@ -13,7 +13,7 @@ from torch import nn
 
 from regraft.adapters.wrappers import peft_key, plain_config
 from regraft.errors import UnsupportedError, UsageError
-from regraft.formats.text import plain_text
+from regraft.formats.files.text import plain_text
 from regraft.merging.files.card import hub_id
 from regraft.runtime.forward.layers.served import split
 from regraft.runtime.model.attached import Handle, attached_to

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regraft.adapters.lora_config import LoraConfig, as_config
 from regraft.adapters.settings import LoraSettings, read_settings
 from regraft.adapters.wrappers import PREFIX
-from regraft.deltas.residual import FACTORIZATIONS
+from regraft.deltas.ranks.initial_factors import FACTORIZATIONS
 from regraft.errors import MismatchError, Problem, UnsupportedError
 from regraft.runtime.forward.layers.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from regraft.runtime.forward.layers.plain import plain_weight

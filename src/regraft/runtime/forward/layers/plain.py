@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from regraft.errors import UnsupportedError
-from regraft.quant.int8 import LEVELS
+from regraft.quant.formats.int8 import LEVELS
 from regraft.runtime.model.quantized_parameters import (
     is_4bit,
     is_8bit,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from regraft.deltas.residual import FACTORIZATIONS
+from regraft.deltas.ranks.initial_factors import FACTORIZATIONS
 from regraft.deltas.views import Delta
 
 

@@ -1,0 +1,71 @@
+"""``regraft swap``: other adapters in the place of those that were merged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from regraft.cli import options
+from regraft.cli.output import Output
+
+
+@click.command(short_help="Take the merged adapters out and merge others, in one pass.")
+@click.argument("merged", metavar="MERGED")
+@click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
+@options.out
+@click.option(
+    "--merged-adapter",
+    "merged_adapters",
+    multiple=True,
+    metavar="ADAPTER[=WEIGHT]",
+    help="An adapter that was merged, if no copy was kept. Once for each, in their order.",
+)
+@options.dtype
+@options.shard_size
+@options.max_memory
+@options.threads
+@options.overwrite
+@options.quantize
+@options.rounding
+@options.seed
+@options.double_quant
+@options.peft_version
+@options.undo
+@options.keep_adapter
+@options.token
+@options.as_json
+@options.quiet
+@click.pass_context
+def command(ctx: click.Context, /, as_json: bool, quiet: bool, **chosen: Any) -> None:
+    """Take a merge back and merge other adapters, in one pass and without the base.
+
+    MERGED is what `regraft merge` or `swap` wrote, with its regraft/ subfolder. The ADAPTERs take
+    the place of all that were merged. OUT is byte for byte what merging them into the base makes,
+    and its receipt names that base. By default its dtype and files are the base's, whatever those
+    of MERGED are.
+
+    \b
+    Examples:
+      regraft swap ./merged ./adapter-v2 -o ./merged-v2
+      regraft swap ./merged ./style=0.3 ./facts -o ./both
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    output.mute_downloads()
+    output.mute_repeated()
+    from regraft import undoing
+    from regraft.cli.texts import receipt as receipt_text
+
+    lists = {name: list(chosen.pop(name)) for name in ("adapters", "merged_adapters")}
+    command_line = options.command_line(ctx)
+    with output.progress() as progress:
+        receipt = undoing.swap(
+            **chosen,
+            adapters=lists["adapters"],
+            merged_adapters=lists["merged_adapters"] or None,
+            progress=progress,
+            command=command_line,
+        )
+    output.warn(receipt.warnings)
+    payload = receipt.to_json() | {"quiet": receipt.quiet}
+    output.data(payload, receipt_text.render(receipt, cap=chosen["max_memory"]))

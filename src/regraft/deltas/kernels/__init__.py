@@ -1,0 +1,1 @@
+"""The compiled loops: merges, their inverse, how stored values agree or differ."""

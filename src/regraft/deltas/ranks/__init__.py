@@ -1,0 +1,1 @@
+"""Low ranks: the best one of a product, and the first factors of PiSSA and OLoRA."""

@@ -1,0 +1,1 @@
+"""What the demo does, a file each: data, training, merging, measuring, comparing."""

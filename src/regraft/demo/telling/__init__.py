@@ -1,0 +1,1 @@
+"""What the demo tells its reader: figures, sections, the result."""

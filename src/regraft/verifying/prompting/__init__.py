@@ -1,0 +1,1 @@
+"""Prompts asked of a merge and of the base with its adapters, and how far answers differ."""
