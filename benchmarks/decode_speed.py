@@ -27,9 +27,10 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from regraft.deltas.weights import Weights
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant.grid import values_of
-from regraft.quant.making import MAKERS, Maker
+from regraft.quant.making import Maker
+from regraft.quant.registry import maker_of
 from regraft.quant.rounding import codes_for
-from regraft.quant.weight import Block, QuantizedWeight
+from regraft.quant.weight import FORMATS, Block, QuantizedWeight
 from regraft.tensors import TensorSpec, nbytes_of
 
 ROWS, COLUMNS = 8960, 1536
@@ -128,8 +129,8 @@ def speed(work: Callable[[], object], elements: int, seconds: float) -> float:
 
 def ours(values: Floats, seconds: float) -> dict[str, float]:
     """Measure regraft in every format."""
-    makers = {name: make(dtype="BF16") for name, make in MAKERS.items() if name != "fp4"}
-    makers["nf4, double"] = MAKERS["nf4"](dtype="BF16", nested=True)
+    makers = {name: maker_of(name, dtype="BF16") for name in FORMATS if name != "fp4"}
+    makers["nf4, double"] = maker_of("nf4", dtype="BF16", nested=True)
     found: dict[str, float] = {}
     for name, maker in makers.items():
         held = Held(maker, values)

@@ -18,7 +18,7 @@ from merging.processes import python
 from regraft.errors import MemoryCapError
 from regraft.memory import peak_memory
 from regraft.quant.formats.bitsandbytes import NF4
-from regraft.quant.making import MAKERS
+from regraft.quant.registry import maker_of
 from regraft.tensors import TensorSpec, nbytes_of
 
 MIB = 2**20
@@ -261,7 +261,7 @@ def write_nf4_sparse(
     plain: dict[str, tuple[str, tuple[int, ...]]], dtype: str = "BF16",
 ) -> None:  # fmt: skip
     """Write weights in codes that are all zeros, with scales that are zeros, and plain zeros."""
-    maker = MAKERS["nf4"](dtype=dtype)
+    maker = maker_of("nf4", dtype=dtype)
     found = {o.name: (o.dtype, o.shape) for n, s in weights.items() for o in maker.outputs(n, s)}
     write_sparse(folder, found | plain)
     with (folder / "model.safetensors").open("r+b") as file:

@@ -29,9 +29,10 @@ from regraft.formats.files.reading import FilePool
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.numerics.conversions import KINDS
 from regraft.quant import grid
-from regraft.quant.making import MAKERS, Maker, Making, dynamic_map
+from regraft.quant.formats.bitsandbytes import dynamic_map
+from regraft.quant.making import Maker, Making
 from regraft.quant.making_kernels import torch_sum
-from regraft.quant.registry import find_weights
+from regraft.quant.registry import find_weights, maker_of
 from regraft.quant.rounding import codes_for
 from regraft.quant.weight import Block
 from regraft.testing.codecs import check_codec, stored
@@ -112,7 +113,7 @@ def check_four_bits(
     weight: torch.Tensor, kind: str, *, nested: bool, blocksize: int = 64, seed: int = 0
 ) -> None:
     dtype = next(name for name, kind_ in DTYPES.items() if kind_ == weight.dtype)
-    maker = MAKERS[kind](dtype=dtype, nested=nested, blocksize=blocksize)
+    maker = maker_of(kind, dtype=dtype, nested=nested, blocksize=blocksize)
     outputs = maker.outputs("w.weight", tuple(weight.shape))
     _, made = make(maker, weight.float().numpy(), grain=1 + weight.shape[-1] % 2, seed=seed)
     expected = four_bit_reference(weight, kind, nested=nested, blocksize=blocksize)
@@ -199,7 +200,7 @@ def test_many_scales_are_quantized_as_bitsandbytes_does() -> None:
 
 
 def test_a_padded_state_is_read_by_bitsandbytes() -> None:
-    maker = MAKERS["nf4"](dtype="F16", nested=True)
+    maker = maker_of("nf4", dtype="F16", nested=True)
     _, made = make(maker, np.ones((4, 32), np.float32))
     state = torch.from_numpy(made["w.weight.quant_state.bitsandbytes__nf4"].copy())
     assert unpack_tensor_to_dict(state)["nested_offset"] == 1.0
@@ -220,7 +221,7 @@ def test_int8_is_that_of_bitsandbytes(dtype: str, shape: tuple[int, ...], scale:
     weight[0] = 0
     params = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
     codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-    _, made = make(MAKERS["int8"](dtype=dtype), weight.float().numpy())
+    _, made = make(maker_of("int8", dtype=dtype), weight.float().numpy())
     assert made["w.weight"].tobytes() == codes.view(torch.uint8).numpy().tobytes()
     assert made["w.SCB"].tobytes() == scales.numpy().tobytes()
     assert made["w.weight_format"].tobytes() == b"\0"
@@ -254,7 +255,7 @@ def test_fp8_is_that_of_transformers(
     weight = (torch.randn(shape) * scale * torch.randn(shape).exp()).to(DTYPES[dtype])
     weight[..., : block[0], : block[1]] = 0
     expected = fp8_reference(weight, block)
-    maker = MAKERS["fp8"](dtype=dtype, block=block)
+    maker = maker_of("fp8", dtype=dtype, block=block)
     _, made = make(maker, weight.float().numpy())
     assert set(made) == set(expected)
     for output in maker.outputs("w.weight", shape):
@@ -270,7 +271,7 @@ def test_every_float16_is_rounded_to_e4m3_as_torch_does() -> None:
     ties = (every[1:] + every[:-1]) / np.float32(2)
     some = np.concatenate([every, ties, np.nextafter(ties, np.float32(9)), [448.0]])
     weight = some.astype(np.float32)[None]
-    _, made = make(MAKERS["fp8"](block=(1, weight.size)), weight)
+    _, made = make(maker_of("fp8", block=(1, weight.size)), weight)
     expected = torch.from_numpy(weight).to(torch.float8_e4m3fn).view(torch.uint8)
     assert made["w.weight_scale_inv"].view(np.float32)[0] == 1
     assert made["w.weight"].tobytes() == expected.numpy().tobytes()
@@ -279,9 +280,9 @@ def test_every_float16_is_rounded_to_e4m3_as_torch_does() -> None:
 def test_ragged_fp8_blocks_have_scales_of_their_own() -> None:
     rng = np.random.default_rng(6)
     weight = rng.standard_normal((130, 200)).astype(np.float32)
-    maker = MAKERS["fp8"](ragged=True)
+    maker = maker_of("fp8", ragged=True)
     assert maker.fits((130, 200))
-    assert not MAKERS["fp8"]().fits((130, 200))
+    assert not maker_of("fp8").fits((130, 200))
     _, made = make(maker, weight)
     scales = made["w.weight_scale_inv"].view(np.float32).reshape(2, 2)
     codes = torch.from_numpy(made["w.weight"].copy()).view(torch.float8_e4m3fn).reshape(130, 200)
@@ -298,7 +299,7 @@ def test_ragged_fp8_blocks_have_scales_of_their_own() -> None:
 
 def test_fp8_blocks_too_small_for_a_factor_are_zeros() -> None:
     weight = np.full((128, 128), 1e-37, np.float32)
-    _, made = make(MAKERS["fp8"](), weight)
+    _, made = make(maker_of("fp8"), weight)
     assert not made["w.weight"].any()
     assert made["w.weight_scale_inv"].view(np.float32)[0] == 1
 
@@ -319,7 +320,7 @@ def shape_for(kind: str, settings_: Mapping[str, Any]) -> tuple[int, int]:
 def test_what_was_made_is_found_and_read_back(
     tmp_path: Path, kind: str, settings_: dict[str, Any]
 ) -> None:
-    maker = MAKERS[kind](dtype="F16", **settings_)
+    maker = maker_of(kind, dtype="F16", **settings_)
     shape = shape_for(kind, settings_)
     weight = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
     making, made = make(maker, weight, grain=2)
@@ -368,7 +369,7 @@ def test_files_are_those_that_transformers_saves(
     model.save_pretrained(tmp_path / "saved")
     plain = load_torch_file(tmp_path / "plain" / "model.safetensors")
     saved = load_torch_file(tmp_path / "saved" / "model.safetensors")
-    maker = MAKERS[kind](dtype="BF16", **settings_)
+    maker = maker_of(kind, dtype="BF16", **settings_)
     layers = [name for name, value in plain.items() if "proj" in name and value.ndim == 2]
     for name in layers:
         values = plain[name].float().numpy()
@@ -392,7 +393,7 @@ def test_stochastic_rounding_keeps_the_mean(kind: str, settings_: dict[str, Any]
     shape = (256, 384)
     weight = np.full(shape, 0.301, np.float32)
     weight[:, ::32] = 1
-    making, _ = make(MAKERS[kind](dtype="F32", **settings_), weight)
+    making, _ = make(maker_of(kind, dtype="F32", **settings_), weight)
     whole = Block((0, shape[0]), (0, shape[1]))
     start = making.start_codes(whole, weight.ravel())
     sums = np.zeros(2)
@@ -414,25 +415,25 @@ def test_weights_that_are_no_numbers_are_refused(kind: str, bad: float) -> None:
     weight = np.ones((128, 128), np.float32)
     weight[7, 9] = bad
     with pytest.raises(NumericError, match="NaN or infinity"):
-        make(MAKERS[kind](), weight)
+        make(maker_of(kind), weight)
 
 
 def test_scales_with_no_finite_mean_are_refused() -> None:
     weight = np.full((16, 64), 3e38, np.float32)
-    make(MAKERS["nf4"](), weight)
+    make(maker_of("nf4"), weight)
     with pytest.raises(NumericError, match="sum of its scales"):
-        make(MAKERS["nf4"](nested=True), weight)
+        make(maker_of("nf4", nested=True), weight)
 
 
 def test_what_float16_cannot_hold_is_refused_for_int8() -> None:
     with pytest.raises(NumericError, match="1 of 2 blocks"):
-        make(MAKERS["int8"](), np.array([[1, 2], [3, 70000]], np.float32))
+        make(maker_of("int8"), np.array([[1, 2], [3, 70000]], np.float32))
 
 
 def test_threads_may_gather_the_same_blocks() -> None:
     """A row of 8 elements is an eighth of a block, so that all threads meet in every scale."""
     weight = np.random.default_rng(8).standard_normal((4096, 8)).astype(np.float32)
-    making = MAKERS["nf4"]().begin("w", weight.shape)
+    making = maker_of("nf4").begin("w", weight.shape)
 
     def run(part: int) -> None:
         for row in range(part, 4096, 4):

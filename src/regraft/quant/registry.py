@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import FormatError, Problem, UnsupportedError
 from regraft.quant.weight import Found, QuantizedWeight, Stored
+
+if TYPE_CHECKING:
+    from regraft.quant.making import Maker
 
 METHODS: dict[str, tuple[str, ...]] = {
     "awq": ("regraft.quant.formats.awq",),
@@ -20,6 +23,14 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Modules whose ``find`` looks for the weights of a ``quant_method``."""
 
+_MAKERS: dict[str, tuple[str, str]] = {
+    "nf4": ("regraft.quant.formats.bitsandbytes", "FourBitMaker"),
+    "fp4": ("regraft.quant.formats.bitsandbytes", "FourBitMaker"),
+    "int8": ("regraft.quant.formats.int8", "Int8Maker"),
+    "fp8": ("regraft.quant.formats.fp8", "Fp8Maker"),
+}
+"""Every format that weights can be put into: its module and its maker's class."""
+
 _MARKS = {
     "bitsandbytes": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".SCB"),
     "compressed-tensors": (".weight_packed",),
@@ -30,6 +41,19 @@ _MARKS = {
 """How the tensors of a method end, which tells it where there is no config."""
 
 _MOST_PROBLEMS = 50
+
+
+def maker_of(name: str, **settings: Any) -> Maker:
+    """Return the maker of a format, such as ``nf4``.
+
+    Args:
+        name: of :data:`regraft.quant.weight.FORMATS`.
+        settings: ``dtype`` (safetensors dtype of the model) for all; ``nested`` and ``blocksize``
+            for 4 bits; ``block`` and ``ragged`` for fp8.
+    """
+    module, made_by = _MAKERS[name]
+    maker: Maker = getattr(import_module(module), made_by)(name=name, **settings)
+    return maker
 
 
 def method_of(stored: Stored) -> str | None:

@@ -24,7 +24,7 @@ ROUNDINGS = ("nearest", "stochastic")
 """How values become codes; see :func:`regraft.quant.rounding.requantize`."""
 
 FORMATS = ("nf4", "fp4", "int8", "fp8")
-"""Formats that plain weights can be put into; see :mod:`regraft.quant.making`."""
+"""Formats that plain weights can be put into; see :func:`regraft.quant.registry.maker_of`."""
 
 Read = Callable[[TensorSpec, int, Bytes], None]
 """Fills a buffer with the bytes of a stored tensor that begin some bytes into it."""

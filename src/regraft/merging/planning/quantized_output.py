@@ -15,6 +15,7 @@ from regraft.merging.inputs.dequantized_view import CONFIG_KEYS, Quantization, a
 from regraft.merging.planning.linear_layers import is_linear, plain_modules
 from regraft.merging.planning.match import Work
 from regraft.merging.planning.plan import Made, Segment, Step
+from regraft.quant.registry import maker_of
 from regraft.quant.weight import FORMATS
 from regraft.tensors import WORKING_DTYPES
 
@@ -135,10 +136,8 @@ class MadeSteps:
         return found
 
     def _maker(self, dtype: str) -> Any:
-        from regraft.quant.making import MAKERS
-
         nested = {"nested": True} if self.nested else {}
-        return MAKERS[self.format](dtype=dtype, **nested)
+        return maker_of(self.format, dtype=dtype, **nested)
 
     def takes(self, step: Step) -> bool:
         """Whether the result of a step is put into the format: a linear layer's weight."""

@@ -10,6 +10,14 @@ one in the upper half; a last one without a partner gets the code of zero as one
     w rounded once to the dtype that ``quant_state`` names
 
 as bitsandbytes' ``dequantize_4bit`` has it. NF4: Dettmers et al. 2023, arXiv:2305.14314.
+
+Made, they have the bytes of bitsandbytes 0.50 (``quantize_4bit`` on a CPU): ``absmax = max |w|`` of
+64 elements of the flat weight; the level nearest to ``w * (1 / max(absmax, 1e-38))``, the lower one
+halfway; in a last block that is not full ``absmax = max(absmax, 1e-38)`` and ``w / absmax``. Codes
+are of the exact scales, also where the stored ones are quantized: ``offset = mean(absmax)``, summed
+as torch does on one thread (:func:`~regraft.quant.making_kernels.torch_sum`; with more threads
+torch itself splits the sum from 32768 scales on), then ``absmax - offset`` in blocks of 256 to 8
+bits.
 """
 
 from __future__ import annotations
@@ -18,16 +26,20 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from regraft.errors import Problem
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
+from regraft.quant.making import Making, Output, element_count, raw_bytes
+from regraft.quant.making_kernels import LUT_SIZE, eight_bit_codes, four_bit_codes, torch_sum
 from regraft.quant.packing import nibbles, packed_nibbles
-from regraft.quant.weight import Block, Found, QuantizedWeight, Read, Stored, missing
-from regraft.tensors import BY_CONFIG_NAME, WORKING_DTYPES, TensorSpec
+from regraft.quant.weight import Block, Codec, Found, QuantizedWeight, Read, Stored, missing
+from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES, TensorSpec
 
 MARK = ".quant_state.bitsandbytes__"
 """What comes between a weight's name and the kind of its codes in the name of its state."""
@@ -51,6 +63,10 @@ _POSITIVE = [0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
 FP4 = Levels.of([*_POSITIVE, 0.0, *(-level for level in _POSITIVE[1:])])
 LEVELS = {"nf4": NF4, "fp4": FP4}
 """What the codes of each kind stand for."""
+
+_NESTED_BLOCK = 256
+_LONGEST_NUMBER = 24
+"""Characters of the longest float64 in JSON."""
 
 
 @dataclass(frozen=True)
@@ -308,3 +324,196 @@ def _contradictions(stored: Stored, weights: list[QuantizedWeight]) -> list[Prob
         return [Problem("the config names another kind of codes than the weights have", where,
                         str(said), ", ".join(kinds), _DAMAGED)]  # fmt: skip
     return []
+
+
+@cache
+def _bounds(kind: str) -> tuple[Floats, npt.NDArray[np.uint32]]:
+    """Return what lies halfway between levels, and the codes as steps from one to the next.
+
+    Of the two zeros of FP4 code 0 is the lower one.
+    """
+    values = LEVELS[kind].values
+    order = np.argsort(values, kind="stable").astype(np.uint32)
+    bounds = (values[order[:-1]] + values[order[1:]]) / np.float32(2)
+    return bounds.astype(np.float32), np.diff(order, prepend=np.uint32(0))
+
+
+@cache
+def dynamic_map() -> Floats:
+    """Return the 256 levels for scales of 8 bits: ``create_dynamic_map`` of bitsandbytes.
+
+    For each of seven powers of ten, means of even steps from 0.1 to 1, as torch's ``linspace`` has
+    them: from the nearer end, multiplied and added with one rounding.
+    """
+    found = [np.array([0, 1], np.float32)]
+    low, high = np.float32(0.1), np.float32(1)
+    for i in range(7):
+        n = 2**i + 1
+        step, k = np.float64(np.float32((high - low) / np.float32(n - 1))), np.arange(n)
+        steps = np.where(k < n // 2, low + step * k, high - step * (n - 1 - k)).astype(np.float32)
+        means = (steps[:-1] + steps[1:]) / np.float32(2) * np.float32(10.0 ** (i - 6))
+        found += [means, -means]
+    return np.sort(np.concatenate(found)).astype(np.float32)
+
+
+@cache
+def _lut() -> Bytes:
+    """Return the code of each of 65536 even steps from -1 to 1."""
+    table = dynamic_map()
+    i = np.arange(LUT_SIZE, dtype=np.float32)
+    steps = (i + i) / np.float32(LUT_SIZE - 1) - np.float32(1)
+    between = (table[:-1] + table[1:]) * np.float32(0.5)
+    return np.searchsorted(between, steps, side="left").astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class FourBitMaker:
+    """NF4 and FP4.
+
+    Attributes:
+        name: ``nf4`` or ``fp4``.
+        dtype: safetensors dtype of the model, which its state names.
+        nested: whether scales are quantized ("double quantization").
+        blocksize: elements that share a scale.
+    """
+
+    name: str
+    dtype: str = "BF16"
+    nested: bool = False
+    blocksize: int = 64
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether there is anything to quantize; it may have any shape."""
+        return element_count(shape) > 0 and len(shape) > 0
+
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[Output, ...]:
+        """Return codes, scales, maps and state, in the order of a state dict."""
+        count = element_count(shape)
+        blocks = -(-count // self.blocksize)
+        found = [
+            Output(name, "U8", ((count + 1) // 2, 1), "codes"),
+            Output(f"{name}.absmax", "U8" if self.nested else "F32", (blocks,), "absmax"),
+            Output(f"{name}.quant_map", "F32", (16,), "quant_map"),
+        ]
+        if self.nested:
+            outer = -(-blocks // _NESTED_BLOCK)
+            found.append(Output(f"{name}.nested_absmax", "F32", (outer,), "nested_absmax"))
+            found.append(Output(f"{name}.nested_quant_map", "F32", (256,), "nested_quant_map"))
+        length = len(self.state(shape, 0.0 if self.nested else None))
+        return (*found, Output(f"{name}{MARK}{self.name}", "U8", (length,), "state"))
+
+    def state(self, shape: tuple[int, ...], offset: float | None) -> bytes:
+        """Return ``quant_state`` as bitsandbytes writes it.
+
+        Spaces after it make its length the same for every offset, as it has to be known before the
+        offset is. JSON allows them, and bitsandbytes reads it as JSON.
+        """
+        state = {
+            "quant_type": self.name, "blocksize": self.blocksize,
+            "dtype": DTYPES[self.dtype].config_name, "shape": list(shape),
+        }  # fmt: skip
+        if offset is None:
+            return json.dumps(state).encode()
+        state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32"}
+        longest = len(json.dumps(state | {"nested_offset": 0})) - 1 + _LONGEST_NUMBER
+        return json.dumps(state | {"nested_offset": offset}).encode().ljust(longest)
+
+    def begin(self, name: str, shape: tuple[int, ...]) -> Making:
+        """Return the state of one weight that is being made."""
+        return _FourBitMaking(self, name, shape)
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        """Return how a weight will be stored, without its parts and the scales of its scales."""
+        return QuantizedWeight(name, shape, self.dtype, FourBit(self.name, self.blocksize), {})
+
+    def config(self) -> dict[str, Any]:
+        """Return ``quantization_config`` as transformers writes it."""
+        return bitsandbytes_config(
+            load_in_4bit=True, bnb_4bit_quant_type=self.name,
+            bnb_4bit_use_double_quant=self.nested,
+            bnb_4bit_compute_dtype=DTYPES[self.dtype].config_name,
+        )  # fmt: skip
+
+
+def bitsandbytes_config(**settings: Any) -> dict[str, Any]:
+    usual: dict[str, Any] = {
+        "_load_in_4bit": False, "_load_in_8bit": False, "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False, "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0, "load_in_4bit": False, "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }  # fmt: skip
+    said = {f"_{key}": value for key, value in settings.items() if f"_{key}" in usual}
+    return usual | settings | said
+
+
+class _FourBitMaking(Making):
+    def __init__(self, maker: FourBitMaker, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__(name, shape, (1, element_count(shape)), (1, maker.blocksize))
+        self.maker = maker
+        self._codec = FourBit(maker.name, maker.blocksize)
+        self._read_back = self.absmax[0]
+
+    def finish(self) -> Mapping[str, Bytes]:
+        self._check_finite()
+        maker, absmax = self.maker, self.absmax[0]
+        if self.columns % self.run:
+            absmax[-1] = max(absmax[-1], np.float32(1e-38))
+        small = {"quant_map": raw_bytes(LEVELS[maker.name].values)}
+        if not maker.nested:
+            state = maker.state(self.shape, None)
+            return small | {"absmax": raw_bytes(absmax), "state": np.frombuffer(state, np.uint8)}
+        return small | self._nest(absmax)
+
+    def _nest(self, absmax: Floats) -> dict[str, Bytes]:
+        """Quantize the scales themselves."""
+        offset = np.float32(np.float32(torch_sum(absmax)) / np.float32(absmax.size))
+        if not np.isfinite(offset):
+            raise self._not_finite("the sum of its scales beyond float32")
+        codes = np.empty(absmax.size, np.uint8)
+        outer = np.empty(-(-absmax.size // _NESTED_BLOCK), np.float32)
+        table = dynamic_map()
+        eight_bit_codes(absmax - offset, _NESTED_BLOCK, _lut(), codes, outer)
+        scale = table[codes] * np.repeat(outer, _NESTED_BLOCK)[: absmax.size]
+        self._read_back = (scale + offset).astype(np.float32)
+        self._codec = FourBit(self.maker.name, self.run, Nested(_NESTED_BLOCK, float(offset)))
+        state = self.maker.state(self.shape, float(offset))
+        return {
+            "absmax": codes,
+            "nested_absmax": raw_bytes(outer),
+            "nested_quant_map": raw_bytes(table),
+            "state": np.frombuffer(state, np.uint8),
+        }
+
+    @property
+    def codec(self) -> Codec:
+        return self._codec
+
+    def encode(self, at: Block, values: Floats) -> Bytes:
+        seen = self._seen(at)
+        assert seen.columns[0] % 2 == 0
+        codes = self._nearest(at, values)
+        if codes.size % 2:
+            assert seen.columns[1] == self.columns
+            codes = np.append(codes, LEVELS[self.maker.name].zero)
+        return packed_nibbles(codes, high_first=True)
+
+    def _nearest(self, at: Block, values: Floats) -> Bytes:
+        seen = self._seen(at)
+        part = self._part(seen)
+        full = self.columns // self.run * self.run
+        codes = np.empty(seen.width, np.uint8)
+        four_bit_codes(
+            values, self.absmax[0, part.columns], self.run, part.first,
+            min(max(full - seen.columns[0], 0), seen.width), *_bounds(self.maker.name), codes,
+        )  # fmt: skip
+        return codes
+
+    def start_codes(self, at: Block, values: Floats) -> Codes:
+        part = self._part(self._seen(at))
+        scales = self._read_back[part.columns]
+        return Codes(
+            self._nearest(at, values), 1, values.size, LEVELS[self.maker.name], scales, NO_ZEROS,
+            scales.size, self.run, first=part.first,
+        )  # fmt: skip

@@ -10,11 +10,17 @@ Scales come one for a block of the size that the config names, with short blocks
 DeepSeek's code has it; or in a grid that divides the matrix evenly, as transformers has it: one for
 each row (fbgemm) or one for all among them. Where a matrix is no whole number of the config's
 blocks but can be divided evenly too, the config decides; transformers would divide.
+
+Made, they have the bytes of transformers' ``Fp8Quantize``: ``factor = (1 / max |w|) * 448`` of a
+block of 128 by 128, 1 for zeros; ``E4M3(w * factor)``, half to even; ``weight_scale_inv =
+1 / factor``. Where that factor would be infinite (largest magnitudes below 1.4e-36, of which
+transformers makes NaN) it is 1 too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +31,9 @@ from regraft.errors import Problem
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant.formats.bitsandbytes import not_finite
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
-from regraft.quant.weight import Block, Found, QuantizedWeight, Read, Stored
+from regraft.quant.making import Making, MatrixMaking, Output, element_count, raw_bytes
+from regraft.quant.making_kernels import e4m3_codes
+from regraft.quant.weight import Block, Codec, Found, QuantizedWeight, Read, Stored
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 LEVELS = Levels.of(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
@@ -41,6 +49,10 @@ _NOT_READ = ("activation_scale", ".input_scale", ".input_scale_ub", ".qscale_act
 
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 _DAMAGED = "Download the model again, or name the 16-bit base"
+
+_E4M3_MAX = np.float32(448)
+_SMALLEST = np.float32(1.4e-36)
+"""Magnitudes from which on 448 over them is finite."""
 
 
 @dataclass(frozen=True)
@@ -255,3 +267,79 @@ def _orphans(stored: Stored) -> list[Problem]:
                         "Download the missing file, or the whole model again")
             )  # fmt: skip
     return found
+
+
+@dataclass(frozen=True)
+class Fp8Maker:
+    """E4M3 in blocks.
+
+    Attributes:
+        dtype: safetensors dtype of the model.
+        block: rows and columns that share a scale.
+        ragged: whether weights that are no whole number of blocks are quantized too. DeepSeek's
+            format has them; transformers leaves such weights plain, and reads them wrong or not.
+    """
+
+    dtype: str = "BF16"
+    block: tuple[int, int] = (128, 128)
+    ragged: bool = False
+    name: str = "fp8"
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is a matrix, or a stack of them, of whole blocks."""
+        if len(shape) < 2 or not element_count(shape):
+            return False
+        whole = shape[-2] % self.block[0] == 0 and shape[-1] % self.block[1] == 0
+        return whole or (self.ragged and len(shape) == 2)
+
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[Output, ...]:
+        """Return codes and scales."""
+        blocks = (-(-shape[-2] // self.block[0]), -(-shape[-1] // self.block[1]))
+        return (
+            Output(name, "F8_E4M3", shape, "codes"),
+            Output(f"{name}_scale_inv", "F32", (*shape[:-2], *blocks), "scales"),
+        )
+
+    def begin(self, name: str, shape: tuple[int, ...]) -> Making:
+        """Return the state of one weight that is being made."""
+        return _Fp8Making(name, shape, self.block)
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        """Return how a weight will be stored, without its parts."""
+        return QuantizedWeight(name, shape, self.dtype, Fp8(self.block), {})
+
+    def config(self) -> dict[str, Any]:
+        """Return ``quantization_config`` as transformers writes it."""
+        return {
+            "activation_scheme": "dynamic", "modules_to_not_convert": None, "quant_method": "fp8",
+            "weight_block_size": list(self.block),
+        }  # fmt: skip
+
+
+class _Fp8Making(MatrixMaking):
+    levels = LEVELS
+
+    def __init__(self, name: str, shape: tuple[int, ...], run: tuple[int, int]) -> None:
+        super().__init__(name, shape, run)
+        self.factors = np.ones_like(self.absmax)
+
+    def finish(self) -> Mapping[str, Bytes]:
+        self._check_finite()
+        some = self.absmax >= _SMALLEST
+        self.factors[some] = np.float32(1) / self.absmax[some] * _E4M3_MAX
+        self.scales = np.float32(1) / self.factors
+        return {"scales": raw_bytes(self.scales)}
+
+    @property
+    def codec(self) -> Codec:
+        return Fp8((self.row_run, self.run))
+
+    def _nearest(self, at: Block, values: Floats) -> Bytes:
+        part = self._part(at)
+        factors = np.ascontiguousarray(self.factors[part.lines, part.columns])
+        codes = np.empty(values.size, np.uint8)
+        e4m3_codes(
+            values, at.height, at.width, factors.ravel(), factors.shape[1], self.run, self.row_run,
+            part.first, part.first_row, codes,
+        )  # fmt: skip
+        return codes

@@ -5,19 +5,26 @@
 ``SCB`` is the largest magnitude of a row; the constant is bitsandbytes' 1/127 (not the same bits as
 a division by 127). Then one rounding to the dtype of the model. Dettmers et al. 2022,
 arXiv:2208.07339; ``int8_vectorwise_dequant`` of bitsandbytes.
+
+Made, they have the bytes of bitsandbytes' ``int8_vectorwise_quant`` on what ``Int8Params`` hands
+it: ``w`` to float16; ``SCB = max |w|`` of a row; ``round(w * ((1 / SCB) * 127))``, half to even.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from regraft.errors import Problem
-from regraft.numerics.arrays import Bytes
-from regraft.quant.formats.bitsandbytes import not_finite
+from regraft.numerics.arrays import Bytes, Floats
+from regraft.quant.formats.bitsandbytes import bitsandbytes_config, not_finite
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
-from regraft.quant.weight import Block, Found, QuantizedWeight, Read, Stored, missing
+from regraft.quant.making import Making, MatrixMaking, Output, element_count, raw_bytes
+from regraft.quant.making_kernels import int8_codes
+from regraft.quant.weight import Block, Codec, Found, QuantizedWeight, Read, Stored, missing
 from regraft.tensors import WORKING_DTYPES
 
 LEVELS = Levels.of(np.arange(256, dtype=np.uint8).view(np.int8), post=7.874015718698502e-3)
@@ -95,3 +102,62 @@ def find(stored: Stored) -> Found:
                     "none", "Download the model again")
         )  # fmt: skip
     return Found(tuple(weights), tuple(problems), tuple(skipped))
+
+
+@dataclass(frozen=True)
+class Int8Maker:
+    """LLM.int8.
+
+    Attributes:
+        dtype: safetensors dtype of the model; the weights are rounded to float16 whatever it is.
+    """
+
+    dtype: str = "BF16"
+    name: str = "int8"
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is a matrix."""
+        return len(shape) == 2 and element_count(shape) > 0
+
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[Output, ...]:
+        """Return codes, scales, and the number of the format, in the order of a state dict."""
+        module = name.removesuffix(".weight")
+        return (
+            Output(name, "I8", shape, "codes"),
+            Output(f"{module}.SCB", "F32", (shape[0],), "scales"),
+            Output(f"{module}.weight_format", "U8", (), "format"),
+        )
+
+    def begin(self, name: str, shape: tuple[int, ...]) -> Making:
+        """Return the state of one weight that is being made."""
+        return _Int8Making(name, shape)
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        """Return how a weight will be stored, without its parts."""
+        return QuantizedWeight(name, shape, self.dtype, Int8(), {})
+
+    def config(self) -> dict[str, Any]:
+        """Return ``quantization_config`` as transformers writes it."""
+        return bitsandbytes_config(load_in_8bit=True)
+
+
+class _Int8Making(MatrixMaking):
+    levels = LEVELS
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__(name, shape, (1, shape[-1]))
+
+    def finish(self) -> Mapping[str, Bytes]:
+        with np.errstate(over="ignore"):
+            self.absmax[:] = self.absmax.astype(np.float16)
+        self._check_finite()
+        return {"scales": raw_bytes(self.absmax), "format": np.zeros(1, np.uint8)}
+
+    @property
+    def codec(self) -> Codec:
+        return Int8()
+
+    def _nearest(self, at: Block, values: Floats) -> Bytes:
+        codes = np.empty(values.size, np.uint8)
+        int8_codes(values, at.height, at.width, self.absmax[at.rows[0] : at.rows[1], 0], codes)
+        return codes
