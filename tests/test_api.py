@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
@@ -15,9 +19,11 @@ import regraft
 from merging import toys
 from merging.test_memory import write_sparse
 from merging.toys import Q0, lora, tree, write_adapter, write_base, write_json
-from regraft.api import parse_adapters
+from regraft.cli.app import COMMANDS
 from regraft.errors import RegraftError, UsageError
 from regraft.formats.files.reading import FilePool
+from regraft.merging.inputs.opening import parse_adapters
+from regraft.merging.options import MergeOptions
 
 
 @pytest.fixture
@@ -290,3 +296,45 @@ def test_all_inputs_that_cannot_be_opened_are_told_at_once(base: Path, tmp_path:
         regraft.merge(base, [bad, gone], tmp_path / "out")
     assert len(caught.value.problems) == 2
     assert not (tmp_path / "out").exists()
+
+
+# One set of options, whoever asks for them
+
+
+MERGES = (regraft.merge, regraft.plan, regraft.check, regraft.swap, regraft.convert,
+          regraft.dequantize, regraft.quantize, regraft.unmerge)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", MERGES, ids=lambda verb: str(verb.__name__))
+def test_options_of_a_verb_are_those_of_a_merge_with_the_same_defaults(verb: Any) -> None:
+    known = {field.name: field for field in dataclasses.fields(MergeOptions)}
+    parameters = inspect.signature(verb).parameters
+    taken = {name: each.default for name, each in parameters.items() if name in known}
+    assert taken
+    asked = {name: default for name, default in taken.items() if name not in ("undo",)}
+    assert MergeOptions.of(**asked) == MergeOptions.of(
+        **({"keep_adapter": True} if "keep_adapter" in taken else {})
+    )
+    assert taken.get("undo") is None
+
+
+def test_a_merge_takes_every_option() -> None:
+    known = {field.name for field in dataclasses.fields(MergeOptions)}
+    for verb in (regraft.merge, regraft.swap):
+        assert known <= set(inspect.signature(verb).parameters)
+
+
+CALLED = {
+    "merge": ["base", "adapter"], "swap": ["merged", "adapter"], "convert": ["model"],
+    "dequantize": ["model"], "quantize": ["model", "--to", "nf4"], "unmerge": ["merged"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_command_has_the_options_of_its_function_with_the_same_defaults(name: str) -> None:
+    command: click.Command = import_module(COMMANDS[name]).command
+    known = {field.name for field in dataclasses.fields(MergeOptions)}
+    parameters = inspect.signature(getattr(regraft, name)).parameters
+    asked = command.make_context(name, [*CALLED[name], "-o", "out"]).params
+    found = {option: value for option, value in asked.items() if option in known}
+    assert found == {n: each.default for n, each in parameters.items() if n in known}

@@ -14,32 +14,17 @@ from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
-from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
-from regraft.merging.files.publish import (
-    SLACK_BYTES,
-    check_output,
-    check_space,
-    free_bytes,
-    out_path,
-    replaced_inputs,
-)
-from regraft.merging.inputs.base import open_base, open_base_headers, see
+from regraft.merging.calls import merge_call
+from regraft.merging.files.output_folder import OutputFolder
+from regraft.merging.files.publish import out_path
+from regraft.merging.inputs.base import open_base, see
 from regraft.merging.inputs.dequantized_view import check_scales
+from regraft.merging.inputs.opening import AdapterArg, open_named, parse_adapters, read_adapters
+from regraft.merging.options import MergeOptions
 from regraft.merging.planning.base_drift import TrainedOn
-from regraft.merging.planning.options import (
-    AdapterArg,
-    Coding,
-    base_named_by,
-    choices_of,
-    open_inputs,
-    parse_adapters,
-    read_adapters,
-    refuse_swapped,
-)
 from regraft.merging.planning.plan import Plan
-from regraft.merging.planning.planner import Choices, make_plan, settled
-from regraft.merging.planning.quantized_output import KEEP
+from regraft.merging.planning.planner import make_plan, settled
 from regraft.merging.planning.report import CheckReport
 from regraft.progress import Progress, tell
 
@@ -111,50 +96,29 @@ def merge(
             the machine fell short, what is done so far is kept: the same call goes on from there.
     """
     started = time.perf_counter()
-    place = out_path(out)
-    inputs = replaced_inputs(place, base, adapters, trained_on)
-    check_output(place, inputs, overwrite=overwrite)  # before anything is fetched from the Hub
-    coding = Coding(quantize, rounding, seed, double_quant)
-    choices = choices_of(
-        dtype, shard_size, max_memory, threads, undo, keep_adapter, coding,
-        peft_version,
+    folder = OutputFolder.asked_for(out, base, adapters, trained_on, overwrite=overwrite)
+    options = MergeOptions.of(
+        dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
+        quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
+        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
-    base = base_named_by(wanted, token) if base is None else base
-    refuse_swapped(base, wanted)
-    named = base
-    checkpoint, opened = open_inputs(
-        lambda: open_base(locate(named, kind="base", token=token)), wanted, token, peft_version
-    )
-    made = _plan(
-        checkpoint, opened, choices, place, overwrite=overwrite,
-        trained_on=_trained_on(trained_on, token),
-    )  # fmt: skip
+    checkpoint, opened = open_named(base, wanted, token, peft_version)
+    made = _plan(checkpoint, opened, options, folder, trained_on=_trained_on(trained_on, token))
     if made.quantization is not None:
         check_scales(made.quantization)
-    check_space(place, made.disk_bytes)
+    folder.check_space(made.disk_bytes)
 
-    from regraft.merging.building import build
-    from regraft.merging.files.staging import workplace
+    from regraft.merging.building import build, deciding_files
     from regraft.merging.undo.keeping import Keeping
 
-    with workplace(place, overwrite=overwrite) as work:
-        called = command or call_of("merge", made.base.source, made)
+    with folder.work() as work:
+        called = command or merge_call("merge", made.base.source, made)
         return build(
-            made, work, _inputs(made), called, lambda: _used(started, made),
+            made, work, deciding_files(made), called, started,
             keeping=Keeping(keep_adapter) if made.options["undo"] else None, progress=progress,
         )  # fmt: skip
-
-
-def _inputs(made: Plan) -> list[Path]:
-    """Return the files that decide what a merge writes."""
-    weights = [shard.path for shard in made.base.shards]
-    sides = [] if made.base.single_file else [p for p in made.base.root.iterdir() if p.is_file()]
-    if made.trained_on is not None:
-        weights += [shard.path for shard in made.trained_on.base.shards]
-    adapters = [path for adapter in made.adapters for path in Path(adapter.root).iterdir()]
-    return [*weights, *sides, *(path for path in adapters if path.is_file())]
 
 
 @watched(to_the_end=True)
@@ -184,20 +148,16 @@ def plan(
     Raises:
         RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
     """
-    coding = Coding(quantize, rounding, seed, double_quant)
-    choices = choices_of(
-        dtype, shard_size, max_memory, threads, undo, coding=coding, peft_version=peft_version
-    )
+    options = MergeOptions.of(
+        dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
+        quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
+        peft_version=peft_version, undo=undo,
+    )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
-    base = base_named_by(wanted, token) if base is None else base
-    refuse_swapped(base, wanted)
-    named = base
-    checkpoint, opened = open_inputs(
-        lambda: open_base_headers(named, token), wanted, token, peft_version
-    )
-    place = out_path(out) if out is not None else None
-    made = _plan(checkpoint, opened, choices, place, overwrite=overwrite)
+    checkpoint, opened = open_named(base, wanted, token, peft_version, headers_only=True)
+    folder = OutputFolder(out_path(out), overwrite) if out is not None else None
+    made = _plan(checkpoint, opened, options, folder)
     return replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
 
 
@@ -210,25 +170,24 @@ def _said_of_sides(made: Plan) -> tuple[str, ...]:
 def _plan(
     base: Checkpoint,
     opened: Sequence[tuple[AdapterFiles, float]],
-    choices: Choices,
-    out: Path | None,
+    options: MergeOptions,
+    folder: OutputFolder | None,
     *,
-    overwrite: bool,
     trained_on: TrainedOn | None = None,
 ) -> Plan:
     read = read_adapters(opened)
-    plain, quantization = see(base, choices.dtype)
-    choices = settled(choices, quantization)
-    made = make_plan(plain, read, choices, out, quantization=quantization, trained_on=trained_on)
+    plain, quantization = see(base, options.dtype)
+    options = settled(options, quantization)
+    out = folder.path if folder is not None else None
+    made = make_plan(plain, read, options, out, quantization=quantization, trained_on=trained_on)
     notes = notes_of_another_base(read, plain, quantization)
     warn(notes, stacklevel=4)
     made = replace(made, warnings=(*made.warnings, *notes))
-    if out is None:
+    if folder is None:
         return made
     files = [shard.path for shard in base.shards] if base.single_file else [base.root]
-    check_output(out, [*files, *(Path(a.root) for a in read)], overwrite=overwrite)
-    disk = {"needed": made.disk_bytes + SLACK_BYTES, "free": free_bytes(out)}
-    return replace(made, disk=disk)
+    folder.check_inputs([*files, *(Path(a.root) for a in read)])
+    return replace(made, disk=folder.disk(made.disk_bytes))
 
 
 def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None:
@@ -268,17 +227,11 @@ def check(
         InputError: the base or an adapter cannot be opened at all.
         EnvironmentShortfall: an input cannot be read, or needs an optional package.
     """
-    coding = Coding(quantize)
-    choices = choices_of(
-        dtype, None, max_memory, None, None, coding=coding, peft_version=peft_version
+    options = MergeOptions.of(
+        dtype=dtype, max_memory=max_memory, quantize=quantize, peft_version=peft_version, undo=None
     )
     wanted = parse_adapters(adapters)
-    base = base_named_by(wanted, token) if base is None else base
-    refuse_swapped(base, wanted)
-    named = base
-    checkpoint, opened = open_inputs(
-        lambda: open_base_headers(named, token), wanted, token, peft_version
-    )
+    checkpoint, opened = open_named(base, wanted, token, peft_version, headers_only=True)
     read, problems = [], list[Problem]()
     for files, weight in opened:
         try:
@@ -286,9 +239,9 @@ def check(
         except RegraftError as error:
             problems += error.problems
     try:
-        plain, quantization = see(checkpoint, choices.dtype)
-        choices = settled(choices, quantization)
-        made = make_plan(plain, read, choices, None, quantization=quantization)
+        plain, quantization = see(checkpoint, options.dtype)
+        options = settled(options, quantization)
+        made = make_plan(plain, read, options, None, quantization=quantization)
         made = replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
     except RegraftError as error:
         return CheckReport(False, (*problems, *error.problems))
@@ -298,20 +251,3 @@ def check(
     warn(notes, stacklevel=3)
     summary = {**made.totals(), "memory": made.memory}
     return CheckReport(True, (), (*made.warnings, *notes), summary)
-
-
-def call_of(verb: str, base: str, made: Plan) -> str:
-    """Return the Python call that carries a plan out, for its receipt."""
-    adapters = ", ".join(repr((a.source, a.weight)) for a in made.adapters)
-    format = made.options.get("quantize")
-    usual = {
-        "dtype": None, "shard_size": None, "undo": format in (None, KEEP), "seed": 0,
-        "rounding": "stochastic" if format == KEEP else "nearest", "double_quant": False,
-    }  # fmt: skip
-    chosen = "".join(f", {n}={v!r}" for n, v in made.options.items() if v != usual.get(n))
-    return f"regraft.{verb}({base!r}, [{adapters}], {made.out!r}{chosen})"
-
-
-def _used(started: float, made: Plan) -> tuple[float, int, int]:
-    """Return seconds, peak resident bytes and threads."""
-    return time.perf_counter() - started, peak_memory(), made.threads

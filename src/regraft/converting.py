@@ -11,21 +11,13 @@ from regraft.errors import UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
-from regraft.memory import peak_memory
-from regraft.merging.files.publish import (
-    SLACK_BYTES,
-    check_output,
-    check_space,
-    free_bytes,
-    out_path,
-    replaced_inputs,
-)
+from regraft.merging.calls import conversion_call
+from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.inputs.base import open_base, see
 from regraft.merging.inputs.dequantized_view import Quantization, check_scales
-from regraft.merging.planning.options import Coding, choices_of
-from regraft.merging.planning.plan import Plan
-from regraft.merging.planning.planner import Choices, make_plan
-from regraft.merging.planning.quantized_output import KEEP, resolved
+from regraft.merging.options import KEEP, MergeOptions
+from regraft.merging.planning.planner import make_plan
+from regraft.merging.planning.quantized_output import resolved
 from regraft.progress import Progress, tell
 
 if TYPE_CHECKING:
@@ -65,9 +57,11 @@ def convert(
         UnsupportedError: the model is quantized, or would be written as it is.
         RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
     """
-    choices = choices_of(dtype, shard_size, max_memory, threads)
+    options = MergeOptions.of(
+        dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads
+    )
     return _convert(
-        base, out_path(out), choices, "convert", overwrite=overwrite, token=token,
+        base, out, options, "convert", overwrite=overwrite, token=token,
         progress=progress, command=command,
     )  # fmt: skip
 
@@ -110,9 +104,11 @@ def dequantize(
         UnsupportedError: the model is not quantized, or in a way that is not known.
         RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
     """
-    choices = choices_of(dtype, shard_size, max_memory, threads)
+    options = MergeOptions.of(
+        dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads
+    )
     return _convert(
-        base, out_path(out), choices, "dequantize", overwrite=overwrite, token=token,
+        base, out, options, "dequantize", overwrite=overwrite, token=token,
         progress=progress, command=command,
     )  # fmt: skip
 
@@ -157,53 +153,48 @@ def quantize(
         NumericError: a weight holds NaN or infinity.
         RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
     """
-    coding = Coding(to, rounding, seed, double_quant)
-    choices = choices_of(None, shard_size, max_memory, threads, coding=coding)
+    options = MergeOptions.of(
+        quantize=to, rounding=rounding, seed=seed, double_quant=double_quant,
+        shard_size=shard_size, max_memory=max_memory, threads=threads,
+    )  # fmt: skip
     return _convert(
-        base, out_path(out), choices, "quantize", overwrite=overwrite, token=token,
+        base, out, options, "quantize", overwrite=overwrite, token=token,
         progress=progress, command=command,
     )  # fmt: skip
 
 
 @watched()
 def _convert(
-    base: str | Path, out: Path, choices: Choices, verb: str, *, overwrite: bool,
+    base: str | Path, out: str | Path, options: MergeOptions, verb: str, *, overwrite: bool,
     token: str | None, progress: Progress | None, command: str | None,
 ) -> Receipt:  # fmt: skip
     """Write a model in another form: a merge without adapters, which keeps no undo."""
     started = time.perf_counter()
-    check_output(out, replaced_inputs(out, base), overwrite=overwrite)
+    folder = OutputFolder.asked_for(out, base, overwrite=overwrite)
     tell(progress, "read", 0)
     stored = open_base(locate(base, kind="base", token=token))
-    plain, quantization = see(stored, choices.dtype)
+    plain, quantization = see(stored, options.dtype)
     check = _check_convertible if verb == "convert" else _check_wanted
-    check(stored, quantization, choices)
+    check(stored, quantization, options)
     if quantization is not None:
         check_scales(quantization)
-    made = make_plan(plain, [], choices, out, quantization=quantization)
+    made = make_plan(plain, [], options, folder.path, quantization=quantization)
     inputs = [shard.path for shard in stored.shards] if stored.single_file else [stored.root]
-    check_output(out, inputs, overwrite=overwrite)
-    check_space(out, made.disk_bytes)
-    made = replace(made, disk={"needed": made.disk_bytes + SLACK_BYTES, "free": free_bytes(out)})
-    called = command or _call_of(verb, stored.source, made)
-    return _build(made, out, called, started, progress,
-                  overwrite=overwrite)  # fmt: skip
+    folder.check_inputs(inputs)
+    folder.check_space(made.disk_bytes)
+    made = replace(made, disk=folder.disk(made.disk_bytes))
 
+    from regraft.merging.building import build, deciding_files
 
-def _call_of(verb: str, base: str, made: Plan) -> str:
-    """Return the Python call that converts a model so, for its receipt."""
-    options = dict(made.options)
-    first = [repr(base), repr(made.out)]
-    if format := options.pop("quantize", None):
-        first.append(repr(format))
-    usual = {"dtype": None, "shard_size": None, "undo": False, "rounding": "nearest", "seed": 0}
-    usual |= {"double_quant": False}
-    chosen = [f"{n}={v!r}" for n, v in options.items() if v != usual.get(n)]
-    return f"regraft.{verb}({', '.join([*first, *chosen])})"
+    with folder.work() as work:
+        called = command or conversion_call(verb, stored.source, made)
+        return build(
+            made, work, deciding_files(made), called, started, keeping=None, progress=progress
+        )
 
 
 def _check_convertible(
-    stored: Checkpoint, quantization: Quantization | None, choices: Choices
+    stored: Checkpoint, quantization: Quantization | None, options: MergeOptions
 ) -> None:
     """Refuse a model in codes, and to write a model as it is.
 
@@ -217,44 +208,28 @@ def _check_convertible(
             hint="`regraft dequantize` writes it as a plain one, with --dtype and --shard-size",
         )  # fmt: skip
     in_safetensors = all(shard.path.suffix == ".safetensors" for shard in stored.shards)
-    if choices.dtype is None and choices.shard_size is None and in_safetensors:
+    if options.dtype is None and options.shard_size is None and in_safetensors:
         raise UnsupportedError(
             "there is nothing to convert: the weights are safetensors files already",
             where=stored.source, hint="Give --dtype or --shard-size",
         )  # fmt: skip
 
 
-def _check_wanted(stored: Checkpoint, quantization: Quantization | None, choices: Choices) -> None:
+def _check_wanted(
+    stored: Checkpoint, quantization: Quantization | None, options: MergeOptions
+) -> None:
     """Refuse to do nothing.
 
     Raises:
         UnsupportedError: the model is as it is wanted already.
     """
-    if choices.quantize is None and quantization is None:
+    if options.quantize is None and quantization is None:
         raise UnsupportedError(
             "the model is not quantized", where=stored.source,
             hint="There is nothing to do; to change its dtype: regraft convert",
         )  # fmt: skip
-    if resolved(choices.quantize, quantization, double_quant=choices.double_quant) == KEEP:
+    if resolved(options.quantize, quantization, double_quant=options.double_quant) == KEEP:
         raise UnsupportedError(
             "the model is in this format already", where=stored.source,
-            found=str(choices.quantize), hint="There is nothing to do",
-        )  # fmt: skip
-
-
-def _build(
-    made: Plan, out: Path, called: str, started: float, progress: Progress | None, *,
-    overwrite: bool,
-) -> Receipt:  # fmt: skip
-    from regraft.merging.building import build
-    from regraft.merging.files.staging import workplace
-
-    files = [shard.path for shard in made.stored.shards]
-    if not made.stored.single_file:
-        files += [path for path in made.stored.root.iterdir() if path.is_file()]
-    with workplace(out, overwrite=overwrite) as work:
-        return build(
-            made, work, files, called,
-            lambda: (time.perf_counter() - started, peak_memory(), made.threads),
-            keeping=None, progress=progress,
+            found=str(options.quantize), hint="There is nothing to do",
         )  # fmt: skip

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
-from regraft.api import call_of
 from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.files.reading import FilePool
@@ -20,22 +19,19 @@ from regraft.formats.layout import looks_like
 from regraft.formats.problems import capped
 from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
+from regraft.merging.calls import merge_call
 from regraft.merging.files.leftovers import Leftover, find_leftovers, remove_leftover
-from regraft.merging.files.publish import check_output, check_space, out_path, replaced_inputs
+from regraft.merging.files.output_folder import OutputFolder
+from regraft.merging.files.publish import out_path
 from regraft.merging.files.receipt import Receipt, read_receipt
-from regraft.merging.files.staging import Workplace, workplace
+from regraft.merging.files.staging import Workplace
 from regraft.merging.inputs.base import see
 from regraft.merging.inputs.dequantized_view import Quantization
 from regraft.merging.inputs.expert_stacks import with_version
-from regraft.merging.planning.options import (
-    AdapterArg,
-    Coding,
-    choices_of,
-    open_adapters,
-    parse_adapters,
-)
+from regraft.merging.inputs.opening import AdapterArg, open_adapters, parse_adapters
+from regraft.merging.options import MergeOptions, parse_dtype
 from regraft.merging.planning.plan import Plan, Step
-from regraft.merging.planning.planner import Choices, fit_memory, make_plan, parse_dtype, settled
+from regraft.merging.planning.planner import fit_memory, make_plan, settled
 from regraft.merging.planning.report import UnmergeReport
 from regraft.merging.planning.targets import plan_digest
 from regraft.merging.undo.keeping import Keeping, base_shards, base_targets, side_files, stand_in
@@ -91,31 +87,32 @@ def unmerge(
         MismatchError: weights, adapter or patch have been changed since; lists every tensor.
     """
     started = time.perf_counter()
-    place = out_path(out)
-    check_output(place, replaced_inputs(place, merged, adapters), overwrite=overwrite)
-    choices = choices_of(None, None, max_memory, threads)
+    output = OutputFolder.asked_for(out, merged, adapters, overwrite=overwrite)
+    options = MergeOptions.of(max_memory=max_memory, threads=threads)
     tell(progress, "read", 0)
     found = _find(merged, adapters, token, "--adapter")
-    check_output(place, found.inputs, overwrite=overwrite)
-    check_space(place, sum(file.size for file in found.manifest.files))
+    output.check_inputs(found.inputs)
+    output.check_space(sum(file.size for file in found.manifest.files))
 
     from regraft.merging.building import rebuild
 
-    with workplace(place, overwrite=overwrite) as work, FilePool() as files:
+    with output.work() as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
-        undone = _undone(found, work, patch, choices)
+        undone = _undone(found, work, patch, options)
         targets = base_targets(undone.stored, found.manifest, patch)
         shards = base_shards(targets)
         steps = [step for target in targets for step in target.steps]
-        count, tile, memory = fit_memory(steps, choices, undone.steps)
-        made = Plan(undone.stored, (), shards, {}, {}, memory, count, tile, (), out=str(place))
+        count, tile, memory = fit_memory(steps, options, undone.steps)
+        made = Plan(
+            undone.stored, (), shards, {}, {}, memory, count, tile, (), out=str(output.path)
+        )
         open_source = _opener(undone, found)
         rebuild(made, targets, work, found.files, open_source, progress)
         names = _write_side_files(found, work)
     return UnmergeReport(
         merged=found.located.source,
         base=found.receipt.base.source,
-        output=str(place),
+        output=str(output.path),
         files=tuple(sorted([*(target.name for target in targets), *names])),
         left_out=found.manifest.left_out,
         tensors=len(undone.stored.tensors),
@@ -170,42 +167,39 @@ def swap(
         MismatchError: weights, adapter or patch have been changed since; lists every tensor.
     """
     started = time.perf_counter()
-    place = out_path(out)
-    sources = replaced_inputs(place, merged, adapters, merged_adapters)
-    check_output(place, sources, overwrite=overwrite)
-    coding = Coding(quantize, rounding, seed, double_quant)
-    choices = choices_of(
-        dtype, shard_size, max_memory, threads, undo, keep_adapter, coding, peft_version
-    )
+    output = OutputFolder.asked_for(out, merged, adapters, merged_adapters, overwrite=overwrite)
+    options = MergeOptions.of(
+        dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
+        quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
+        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter,
+    )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     found = _find(merged, merged_adapters, token, "--merged-adapter")
     opened = open_adapters(wanted, token, peft_version)
     read = [read_adapter(files, weight) for files, weight in opened]
-    check_output(place, [*found.inputs, *(Path(a.root) for a in read)], overwrite=overwrite)
-    check_space(place, sum(file.size for file in found.manifest.files))
+    output.check_inputs([*found.inputs, *(Path(a.root) for a in read)])
+    output.check_space(sum(file.size for file in found.manifest.files))
 
-    from regraft.merging.building import build
+    from regraft.merging.building import adapter_files, build
     from regraft.merging.compute.factors import FactorStore
     from regraft.merging.execution.scheduler import FACTOR_CACHE
 
-    with workplace(place, overwrite=overwrite) as work, FilePool() as files:
+    with output.work() as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
-        undone = _undone(found, work, patch, choices)
-        base, quantization = undone.seen_as(choices.dtype)
-        choices = settled(choices, quantization)
-        made = make_plan(base, read, choices, place, undone.steps, quantization=quantization)
+        undone = _undone(found, work, patch, options)
+        base, quantization = undone.seen_as(options.dtype)
+        options = settled(options, quantization)
+        made = make_plan(base, read, options, output.path, undone.steps, quantization=quantization)
         restored = _opener(undone, found)(files, FactorStore(files, FACTOR_CACHE))
         notes = notes_of_another_base(read, base, quantization, restored)
         warn(notes, stacklevel=3)
         made = replace(made, warnings=(*made.warnings, *notes))
-        check_space(place, made.disk_bytes)
-        new = [path for adapter in read for path in Path(adapter.root).iterdir() if path.is_file()]
-        called = command or call_of("swap", found.located.source, made)
+        output.check_space(made.disk_bytes)
+        called = command or merge_call("swap", found.located.source, made)
         return build(
-            made, work, [*found.files, *new], called,
-            lambda: (time.perf_counter() - started, peak_memory(), made.threads),
-            keeping=Keeping(keep_adapter, found.manifest.left_out) if choices.undo else None,
+            made, work, [*found.files, *adapter_files(read)], called, started,
+            keeping=Keeping(keep_adapter, found.manifest.left_out) if options.undo else None,
             open_source=_opener(undone, found), progress=progress,
         )  # fmt: skip
 
@@ -352,7 +346,7 @@ def _listed(sources: Sequence[str], weights: Sequence[float]) -> str:
     return ", ".join(f"{s}={w:g}" for s, w in zip(sources, weights, strict=True))
 
 
-def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices) -> _Undone:
+def _undone(found: _Found, work: Workplace, patch: PatchReader, options: MergeOptions) -> _Undone:
     """Make the base's stand-in and plan the old merge on it again.
 
     Raises:
@@ -364,12 +358,12 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, choices: Choices
     source = found.receipt.base
     base = stand_in(found.folder, found.manifest, patch, folder)
     base = replace(base, source=source.source, revision=source.revision)
-    options = found.receipt.options
+    recorded = found.receipt.options
     old = replace(
-        choices, dtype=parse_dtype(options.get("dtype")), shard_size=None, threads=1,
-        quantize=options.get("quantize"), rounding=options.get("rounding"),
-        seed=options.get("seed", 0), double_quant=options.get("double_quant", False),
-        peft_version=options.get("peft_version"),
+        options, dtype=parse_dtype(recorded.get("dtype")), shard_size=None, threads=1,
+        quantize=recorded.get("quantize"), rounding=recorded.get("rounding"),
+        seed=recorded.get("seed", 0), double_quant=recorded.get("double_quant", False),
+        peft_version=recorded.get("peft_version"),
     )  # fmt: skip
     base, quantization = see(base, old.dtype)
     made = make_plan(base, found.adapters, old, None, quantization=quantization)

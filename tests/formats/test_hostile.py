@@ -30,7 +30,8 @@ from regraft.formats.hub import Located
 from regraft.formats.remote import checkpoint_of
 from regraft.formats.safetensors import build_header, read_header
 from regraft.formats.torch_zip import read_torch_file
-from regraft.merging.planning.planner import Choices, make_plan
+from regraft.merging.options import MergeOptions
+from regraft.merging.planning.planner import make_plan
 from regraft.tensors import TensorSpec
 from regraft.testing.hostile import files, folders, pickles, tiny
 from regraft.testing.hostile.files import run_headers, run_json, run_tensors
@@ -192,9 +193,9 @@ def located(path: Path) -> Located:
 
 
 def plan(base: Path, adapter: Path) -> Any:
-    choices = Choices(None, None, 512 * 2**20, 1)
+    options = MergeOptions(threads=1)
     read = read_adapter(open_adapter(located(adapter)))
-    return make_plan(open_checkpoint(located(base)), [read], choices, None)
+    return make_plan(open_checkpoint(located(base)), [read], options, None)
 
 
 def changed(folder: Path, name: str, **fields: Any) -> None:

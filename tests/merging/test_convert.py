@@ -14,7 +14,7 @@ import regraft
 from merging import toys
 from regraft.cli.app import app
 from regraft.errors import NumericError, UnsupportedError, UsageError
-from regraft.merging.planning.planner import parse_dtype
+from regraft.merging.options import parse_dtype
 
 
 @pytest.fixture

@@ -282,6 +282,46 @@ def test_the_gap_to_the_base_of_training_is_reported(
     assert with_gap["model.safetensors"] == tree(without)["model.safetensors"]
 
 
+def scales_in_a_file_of_their_own(base: Path) -> Path:
+    """Move the scales of a base in NF4 into a file that holds nothing else; return the file."""
+    index = toys.read_json(base / toys.INDEX)
+    scales = {}
+    for path in sorted(base.glob("model-*.safetensors")):
+        tensors = load_torch(path)
+        scales |= {name: tensors.pop(name) for name in [*tensors] if name.endswith(".absmax")}
+        save_torch(tensors, path, {"format": "pt"})
+    save_torch(scales, base / "scales.safetensors", {"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(scales, "scales.safetensors")
+    write_json(base / toys.INDEX, index)
+    return base / "scales.safetensors"
+
+
+def test_other_scales_of_the_base_of_training_start_afresh(
+    nf4: Path, adapter: Path, tmp_path: Path
+) -> None:
+    original, seen = tmp_path / "base-plain", 0
+    scales = scales_in_a_file_of_their_own(nf4)
+
+    def interrupt(event: regraft.ProgressEvent) -> None:
+        nonlocal seen
+        seen += bool(event.tensor)
+        if seen > 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        regraft.merge(
+            original, adapter, tmp_path / "out", trained_on=nf4, threads=1, progress=interrupt
+        )
+    assert "goes on from there" in "".join(caught.value.__notes__)
+    doubled = {name: 2 * scale for name, scale in load_torch(scales).items()}
+    save_torch(doubled, scales, {"format": "pt"})
+    found = regraft.merge(original, adapter, tmp_path / "out", trained_on=nf4)
+    fresh = regraft.merge(original, adapter, tmp_path / "fresh", trained_on=nf4)
+    assert {r.name: r.base_gap for r in found.tensors} == {
+        r.name: r.base_gap for r in fresh.tensors
+    }
+
+
 def test_a_base_of_training_with_other_shapes_is_refused(
     nf4: Path, adapter: Path, tmp_path: Path
 ) -> None:

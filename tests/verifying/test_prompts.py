@@ -21,7 +21,7 @@ from regraft.cli.app import app
 from regraft.formats.adapter_files import open_adapter
 from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.hub import locate
-from regraft.merging.planning.planner import Choices
+from regraft.merging.options import MergeOptions
 from regraft.testing import zoo
 from regraft.testing.adapters import make_adapter
 from regraft.verifying.prompting import prompts
@@ -29,7 +29,7 @@ from regraft.verifying.prompting.file import read_prompts
 from regraft.verifying.prompting.prompts import compare_prompts
 from regraft.verifying.prompting.report import PromptReport, Tally, judged
 
-CHOICES = Choices(None, None, 512 * 2**20, 1)
+OPTIONS = MergeOptions(threads=1)
 PROMPTS = ("w3 w9 w12 w5 w40", "w7 w7 w8", "w11 w2 w30 w31 w32 w33 w50 w51")
 TEMPLATE = (
     "{% for m in messages %}w5 {{ m.content }} {% endfor %}"
@@ -108,7 +108,7 @@ def compare(
     read = [
         read_adapter(open_adapter(locate(path, kind="adapter")), weight) for path, weight in pairs
     ]
-    return compare_prompts(*opened, read, file, CHOICES, **options)
+    return compare_prompts(*opened, read, file, OPTIONS, **options)
 
 
 def test_a_right_merge_answers_the_same(models: Models, file: Path) -> None:

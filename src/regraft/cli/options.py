@@ -46,7 +46,7 @@ def base_named(
         return base, adapters
     from regraft.formats.files.reading import expanded, is_there
     from regraft.formats.layout import looks_like
-    from regraft.merging.planning.options import base_named_by, parse_adapters
+    from regraft.merging.inputs.opening import base_named_by, parse_adapters
 
     path = expanded(parse_adapters(base)[0][0])
     if is_there(path) and looks_like(path) in ("checkpoint", "merged", "gguf"):

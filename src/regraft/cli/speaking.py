@@ -35,7 +35,7 @@ def opened(
 ) -> Speaker:
     """Load the model and its adapters, of which all answer, or the first."""
     output.mute_downloads()
-    from regraft.merging.planning.options import parse_adapters
+    from regraft.merging.inputs.opening import parse_adapters
     from regraft.runtime.generating import open_speaker
 
     wanted = parse_adapters(list(adapters)) if adapters else []

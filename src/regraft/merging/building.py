@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from regraft.adapters.model import Adapter
+from regraft.memory import peak_memory
 from regraft.merging.execution.jobs import Done, count_done, fingerprint, jobs_of
 from regraft.merging.execution.scheduler import OpenSource, Task, execute
 from regraft.merging.files.receipt import Receipt
 from regraft.merging.files.staging import Workplace
-from regraft.merging.finalize import Used, sides_of, write_rest
+from regraft.merging.finalize import sides_of, write_rest
 from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.targets import Target, merge_targets
 from regraft.merging.undo.keeping import Keeping, section_names
@@ -21,7 +24,7 @@ from regraft.progress import Progress, tell
 
 
 def build(
-    plan: Plan, place: Workplace, inputs: Iterable[Path], command: str, used: Used, *,
+    plan: Plan, place: Workplace, inputs: Iterable[Path], command: str, started: float, *,
     keeping: Keeping | None, open_source: OpenSource | None = None,
     progress: Progress | None = None,
 ) -> Receipt:  # fmt: skip
@@ -32,7 +35,7 @@ def build(
         place: the work folder.
         inputs: every file that decides the bytes; a change to one starts afresh.
         command: how it was called, for the receipt.
-        used: asks for time, memory and threads.
+        started: when the call began, of ``time.perf_counter``.
         keeping: what to keep for an undo; None for no undo.
         open_source: gives what the base is read from, if not its files.
         progress: called as work proceeds.
@@ -54,11 +57,37 @@ def build(
     try:
         outcome = execute(task, place, patch, done, progress)
         tell(progress, "finish", plan.nbytes)
-        return write_rest(plan, outcome, place.out, command, used, sides, patch, keeping)
+        return write_rest(
+            plan, outcome, place.out, command,
+            lambda: (time.perf_counter() - started, peak_memory(), plan.threads),
+            sides, patch, keeping,
+        )  # fmt: skip
     except BaseException:
         if patch is not None:
             patch.abandon()
         raise
+
+
+def deciding_files(plan: Plan) -> list[Path]:
+    """Return the files that decide what a merge writes: one list, for whoever starts one.
+
+    They are those of the base and of the base that adapters were trained on, as they are on disk
+    (a file may hold nothing but scales), the base's side files, and the adapters'. A change to
+    any of them between two tries starts afresh.
+    """
+    stored = [plan.stored, *([plan.trained_on.stored] if plan.trained_on is not None else [])]
+    weights = [shard.path for checkpoint in stored for shard in checkpoint.shards]
+    sides = [] if plan.stored.single_file else _files_in(plan.stored.root)
+    return [*weights, *sides, *adapter_files(plan.adapters)]
+
+
+def adapter_files(adapters: Sequence[Adapter]) -> list[Path]:
+    """Return every file beside adapters' weights, and these."""
+    return [path for adapter in adapters for path in _files_in(Path(adapter.root))]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()]
 
 
 def rebuild(

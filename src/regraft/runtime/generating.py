@@ -19,7 +19,7 @@ from regraft.formats.hub import locate
 from regraft.formats.layout import looks_like
 from regraft.libraries import from_pretrained, from_template, quieted, require
 from regraft.merging.files.card import auto_class_of
-from regraft.merging.planning.planner import parse_dtype
+from regraft.merging.options import parse_dtype
 from regraft.tensors import DTYPES
 
 if TYPE_CHECKING:

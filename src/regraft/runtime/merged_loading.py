@@ -18,22 +18,20 @@ from typing import TYPE_CHECKING, Any
 from regraft.errors import RegraftError, UnsupportedError, UsageError
 from regraft.formats.files.parsed import check_parsed
 from regraft.formats.files.watching import watched
-from regraft.formats.hub import locate
 from regraft.libraries import from_pretrained, require
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.execution.in_memory import MemoryMerge
 from regraft.merging.files.card import auto_class_of
 from regraft.merging.files.side_files import updated_config
-from regraft.merging.inputs.base import open_base, see
+from regraft.merging.inputs.base import see
 from regraft.merging.inputs.dequantized_view import check_scales
-from regraft.merging.planning.options import (
+from regraft.merging.inputs.opening import (
     AdapterArg,
-    choices_of,
-    open_inputs,
+    open_named,
     parse_adapters,
     read_adapters,
-    refuse_swapped,
 )
+from regraft.merging.options import MergeOptions
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import make_plan
 from regraft.tensors import DTYPES
@@ -167,20 +165,19 @@ def _plan(
     threads: int | None, token: str | None, peft_version: str | None,
 ) -> Plan:  # fmt: skip
     """Return the plan of the merge into files, without files."""
-    choices = choices_of(dtype, None, NO_CAP, threads, peft_version=peft_version)
-    wanted = parse_adapters(adapters)
-    refuse_swapped(base, wanted)
-    stored, opened = open_inputs(
-        lambda: open_base(locate(base, kind="base", token=token)), wanted, token, peft_version
+    options = MergeOptions.of(
+        dtype=dtype, max_memory=NO_CAP, threads=threads, peft_version=peft_version
     )
+    wanted = parse_adapters(adapters)
+    stored, opened = open_named(base, wanted, token, peft_version)
     read = read_adapters(opened)
-    plain, quantization = see(stored, choices.dtype)
+    plain, quantization = see(stored, options.dtype)
     if not plain.config:
         raise UsageError(
             "a model cannot be made of weights alone", where=stored.source, expected="config.json",
             hint="Name the folder that holds the config beside the weights",
         )  # fmt: skip
-    return make_plan(plain, read, choices, None, quantization=quantization)
+    return make_plan(plain, read, options, None, quantization=quantization)
 
 
 # -- the model -------------------------------------------------------------------------------------

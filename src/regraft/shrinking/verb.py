@@ -30,18 +30,10 @@ from regraft.formats.hub import locate
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
 from regraft.formats.problems import capped
 from regraft.memory import peak_memory
-from regraft.merging.files.publish import (
-    check_output,
-    check_space,
-    copy_file,
-    out_path,
-    replaced_inputs,
-    write_file,
-    write_pieces,
-)
+from regraft.merging.files.output_folder import OutputFolder
+from regraft.merging.files.publish import copy_file, write_file, write_pieces
 from regraft.merging.files.side_files import CARD, SideFiles, adapter_side_files, json_bytes
-from regraft.merging.files.staging import workplace
-from regraft.merging.planning.planner import parse_dtype
+from regraft.merging.options import parse_dtype
 from regraft.progress import Progress, tell
 from regraft.shrinking.card import shrunk_card
 from regraft.shrinking.config import with_one_scale, with_ranks
@@ -129,13 +121,11 @@ def shrink(
         NumericError: values are too large for the dtype; lists every tensor.
     """
     started = time.perf_counter()
-    place = out_path(out)
-    inputs = replaced_inputs(place, adapter, base)
-    check_output(place, inputs, overwrite=overwrite, kind="adapter")
+    output = OutputFolder.asked_for(out, adapter, base, overwrite=overwrite, kind="adapter")
     choices = _choices(dtype, rank, energy, uniform)
     tell(progress, "read", 0)
     job = _opened(adapter, base, choices, token)
-    check_output(place, job.inputs, overwrite=overwrite, kind="adapter")
+    output.check_inputs(job.inputs)
     with FilePool() as files, one_thread():
         told = Told(progress, job.work_bytes)
         lost = _looked_through(job, files, told)
@@ -149,11 +139,11 @@ def shrink(
         items = items_of(job.files, job.pairs, forms, dtypes)
         with typed_os_errors(job.files.root):
             sides = sum(path.stat().st_size for path in job.sides.files.values())
-        check_space(place, _size(job, items) + sides)
+        output.check_space(_size(job, items) + sides)
         told.expect(sum(item.nbytes for item in items))
-        report = _report(job, str(place), items, forms, modules, outcomes)
-        card = _card(job, place, items, forms, report)
-        _write(job, items, forms, files, card, place, told, overwrite=overwrite, progress=progress)
+        report = _report(job, str(output.path), items, forms, modules, outcomes)
+        card = _card(job, output.path, items, forms, report)
+        _write(job, items, forms, files, card, output, told, progress)
     return replace(report, seconds=time.perf_counter() - started, peak_memory=peak_memory())
 
 
@@ -349,14 +339,14 @@ def _measured(
 
 def _write(
     job: _Job, items: Sequence[Item], forms: Sequence[Form], files: FilePool, card: bytes | None,
-    place: Path, told: Told, *, overwrite: bool, progress: Progress | None,
+    output: OutputFolder, told: Told, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Write the output beside its place, and rename it into it.
 
     Raises:
         RegraftError: something cannot be read or written.
     """
-    with workplace(place, overwrite=overwrite, kind="adapter") as work:
+    with output.work() as work:
         work.begin("shrink")
         work.keep_only(())  # nothing of an earlier try is taken over
         write_file(work.out / ADAPTER_CONFIG, _config_bytes(job, forms))

@@ -20,7 +20,7 @@ from regraft.formats.layout import RECEIPT
 from regraft.merging.files.receipt import InputRecord, Receipt, read_receipt
 from regraft.merging.inputs.base import open_base
 from regraft.merging.inputs.expert_stacks import with_version
-from regraft.merging.planning.options import open_adapters, read_adapters
+from regraft.merging.inputs.opening import open_adapters, read_adapters
 
 Recipe = tuple[Checkpoint, list[Adapter]]
 """The base and the adapters that a model should be made of."""

@@ -33,8 +33,9 @@ from regraft.merging.inputs.base import decoded_like, see
 from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.inputs.dequantized_view import see_through
 from regraft.merging.inputs.source import FileSource
+from regraft.merging.options import MergeOptions
 from regraft.merging.planning.plan import Made, Plan, Step
-from regraft.merging.planning.planner import Choices, make_plan
+from regraft.merging.planning.planner import make_plan
 from regraft.merging.planning.tiles import Tile, tiles_of
 from regraft.numerics.conversions import KINDS
 from regraft.progress import Progress
@@ -89,26 +90,26 @@ def judge(
     merged: Checkpoint,
     base: Checkpoint,
     adapters: Sequence[Adapter],
-    choices: Choices,
+    options: MergeOptions,
     progress: Progress | None = None,
 ) -> Judgement:
     """Compare every tensor of a merged model with the merge of adapters into a base.
 
     Raises:
-        UnsupportedError: the merged model is quantized, and the choices do not say how; or the base
+        UnsupportedError: the merged model is quantized, and the options do not say how; or the base
             is in a way that is not known.
         MismatchError: adapters and base do not fit.
         MemoryCapError: the merge does not fit under the cap.
         RegraftError: something cannot be read, or an adapter holds NaN.
     """
-    if choices.quantize is None:
+    if options.quantize is None:
         _refuse_packed(merged)
     base, quantization = see(base, decoded_like(base, merged))
-    plan = make_plan(base, adapters, choices, None, quantization=quantization)
+    plan = make_plan(base, adapters, options, None, quantization=quantization)
     places = Places(merged, base)
     answers, subjects = _find(plan, places)
     with FilePool() as files:
-        bench = _Bench(plan, files, base, adapters, choices)
+        bench = _Bench(plan, files, base, adapters, options)
         told = Told(progress, sum(subject.step.nbytes for subject in subjects))
 
         def work(subject: _Subject) -> None:
@@ -259,13 +260,13 @@ class _Bench:
 
     def __init__(
         self, plan: Plan, files: FilePool, base: Checkpoint, adapters: Sequence[Adapter],
-        choices: Choices,
+        options: MergeOptions,
     ) -> None:  # fmt: skip
         self._files, self._base, self._plan = files, base, plan
         self._source = plain_source(plan, FileSource(files))
         self._codes, left = made_steps(plan.steps)
         self._gatherings = Gatherings(left)
-        self._adapters, self._choices = adapters, choices
+        self._adapters, self._options = adapters, options
         self._store = FactorStore(files, FACTOR_CACHE)
         needed = max((step.factor_bytes for step in plan.steps), default=0)
         self._gate = Gate(max(needed, 2 * FACTOR_CACHE))
@@ -525,7 +526,7 @@ class _Bench:
             if number not in self._solo:
                 try:
                     plan = make_plan(
-                        self._base, [self._adapters[number]], self._choices, None,
+                        self._base, [self._adapters[number]], self._options, None,
                         quantization=self._plan.quantization,
                     )  # fmt: skip
                     self._solo[number] = {step.name: step for step in plan.steps}

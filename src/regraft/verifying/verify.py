@@ -13,8 +13,9 @@ from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT, looks_like
-from regraft.merging.planning.options import AdapterArg, choices_of, parse_adapters
-from regraft.merging.planning.planner import Choices, default_threads
+from regraft.merging.inputs.opening import AdapterArg, parse_adapters
+from regraft.merging.options import MergeOptions
+from regraft.merging.planning.planner import default_threads
 from regraft.progress import Progress
 from regraft.verifying.inputs import (
     Inputs,
@@ -77,8 +78,8 @@ def verify(
             prompts) a package is missing.
     """
     wanted = parse_adapters(adapters) if adapters else []
-    asked = choices_of(None, None, max_memory, threads, peft_version=peft_version)
-    choices = replace(asked, threads=asked.threads or default_threads())
+    asked = MergeOptions.of(max_memory=max_memory, threads=threads, peft_version=peft_version)
+    options = replace(asked, threads=asked.threads or default_threads())
     if receipt_only:
         _check_alone(merged, base, wanted, prompts)
     located = locate(merged, kind="merged", token=token)
@@ -88,7 +89,7 @@ def verify(
         _check_complete(merged, base, wanted, inputs)
     if prompts is not None:
         _check_prompts(prompts, inputs)
-    check = _against_receipt(located, choices, progress, needed=inputs.recipe is None)
+    check = _against_receipt(located, options, progress, needed=inputs.recipe is None)
     if inputs.recipe is None:
         return _report(located.source, check, None, inputs.said)
     try:
@@ -98,11 +99,11 @@ def verify(
             raise
         check.notes.append(f"the merge was not done again: {error.problems[0]}")
         return _report(located.source, check, None)
-    judged, said = _judged(opened, inputs, _as_coded(choices, inputs.receipt), check, progress)
+    judged, said = _judged(opened, inputs, _as_coded(options, inputs.receipt), check, progress)
     report = _report(located.source, check, judged, said)
     if prompts is None or judged is None:
         return report
-    return _with_answers(report, opened, inputs.recipe, prompts, choices, progress)
+    return _with_answers(report, opened, inputs.recipe, prompts, options, progress)
 
 
 def _check_alone(
@@ -131,7 +132,7 @@ def _check_complete(
 
 
 def _judged(
-    merged: Checkpoint, inputs: Inputs, choices: Choices, check: ReceiptCheck | None,
+    merged: Checkpoint, inputs: Inputs, options: MergeOptions, check: ReceiptCheck | None,
     progress: Progress | None,
 ) -> tuple[Judgement | None, str]:  # fmt: skip
     """Do the merge again and compare; return also what to say of the inputs.
@@ -146,7 +147,7 @@ def _judged(
     base = inputs.recipe[0]
     other = f"the merge was not done again: {base.source} is not the base that was merged any more"
     try:
-        judged = _again(merged, inputs.recipe, choices, progress)
+        judged = _again(merged, inputs.recipe, options, progress)
     except InputError as error:
         if inputs.record is None:
             raise
@@ -178,7 +179,7 @@ def _check_prompts(prompts: str | Path, inputs: Inputs) -> None:
 
 
 def _against_receipt(
-    located: Located, choices: Choices, progress: Progress | None, *, needed: bool
+    located: Located, options: MergeOptions, progress: Progress | None, *, needed: bool
 ) -> ReceiptCheck | None:
     """Hold a folder against its receipt; return None where there is none and none is needed."""
     from regraft.merging.files.receipt import read_receipt
@@ -194,7 +195,7 @@ def _against_receipt(
         if needed:
             raise
         return ReceiptCheck([Difference(RECEIPT, "", error.problems[0].what)])
-    check = check_receipt(located.path, receipt, threads=choices.threads or 1, progress=progress)
+    check = check_receipt(located.path, receipt, threads=options.threads or 1, progress=progress)
     check.differences += _unusable_undo(located.path, receipt, check)
     return check
 
@@ -230,27 +231,27 @@ def _no_receipt(located: Located) -> InputError:
     )
 
 
-def _as_coded(choices: Choices, receipt: Receipt | None) -> Choices:
-    """Return choices with how a merged model's receipt says that it was quantized."""
-    options = receipt.options if receipt is not None else {}
-    if options.get("quantize") is None:
-        return choices
+def _as_coded(options: MergeOptions, receipt: Receipt | None) -> MergeOptions:
+    """Return options with how a merged model's receipt says that it was quantized."""
+    recorded = receipt.options if receipt is not None else {}
+    if recorded.get("quantize") is None:
+        return options
     return replace(
-        choices,
-        quantize=options["quantize"],
-        rounding=options["rounding"],
-        seed=options["seed"],
-        double_quant=options.get("double_quant", False),
+        options,
+        quantize=recorded["quantize"],
+        rounding=recorded["rounding"],
+        seed=recorded["seed"],
+        double_quant=recorded.get("double_quant", False),
     )
 
 
 def _again(
-    merged: Checkpoint, recipe: Recipe, choices: Choices, progress: Progress | None
+    merged: Checkpoint, recipe: Recipe, options: MergeOptions, progress: Progress | None
 ) -> Judgement:
     """Do the merge again and compare."""
     from regraft.verifying.recompute import judge
 
-    return judge(merged, *recipe, choices, progress)
+    return judge(merged, *recipe, options, progress)
 
 
 _LOST = (
@@ -261,13 +262,13 @@ _LOST = (
 
 def _with_answers(
     report: VerifyReport, merged: Checkpoint, recipe: Recipe, prompts: str | Path,
-    choices: Choices, progress: Progress | None,
+    options: MergeOptions, progress: Progress | None,
 ) -> VerifyReport:  # fmt: skip
     """Add to a report how the answers to prompts agree."""
     from regraft.verifying.prompting.prompts import compare_prompts
 
     try:
-        answers = compare_prompts(merged, *recipe, prompts, choices, progress=progress)
+        answers = compare_prompts(merged, *recipe, prompts, options, progress=progress)
     except (InputError, EnvironmentShortfall) as error:
         if report.verdict != "different":
             raise

@@ -28,8 +28,8 @@ from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.inputs.dequantized_view import Quantization, as_stored
 from regraft.merging.inputs.source import FileSource, Source
 from regraft.merging.inputs.stacking import plain_values
+from regraft.merging.options import KEEP
 from regraft.merging.planning.plan import Plan, Step
-from regraft.merging.planning.quantized_output import KEEP
 from regraft.merging.planning.targets import Target
 from regraft.merging.planning.tiles import Tile, tiles_of
 from regraft.merging.undo.patch import PatchWriter

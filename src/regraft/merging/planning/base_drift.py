@@ -33,6 +33,11 @@ class TrainedOn:
     base: Checkpoint
     quantization: Quantization | None
 
+    @property
+    def stored(self) -> Checkpoint:
+        """The base as it is on disk."""
+        return self.base if self.quantization is None else self.quantization.stored
+
     def spec(self, step: Step) -> TensorSpec | None:
         """Return the tensor that a step's source is to be compared with; None for none.
 

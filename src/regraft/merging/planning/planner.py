@@ -6,19 +6,20 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.model import Adapter
-from regraft.errors import MemoryCapError, MismatchError, Problem, UsageError
+from regraft.errors import MemoryCapError, MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
 from regraft.merging.inputs.base_index import BaseIndex
 from regraft.merging.inputs.dequantized_view import Quantization, removed, room_of, turned
 from regraft.merging.inputs.published import published
+from regraft.merging.options import KEEP, MergeOptions
 from regraft.merging.planning.base_drift import TrainedOn
 from regraft.merging.planning.completeness import notes_of_class
 from regraft.merging.planning.config_updates import (
@@ -31,7 +32,6 @@ from regraft.merging.planning.config_updates import (
 from regraft.merging.planning.match import Matching, Work, match
 from regraft.merging.planning.plan import OutputShard, Plan, Segment, Step
 from regraft.merging.planning.quantized_output import (
-    KEEP,
     KeptSteps,
     MadeSteps,
     check_made,
@@ -42,7 +42,7 @@ from regraft.merging.planning.quantized_output import (
 from regraft.merging.planning.ties import TieOutcome, output_rows, settle_ties, vocabulary_changed
 from regraft.merging.planning.tiles import smallest_tile
 from regraft.names import NameMap
-from regraft.tensors import BY_CONFIG_NAME, DTYPE_ALIASES, DTYPES, WORKING_DTYPES
+from regraft.tensors import DTYPES, WORKING_DTYPES
 
 BASELINE_BYTES = 170 * 2**20
 """Resident memory of the interpreter with numpy, numba and the compiled kernels, measured."""
@@ -56,77 +56,25 @@ FACTOR_BYTES = 48 * 2**20
 """Room for the factors of the steps in flight, when none alone needs more."""
 
 
-@dataclass(frozen=True)
-class Choices:
-    """The options of a merge, checked.
-
-    Attributes:
-        dtype: safetensors dtype of every floating-point tensor of the output; None keeps each.
-        shard_size: largest output file in bytes; None keeps the base's files.
-        max_memory: cap on resident memory in bytes.
-        threads: worker threads; None chooses.
-        undo: whether the output keeps what an undo needs; None chooses, by :func:`settled`.
-        keep_adapters: whether a copy of each adapter is kept for it.
-        quantize: a format, or ``keep`` for the base's own; None for plain values.
-        rounding: how values become codes, of :data:`regraft.quant.weight.ROUNDINGS`; None
-            chooses.
-        seed: which random bits rounding takes.
-        double_quant: whether the scales of a 4-bit format are quantized too.
-        peft_version: the release of PEFT that trained adapters whose config does not say it.
-    """
-
-    dtype: str | None
-    shard_size: int | None
-    max_memory: int
-    threads: int | None
-    undo: bool | None = False
-    keep_adapters: bool = False
-    quantize: str | None = None
-    rounding: str | None = None
-    seed: int = 0
-    double_quant: bool = False
-    peft_version: str | None = None
-
-
-def settled(choices: Choices, quantization: Quantization | None) -> Choices:
-    """Return choices in which it is settled whether an undo is kept.
+def settled(options: MergeOptions, quantization: Quantization | None) -> MergeOptions:
+    """Return options in which it is settled whether an undo is kept.
 
     Not, if not asked for, where weights are put into another format: nothing in the output tells
     of what they were, so an undo would be a copy of them.
     """
-    format = _format(choices, quantization)
-    undo = format in (None, KEEP) if choices.undo is None else choices.undo
-    return replace(
-        choices, quantize=format, undo=undo, keep_adapters=choices.keep_adapters and undo
-    )
+    format = _format(options, quantization)
+    undo = format in (None, KEEP) if options.undo is None else options.undo
+    return replace(options, quantize=format, undo=undo, keep_adapter=options.keep_adapter and undo)
 
 
-def _format(choices: Choices, quantization: Quantization | None) -> str | None:
-    return resolved(choices.quantize, quantization, double_quant=choices.double_quant)
-
-
-def parse_dtype(name: str | None) -> str | None:
-    """Return the safetensors dtype for ``"bfloat16"``, ``"bf16"``, ``"torch.half"``, ...
-
-    Raises:
-        UsageError: it is none that regraft can write.
-    """
-    if name is None:
-        return None
-    short = str(name).removeprefix("torch.")
-    short = DTYPE_ALIASES.get(short.lower(), short)
-    found = BY_CONFIG_NAME.get(short) or DTYPES.get(short.upper())
-    if found is None or found.name not in WORKING_DTYPES:
-        raise UsageError(
-            f"cannot write dtype {name!r}", where="--dtype", expected="float32, bfloat16 or float16"
-        )
-    return found.name
+def _format(options: MergeOptions, quantization: Quantization | None) -> str | None:
+    return resolved(options.quantize, quantization, double_quant=options.double_quant)
 
 
 def make_plan(
     base: Checkpoint,
     adapters: Sequence[Adapter],
-    choices: Choices,
+    options: MergeOptions,
     out: Path | None,
     undone: Mapping[str, Step] | None = None,
     quantization: Quantization | None = None,
@@ -137,7 +85,7 @@ def make_plan(
     Args:
         base: the base; of a quantized one its plain weights.
         adapters: the adapters, in the order they are added.
-        choices: the options.
+        options: what was asked for.
         out: the output folder, if it is known.
         undone: the steps of an earlier merge that are run backwards while the base is read.
         quantization: how the base is quantized, if it is.
@@ -149,13 +97,13 @@ def make_plan(
         MemoryCapError: a step cannot fit under the cap.
     """
     transposed: frozenset[str] = frozenset()
-    choices = replace(choices, quantize=_format(choices, quantization))
-    if choices.quantize == KEEP:
+    options = replace(options, quantize=_format(options, quantization))
+    if options.quantize == KEEP:
         kept = kept_format(base, quantization)
         base, transposed = turned(base, kept), kept.transposed
     chosen = choose_class(base, adapters)
     names = NameMap.for_config(base.config, chosen.name)
-    if choices.quantize != KEEP:
+    if options.quantize != KEEP:
         if quantization is not None:
             base, quantization = published(base, quantization, names)
         trained_on = trained_on and trained_on.published(names)
@@ -163,70 +111,70 @@ def make_plan(
     matching = match(index, adapters)
     ties = settle_ties(index, matching, base.config)
     works = {**matching.works, **{work.name: work for work in ties.parted}}
-    updates = _config_updates(index, works, ties, choices, matching)
+    updates = _config_updates(index, works, ties, options, matching)
     updates |= class_updates(index, adapters, works, chosen)
     left_out = left_out_of(base, index)
     matching.problems += [*chosen.problems, *missing_head(index, adapters, works, left_out)]
-    matching.problems += unfit_for_codes(works.values(), kept=choices.quantize == KEEP)
+    matching.problems += unfit_for_codes(works.values(), kept=options.quantize == KEEP)
     if matching.problems:
         raise MismatchError(matching.problems)
     made = None
-    if choices.quantize not in (None, KEEP):
-        made = MadeSteps(index, choices.quantize or "", choices.double_quant)
-    shards = _shards(base, works, choices, left_out, quantization, made)
+    if options.quantize not in (None, KEEP):
+        made = MadeSteps(index, options.quantize or "", options.double_quant)
+    shards = _shards(base, works, options, left_out, quantization, made)
     steps = [step for shard in shards for step in shard.steps]
     if trained_on is not None:
         trained_on.check(steps)
     read = (quantization, trained_on and trained_on.quantization)
     room = sum(room_of(each.stacks.values()) for each in read if each)
     threads, tile, memory = fit_memory(
-        steps, choices, undone, compare=trained_on is not None, room=room
+        steps, options, undone, compare=trained_on is not None, room=room
     )
     if made is not None:
         check_made(steps, base, made.format)
         updates |= made.config(steps, base.config or {})
-    elif choices.quantize is None and quantization is not None:
+    elif options.quantize is None and quantization is not None:
         updates |= dict.fromkeys(removed(base.config or {}))
     warnings = [
         *matching.warnings, *_notes(adapters, ties), *note_left_out(index, left_out), *chosen.notes,
         *notes_of_class(
             index, works, left_out,
-            merged_out=choices.quantize is None and quantization is not None,
+            merged_out=options.quantize is None and quantization is not None,
         ),
         *(quantization.warnings if quantization is not None else ()),
         *_notes_of_base(adapters, quantized=bool(quantization or trained_on)),
     ]  # fmt: skip
     return Plan(
-        base, tuple(adapters), tuple(shards), updates, _options(choices), memory, threads, tile,
+        base, tuple(adapters), tuple(shards), updates, _recorded(options), memory, threads, tile,
         tuple(warnings), out=str(out) if out else None, quantization=quantization,
         trained_on=trained_on,
     )  # fmt: skip
 
 
-def _options(choices: Choices) -> dict[str, Any]:
-    """Return the choices that decide the bytes, as the receipt has them."""
-    options: dict[str, Any] = {
-        "dtype": choices.dtype and DTYPES[choices.dtype].config_name,
-        "shard_size": choices.shard_size,
-        "undo": bool(choices.undo),
+def _recorded(options: MergeOptions) -> dict[str, Any]:
+    """Return the options that decide the bytes, as the receipt has them."""
+    recorded: dict[str, Any] = {
+        "dtype": options.dtype and DTYPES[options.dtype].config_name,
+        "shard_size": options.shard_size,
+        "undo": bool(options.undo),
     }
-    if choices.quantize is not None:
-        options |= {"quantize": choices.quantize, "rounding": _rounding(choices)}
-        options |= {"seed": choices.seed}
-    if choices.quantize not in (None, KEEP):
-        options["double_quant"] = choices.double_quant
-    if choices.peft_version is not None:
-        options["peft_version"] = choices.peft_version
-    return options
+    if options.quantize is not None:
+        recorded |= {"quantize": options.quantize, "rounding": _rounding(options)}
+        recorded |= {"seed": options.seed}
+    if options.quantize not in (None, KEEP):
+        recorded["double_quant"] = options.double_quant
+    if options.peft_version is not None:
+        recorded["peft_version"] = options.peft_version
+    return recorded
 
 
-def _rounding(choices: Choices) -> str:
+def _rounding(options: MergeOptions) -> str:
     """Return how values become codes.
 
     Weights that lie on a grid need chance to leave their places as far as a small delta asks.
     Others fall to either side by themselves, and chance would only add noise.
     """
-    return choices.rounding or ("stochastic" if choices.quantize == KEEP else "nearest")
+    return options.rounding or ("stochastic" if options.quantize == KEEP else "nearest")
 
 
 # -- config ----------------------------------------------------------------------------------------
@@ -236,7 +184,7 @@ def _config_updates(
     index: BaseIndex,
     works: Mapping[str, Work],
     ties: TieOutcome,
-    choices: Choices,
+    options: MergeOptions,
     matching: Matching,
 ) -> dict[str, Any]:
     """Return what changes in config.json, by dotted path."""
@@ -247,8 +195,8 @@ def _config_updates(
             if not path or isinstance(config.get("text_config"), dict):
                 updates[f"{path}tie_word_embeddings"] = False
     updates |= _vocabulary_updates(index, works, matching, config)
-    if choices.dtype:
-        updates |= _dtype_updates(config, DTYPES[choices.dtype].config_name)
+    if options.dtype:
+        updates |= _dtype_updates(config, DTYPES[options.dtype].config_name)
     return updates
 
 
@@ -304,20 +252,20 @@ def _dtype_updates(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _shards(
-    base: Checkpoint, works: Mapping[str, Work], choices: Choices, left_out: frozenset[str],
+    base: Checkpoint, works: Mapping[str, Work], options: MergeOptions, left_out: frozenset[str],
     quantization: Quantization | None, made: MadeSteps | None,
 ) -> list[OutputShard]:  # fmt: skip
-    if choices.quantize == KEEP and quantization is not None:
+    if options.quantize == KEEP and quantization is not None:
         base = replace(base, shards=quantization.stored.shards)
         kept = KeptSteps(
-            works, quantization, lambda n: _step(n, base, works.get(n), choices), segments_of
+            works, quantization, lambda n: _step(n, base, works.get(n), options), segments_of
         )
         files = [[kept.step(n) for n in s.tensors if n not in left_out] for s in base.shards]
         known = {*quantization.weights}
     else:
         files = [
             [
-                _step(name, base, works.get(name), choices)
+                _step(name, base, works.get(name), options)
                 for name in shard.tensors
                 if name not in left_out
             ]
@@ -325,12 +273,12 @@ def _shards(
         ]
         known = set()
     known |= {step.name for steps in files for step in steps}
-    extra = [_step(name, base, work, choices) for name, work in works.items() if name not in known]
+    extra = [_step(name, base, work, options) for name, work in works.items() if name not in known]
     if made is not None:
         files = [[each for step in steps for each in made.of(step)] for steps in files]
         extra = [each for step in extra for each in made.of(step)]
-    if choices.shard_size:
-        files = _split([step for steps in files for step in steps] + extra, choices.shard_size)
+    if options.shard_size:
+        files = _split([step for steps in files for step in steps] + extra, options.shard_size)
         names = numbered_names(len(files), _stem(base))
     else:
         files[-1].extend(extra)
@@ -378,15 +326,15 @@ def _split(steps: list[Step], limit: int) -> list[list[Step]]:
     return files
 
 
-def _step(name: str, base: Checkpoint, work: Work | None, choices: Choices) -> Step:
+def _step(name: str, base: Checkpoint, work: Work | None, options: MergeOptions) -> Step:
     if work is None:
         spec = base.tensors[name]
-        dtype = _output_dtype(spec.dtype, choices)
+        dtype = _output_dtype(spec.dtype, options)
         same = dtype == spec.dtype and not spec.is_virtual
         action: Action = "copy" if same else "convert"
         return Step(name, action, spec, None, dtype, spec.shape)
     stored = work.base.dtype if work.base is not None else _main_dtype(base, work.source.dtype)
-    dtype = _output_dtype(stored, choices)
+    dtype = _output_dtype(stored, options)
     shape = (output_rows(work), *work.source.shape[1:]) if work.source.shape else ()
     return Step(
         name, action_of(work), work.source, work.source_adapter, dtype, shape,
@@ -403,8 +351,8 @@ def action_of(work: Work) -> Action:
     return "replace" if work.source_adapter is not None else "add"
 
 
-def _output_dtype(stored: str, choices: Choices) -> str:
-    return choices.dtype if choices.dtype and stored in WORKING_DTYPES else stored
+def _output_dtype(stored: str, options: MergeOptions) -> str:
+    return options.dtype if options.dtype and stored in WORKING_DTYPES else stored
 
 
 def _main_dtype(base: Checkpoint, fallback: str) -> str:
@@ -440,14 +388,14 @@ TO_DECODE, TO_DECODE_GGUF, TO_ENCODE, TO_COMPARE = 1, 5, 6, 10
 
 
 def fit_memory(
-    steps: Sequence[Step], choices: Choices, undone: Mapping[str, Step] | None = None,
+    steps: Sequence[Step], options: MergeOptions, undone: Mapping[str, Step] | None = None,
     *, compare: bool = False, room: int = 0,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Choose threads and tile size under the cap: ``(threads, tile bytes, memory bytes)``.
 
     Args:
         steps: what is to be done.
-        choices: the cap, the threads, and whether an undo is kept for.
+        options: the cap, the threads, and whether an undo is kept for.
         undone: the steps of an earlier merge that are run backwards meanwhile.
         compare: whether another base is read beside.
         room: bytes that reading takes, however many threads do it.
@@ -463,9 +411,9 @@ def fit_memory(
 
     largest = max(steps, key=cost)
     factors = max(FACTOR_BYTES, cost(largest))
-    wanted = choices.threads or default_threads()
+    wanted = options.threads or default_threads()
     fixed = BASELINE_BYTES + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors + room
-    tiles = PER_THREAD + TO_KEEP * bool(choices.undo) + TO_RESTORE * (undone is not None)
+    tiles = PER_THREAD + TO_KEEP * bool(options.undo) + TO_RESTORE * (undone is not None)
     tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
     tiles += TO_DECODE_GGUF * any(step.source.path.suffix == ".gguf" for step in steps)
     tiles += TO_COMPARE * compare
@@ -475,7 +423,7 @@ def fit_memory(
     rows += [smallest_tile(step, backwards=True) for step in back.values()]
     least = max(SMALLEST_TILE, -(-max(rows) // 4096) * 4096)
     for threads in range(wanted, 0, -1):
-        tile = min(max(LARGEST_TILE, least), (choices.max_memory - fixed) // (tiles * threads))
+        tile = min(max(LARGEST_TILE, least), (options.max_memory - fixed) // (tiles * threads))
         tile -= tile % 4096  # whole values, and whole blocks of the disk
         if tile >= least:
             return threads, tile, fixed + tiles * threads * tile
@@ -483,7 +431,7 @@ def fit_memory(
     raise MemoryCapError(
         "one step needs more memory than allowed",
         where=largest.name,
-        expected=f"at most {choices.max_memory / 2**20:.0f} MiB (--max-memory)",
+        expected=f"at most {options.max_memory / 2**20:.0f} MiB (--max-memory)",
         found=f"{math.ceil(needed / 2**20)} MiB",
         hint=f"Allow it: --max-memory {math.ceil(needed / 2**20)}MiB",
     )

@@ -12,15 +12,13 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
 from regraft.merging.inputs.base_index import BaseIndex
 from regraft.merging.inputs.dequantized_view import CONFIG_KEYS, Quantization, as_stored
+from regraft.merging.options import KEEP
 from regraft.merging.planning.linear_layers import is_linear, plain_modules
 from regraft.merging.planning.match import Work
 from regraft.merging.planning.plan import Made, Segment, Step
 from regraft.quant.registry import maker_of
 from regraft.quant.weight import FORMATS
 from regraft.tensors import WORKING_DTYPES
-
-KEEP = "keep"
-"""What ``quantize`` is for the base's own format."""
 
 Plain = Callable[[str], Step]
 """Gives the step that a tensor has in a merge into plain values."""

@@ -19,8 +19,8 @@ from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.requantize import ValuesOf, can_be_told, told_codes
 from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.inputs.source import Source
+from regraft.merging.options import KEEP
 from regraft.merging.planning.plan import Plan
-from regraft.merging.planning.quantized_output import KEEP
 from regraft.merging.planning.tiles import Tile
 from regraft.merging.undo.patch import CHUNKS, PLANES, packed, section
 from regraft.quant.weight import Block, QuantizedWeight

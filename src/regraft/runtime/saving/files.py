@@ -56,7 +56,7 @@ from regraft.merging.files.publish import (
     write_pieces,
 )
 from regraft.merging.files.side_files import CARD
-from regraft.merging.planning.planner import parse_dtype
+from regraft.merging.options import parse_dtype
 from regraft.runtime.model.live_base import dtype_name, spec_of, torch_dtype_of
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec, nbytes_of
 

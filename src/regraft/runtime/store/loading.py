@@ -21,8 +21,8 @@ from regraft.formats.files.watching import Stamp, watched
 from regraft.formats.hub import locate
 from regraft.merging.compute.factors import not_finite
 from regraft.merging.inputs.expert_stacks import check_version, with_version
+from regraft.merging.options import parse_dtype
 from regraft.merging.planning.match import prefix_changes
-from regraft.merging.planning.planner import parse_dtype
 from regraft.runtime.model.fingerprint import compare
 from regraft.runtime.model.live_base import LiveBase, torch_dtype_of
 from regraft.runtime.model.matching import LiveAdapter, adapter_of

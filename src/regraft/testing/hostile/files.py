@@ -24,7 +24,8 @@ from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.hub import Located
 from regraft.formats.safetensors import Header, build_header, read_header
 from regraft.inspection import inspect
-from regraft.merging.planning.planner import Choices, make_plan
+from regraft.merging.options import MergeOptions
+from regraft.merging.planning.planner import make_plan
 from regraft.tensors import nbytes_of
 from regraft.testing.hostile import tiny
 from regraft.testing.hostile.headers import mutated_headers
@@ -44,7 +45,7 @@ from regraft.testing.hostile.tiny import TensorShape
 INDEX = "model.safetensors.index.json"
 _SAFE_OPEN_SHARE = 0.02
 _MATCHING_SECONDS = 0.05
-_CHOICES = Choices(None, None, 512 * 2**20, 1)
+_OPTIONS = MergeOptions(threads=1)
 _SHAPE_FILE_LIMIT = 2**43
 
 
@@ -214,7 +215,7 @@ def _writable(
 def _plan(base: Path, adapter: Path, known: Checkpoint | None) -> Any:
     """Do what ``regraft.check`` does."""
     checkpoint = known or open_checkpoint(_located(base))
-    return make_plan(checkpoint, [read_adapter(open_adapter(_located(adapter)))], _CHOICES, None)
+    return make_plan(checkpoint, [read_adapter(open_adapter(_located(adapter)))], _OPTIONS, None)
 
 
 def _located(path: Path) -> Located:

@@ -14,6 +14,7 @@ import gc
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ from regraft.formats.files.reading import typed_os_errors
 from regraft.formats.layout import ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped, quoted
 from regraft.libraries import from_pretrained, from_template, quieted, require
-from regraft.merging.planning.planner import Choices, make_plan
+from regraft.merging.options import MergeOptions
+from regraft.merging.planning.planner import make_plan
 from regraft.progress import Progress, ProgressEvent
 from regraft.verifying.prompting.file import Prompt, read_prompts
 from regraft.verifying.prompting.models import (
@@ -75,7 +77,7 @@ def compare_prompts(
     base: Checkpoint,
     adapters: Sequence[Adapter],
     file: str | Path,
-    choices: Choices,
+    options: MergeOptions,
     *,
     max_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
@@ -90,7 +92,7 @@ def compare_prompts(
         base: the base it should be made from.
         adapters: the adapters it should be made with.
         file: the prompts; see :func:`regraft.verifying.prompting.file.read_prompts`.
-        choices: memory and threads, for the merge that stands in where PEFT cannot be used.
+        options: memory and threads, for the merge that stands in where PEFT cannot be used.
         max_tokens: tokens of a prompt that are looked at.
         progress: called as work proceeds, in bytes of logits.
 
@@ -107,7 +109,7 @@ def compare_prompts(
             auto_class(checkpoint)
         rows = _tokenized(prompts, path, (merged, base), max_tokens)
         run = _Run(rows, folder, progress)
-        live = _live(base, adapters, choices, folder)
+        live = _live(base, adapters, options, folder)
         device = run.keep(live.model, base.source)
         live.model = None
         _collect()
@@ -289,11 +291,13 @@ class _CannotError(Exception):
     """PEFT cannot put an adapter on the base; the message says why."""
 
 
-def _live(base: Checkpoint, adapters: Sequence[Adapter], choices: Choices, folder: Path) -> _Live:
+def _live(
+    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, folder: Path
+) -> _Live:
     """Return the base with its adapters live on it, or merged without rounding."""
     if find_spec("peft") is None:
         note = "PEFT is not installed: regraft's own merge, not rounded, answers as base + adapter"
-        return _Live(_merged_float32(base, adapters, choices, folder), "float32 merge", (note,))
+        return _Live(_merged_float32(base, adapters, options, folder), "float32 merge", (note,))
     try:
         return _Live(_with_peft(base, adapters), "peft")
     except _CannotError as error:
@@ -303,7 +307,7 @@ def _live(base: Checkpoint, adapters: Sequence[Adapter], choices: Choices, folde
         f"PEFT does not load the adapter ({reason}): regraft's own merge, not rounded, answers as "
         "base + adapter"
     )
-    return _Live(_merged_float32(base, adapters, choices, folder), "float32 merge", (note,))
+    return _Live(_merged_float32(base, adapters, options, folder), "float32 merge", (note,))
 
 
 def _with_peft(base: Checkpoint, adapters: Sequence[Adapter]) -> Any:
@@ -358,7 +362,7 @@ def _grow(model: Any, adapters: Sequence[Adapter]) -> None:
 
 
 def _merged_float32(
-    base: Checkpoint, adapters: Sequence[Adapter], choices: Choices, folder: Path
+    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, folder: Path
 ) -> Any:
     """Return a merge that is not rounded to 16 bits, made in a temporary folder."""
     from regraft.formats.checkpoint import open_checkpoint
@@ -368,12 +372,12 @@ def _merged_float32(
     from regraft.merging.inputs.base import see
 
     out = folder / "float32"
-    wide = Choices("F32", None, choices.max_memory, choices.threads)
+    wide = MergeOptions(dtype="F32", max_memory=options.max_memory, threads=options.threads)
     plain, quantization = see(base, wide.dtype)
     plan = make_plan(plain, adapters, wide, out, quantization=quantization)
     _check_disk(folder, plan.nbytes)
     with workplace(out, overwrite=False) as place:
-        build(plan, place, (), "regraft verify", lambda: (0.0, 0, 1), keeping=None)
+        build(plan, place, (), "regraft verify", time.perf_counter(), keeping=None)
     return load_model(open_checkpoint(locate(out, kind="base")))
 
 

@@ -1,9 +1,8 @@
-"""The recipe of a merge, as it is given: adapters with weights, and choices, read and checked."""
+"""What a call names: the base and adapters with their weights; found, opened and read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,8 @@ from regraft.formats.hub import locate
 from regraft.formats.layout import looks_like
 from regraft.formats.problems import of_each, quoted
 from regraft.formats.reference import parse_reference
-from regraft.merging.inputs.expert_stacks import check_version, with_version
-from regraft.merging.planning.planner import Choices, parse_dtype
-from regraft.merging.planning.quantized_output import KEEP
-from regraft.quant.weight import FORMATS, ROUNDINGS
-from regraft.tensors import parse_size
-
-QUANTIZE = (KEEP, *FORMATS)
-"""What ``quantize`` may be."""
-
-
-@dataclass(frozen=True)
-class Coding:
-    """How the output is quantized, as the call has it; see :func:`regraft.merge`."""
-
-    quantize: str | None = None
-    rounding: str | None = None
-    seed: int = 0
-    double_quant: bool = False
-
-
-PLAIN = Coding()
-"""Not at all."""
+from regraft.merging.inputs.base import open_base, open_base_headers
+from regraft.merging.inputs.expert_stacks import with_version
 
 AdapterArg = str | Path | tuple[str | Path, float]
 """An adapter: a path or Hub id, ``"path=0.5"``, or ``(path, 0.5)``."""
@@ -102,64 +81,6 @@ def _weight(value: float | str, where: str) -> float:
     return weight
 
 
-def choices_of(
-    dtype: str | None,
-    shard_size: str | int | None,
-    max_memory: str | int,
-    threads: int | None,
-    undo: bool | None = False,
-    keep_adapter: bool = False,
-    coding: Coding = PLAIN,
-    peft_version: str | None = None,
-) -> Choices:
-    """Return the options of a merge, checked.
-
-    Raises:
-        UsageError: one is none.
-    """
-    sizes = []
-    for name, value in (("shard_size", shard_size), ("max_memory", max_memory)):
-        try:
-            sizes.append(parse_size(value) if value is not None else None)
-        except ValueError as error:
-            raise UsageError(str(error), where=f"--{name.replace('_', '-')}") from None
-    if threads is not None and threads < 1:
-        raise UsageError("threads has to be at least 1", where="--threads", found=str(threads))
-    check_version(peft_version)
-    kept = undo is not False and keep_adapter
-    return Choices(
-        parse_dtype(dtype), sizes[0], sizes[1] or 0, threads, undo, kept, *_coding(coding),
-        peft_version=peft_version,
-    )  # fmt: skip
-
-
-def _coding(coding: Coding) -> tuple[str | None, str | None, int, bool]:
-    """Return how values become codes, checked.
-
-    Raises:
-        UsageError: there is no such format or rounding, or nothing that it could be of.
-    """
-    known = {"quantize": QUANTIZE, "rounding": ROUNDINGS}
-    for name, values in known.items():
-        value = getattr(coding, name)
-        if value is not None and value not in values:
-            raise UsageError(f"cannot do {value!r}", where=f"--{name}", expected=", ".join(values))
-    given = "--rounding" if coding.rounding else "--seed" if coding.seed else ""
-    if coding.quantize is None and given:
-        raise UsageError(
-            "rounding to codes needs codes", where=given, expected="--quantize too",
-            hint="A merge into plain values rounds to nearest; see --dtype",
-        )  # fmt: skip
-    if not 0 <= coding.seed < 2**63:
-        raise UsageError("seed has to be a whole number from 0 to 2^63 - 1", where="--seed")
-    if coding.double_quant and coding.quantize not in ("nf4", "fp4"):
-        raise UsageError(
-            "only scales of 4-bit formats are quantized", where="--double-quant",
-            expected="nf4 or fp4", found=str(coding.quantize),
-        )  # fmt: skip
-    return coding.quantize, coding.rounding, coding.seed, coding.double_quant
-
-
 def open_adapters(
     adapters: Sequence[tuple[str, float]], token: str | None, peft_version: str | None = None
 ) -> list[tuple[AdapterFiles, float]]:
@@ -178,18 +99,40 @@ def open_adapters(
     return of_each(opened, adapters)
 
 
-def open_inputs(
-    base: Callable[[], Checkpoint],
+def open_named(
+    base: str | Path | None,
     adapters: Sequence[tuple[str, float]],
     token: str | None,
     peft_version: str | None,
+    *,
+    headers_only: bool = False,
 ) -> tuple[Checkpoint, list[tuple[AdapterFiles, float]]]:
-    """Open the base, by a function, and adapters; all that cannot be opened is raised together."""
+    """Open the base and adapters of a call; all that cannot be opened is raised together.
+
+    Args:
+        base: the base; None for the one that the adapters name in their configs.
+        adapters: sources and weights.
+        token: Hub token.
+        peft_version: the release of PEFT that trained adapters whose config does not say it.
+        headers_only: of a base on the Hub, read no more than headers.
+
+    Raises:
+        UsageError: base and adapter are swapped, or the adapters do not name one base.
+        RegraftError: something cannot be opened.
+    """
+    named = base_named_by(adapters, token) if base is None else base
+    refuse_swapped(named, adapters)
+
+    def opened() -> Checkpoint:
+        if headers_only:
+            return open_base_headers(named, token)
+        return open_base(locate(named, kind="base", token=token))
+
     openers: tuple[Callable[[], Any], ...] = (
-        base, lambda: open_adapters(adapters, token, peft_version),
+        opened, lambda: open_adapters(adapters, token, peft_version),
     )  # fmt: skip
-    checkpoint, opened = of_each(lambda opener: opener(), openers)
-    return checkpoint, opened
+    checkpoint, files = of_each(lambda opener: opener(), openers)
+    return checkpoint, files
 
 
 def read_adapters(opened: Sequence[tuple[AdapterFiles, float]]) -> list[Adapter]:

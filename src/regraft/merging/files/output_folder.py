@@ -1,0 +1,81 @@
+"""Where a verb writes: looked at before anything is fetched, and when inputs are known; locked.
+
+Every verb that makes a folder begins with one of these, in this order: ``asked_for``,
+``check_inputs``, ``check_space``, ``work``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from regraft.merging.files.publish import (
+    SLACK_BYTES,
+    Kind,
+    check_output,
+    check_space,
+    free_bytes,
+    out_path,
+    replaced_inputs,
+)
+from regraft.merging.files.staging import Workplace, workplace
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """The folder that a verb makes.
+
+    Attributes:
+        path: where it will be.
+        overwrite: whether it may replace a folder that holds what it will hold.
+        kind: what it will hold.
+    """
+
+    path: Path
+    overwrite: bool
+    kind: Kind = "model"
+
+    @classmethod
+    def asked_for(
+        cls, out: str | Path, *sources: object, overwrite: bool, kind: Kind = "model"
+    ) -> OutputFolder:
+        """Return the folder that a call asks for, before any input is opened or fetched.
+
+        Args:
+            out: the output as the call has it.
+            sources: the inputs as the call has them; see
+                :func:`~regraft.merging.files.publish.replaced_inputs`.
+            overwrite, kind: as in the class.
+
+        Raises:
+            UsageError, OutputExistsError: it cannot be there, or may not be replaced.
+        """
+        folder = cls(out_path(out), overwrite, kind)
+        folder.check_inputs(replaced_inputs(folder.path, *sources))
+        return folder
+
+    def check_inputs(self, inputs: Sequence[Path]) -> None:
+        """Refuse an output that would harm an input, or something that lies in its place.
+
+        Raises:
+            UsageError, OutputExistsError: it would.
+        """
+        check_output(self.path, inputs, overwrite=self.overwrite, kind=self.kind)
+
+    def check_space(self, nbytes: int) -> None:
+        """Refuse to begin what will not fit.
+
+        Raises:
+            DiskSpaceError: fewer bytes are free than are needed.
+        """
+        check_space(self.path, nbytes)
+
+    def disk(self, nbytes: int) -> dict[str, int]:
+        """Return the bytes that are needed and those that are free."""
+        return {"needed": nbytes + SLACK_BYTES, "free": free_bytes(self.path)}
+
+    def work(self) -> AbstractContextManager[Workplace]:
+        """Give the locked work folder that becomes this one; see :func:`workplace`."""
+        return workplace(self.path, overwrite=self.overwrite, kind=self.kind)
