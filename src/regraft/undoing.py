@@ -50,7 +50,7 @@ from regraft.progress import Progress, tell
 
 if TYPE_CHECKING:
     from regraft.merging.execution.scheduler import OpenSource
-    from regraft.merging.undo.restore import Recipe
+    from regraft.merging.undo.restore import Restoration
 
 RECEIPT = "regraft/receipt.json"
 
@@ -90,7 +90,7 @@ def unmerge(
     output = OutputFolder.asked_for(out, merged, adapters, overwrite=overwrite)
     options = MergeOptions.of(max_memory=max_memory, threads=threads)
     tell(progress, "read", 0)
-    found = _find(merged, adapters, token, "--adapter")
+    found = _open_merged(merged, adapters, token, "--adapter")
     output.check_inputs(found.inputs)
     output.check_space(sum(file.size for file in found.manifest.files))
 
@@ -175,7 +175,7 @@ def swap(
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
-    found = _find(merged, merged_adapters, token, "--merged-adapter")
+    found = _open_merged(merged, merged_adapters, token, "--merged-adapter")
     opened = open_adapters(wanted, token, peft_version)
     read = [read_adapter(files, weight) for files, weight in opened]
     output.check_inputs([*found.inputs, *(Path(a.root) for a in read)])
@@ -232,7 +232,7 @@ def clean(
 
 
 @dataclass(frozen=True)
-class _Found:
+class _MergedModel:
     """A merged model that keeps an undo."""
 
     located: Located
@@ -264,7 +264,7 @@ class _Undone:
     base: Checkpoint
     quantization: Quantization | None
     steps: dict[str, Step]
-    recipe: Recipe
+    recipe: Restoration
 
     @property
     def stored(self) -> Checkpoint:
@@ -277,10 +277,10 @@ class _Undone:
         return see(self.stored, dtype) if self.stored.container == "gguf" else seen
 
 
-def _find(
+def _open_merged(
     merged: str | Path, adapters: AdapterArg | Sequence[AdapterArg] | None, token: str | None,
     option: str,
-) -> _Found:  # fmt: skip
+) -> _MergedModel:  # fmt: skip
     """Open a merged model: receipt, manifest, weights by their headers, the adapters merged."""
     located = locate(merged, kind="merged", token=token)
     folder = located.path
@@ -292,7 +292,7 @@ def _find(
     check_undo(folder, receipt.files)
     manifest = read_manifest(folder, receipt)
     opened = _merged_adapters(folder, receipt, manifest, adapters, token, option)
-    return _Found(located, folder, receipt, manifest, open_checkpoint(located), tuple(opened))
+    return _MergedModel(located, folder, receipt, manifest, open_checkpoint(located), tuple(opened))
 
 
 def _check_is_model(folder: Path, source: str) -> None:
@@ -346,13 +346,15 @@ def _listed(sources: Sequence[str], weights: Sequence[float]) -> str:
     return ", ".join(f"{s}={w:g}" for s, w in zip(sources, weights, strict=True))
 
 
-def _undone(found: _Found, work: Workplace, patch: PatchReader, options: MergeOptions) -> _Undone:
+def _undone(
+    found: _MergedModel, work: Workplace, patch: PatchReader, options: MergeOptions
+) -> _Undone:
     """Make the base's stand-in and plan the old merge on it again.
 
     Raises:
         UnsupportedError: this version of regraft plans that merge in another way.
     """
-    from regraft.merging.undo.restore import Recipe
+    from regraft.merging.undo.restore import Restoration
 
     folder = work.fresh_base()
     source = found.receipt.base
@@ -376,13 +378,13 @@ def _undone(found: _Found, work: Workplace, patch: PatchReader, options: MergeOp
     steps = {step.name: step for step in made.steps if step.is_invertible}
     kept = {keep.original.name: keep for keep in keeps(made)}
     _check_merged(found, made)
-    recipe = Recipe(
+    recipe = Restoration(
         steps, kept, found.merged.tensors, source.tensors, old.rounding or "stochastic", old.seed
     )
     return _Undone(base, quantization, steps, recipe)
 
 
-def _check_merged(found: _Found, made: Plan) -> None:
+def _check_merged(found: _MergedModel, made: Plan) -> None:
     """Refuse merged weights that lack a tensor, or have it in another shape or dtype.
 
     Raises:
@@ -400,7 +402,7 @@ def _check_merged(found: _Found, made: Plan) -> None:
         raise MismatchError(capped(problems, found.folder))
 
 
-def _opener(undone: _Undone, found: _Found) -> OpenSource:
+def _opener(undone: _Undone, found: _MergedModel) -> OpenSource:
     from regraft.merging.undo.restore import RestoringSource
 
     path = found.folder / UNDO / PATCH
@@ -409,7 +411,7 @@ def _opener(undone: _Undone, found: _Found) -> OpenSource:
     )
 
 
-def _write_side_files(found: _Found, work: Workplace) -> list[str]:
+def _write_side_files(found: _MergedModel, work: Workplace) -> list[str]:
     from regraft.merging.files.publish import write_file
 
     names = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.kernels.streams import PLAIN
 from regraft.deltas.undo import residual_coding as planes
-from regraft.deltas.undo.units import Decoder, Encoder, Kept, Rows, merge, sizes_of
+from regraft.deltas.undo.units import Decoder, Encoder, Kept, TileRows, merge, sizes_of
 from regraft.deltas.undo.units_of_matrix import UNIT_COLUMNS, Units
 from regraft.deltas.weights import Weights
 
@@ -34,7 +34,7 @@ class Case:
     merged: str
     raw: np.ndarray
     result: np.ndarray
-    run: Rows
+    run: TileRows
 
     @property
     def units(self) -> Units:
@@ -75,7 +75,7 @@ def merged_case(
             count = rows if flag & kernels.ROW_FACTOR else columns
             factors.append((1 + 0.05 * rng.normal(size=count)).astype(np.float32))
     result = np.zeros(values.size * SIZES[merged], np.uint8)
-    run = Rows(
+    run = TileRows(
         Weights.of_bytes(raw, source), Weights.of_bytes(result, merged), rows, columns, 0, 0,
         np.concatenate([np.empty(0, np.float32), *left]),
         np.concatenate([np.empty(0, np.float32), *right]), columns, table,

@@ -16,7 +16,7 @@ from regraft.errors import FormatError
 from regraft.formats.files.reading import FilePool
 from regraft.quant import registry
 from regraft.quant.formats import awq
-from regraft.quant.weight import Found
+from regraft.quant.weight import FoundWeights
 from regraft.testing.codecs import check_codec, stored
 
 SHAPES = [(32, 8), (16, 40), (48, 24), (64, 136), (1, 8)]
@@ -89,7 +89,7 @@ def test_weights_are_what_the_formula_says(
     check(tmp_path, tensors, {}, expected)
 
 
-def search(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Found:
+def search(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> FoundWeights:
     """Look for AWQ weights in tensors."""
     path = folder / "m.safetensors"
     save_file(tensors, path)

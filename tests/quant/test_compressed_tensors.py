@@ -19,7 +19,7 @@ from regraft.errors import FormatError
 from regraft.formats.files.reading import FilePool
 from regraft.quant import registry
 from regraft.quant.formats import compressed_tensors
-from regraft.quant.weight import Found
+from regraft.quant.weight import FoundWeights
 from regraft.testing.codecs import check_codec, stored
 
 Tensors = dict[str, torch.Tensor]
@@ -241,7 +241,7 @@ def test_a_model_of_several_formats(tmp_path: Path) -> None:
 # -- what is refused -------------------------------------------------------------------------------
 
 
-def search(folder: Path, tensors: Tensors, config: dict[str, Any]) -> Found:
+def search(folder: Path, tensors: Tensors, config: dict[str, Any]) -> FoundWeights:
     """Look for weights in tensors."""
     path = folder / "m.safetensors"
     save_file(tensors, path)

@@ -15,7 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from regraft.errors import FormatError, UnsupportedError
 from regraft.formats.files.reading import FilePool
 from regraft.quant.registry import check_contents, find_weights, method_of
-from regraft.quant.weight import Found, QuantizedWeight
+from regraft.quant.weight import FoundWeights, QuantizedWeight
 from regraft.testing.codecs import check_codec, stored, values, whole
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -29,7 +29,9 @@ def codes(*shape: int) -> torch.Tensor:
     return raw.view(torch.float8_e4m3fn)
 
 
-def found(folder: Path, tensors: dict[str, torch.Tensor], config: Any, files: FilePool) -> Found:
+def found(
+    folder: Path, tensors: dict[str, torch.Tensor], config: Any, files: FilePool
+) -> FoundWeights:
     path = folder / "m.safetensors"
     save_file(tensors, path)
     return find_weights(stored([path], config, "BF16", files))[1]

@@ -12,7 +12,7 @@ import pytest
 
 from regraft.numerics.arrays import Bytes
 from regraft.quant.formats import awq, compressed_tensors, gptq
-from regraft.quant.weight import Found, Stored
+from regraft.quant.weight import FoundWeights, Stored
 from regraft.tensors import TensorSpec, nbytes_of
 
 JUNK: list[Any] = [
@@ -54,7 +54,7 @@ def configs() -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("find", [awq.find, compressed_tensors.find, gptq.find])
-def test_garbage_is_refused_or_read(find: Callable[[Stored], Found]) -> None:
+def test_garbage_is_refused_or_read(find: Callable[[Stored], FoundWeights]) -> None:
     rng = random.Random(0)
     outcomes = set[bool]()
     for config in configs():

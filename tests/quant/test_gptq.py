@@ -16,7 +16,7 @@ from regraft.errors import FormatError
 from regraft.formats.files.reading import FilePool
 from regraft.quant import registry
 from regraft.quant.formats import gptq
-from regraft.quant.weight import Found
+from regraft.quant.weight import FoundWeights
 from regraft.testing.codecs import check_codec, stored
 
 SHAPES = [(32, 32), (64, 96), (96, 32), (160, 64)]
@@ -139,7 +139,7 @@ def test_modules_may_have_bits_of_their_own(tmp_path: Path) -> None:
     check(tmp_path, tensors, config, expected)
 
 
-def search(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Found:
+def search(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> FoundWeights:
     """Look for GPTQ weights in tensors."""
     path = folder / "m.safetensors"
     save_file(tensors, path)

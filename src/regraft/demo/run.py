@@ -19,7 +19,7 @@ from regraft.demo.steps.lessons import LESSONS, MERGED
 from regraft.demo.steps.merging import Measured, run_merge, run_unmerge, same_files, time_copy
 from regraft.demo.steps.model import Base, get_base, weight_bytes
 from regraft.demo.telling import story
-from regraft.demo.telling.conclusion import Found, conclude
+from regraft.demo.telling.conclusion import DemoFindings, conclude
 from regraft.demo.telling.result import DemoResult, Training
 from regraft.demo.telling.text import memory, milliseconds, seconds, size
 from regraft.errors import MissingExtraError
@@ -115,7 +115,7 @@ class _Demo:
         measured = self.merge(base)
         merged, logits, float32_logits = self.ask_merged(base, live)
         restored, unmerging = self.take_back(base, measured)
-        found = Found(
+        found = DemoFindings(
             folder=self.folder,
             base=base,
             training=training,

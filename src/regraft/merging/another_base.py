@@ -20,7 +20,7 @@ from regraft.adapters.model import Adapter
 from regraft.errors import BaseMismatchWarning, redacted
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
-from regraft.merging.inputs.base_index import BaseIndex, Found, Held
+from regraft.merging.inputs.base_index import BaseIndex, ResolvedName, StoredPart
 from regraft.merging.inputs.dequantized_view import Quantization
 from regraft.merging.inputs.source import FileSource, Source
 from regraft.merging.undo.strange_bases import notes_of_strange_base
@@ -158,7 +158,7 @@ class SeenBase:
         return values
 
 
-def _sample(found: Found, held: Held, shape: tuple[int, ...]) -> _Sample | None:
+def _sample(found: ResolvedName, held: StoredPart, shape: tuple[int, ...]) -> _Sample | None:
     """Return the places of a parameter that lie in a stored tensor; None where that is not known.
 
     Args:
@@ -195,7 +195,7 @@ def _sample(found: Found, held: Held, shape: tuple[int, ...]) -> _Sample | None:
     return _Sample(held.spec, which, np.asarray(np.ravel_multi_index(inside, there), np.int64))
 
 
-def _begin(found: Found, held: Held) -> int | None:
+def _begin(found: ResolvedName, held: StoredPart) -> int | None:
     """Return where a part of a joined parameter begins along its axis; None if parts lack."""
     piece = held.piece
     parts = {h.piece.part: h for h in found.held if h.piece.expert == piece.expert}

@@ -32,7 +32,7 @@ from regraft.quant.weight import Block, Codec, QuantizedWeight
 from regraft.tensors import TensorSpec
 
 
-class Output(NamedTuple):
+class StoredOutput(NamedTuple):
     """A stored tensor that a weight becomes: name, safetensors dtype, shape, role."""
 
     name: str
@@ -51,7 +51,7 @@ class Maker(Protocol):
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the format's own library would quantize a weight of this shape."""
 
-    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[Output, ...]:
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[StoredOutput, ...]:
         """Return the stored tensors that a weight becomes; the role of the codes is ``codes``."""
 
     def begin(self, name: str, shape: tuple[int, ...]) -> Making:

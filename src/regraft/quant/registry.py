@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import FormatError, Problem, UnsupportedError
-from regraft.quant.weight import Found, QuantizedWeight, Stored
+from regraft.quant.weight import FoundWeights, QuantizedWeight, Stored
 
 if TYPE_CHECKING:
     from regraft.quant.making import Maker
@@ -95,7 +95,7 @@ def _by_names(stored: Stored) -> str | None:
     return None
 
 
-def find_weights(stored: Stored) -> tuple[str | None, Found]:
+def find_weights(stored: Stored) -> tuple[str | None, FoundWeights]:
     """Return how a checkpoint is quantized, and its quantized weights.
 
     Raises:
@@ -104,7 +104,7 @@ def find_weights(stored: Stored) -> tuple[str | None, Found]:
     """
     method = method_of(stored)
     if method is None:
-        return None, Found()
+        return None, FoundWeights()
     finds = [_finder(module)(stored) for module in METHODS[method]]
     problems = [problem for found in finds for problem in found.problems]
     weights = tuple(weight for found in finds for weight in found.weights)
@@ -112,11 +112,13 @@ def find_weights(stored: Stored) -> tuple[str | None, Found]:
         problems = [_nothing_found(stored, method)]
     problems = problems or _shared(stored, weights)
     _raise(problems)
-    return method, Found(weights, (), tuple(name for found in finds for name in found.skipped))
+    return method, FoundWeights(
+        weights, (), tuple(name for found in finds for name in found.skipped)
+    )
 
 
-def _finder(module: str) -> Callable[[Stored], Found]:
-    find: Callable[[Stored], Found] = import_module(module).find
+def _finder(module: str) -> Callable[[Stored], FoundWeights]:
+    find: Callable[[Stored], FoundWeights] = import_module(module).find
     return find
 
 

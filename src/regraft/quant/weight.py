@@ -168,7 +168,7 @@ class Decoder(ABC):
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundWeights:
     """What a format finds in a checkpoint.
 
     Attributes:
@@ -202,7 +202,7 @@ class Stored:
     where: str
 
 
-Finder = Callable[[Stored], Found]
+Finder = Callable[[Stored], FoundWeights]
 """Finds the weights of one family of formats."""
 
 

@@ -26,7 +26,7 @@ from regraft.runtime.forward.choices import Choice, listed, named
 from regraft.runtime.forward.following import Following
 from regraft.runtime.forward.hooks import Hooks, State
 from regraft.runtime.forward.layers.operations import Part
-from regraft.runtime.forward.selection import Named, Rows, Selection
+from regraft.runtime.forward.selection import Named, RowSelection, Selection
 from regraft.runtime.in_place.merge import Merged, MergeReport, prepared_merge
 from regraft.runtime.in_weights import InWeights
 from regraft.runtime.model.attached import Handle, all_attached, forget, remember
@@ -36,7 +36,7 @@ from regraft.runtime.model.row_axes import is_of_transformers
 from regraft.runtime.model.wrappers import check_trainable, unwrapped
 from regraft.runtime.store import loading
 from regraft.runtime.store.cache import AdapterCache
-from regraft.runtime.store.library import Chosen, Held, Library
+from regraft.runtime.store.library import Chosen, Library, LoadedAdapter
 from regraft.runtime.training.optimizers import watch_optimizers
 from regraft.runtime.whole import Turns, whole
 
@@ -97,7 +97,7 @@ class Adapters(Handle):
         if merged := self.merged_adapters:
             return merged
         selection = self._state.selection()
-        if isinstance(selection, Rows):
+        if isinstance(selection, RowSelection):
             parts = [each.names for each in selection.distinct if each is not None]
             return list(dict.fromkeys(name for names in parts for name, _ in names))
         return [name for name, _ in selection.names] if selection is not None else []
@@ -175,7 +175,7 @@ class Adapters(Handle):
         def read() -> LiveAdapter:
             return loading.load(name, files, adapter)
 
-        def place(live: LiveAdapter) -> Held:
+        def place(live: LiveAdapter) -> LoadedAdapter:
             return self._held(loading.prepared(live, self._base, dtype))
 
         size = loading.bytes_in_use(outline, self._base)
@@ -203,17 +203,17 @@ class Adapters(Handle):
         self._library.check_new(name)
         self._take_whole(self._held(new_adapter(self._base, as_config(config), name)))
 
-    def _held(self, adapter: LiveAdapter) -> Held:
-        return Held(adapter, self._together([(adapter, 1.0)]))
+    def _held(self, adapter: LiveAdapter) -> LoadedAdapter:
+        return LoadedAdapter(adapter, self._together([(adapter, 1.0)]))
 
     def _together(self, parts: Sequence[Part]) -> Selection:
         """Find out what adapters do together, and see to the modules that this needs."""
         return self._following.selection(parts)
 
-    def _take_whole(self, held: Held) -> None:
+    def _take_whole(self, held: LoadedAdapter) -> None:
         self._turns.whole(partial(self._take, held))
 
-    def _take(self, held: Held) -> None:
+    def _take(self, held: LoadedAdapter) -> None:
         if held.adapter.is_trainable:
             check_trainable(self.model)
         self._library.add(held)
@@ -376,13 +376,13 @@ class Adapters(Handle):
             with self._scope(rows):
                 yield
 
-    def _rows(self, of_row: Sequence[Named], repeats: int, chosen: Chosen) -> Rows:
+    def _rows(self, of_row: Sequence[Named], repeats: int, chosen: Chosen) -> RowSelection:
         distinct = {parts: self._selection(parts, chosen) for parts in of_row}
         number = {parts: at for at, parts in enumerate(distinct)}
         mixes, numbers = tuple(distinct.values()), tuple(number[parts] for parts in of_row)
         if not is_of_transformers(self._base.model):
             self._hooks.cover((), ("",))  # such a model is run as a whole, once for each mix
-        rows = Rows(mixes, numbers, self._base, self._state.key, repeats)
+        rows = RowSelection(mixes, numbers, self._base, self._state.key, repeats)
         return self._following.rows(rows)
 
     @contextmanager
@@ -407,7 +407,7 @@ class Adapters(Handle):
                 self._in_weights.enable(block)
                 raise
 
-    def _scope(self, selection: Selection | Rows | None) -> scopes.scope:
+    def _scope(self, selection: Selection | RowSelection | None) -> scopes.scope:
         if scopes.in_task():
             self._state.in_tasks = True
         return scopes.scope(self._state.key, selection, self._state.open_scopes)
@@ -504,7 +504,7 @@ class Adapters(Handle):
 
     def _active_mix(self) -> Named:
         selection = self._state.selection()
-        if isinstance(selection, Rows):
+        if isinstance(selection, RowSelection):
             raise UsageError("rows have adapters of their own here", hint="Name those to be merged")
         return selection.names if selection is not None else ()
 

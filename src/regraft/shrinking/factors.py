@@ -21,7 +21,7 @@ from regraft.deltas.ranks.reduction import (
 )
 from regraft.deltas.rounding import Bytes, decode, encode
 from regraft.formats.files.reading import FilePool
-from regraft.merging.planning.placement import Factors
+from regraft.merging.planning.placement import FactorSizes
 from regraft.shrinking.forms import Form
 from regraft.shrinking.report import ShrunkModule
 from regraft.shrinking.targets import Pair
@@ -84,7 +84,7 @@ def products(
         yield b[:, :, expert].astype(np.float64), a[expert].astype(np.float64)
 
 
-def by_rank(b: Any, sizes: Factors, rank: int) -> Any:
+def by_rank(b: Any, sizes: FactorSizes, rank: int) -> Any:
     """Return a stack's B as (out, r, experts), a view, however the adapter packs it."""
     if sizes.by_expert:
         return b.reshape(sizes.out, sizes.experts, rank).swapaxes(1, 2)

@@ -16,7 +16,7 @@ from regraft.errors import AdapterError, Problem, UnsupportedError
 from regraft.formats.problems import capped, quoted
 from regraft.merging.planning.match import EXPERT_ORDER, PEFT_EMBEDDINGS
 from regraft.merging.planning.placement import (
-    Factors,
+    FactorSizes,
     Misfit,
     Placement,
     dora_on_stack,
@@ -49,7 +49,7 @@ class Pair:
     keys: tuple[str, ...]
     rank: int
     scale: float
-    sizes: Factors
+    sizes: FactorSizes
     group: str
 
     @property

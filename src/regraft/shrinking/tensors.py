@@ -55,7 +55,7 @@ class Item:
         return replace(self.spec, dtype=self.dtype, shape=self.shape, nbytes=self.nbytes)
 
 
-class Told:
+class ShrinkProgress:
     """Tells how far a shrink has come."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
@@ -183,7 +183,7 @@ def _not_finite(values: np.ndarray) -> int:
 
 def content(
     items: Sequence[Item], pairs: Sequence[Pair], forms: Sequence[Form],
-    metadata: Mapping[str, str], files: FilePool, told: Told,
+    metadata: Mapping[str, str], files: FilePool, told: ShrinkProgress,
 ) -> Iterator[bytes]:  # fmt: skip
     """Yield the bytes of the output's weights file, front to back.
 

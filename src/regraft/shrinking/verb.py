@@ -59,7 +59,7 @@ from regraft.shrinking.targets import (
 from regraft.shrinking.telling import error_warning, scale_note, uniform_note
 from regraft.shrinking.tensors import (
     Item,
-    Told,
+    ShrinkProgress,
     content,
     dtypes_of,
     header_of,
@@ -127,7 +127,7 @@ def shrink(
     job = _opened(adapter, base, choices, token)
     output.check_inputs(job.inputs)
     with FilePool() as files, one_thread():
-        told = Told(progress, job.work_bytes)
+        told = ShrinkProgress(progress, job.work_bytes)
         lost = _looked_through(job, files, told)
         outcomes = _compared(job, token)
         dropped = {copy.name for copy in outcomes if copy.outcome == "dropped"}
@@ -161,7 +161,7 @@ class _Choices:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _OpenedAdapter:
     """An adapter that is to be shrunk: its files, what they mean, and what was asked for."""
 
     files: AdapterFiles
@@ -222,7 +222,7 @@ def _choices(dtype: str, rank: int | None, energy: float | None, uniform: bool |
 
 def _opened(
     adapter: str | Path, base: str | Path | None, choices: _Choices, token: str | None
-) -> _Job:
+) -> _OpenedAdapter:
     """Open and read an adapter, from headers and its config.
 
     Raises:
@@ -235,13 +235,15 @@ def _opened(
         refuse_reduction(read, pairs, choices.rank)
     refuse_outside(files.root, ADAPTER_CONFIG)
     sides = adapter_side_files(files.root)
-    return _Job(files, read, pairs, copies_in(files, read), sides, base, choices)
+    return _OpenedAdapter(files, read, pairs, copies_in(files, read), sides, base, choices)
 
 
 # -- before anything is written --------------------------------------------------------------------
 
 
-def _looked_through(job: _Job, files: FilePool, told: Told) -> dict[str, Problem]:
+def _looked_through(
+    job: _OpenedAdapter, files: FilePool, told: ShrinkProgress
+) -> dict[str, Problem]:
     """Look at every value; return the refusal of each tensor, by name, that the dtype is too small
     for. Factors, and biases of B, are looked at once they have their new form.
 
@@ -265,7 +267,7 @@ def _looked_through(job: _Job, files: FilePool, told: Told) -> dict[str, Problem
     return lost
 
 
-def _compared(job: _Job, token: str | None) -> tuple[EmbeddingCopy, ...]:
+def _compared(job: _OpenedAdapter, token: str | None) -> tuple[EmbeddingCopy, ...]:
     """Say of every copy of an embedding what it is to the base's.
 
     Raises:
@@ -281,7 +283,7 @@ def _compared(job: _Job, token: str | None) -> tuple[EmbeddingCopy, ...]:
     )
 
 
-def _ranks(job: _Job, files: FilePool) -> list[int]:
+def _ranks(job: _OpenedAdapter, files: FilePool) -> list[int]:
     """Return the new rank of each pair."""
     if job.choices.energy is not None:
         squares = [squared_values(pair, read_stored(files, pair)) for pair in job.pairs]
@@ -291,7 +293,7 @@ def _ranks(job: _Job, files: FilePool) -> list[int]:
     return [pair.rank for pair in job.pairs]
 
 
-def _forms(job: _Job, ranks: Sequence[int]) -> list[Form]:
+def _forms(job: _OpenedAdapter, ranks: Sequence[int]) -> list[Form]:
     """Return what each pair becomes.
 
     Raises:
@@ -312,7 +314,11 @@ def _forms(job: _Job, ranks: Sequence[int]) -> list[Form]:
 
 
 def _measured(
-    job: _Job, forms: Sequence[Form], files: FilePool, told: Told, problems: list[Problem]
+    job: _OpenedAdapter,
+    forms: Sequence[Form],
+    files: FilePool,
+    told: ShrinkProgress,
+    problems: list[Problem],
 ) -> tuple[ShrunkModule, ...]:
     """Return how far the new factors of each pair are from its own.
 
@@ -338,8 +344,8 @@ def _measured(
 
 
 def _write(
-    job: _Job, items: Sequence[Item], forms: Sequence[Form], files: FilePool, card: bytes | None,
-    output: OutputFolder, told: Told, progress: Progress | None,
+    job: _OpenedAdapter, items: Sequence[Item], forms: Sequence[Form], files: FilePool,
+    card: bytes | None, output: OutputFolder, told: ShrinkProgress, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Write the output beside its place, and rename it into it.
 
@@ -360,21 +366,25 @@ def _write(
 
 
 def _card(
-    job: _Job, place: Path, items: Sequence[Item], forms: Sequence[Form], report: ShrinkReport
+    job: _OpenedAdapter,
+    place: Path,
+    items: Sequence[Item],
+    forms: Sequence[Form],
+    report: ShrinkReport,
 ) -> bytes | None:
     specs = [item.stored for item in items]
     old = job.sides.files.get(CARD)
     return shrunk_card(str(place), old, _config(job, forms), specs, report)
 
 
-def _config_bytes(job: _Job, forms: Sequence[Form]) -> bytes:
+def _config_bytes(job: _OpenedAdapter, forms: Sequence[Form]) -> bytes:
     """Return the new config; where nothing in it changed, the old one byte for byte."""
     if _is_as_before(job, forms) and plain_config(job.files.config) == job.files.config:
         return read_whole(job.files.root / ADAPTER_CONFIG)
     return json_bytes(_config(job, forms))
 
 
-def _config(job: _Job, forms: Sequence[Form]) -> Mapping[str, Any]:
+def _config(job: _OpenedAdapter, forms: Sequence[Form]) -> Mapping[str, Any]:
     """Return the new config."""
     if _is_as_before(job, forms):
         return plain_config(job.files.config)
@@ -384,12 +394,12 @@ def _config(job: _Job, forms: Sequence[Form]) -> Mapping[str, Any]:
     return with_ranks(job.files.config, job.adapter.settings, ranks)
 
 
-def _is_as_before(job: _Job, forms: Sequence[Form]) -> bool:
+def _is_as_before(job: _OpenedAdapter, forms: Sequence[Form]) -> bool:
     """Whether the adapter has these ranks and scales already."""
     return all(form.is_that_of(pair) for pair, form in zip(job.pairs, forms, strict=True))
 
 
-def _size(job: _Job, items: Sequence[Item]) -> int:
+def _size(job: _OpenedAdapter, items: Sequence[Item]) -> int:
     """Return the size of a weights file."""
     return len(header_of(items, job.files.metadata)) + sum(item.nbytes for item in items)
 
@@ -398,7 +408,7 @@ def _size(job: _Job, items: Sequence[Item]) -> int:
 
 
 def _report(
-    job: _Job, output: str, items: Sequence[Item], forms: Sequence[Form],
+    job: _OpenedAdapter, output: str, items: Sequence[Item], forms: Sequence[Form],
     modules: tuple[ShrunkModule, ...], copies: tuple[EmbeddingCopy, ...],
 ) -> ShrinkReport:  # fmt: skip
     """Return what is done, but for the time that it takes to write it."""
@@ -435,7 +445,7 @@ def _dtypes_before(pairs: Sequence[Pair]) -> tuple[str, ...]:
     return tuple(sorted(DTYPES[name].config_name for name in found))
 
 
-def _left_out(job: _Job) -> tuple[str, ...]:
+def _left_out(job: _OpenedAdapter) -> tuple[str, ...]:
     """Return what lies in the adapter's folder and does not go along; folders end with a slash."""
     sides = {name.partition("/")[0] for name in job.sides.files}
     along = {ADAPTER_CONFIG, job.files.weights_file, *sides}
@@ -444,13 +454,13 @@ def _left_out(job: _Job) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name.rstrip("/") not in along))
 
 
-def _scale_note(job: _Job, forms: Sequence[Form]) -> str:
+def _scale_note(job: _OpenedAdapter, forms: Sequence[Form]) -> str:
     if any(form.folded is not None for form in forms):
         return uniform_note(job.pairs, forms)
     return scale_note(_config(job, forms), job.pairs, [form.rank for form in forms])
 
 
-def _notes(job: _Job, copies: Sequence[EmbeddingCopy]) -> tuple[str, ...]:
+def _notes(job: _OpenedAdapter, copies: Sequence[EmbeddingCopy]) -> tuple[str, ...]:
     notes = [_note_on_copies(copies, outcome) for outcome in _KEPT]
     if job.base is not None and not copies:
         notes.append("the adapter holds no copies of embeddings, so the base was not read")

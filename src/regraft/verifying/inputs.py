@@ -22,7 +22,7 @@ from regraft.merging.inputs.base import open_base
 from regraft.merging.inputs.expert_stacks import with_version
 from regraft.merging.inputs.opening import open_adapters, read_adapters
 
-Recipe = tuple[Checkpoint, list[Adapter]]
+BaseWithAdapters = tuple[Checkpoint, list[Adapter]]
 """The base and the adapters that a model should be made of."""
 
 
@@ -38,7 +38,7 @@ class Inputs:
         receipt: the receipt, if there is one.
     """
 
-    recipe: Recipe | None
+    recipe: BaseWithAdapters | None
     said: str = ""
     record: InputRecord | None = None
     files: tuple[AdapterFiles, ...] = ()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from regraft.deltas.weights import Bytes
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
-from regraft.merging.inputs.base_index import BaseIndex, Held, overlap
+from regraft.merging.inputs.base_index import BaseIndex, StoredPart, overlap
 from regraft.merging.planning.plan import Step
 from regraft.names import NameMap, Piece
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
@@ -89,7 +89,7 @@ class Places:
         held = self._index.holding(source) if source else ()
         return held[0].spec if len(held) == 1 and held[0].piece.whole else None
 
-    def _related(self, pieces: Iterable[Piece]) -> list[Held]:
+    def _related(self, pieces: Iterable[Piece]) -> list[StoredPart]:
         """Return the tensors that hold some of the same parameters."""
         return [
             held
@@ -157,7 +157,7 @@ def _moves(piece: Piece) -> bool:
     return piece.transposed or bool(piece.unsupported) or piece.axis != 0 or piece.chunks > 1
 
 
-def _joined(step: Step, found: list[Held]) -> Place | str:
+def _joined(step: Step, found: list[StoredPart]) -> Place | str:
     """Return the place that several tensors are together, expert by expert and part by part."""
     found = sorted(found, key=lambda held: (held.piece.expert or 0, held.piece.part))
     dtypes = {held.spec.dtype for held in found}

@@ -18,8 +18,8 @@ from regraft.merging.options import MergeOptions
 from regraft.merging.planning.planner import default_threads
 from regraft.progress import Progress
 from regraft.verifying.inputs import (
+    BaseWithAdapters,
     Inputs,
-    Recipe,
     find_inputs,
     is_that_base,
     not_of_receipt,
@@ -246,7 +246,7 @@ def _as_coded(options: MergeOptions, receipt: Receipt | None) -> MergeOptions:
 
 
 def _again(
-    merged: Checkpoint, recipe: Recipe, options: MergeOptions, progress: Progress | None
+    merged: Checkpoint, recipe: BaseWithAdapters, options: MergeOptions, progress: Progress | None
 ) -> Judgement:
     """Do the merge again and compare."""
     from regraft.verifying.recompute import judge
@@ -261,7 +261,7 @@ _LOST = (
 
 
 def _with_answers(
-    report: VerifyReport, merged: Checkpoint, recipe: Recipe, prompts: str | Path,
+    report: VerifyReport, merged: Checkpoint, recipe: BaseWithAdapters, prompts: str | Path,
     options: MergeOptions, progress: Progress | None,
 ) -> VerifyReport:  # fmt: skip
     """Add to a report how the answers to prompts agree."""

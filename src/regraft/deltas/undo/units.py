@@ -26,7 +26,7 @@ Counts = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
-class Rows:
+class TileRows:
     """A run of a tile's rows with the deltas that fall on all of it, in the form the kernels take.
 
     Attributes:
@@ -100,7 +100,7 @@ class Encoder:
         """State and stream, as the kernels take them."""
         return self.state.ravel(), self._stream
 
-    def encode(self, run: Rows) -> None:
+    def encode(self, run: TileRows) -> None:
         """Keep what is needed of a run of rows that is merged already; not of the usual case."""
         units = self.units
         inverse.invert_rows(
@@ -126,7 +126,7 @@ _NO_STATE: npt.NDArray[np.int64] = np.empty(0, np.int64)
 _NO_STREAM: Bytes = np.empty(0, np.uint8)
 
 
-def merge(run: Rows, sums: Sums, keeping: Encoder | None) -> None:
+def merge(run: TileRows, sums: Sums, keeping: Encoder | None) -> None:
     """Merge a run of rows; with an encoder, keep what is needed to take it back.
 
     Args:
@@ -182,7 +182,7 @@ class Decoder:
         state[:, streams.END] = np.where(self._plain, begins, ends)
         self.state = state
 
-    def restore(self, run: Rows) -> None:
+    def restore(self, run: TileRows) -> None:
         """Restore a run of rows."""
         streams_of = (self.state.ravel(), self._kept.payload, run.unit_row)
         cut = (self._units.rows, self._units.parts)
@@ -202,14 +202,14 @@ class Decoder:
         return bool(np.all(used_up & (coded[:, streams.NEXT] == coded[:, streams.END])))
 
 
-def _arguments(run: Rows) -> tuple[Any, ...]:
+def _arguments(run: TileRows) -> tuple[Any, ...]:
     return (
         *run.source.arguments, *run.merged.arguments, run.rows, run.width, run.left, run.right,
         run.right_ld, run.first_row, run.first_column, run.table, run.scales, run.factors,
     )  # fmt: skip
 
 
-def _usual_arguments(run: Rows) -> tuple[Any, ...]:
+def _usual_arguments(run: TileRows) -> tuple[Any, ...]:
     return (
         run.source.x16, run.merged.x16, run.rows, run.width, run.left, run.right, run.right_ld,
         run.first_row, run.first_column, int(run.table[0, kernels.RANK]), run.scales[0],

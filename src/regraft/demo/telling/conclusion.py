@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Found:
+class DemoFindings:
     """What the sections of a demo found; the names are those of :class:`DemoResult`."""
 
     folder: DemoFolder
@@ -42,7 +42,7 @@ class Found:
     total_seconds: float
 
 
-def conclude(found: Found) -> DemoResult:
+def conclude(found: DemoFindings) -> DemoResult:
     """Return the result."""
     folder = found.folder
     return DemoResult(
@@ -64,7 +64,7 @@ def conclude(found: Found) -> DemoResult:
     )
 
 
-def _question(found: Found, at: int) -> Question:
+def _question(found: DemoFindings, at: int) -> Question:
     return Question(
         sentence=found.sentences[at],
         right=_each(found.right, at),
@@ -80,7 +80,7 @@ def _each(answers: Answers, at: int) -> dict[str, str]:
     return {name: texts[at] for name, texts in answers.items()}
 
 
-def _figures(found: Found) -> Figures:
+def _figures(found: DemoFindings) -> Figures:
     folder, in_memory = found.folder, found.in_memory
     return Figures(
         base_bytes=weight_bytes(found.base.path),

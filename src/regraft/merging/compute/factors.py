@@ -25,7 +25,7 @@ from regraft.tensors import TensorSpec
 Key = tuple[Path, str]
 
 
-class Factors(Protocol):
+class FactorSource(Protocol):
     """Gives the tensors of the adapters of a merge; safe to use from several threads."""
 
     def matrix(self, view: View, adapter: int) -> Floats:
@@ -147,7 +147,7 @@ class Packed:
 class SegmentFactors:
     """The packed deltas of a step's segments: made once for all threads, the last one kept."""
 
-    def __init__(self, store: Factors, residuals: Mapping[int, Pair]) -> None:
+    def __init__(self, store: FactorSource, residuals: Mapping[int, Pair]) -> None:
         """Take the factors of residuals, by the ``id`` of their delta."""
         self._store, self._residuals = store, residuals
         self._lock = threading.Lock()
@@ -168,7 +168,7 @@ class SegmentFactors:
         return Pair(np.ascontiguousarray(pair.left[low:high]), pair.right)
 
 
-def factors_of(delta: Delta, store: Factors) -> Pair:
+def factors_of(delta: Delta, store: FactorSource) -> Pair:
     """Return the factors that an adapter holds for a delta."""
     if delta.left is None or delta.right is None:
         raise ValueError(f"a {delta.feature} residual has no stored factors")

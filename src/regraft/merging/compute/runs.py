@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from regraft.deltas.undo.units import Rows
+from regraft.deltas.undo.units import TileRows
 from regraft.deltas.weights import Floats, Weights
 from regraft.merging.compute.factors import Packed
 from regraft.merging.planning.plan import Segment
@@ -36,11 +36,11 @@ _NONE: Floats = np.empty(0, np.float32)
 def run_of(
     segment: Segment, low: int, tile: Tile, source: Weights, merged: Weights, packed: Packed,
     factors: Floats = _NONE, *, zeros: bool = False, norms: bool = True,
-) -> Rows:  # fmt: skip
+) -> TileRows:  # fmt: skip
     """Return the rows from ``low`` of a tile that lie in a segment, as the kernels take them."""
     width = tile.columns[1] - tile.columns[0]
     rows = (source.x16.size or source.x32.size) // width
-    return Rows(
+    return TileRows(
         source, merged, rows, width, low - segment.rows[0], tile.columns[0], packed.left,
         packed.right, packed.right_ld, packed.table, packed.scales, factors, low - tile.rows[0],
         zeros, norms,

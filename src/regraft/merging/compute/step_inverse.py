@@ -10,7 +10,7 @@ from regraft.deltas.undo.units import Decoder, Kept, merge
 from regraft.deltas.views import Delta
 from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.merging.compute.factors import (
-    Factors,
+    FactorSource,
     Pair,
     SegmentFactors,
     factor_count,
@@ -26,7 +26,11 @@ class Backwards:
     """Takes tiles of a step back; safe to use from several threads."""
 
     def __init__(
-        self, step: Step, store: Factors, residuals: Mapping[int, Pair], dora: Mapping[int, Floats]
+        self,
+        step: Step,
+        store: FactorSource,
+        residuals: Mapping[int, Pair],
+        dora: Mapping[int, Floats],
     ) -> None:
         """Take a step and what cannot be computed from its result.
 

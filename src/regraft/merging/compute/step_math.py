@@ -14,7 +14,7 @@ from regraft.deltas.undo.units import Encoder, merge
 from regraft.deltas.views import Delta, View
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.merging.compute.factors import (
-    Factors,
+    FactorSource,
     Packed,
     Pair,
     SegmentFactors,
@@ -48,7 +48,7 @@ class StepMath:
     """The arithmetic of one step; safe to use from several threads."""
 
     def __init__(
-        self, step: Step, store: Factors, read: ReadSource, scratch_bytes: int, *,
+        self, step: Step, store: FactorSource, read: ReadSource, scratch_bytes: int, *,
         norms: bool = True,
     ) -> None:  # fmt: skip
         """Take a step; without ``norms`` the sums may lack those of weights and deltas."""

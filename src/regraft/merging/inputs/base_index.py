@@ -20,7 +20,7 @@ _MAX_SHAPES, _MAX_SEARCHES, _LONGEST_SEARCHED = 500, 20, 200
 
 
 @dataclass(frozen=True)
-class Held:
+class StoredPart:
     """A tensor of the base, and which part of a model's parameter it is."""
 
     spec: TensorSpec
@@ -28,7 +28,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedName:
     """Where a name leads.
 
     Attributes:
@@ -39,11 +39,11 @@ class Found:
     """
 
     piece: Piece
-    held: tuple[Held, ...]
+    held: tuple[StoredPart, ...]
     alias: str | None = None
 
     @property
-    def common(self) -> Found:
+    def common(self) -> ResolvedName:
         """The same find, meaning what both sides of a tie share rather than one side of it."""
         return replace(self, alias=None)
 
@@ -58,10 +58,10 @@ class BaseIndex:
         self.base = base
         self.transposed = transposed
         self.names = names.for_names(base.tensors)
-        self.by_parameter: dict[str, list[Held]] = defaultdict(list)
+        self.by_parameter: dict[str, list[StoredPart]] = defaultdict(list)
         for name, spec in base.tensors.items():
             for piece in self._pieces(name):
-                self.by_parameter[piece.parameter].append(Held(spec, piece))
+                self.by_parameter[piece.parameter].append(StoredPart(spec, piece))
         self.aliases = self._absent_ties()
         self._near: dict[str, list[str]] = {}
 
@@ -90,7 +90,7 @@ class BaseIndex:
         """Whether an experts module stores (in, out) matrices; None when the model is not known."""
         return self.names.is_transposed(module)
 
-    def holding(self, parameter: str) -> tuple[Held, ...]:
+    def holding(self, parameter: str) -> tuple[StoredPart, ...]:
         """Return the tensors of a parameter, whether or not the base has its model's prefix."""
         prefix = f"{self.names.base_model_prefix}."
         for name in (parameter, parameter.removeprefix(prefix), prefix + parameter):
@@ -98,7 +98,7 @@ class BaseIndex:
                 return tuple(self.by_parameter[name])
         return ()
 
-    def find(self, name: str) -> tuple[Found, ...]:
+    def find(self, name: str) -> tuple[ResolvedName, ...]:
         """Return what a full parameter name means in this base: nothing, or one or more finds."""
         if exact := self._exact(name):
             return (exact,)
@@ -113,7 +113,7 @@ class BaseIndex:
         # What DataParallel puts in front, where the base has no module of that name.
         return self.find(name.removeprefix(PARALLEL)) if name.startswith(PARALLEL) else ()
 
-    def _expert(self, name: str) -> tuple[Found, ...]:
+    def _expert(self, name: str) -> tuple[ResolvedName, ...]:
         """Return what a name of one expert means, where the model keeps a stack of them."""
         for stack, expert in stacks_of(name):
             for whole in self.find(stack):
@@ -124,25 +124,25 @@ class BaseIndex:
                 if held and all(
                     h.piece.expert is not None or len(h.spec.shape) == axes for h in held
                 ):
-                    return (Found(piece, held),)
+                    return (ResolvedName(piece, held),)
         return ()
 
-    def _exact(self, name: str) -> Found | None:
+    def _exact(self, name: str) -> ResolvedName | None:
         spec = self.base.tensors.get(name)
         pieces = self.names.pieces(name) if spec is not None else ()
         if spec is None or any(p.transposed or p.unsupported for p in pieces):
             return None
-        held = Held(spec, Piece(name, transposed=name in self.transposed))
-        return Found(Piece(name), (held,))
+        held = StoredPart(spec, Piece(name, transposed=name in self.transposed))
+        return ResolvedName(Piece(name), (held,))
 
-    def _of_piece(self, piece: Piece) -> Found | None:
+    def _of_piece(self, piece: Piece) -> ResolvedName | None:
         held = tuple(
             h for h in self.by_parameter.get(piece.parameter, ()) if overlap(piece, h.piece)
         )
         if held:
-            return Found(piece, held)
+            return ResolvedName(piece, held)
         if piece.parameter in self.aliases:
-            return Found(piece, self.holding(self.aliases[piece.parameter]), piece.parameter)
+            return ResolvedName(piece, self.holding(self.aliases[piece.parameter]), piece.parameter)
         return None
 
     def part_offset(self, parameter: str, piece: Piece) -> int:

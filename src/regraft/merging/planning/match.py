@@ -11,7 +11,7 @@ from regraft.adapters.settings import RESAVE
 from regraft.deltas.views import Delta, RowPatch, matrix_view
 from regraft.errors import MismatchError, Problem
 from regraft.formats.problems import quoted
-from regraft.merging.inputs.base_index import BaseIndex, Found, Held, nearest_hint
+from regraft.merging.inputs.base_index import BaseIndex, ResolvedName, StoredPart, nearest_hint
 from regraft.merging.inputs.expert_stacks import StackOrientation
 from regraft.merging.planning.placement import (
     Misfit,
@@ -136,7 +136,7 @@ class Matcher:
         except Misfit as misfit:
             self.result.problems.append(misfit.problem)
 
-    def _work(self, found: Found, held: Held) -> Work:
+    def _work(self, found: ResolvedName, held: StoredPart) -> Work:
         """Return the work on a stored tensor, or on the tied parameter behind it."""
         if found.alias is not None:
             return self.result.tied.setdefault(found.alias, Work(found.alias, held.spec))
@@ -215,7 +215,7 @@ class Matcher:
                     "PEFT would ignore them in silence; mend target_modules in adapter_config.json")
         )  # fmt: skip
 
-    def _add_deltas(self, place: Placement, found: Found, held: Held) -> None:
+    def _add_deltas(self, place: Placement, found: ResolvedName, held: StoredPart) -> None:
         work = self._work(found, held)
         seen = self._seen(work, held)
         if place.target.kind == "embedding":
@@ -230,10 +230,10 @@ class Matcher:
         if self.ties(place.adapter, place.target.module):
             work.shared.add(place.adapter)
 
-    def _seen(self, work: Work, held: Held) -> Held:
+    def _seen(self, work: Work, held: StoredPart) -> StoredPart:
         """What a delta will meet: PEFT's copy of a (resized) embedding wins over the base's."""
         source = self.result.works.get(held.spec.name, work)
-        return Held(source.carried[1], held.piece) if source.carried is not None else held
+        return StoredPart(source.carried[1], held.piece) if source.carried is not None else held
 
     def _add_bias(self, place: Placement) -> None:
         parameter = f"{place.target.module}.bias"
@@ -272,7 +272,7 @@ class Matcher:
                 else:
                     self._replace(number, part, found, held, where)
 
-    def _place_row(self, row: RowPatch, found: Found, held: Held, where: str) -> None:
+    def _place_row(self, row: RowPatch, found: ResolvedName, held: StoredPart, where: str) -> None:
         """Put the bias of one expert in its place among those of all."""
         work = self._work(found, held)
         taken = {index for patch in work.patches for index in patch.indices}
@@ -280,7 +280,9 @@ class Matcher:
             raise Misfit(_conflict(where, work.name))
         work.patches.append(row)
 
-    def _carry(self, number: int, spec: TensorSpec, found: Found, held: Held, where: str) -> None:
+    def _carry(
+        self, number: int, spec: TensorSpec, found: ResolvedName, held: StoredPart, where: str
+    ) -> None:
         """Take an adapter's copy of a base's parameter for the base's, on both sides of a tie."""
         self._check_shape(spec, held.spec, where, saved=False)
         work = self._work(found, held)
@@ -291,7 +293,9 @@ class Matcher:
             )  # fmt: skip
         work.carried = (number, spec)
 
-    def _replace(self, number: int, spec: TensorSpec, found: Found, held: Held, where: str) -> None:
+    def _replace(
+        self, number: int, spec: TensorSpec, found: ResolvedName, held: StoredPart, where: str
+    ) -> None:
         self._check_shape(spec, held.spec, where, saved=True)
         work = self._work(found, held)
         if work.replaced is not None or work.deltas:
@@ -417,7 +421,7 @@ def _short(value: object) -> str:
     return ", ".join(map(quoted, value[:8])) + (", ..." if len(value) > 8 else "")
 
 
-def _not_one_tensor(where: str, finds: tuple[Found, ...]) -> Problem:
+def _not_one_tensor(where: str, finds: tuple[ResolvedName, ...]) -> Problem:
     return Problem(
         "the base keeps this in a form that a whole tensor cannot replace", where, "one tensor",
         ", ".join(h.spec.name for f in finds for h in f.held),

@@ -13,7 +13,7 @@ from regraft.adapters.model import Adapter, LoraTarget
 from regraft.adapters.settings import RESAVE
 from regraft.deltas.views import ONE, Delta, Feature, RowPatch, Select, View, matrix_view
 from regraft.errors import Problem
-from regraft.merging.inputs.base_index import BaseIndex, Found, Held
+from regraft.merging.inputs.base_index import BaseIndex, ResolvedName, StoredPart
 from regraft.merging.inputs.expert_stacks import StackOrientation
 from regraft.names import Piece
 from regraft.tensors import WORKING_DTYPES, TensorSpec
@@ -33,7 +33,7 @@ class Misfit(Exception):  # noqa: N818  (not an error of the user's: it is colle
 
 
 @dataclass(frozen=True)
-class Factors:
+class FactorSizes:
     """The sizes in a pair of factors.
 
     Attributes:
@@ -110,7 +110,7 @@ def _of_grouped(target: LoraTarget) -> tuple[str, str]:
     return what, "Attach it with regraft.attach(model, adapter)"
 
 
-def read_factors(place: Placement, stacked: bool) -> Factors:
+def read_factors(place: Placement, stacked: bool) -> FactorSizes:
     """Check the factors' shapes against each other and the settings' rank.
 
     Raises:
@@ -133,7 +133,7 @@ def read_factors(place: Placement, stacked: bool) -> Factors:
                     f"r = {a[0]}", "Fix r or rank_pattern in adapter_config.json")
         )  # fmt: skip
     by_expert = experts > 1 and _is_packed_by_expert(place)
-    return Factors(b[0], math.prod(a[1:]), tuple(a[2:]), rank, experts, by_expert)
+    return FactorSizes(b[0], math.prod(a[1:]), tuple(a[2:]), rank, experts, by_expert)
 
 
 def _is_packed_by_expert(place: Placement) -> bool:
@@ -188,7 +188,9 @@ def embedding_delta(place: Placement, spec: TensorSpec) -> Delta:
     )
 
 
-def linear_deltas(place: Placement, found: Found, held: Held, index: BaseIndex) -> list[Delta]:
+def linear_deltas(
+    place: Placement, found: ResolvedName, held: StoredPart, index: BaseIndex
+) -> list[Delta]:
     """Return the deltas of one target on one stored tensor.
 
     Raises:
@@ -216,7 +218,7 @@ def linear_deltas(place: Placement, found: Found, held: Held, index: BaseIndex) 
 
 
 def _of_matrix(
-    place: Placement, factors: Factors, wanted: Piece, held: Held, index: BaseIndex
+    place: Placement, factors: FactorSizes, wanted: Piece, held: StoredPart, index: BaseIndex
 ) -> Delta:
     """A plain weight, a convolution, a slice of a fused weight, or a part of a fused target."""
     spec, stored = held.spec, held.piece
@@ -233,7 +235,7 @@ def _of_matrix(
 
 
 def _kept_rows(
-    place: Placement, factors: Factors, wanted: Piece, held: Held, index: BaseIndex
+    place: Placement, factors: FactorSizes, wanted: Piece, held: StoredPart, index: BaseIndex
 ) -> Rows:
     """Return the rows of the target's delta that fall on a stored tensor."""
     if wanted.chunks > 1:
@@ -252,7 +254,7 @@ def _slot(rows: int, number: int, count: int) -> Rows:
 
 
 def _is_transposed(
-    place: Placement, factors: Factors, wanted: Piece, held: Held, index: BaseIndex
+    place: Placement, factors: FactorSizes, wanted: Piece, held: StoredPart, index: BaseIndex
 ) -> bool:
     """Whether the stored matrix is (in, out), as transformers' Conv1D keeps it."""
     shape = held.spec.shape
@@ -267,7 +269,9 @@ def _is_transposed(
     return shape == flipped and shape != normal
 
 
-def _of_one_expert(place: Placement, factors: Factors, held: Held, index: BaseIndex) -> Delta:
+def _of_one_expert(
+    place: Placement, factors: FactorSizes, held: StoredPart, index: BaseIndex
+) -> Delta:
     """A stacked target meets a checkpoint that keeps one matrix (or half) per expert."""
     spec, piece = held.spec, held.piece
     if piece.axis != 0 or (piece.transposed and piece.parts > 1):
@@ -288,7 +292,9 @@ def _of_one_expert(place: Placement, factors: Factors, held: Held, index: BaseIn
     return _expert_delta(place, factors, expert, at, kept, transposed=transposed)
 
 
-def _on_one_expert(place: Placement, factors: Factors, wanted: Piece, spec: TensorSpec) -> Delta:
+def _on_one_expert(
+    place: Placement, factors: FactorSizes, wanted: Piece, spec: TensorSpec
+) -> Delta:
     """A target that is one expert's matrix meets a checkpoint that stacks them all."""
     _, height, width = spec.shape
     expert = wanted.expert or 0
@@ -305,7 +311,7 @@ def _on_one_expert(place: Placement, factors: Factors, wanted: Piece, spec: Tens
 
 
 def _expert_is_transposed(
-    place: Placement, factors: Factors, wanted: Piece, spec: TensorSpec
+    place: Placement, factors: FactorSizes, wanted: Piece, spec: TensorSpec
 ) -> bool:
     """Whether a stack keeps one expert's matrix (in, out).
 
@@ -324,7 +330,7 @@ def _expert_is_transposed(
 
 
 def _on_all_experts(
-    place: Placement, factors: Factors, spec: TensorSpec, known: bool | None
+    place: Placement, factors: FactorSizes, spec: TensorSpec, known: bool | None
 ) -> list[Delta]:
     """A stacked target meets a stacked tensor (experts, d1, d2)."""
     experts, height, _ = spec.shape
@@ -345,7 +351,7 @@ def _on_all_experts(
 
 
 def _stack_is_transposed(
-    place: Placement, factors: Factors, sizes: tuple[int, int], known: bool | None
+    place: Placement, factors: FactorSizes, sizes: tuple[int, int], known: bool | None
 ) -> bool | None:
     """Whether experts of ``sizes`` are stored (in, out); None when the sizes fit neither way.
 
@@ -371,7 +377,7 @@ def _is_known_transposed(piece: Piece, index: BaseIndex) -> bool | None:
     return index.is_transposed(piece.parameter.rpartition(".")[0])
 
 
-def stack_orientation(place: Placement, found: Found, index: BaseIndex) -> Iterator[bool]:
+def stack_orientation(place: Placement, found: ResolvedName, index: BaseIndex) -> Iterator[bool]:
     """Yield whether a target's stack is stored (in, out), if its sizes alone tell.
 
     Raises:
@@ -395,7 +401,7 @@ def stack_orientation(place: Placement, found: Found, index: BaseIndex) -> Itera
 
 def _expert_delta(
     place: Placement,
-    factors: Factors,
+    factors: FactorSizes,
     expert: int,
     at: Rows,
     kept: Rows,
@@ -416,7 +422,7 @@ def _expert_delta(
 
 
 def _b_of_expert(
-    place: Placement, factors: Factors, expert: int, kept: Rows, *, transpose: bool = False
+    place: Placement, factors: FactorSizes, expert: int, kept: Rows, *, transpose: bool = False
 ) -> View:
     """Return rows of one expert's B, (rows, r)."""
     r, e, rows = factors.rank, factors.experts, kept[1] - kept[0]
@@ -426,7 +432,7 @@ def _b_of_expert(
 
 
 def _delta(
-    place: Placement, factors: Factors, at: Rows, kept: Rows | None, *, transposed: bool = False
+    place: Placement, factors: FactorSizes, at: Rows, kept: Rows | None, *, transposed: bool = False
 ) -> Delta:
     a, b, r = place.target.a, place.target.b, factors.rank
     if transposed:
@@ -453,7 +459,7 @@ def _magnitude(place: Placement, out: int, kept: Rows | None) -> View | None:
     return matrix_view(spec, out, 1, keep=kept)
 
 
-def bias_delta(place: Placement, found: Found, spec: TensorSpec) -> Delta:
+def bias_delta(place: Placement, found: ResolvedName, spec: TensorSpec) -> Delta:
     """Return the delta of ``lora_bias`` on a bias: scale * b; of one expert, on its row of a stack.
 
     Raises:
@@ -541,7 +547,9 @@ def _no_inverse(place: Placement, spec: TensorSpec, operation: str) -> Problem:
     )
 
 
-def whole_part(spec: TensorSpec, found: Found, held: Held, index: BaseIndex) -> TensorSpec | None:
+def whole_part(
+    spec: TensorSpec, found: ResolvedName, held: StoredPart, index: BaseIndex
+) -> TensorSpec | None:
     """Return the part of an adapter's whole tensor that replaces one stored tensor.
 
     A stack of experts that the base keeps one by one is cut into them; None where the two are laid
@@ -573,7 +581,9 @@ def whole_part(spec: TensorSpec, found: Found, held: Held, index: BaseIndex) -> 
     )  # fmt: skip
 
 
-def expert_row(number: int, spec: TensorSpec, found: Found, held: Held) -> RowPatch | None:
+def expert_row(
+    number: int, spec: TensorSpec, found: ResolvedName, held: StoredPart
+) -> RowPatch | None:
     """Return the row of a stack of biases that an adapter's bias of one expert replaces, if any.
 
     Args:

@@ -29,7 +29,7 @@ from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Restoration:
     """How the tensors of a base follow from a merged model.
 
     Attributes:
@@ -53,7 +53,7 @@ class RestoringSource:
     """Gives the bytes of a base that is not there; a ``Source`` of ``merging.inputs``."""
 
     def __init__(
-        self, recipe: Recipe, patch: PatchReader, files: FilePool, store: FactorStore
+        self, recipe: Restoration, patch: PatchReader, files: FilePool, store: FactorStore
     ) -> None:
         self._recipe, self._patch, self._files, self._store = recipe, patch, files, store
         self._open: dict[tuple[str, bool], _Restorer] = {}

@@ -30,7 +30,7 @@ from regraft.quant.bit_packing import (
 from regraft.quant.formats.bitsandbytes import not_finite
 from regraft.quant.formats.fitting import DAMAGED, Unfit, is_count, misfits, unsupported
 from regraft.quant.grid import Codes, Levels
-from regraft.quant.weight import Block, Found, QuantizedWeight, Read, Stored, missing
+from regraft.quant.weight import Block, FoundWeights, QuantizedWeight, Read, Stored, missing
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 LEVELS = Levels.of(np.arange(16))
@@ -132,7 +132,7 @@ def _unpacked_rows(
 _ENDINGS = {"codes": "qweight", "zeros": "qzeros", "scales": "scales"}
 
 
-def find(stored: Stored) -> Found:
+def find(stored: Stored) -> FoundWeights:
     """Find all AWQ weights of a checkpoint; every one has a ``qweight``."""
     size, problems = _group_size(stored)
     weights = list[QuantizedWeight]()
@@ -141,7 +141,7 @@ def find(stored: Stored) -> Found:
             weights.append(_weight(stored, module, size))
         except Unfit as unfit:
             problems += unfit.problems
-    return Found(tuple(weights), tuple(problems))
+    return FoundWeights(tuple(weights), tuple(problems))
 
 
 def _modules(stored: Stored) -> list[str]:

@@ -34,11 +34,12 @@ import numpy.typing as npt
 
 from regraft.errors import Problem
 from regraft.numerics.arrays import Bytes, Floats
+from regraft.quant.formats.fitting import DAMAGED, Unfit
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
-from regraft.quant.making import Making, Output, element_count, raw_bytes
+from regraft.quant.making import Making, StoredOutput, element_count, raw_bytes
 from regraft.quant.making_kernels import LUT_SIZE, eight_bit_codes, four_bit_codes, torch_sum
 from regraft.quant.packing import nibbles, packed_nibbles
-from regraft.quant.weight import Block, Codec, Found, QuantizedWeight, Read, Stored, missing
+from regraft.quant.weight import Block, Codec, FoundWeights, QuantizedWeight, Read, Stored, missing
 from regraft.tensors import BY_CONFIG_NAME, DTYPES, WORKING_DTYPES, TensorSpec
 
 MARK = ".quant_state.bitsandbytes__"
@@ -48,7 +49,6 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that bitsandbytes knows."""
 
 _LARGEST_STATE = 64 * 2**10
-_DAMAGED = "Download the model again, or quantize it again"
 
 NF4 = Levels.of(
     [
@@ -148,7 +148,7 @@ class FourBit:
         if not np.array_equal(table, LEVELS[self.name].values):
             problems.append(
                 Problem(f"the map is not that of {self.name}", _at(parts["quant_map"]),
-                        "the levels that bitsandbytes has built in", hint=_DAMAGED)
+                        "the levels that bitsandbytes has built in", hint=DAMAGED)
             )  # fmt: skip
         plain = ["absmax"] if self.nested is None else ["nested_absmax", "nested_quant_map"]
         for role in plain:
@@ -165,7 +165,7 @@ def not_finite(spec: TensorSpec, scales: Floats) -> list[Problem]:
         return []
     return [
         Problem("scales of a quantized weight are NaN or infinite", _at(spec), "finite numbers",
-                f"{bad} of {spec.numel} are not", _DAMAGED)
+                f"{bad} of {spec.numel} are not", DAMAGED)
     ]  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def _floats(spec: TensorSpec, begin: int, end: int, read: Read) -> Floats:
 # -- finding them ----------------------------------------------------------------------------------
 
 
-def find(stored: Stored) -> Found:
+def find(stored: Stored) -> FoundWeights:
     """Find all NF4 and FP4 weights of a checkpoint; every one has a ``quant_state``."""
     weights, problems = list[QuantizedWeight](), list[Problem]()
     for key in stored.tensors:
@@ -196,30 +196,24 @@ def find(stored: Stored) -> Found:
             continue
         try:
             weights.append(_weight(stored, name, kind))
-        except _Unfit as unfit:
+        except Unfit as unfit:
             problems += unfit.problems
     problems += _contradictions(stored, weights) if not problems else []
-    return Found(tuple(weights), tuple(problems))
-
-
-class _Unfit(Exception):  # noqa: N818  (collected, and raised as a typed error)
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__()
-        self.problems = problems
+    return FoundWeights(tuple(weights), tuple(problems))
 
 
 def _weight(stored: Stored, name: str, kind: str) -> QuantizedWeight:
     """Return one weight, its parts checked against its state.
 
     Raises:
-        _Unfit: they do not fit.
+        Unfit: they do not fit.
     """
     state = _state(stored, f"{name}{MARK}{kind}")
     roles = {"codes": name, "absmax": f"{name}.absmax", "quant_map": f"{name}.quant_map"}
     if "nested_offset" in state:
         roles |= {r: f"{name}.{r}" for r in ("nested_absmax", "nested_quant_map")}
     if lacking := missing(stored, name, roles.values()):
-        raise _Unfit(lacking)
+        raise Unfit(lacking)
     parts = {role: stored.tensors[key] for role, key in roles.items()}
     parts["state"] = stored.tensors[f"{name}{MARK}{kind}"]
     nested = None
@@ -229,7 +223,7 @@ def _weight(stored: Stored, name: str, kind: str) -> QuantizedWeight:
     codec = FourBit(kind, state["blocksize"], nested)
     weight = QuantizedWeight(name, tuple(state["shape"]), dtype, codec, parts)
     if problems := _size_problems(weight, codec):
-        raise _Unfit(problems)
+        raise Unfit(problems)
     return weight
 
 
@@ -237,13 +231,13 @@ def _state(stored: Stored, key: str) -> dict[str, Any]:
     """Return a weight's state.
 
     Raises:
-        _Unfit: it is not what bitsandbytes writes.
+        Unfit: it is not what bitsandbytes writes.
     """
     spec, kind = stored.tensors[key], key.rpartition("__")[2]
     where = f"{stored.where}, tensor {key!r}"
     if stored.read is None:
         what = "the shape of a quantized weight stands in the file, which is not at hand"
-        raise _Unfit([Problem(what, where, hint="Download the model and give its folder")])
+        raise Unfit([Problem(what, where, hint="Download the model and give its folder")])
     raw = np.empty(min(spec.nbytes, _LARGEST_STATE), np.uint8)
     stored.read(spec, 0, raw)
     try:
@@ -254,7 +248,7 @@ def _state(stored: Stored, key: str) -> dict[str, Any]:
     if trouble:
         expected = "quant_type, blocksize, dtype and shape as bitsandbytes writes them"
         what = "the state of a quantized weight cannot be read"
-        raise _Unfit([Problem(what, where, expected, trouble[:120], _DAMAGED)])
+        raise Unfit([Problem(what, where, expected, trouble[:120], DAMAGED)])
     checked: dict[str, Any] = state
     return checked
 
@@ -304,7 +298,7 @@ def _size_problems(weight: QuantizedWeight, codec: FourBit) -> list[Problem]:
             f"a quantized weight of shape {weight.shape}, in blocks of {codec.blocksize}, has a "
             "part of another size",
             _at(weight.parts[role]), f"{nbytes} bytes of {dtype or 'codes'}",
-            f"{weight.parts[role].nbytes} bytes of {weight.parts[role].dtype}", _DAMAGED,
+            f"{weight.parts[role].nbytes} bytes of {weight.parts[role].dtype}", DAMAGED,
         )
         for role, (dtype, nbytes) in wanted.items()
         if weight.parts[role].nbytes != nbytes or dtype not in (None, weight.parts[role].dtype)
@@ -319,10 +313,10 @@ def _contradictions(stored: Stored, weights: list[QuantizedWeight]) -> list[Prob
     kinds = sorted({weight.codec.name for weight in weights})
     if config.get("load_in_4bit") and not weights:
         return [Problem("the config says that weights are in 4 bits, and none is", where,
-                        f"tensors named ...{MARK}nf4", "none", _DAMAGED)]  # fmt: skip
+                        f"tensors named ...{MARK}nf4", "none", DAMAGED)]  # fmt: skip
     if said is not None and kinds and kinds != [said]:
         return [Problem("the config names another kind of codes than the weights have", where,
-                        str(said), ", ".join(kinds), _DAMAGED)]  # fmt: skip
+                        str(said), ", ".join(kinds), DAMAGED)]  # fmt: skip
     return []
 
 
@@ -386,21 +380,23 @@ class FourBitMaker:
         """Whether there is anything to quantize; it may have any shape."""
         return element_count(shape) > 0 and len(shape) > 0
 
-    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[Output, ...]:
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[StoredOutput, ...]:
         """Return codes, scales, maps and state, in the order of a state dict."""
         count = element_count(shape)
         blocks = -(-count // self.blocksize)
         found = [
-            Output(name, "U8", ((count + 1) // 2, 1), "codes"),
-            Output(f"{name}.absmax", "U8" if self.nested else "F32", (blocks,), "absmax"),
-            Output(f"{name}.quant_map", "F32", (16,), "quant_map"),
+            StoredOutput(name, "U8", ((count + 1) // 2, 1), "codes"),
+            StoredOutput(f"{name}.absmax", "U8" if self.nested else "F32", (blocks,), "absmax"),
+            StoredOutput(f"{name}.quant_map", "F32", (16,), "quant_map"),
         ]
         if self.nested:
             outer = -(-blocks // _NESTED_BLOCK)
-            found.append(Output(f"{name}.nested_absmax", "F32", (outer,), "nested_absmax"))
-            found.append(Output(f"{name}.nested_quant_map", "F32", (256,), "nested_quant_map"))
+            found.append(StoredOutput(f"{name}.nested_absmax", "F32", (outer,), "nested_absmax"))
+            found.append(
+                StoredOutput(f"{name}.nested_quant_map", "F32", (256,), "nested_quant_map")
+            )
         length = len(self.state(shape, 0.0 if self.nested else None))
-        return (*found, Output(f"{name}{MARK}{self.name}", "U8", (length,), "state"))
+        return (*found, StoredOutput(f"{name}{MARK}{self.name}", "U8", (length,), "state"))
 
     def state(self, shape: tuple[int, ...], offset: float | None) -> bytes:
         """Return ``quant_state`` as bitsandbytes writes it.

@@ -38,7 +38,7 @@ from regraft.quant.formats.compressed_config import Scheme, Seen, check_formats,
 from regraft.quant.formats.fitting import DAMAGED, Unfit, config_where, misfits
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
 from regraft.quant.packing import nibbles, packed_nibbles
-from regraft.quant.weight import Block, Found, QuantizedWeight, Read, Stored, missing
+from regraft.quant.weight import Block, FoundWeights, QuantizedWeight, Read, Stored, missing
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
@@ -243,7 +243,7 @@ _KINDS: dict[tuple[str, str, str], tuple[str, ...]] = {
 _CODINGS = {"I8": "int8", "F8_E4M3": "float8", "U8": "float4"}
 
 
-def find(stored: Stored) -> Found:
+def find(stored: Stored) -> FoundWeights:
     """Find all weights of compressed-tensors in a checkpoint; every one has a ``weight_scale``."""
     problems = check_formats(stored)
     schemes, more = schemes_of(stored)
@@ -255,7 +255,7 @@ def find(stored: Stored) -> Found:
         except Unfit as unfit:
             problems += unfit.problems
     skipped = tuple(name for name in stored.tensors if name.endswith(_OTHERS))
-    return Found(tuple(weights), tuple(problems), skipped)
+    return FoundWeights(tuple(weights), tuple(problems), skipped)
 
 
 def _modules(stored: Stored) -> list[str]:

@@ -31,9 +31,9 @@ from regraft.errors import Problem
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant.formats.bitsandbytes import not_finite
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
-from regraft.quant.making import Making, MatrixMaking, Output, element_count, raw_bytes
+from regraft.quant.making import Making, MatrixMaking, StoredOutput, element_count, raw_bytes
 from regraft.quant.making_kernels import e4m3_codes
-from regraft.quant.weight import Block, Codec, Found, QuantizedWeight, Read, Stored
+from regraft.quant.weight import Block, Codec, FoundWeights, QuantizedWeight, Read, Stored
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 LEVELS = Levels.of(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
@@ -142,7 +142,7 @@ def scale_values(spec: TensorSpec, begin: int, end: int, read: Read) -> Floats:
 # -- finding them ----------------------------------------------------------------------------------
 
 
-def find(stored: Stored) -> Found:
+def find(stored: Stored) -> FoundWeights:
     """Find all FP8 weights of a checkpoint: each has scales beside it, in whatever file."""
     dtype = stored.dtype if stored.dtype in WORKING_DTYPES else "BF16"
     weights, problems = list[QuantizedWeight](), list[Problem]()
@@ -163,7 +163,7 @@ def find(stored: Stored) -> Found:
         elif scales is not None and codes.dtype in ("I8", "U8", "F4"):
             problems.append(_packed(stored, codes))
     problems += _orphans(stored) if not problems else []
-    return Found(tuple(weights), tuple(problems), skipped)
+    return FoundWeights(tuple(weights), tuple(problems), skipped)
 
 
 def scales_of(stored: Stored, name: str) -> TensorSpec | None:
@@ -292,12 +292,12 @@ class Fp8Maker:
         whole = shape[-2] % self.block[0] == 0 and shape[-1] % self.block[1] == 0
         return whole or (self.ragged and len(shape) == 2)
 
-    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[Output, ...]:
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[StoredOutput, ...]:
         """Return codes and scales."""
         blocks = (-(-shape[-2] // self.block[0]), -(-shape[-1] // self.block[1]))
         return (
-            Output(name, "F8_E4M3", shape, "codes"),
-            Output(f"{name}_scale_inv", "F32", (*shape[:-2], *blocks), "scales"),
+            StoredOutput(name, "F8_E4M3", shape, "codes"),
+            StoredOutput(f"{name}_scale_inv", "F32", (*shape[:-2], *blocks), "scales"),
         )
 
     def begin(self, name: str, shape: tuple[int, ...]) -> Making:

@@ -39,7 +39,7 @@ from regraft.quant.bit_packing import (
 from regraft.quant.formats.bitsandbytes import not_finite
 from regraft.quant.formats.fitting import DAMAGED, Unfit, is_count, misfits, unsupported
 from regraft.quant.grid import Codes, Levels
-from regraft.quant.weight import Block, Found, QuantizedWeight, Read, Stored, missing
+from regraft.quant.weight import Block, FoundWeights, QuantizedWeight, Read, Stored, missing
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 BITS = (2, 3, 4, 8)
@@ -199,7 +199,7 @@ class _Said:
 _ENDINGS = {"codes": "qweight", "zeros": "qzeros", "scales": "scales"}
 
 
-def find(stored: Stored) -> Found:
+def find(stored: Stored) -> FoundWeights:
     """Find all GPTQ weights of a checkpoint; every one has a ``qweight``."""
     said, problems = _said(stored)
     weights = list[QuantizedWeight]()
@@ -208,7 +208,7 @@ def find(stored: Stored) -> Found:
             weights.append(_weight(stored, key, said))
         except Unfit as unfit:
             problems += unfit.problems
-    return Found(tuple(weights), tuple(problems))
+    return FoundWeights(tuple(weights), tuple(problems))
 
 
 def _modules(stored: Stored) -> list[str]:

@@ -22,9 +22,9 @@ from regraft.errors import Problem
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant.formats.bitsandbytes import bitsandbytes_config, not_finite
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
-from regraft.quant.making import Making, MatrixMaking, Output, element_count, raw_bytes
+from regraft.quant.making import Making, MatrixMaking, StoredOutput, element_count, raw_bytes
 from regraft.quant.making_kernels import int8_codes
-from regraft.quant.weight import Block, Codec, Found, QuantizedWeight, Read, Stored, missing
+from regraft.quant.weight import Block, Codec, FoundWeights, QuantizedWeight, Read, Stored, missing
 from regraft.tensors import WORKING_DTYPES
 
 LEVELS = Levels.of(np.arange(256, dtype=np.uint8).view(np.int8), post=7.874015718698502e-3)
@@ -69,7 +69,7 @@ class Int8:
         return not_finite(weight.parts["scales"], scales)
 
 
-def find(stored: Stored) -> Found:
+def find(stored: Stored) -> FoundWeights:
     """Find all LLM.int8 weights of a checkpoint: each has an ``SCB`` beside it."""
     dtype = stored.dtype if stored.dtype in WORKING_DTYPES else "F16"
     weights, problems = list[QuantizedWeight](), list[Problem]()
@@ -101,7 +101,7 @@ def find(stored: Stored) -> Found:
                     f"{stored.where}, config.json: quantization_config", "tensors named ...SCB",
                     "none", "Download the model again")
         )  # fmt: skip
-    return Found(tuple(weights), tuple(problems), tuple(skipped))
+    return FoundWeights(tuple(weights), tuple(problems), tuple(skipped))
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ class Int8Maker:
         """Whether it is a matrix."""
         return len(shape) == 2 and element_count(shape) > 0
 
-    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[Output, ...]:
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[StoredOutput, ...]:
         """Return codes, scales, and the number of the format, in the order of a state dict."""
         module = name.removesuffix(".weight")
         return (
-            Output(name, "I8", shape, "codes"),
-            Output(f"{module}.SCB", "F32", (shape[0],), "scales"),
-            Output(f"{module}.weight_format", "U8", (), "format"),
+            StoredOutput(name, "I8", shape, "codes"),
+            StoredOutput(f"{module}.SCB", "F32", (shape[0],), "scales"),
+            StoredOutput(f"{module}.weight_format", "U8", (), "format"),
         )
 
     def begin(self, name: str, shape: tuple[int, ...]) -> Making:

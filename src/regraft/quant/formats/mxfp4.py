@@ -27,7 +27,7 @@ from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant.formats.bitsandbytes import not_finite
 from regraft.quant.grid import NO_ZEROS, Codes, Levels
 from regraft.quant.packing import nibbles, packed_nibbles, turn_nibbles
-from regraft.quant.weight import Block, Found, QuantizedWeight, Read, Stored, missing
+from regraft.quant.weight import Block, FoundWeights, QuantizedWeight, Read, Stored, missing
 from regraft.tensors import WORKING_DTYPES
 
 RUN = 32
@@ -164,7 +164,7 @@ def _turn_codes(
 # -- finding them ----------------------------------------------------------------------------------
 
 
-def find(stored: Stored) -> Found:
+def find(stored: Stored) -> FoundWeights:
     """Find all MXFP4 weights of a checkpoint: each is blocks and scales of one name."""
     dtype = stored.dtype if stored.dtype in WORKING_DTYPES else "BF16"
     weights, problems = list[QuantizedWeight](), list[Problem]()
@@ -191,7 +191,7 @@ def find(stored: Stored) -> Found:
         weights.append(
             QuantizedWeight(name, shape, dtype, Mxfp4(), {"codes": blocks, "scales": scales})
         )
-    return Found(tuple(weights), tuple(problems + _orphans(stored)))
+    return FoundWeights(tuple(weights), tuple(problems + _orphans(stored)))
 
 
 def _orphans(stored: Stored) -> list[Problem]:

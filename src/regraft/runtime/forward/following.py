@@ -19,7 +19,7 @@ from regraft.runtime.forward.hooks import Hooks
 from regraft.runtime.forward.layers.kinds import kind_of
 from regraft.runtime.forward.layers.operations import Operations, Part, operations_of
 from regraft.runtime.forward.layers.plain import plain_weight
-from regraft.runtime.forward.selection import Named, Rows, Selection
+from regraft.runtime.forward.selection import Named, RowSelection, Selection
 from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.model.quantized_parameters import plain_form
 
@@ -34,7 +34,7 @@ class Following:
     def __init__(self, base: LiveBase, hooks: Hooks) -> None:
         self._base, self._hooks = base, hooks
         self._parts: weakref.WeakKeyDictionary[Selection, list[Part]] = weakref.WeakKeyDictionary()
-        self._rows: weakref.WeakSet[Rows] = weakref.WeakSet()
+        self._rows: weakref.WeakSet[RowSelection] = weakref.WeakSet()
         self.lock = threading.RLock()
 
     def selection(self, parts: Sequence[Part]) -> Selection:
@@ -47,7 +47,7 @@ class Following:
             self._parts[made] = list(parts)
         return made
 
-    def rows(self, rows: Rows) -> Rows:
+    def rows(self, rows: RowSelection) -> RowSelection:
         """Note what answers for rows."""
         with self.lock:
             self._rows.add(rows)

@@ -78,7 +78,7 @@ class Call(threading.local):
 
 
 @dataclass(eq=False)
-class Rows:
+class RowSelection:
     """A mix of adapters for each row of a batch.
 
     Attributes:
@@ -234,7 +234,7 @@ class MixedSteps:
     else there is, mix by mix.
     """
 
-    def __init__(self, rows: Rows, path: str) -> None:
+    def __init__(self, rows: RowSelection, path: str) -> None:
         self._rows, self._path, self._axis = rows, path, rows.axis(path)
         self._steps = [
             None if each is None else each.operations.steps.get(path) for each in rows.distinct
@@ -359,7 +359,7 @@ def _scaled(
 class MixedReplacement:
     """A module's forward pass for a batch whose rows have different weights."""
 
-    def __init__(self, rows: Rows, path: str) -> None:
+    def __init__(self, rows: RowSelection, path: str) -> None:
         self._rows, self._path = rows, path
         self._axis = rows.axis(path)
 
@@ -392,7 +392,7 @@ class MixedReplacement:
 class MixedModel(MixedReplacement):
     """A whole model, run once for each mix: of its layers it is not known where their rows are."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: RowSelection) -> None:
         self._rows, self._path, self._axis = rows, "", Axis("")
 
     __call__ = torch.compiler.disable(MixedReplacement.__call__)

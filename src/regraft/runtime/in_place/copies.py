@@ -23,7 +23,7 @@ from regraft.tensors import TensorSpec
 
 
 class Copies:
-    """Copies of adapters on the CPU; a :class:`regraft.merging.compute.factors.Factors`.
+    """Copies of adapters on the CPU; a :class:`regraft.merging.compute.factors.FactorSource`.
 
     Attributes:
         adapters: the adapters, with their tensors copied.

@@ -14,7 +14,7 @@ from regraft.deltas.undo.exceptions import keep_exceptions, put_back
 from regraft.deltas.undo.units import Encoder, Kept
 from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import MismatchError
-from regraft.merging.compute.factors import Factors
+from regraft.merging.compute.factors import FactorSource
 from regraft.merging.compute.requantize import Coder, block_of, read_packed
 from regraft.merging.compute.step_inverse import Backwards
 from regraft.merging.compute.step_math import ReadSource, StepMath
@@ -177,7 +177,13 @@ class PlainJob(Job):
     """
 
     def __init__(
-        self, step: Step, store: Factors, current: Current, read: ReadSource | None, *, keeps: bool
+        self,
+        step: Step,
+        store: FactorSource,
+        current: Current,
+        read: ReadSource | None,
+        *,
+        keeps: bool,
     ) -> None:
         """Take what is done to which parameter.
 
@@ -263,7 +269,9 @@ class PlainJob(Job):
 class CodedJob(Job):
     """A parameter that stays quantized: codes to codes, under the scales it has."""
 
-    def __init__(self, step: Step, store: Factors, quantized: LiveQuantized, coder: Coder) -> None:
+    def __init__(
+        self, step: Step, store: FactorSource, quantized: LiveQuantized, coder: Coder
+    ) -> None:
         super().__init__(step, lambda: quantized.parameter, keeps=True)
         self._quantized, self._coder = quantized, coder
         self._source = DequantizingSource({coder.weight.name: coder.weight}, quantized)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from regraft.formats.checkpoint import Checkpoint
-from regraft.merging.inputs.base_index import BaseIndex, Found, Held
+from regraft.merging.inputs.base_index import BaseIndex, ResolvedName, StoredPart
 from regraft.merging.inputs.single_experts import as_slice
 from regraft.names import NameMap, Piece
 from regraft.names.architecture import Config
@@ -190,14 +190,18 @@ class LiveIndex(BaseIndex):
     def _pieces(self, name: str) -> tuple[Piece, ...]:
         return (as_slice(self.names, name) or Piece(name),)
 
-    def _exact(self, name: str) -> Found | None:
+    def _exact(self, name: str) -> ResolvedName | None:
         spec = self.base.tensors.get(name)
-        return Found(Piece(name), (Held(spec, Piece(name)),)) if spec is not None else None
+        return (
+            ResolvedName(Piece(name), (StoredPart(spec, Piece(name)),))
+            if spec is not None
+            else None
+        )
 
     def _absent_ties(self) -> dict[str, str]:
         return dict(self._live.tied)
 
-    def find(self, name: str) -> tuple[Found, ...]:
+    def find(self, name: str) -> tuple[ResolvedName, ...]:
         """Return what a name means; the bias that a layer lacks too: one can be added to it."""
         found = super().find(name)
         if found or not name.endswith(".bias"):
@@ -211,7 +215,7 @@ class LiveIndex(BaseIndex):
             return ()
         outputs = spec.shape[-1] if is_conv1d(module) else spec.shape[0]
         bias = TensorSpec(f"{path}.bias", spec.dtype, (outputs,), IN_MEMORY, VIRTUAL, 0)
-        return (Found(Piece(bias.name), (Held(bias, Piece(bias.name)),)),)
+        return (ResolvedName(Piece(bias.name), (StoredPart(bias, Piece(bias.name)),)),)
 
     def is_conv1d(self, module: str) -> bool | None:
         """Whether a module stores its weight as (in, out): here it can be looked at."""

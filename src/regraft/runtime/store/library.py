@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from regraft.errors import UsageError
-from regraft.runtime.forward.selection import Named, Rows, Selection
+from regraft.runtime.forward.selection import Named, RowSelection, Selection
 from regraft.runtime.model.matching import LiveAdapter
 from regraft.runtime.store.cache import AdapterCache
 from regraft.runtime.store.leases import Lease
@@ -27,25 +27,25 @@ KEPT_ROWS = 2
 
 
 @dataclass(frozen=True)
-class Held:
+class LoadedAdapter:
     """An adapter in memory, and what it does to the model when it answers alone."""
 
     adapter: LiveAdapter
     selection: Selection
 
 
-class Chosen(Mapping[str, Held]):
+class Chosen(Mapping[str, LoadedAdapter]):
     """Adapters that were chosen; those of a cache stay in memory until it is released.
 
     Attributes:
         selection: what they do together, once that is known.
     """
 
-    def __init__(self, held: Mapping[str, Held], lease: Lease[Any] | None) -> None:
+    def __init__(self, held: Mapping[str, LoadedAdapter], lease: Lease[Any] | None) -> None:
         self._held, self._lease = held, lease
         self.selection: Selection | None = None
 
-    def __getitem__(self, name: str) -> Held:
+    def __getitem__(self, name: str) -> LoadedAdapter:
         return self._held[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -80,10 +80,10 @@ class Library:
 
     def __init__(self, cache: AdapterCache | None) -> None:
         self.cache = cache
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, LoadedAdapter] = {}
         self._names: dict[str, bool] = {}  # whether the cache keeps it
         self._mixes: OrderedDict[Named, Selection] = OrderedDict()
-        self._rows: OrderedDict[tuple[tuple[Named, ...], int], Rows] = OrderedDict()
+        self._rows: OrderedDict[tuple[tuple[Named, ...], int], RowSelection] = OrderedDict()
         self._lock = threading.RLock()
         self._is_closed = False
 
@@ -142,7 +142,7 @@ class Library:
                 hint="load_adapter(source, name) loads one",
             )  # fmt: skip
 
-    def add(self, held: Held) -> None:
+    def add(self, held: LoadedAdapter) -> None:
         """Take an adapter that stays in memory.
 
         Raises:
@@ -158,7 +158,7 @@ class Library:
         name: str,
         read: Callable[[], Any],
         nbytes: int,
-        place: Callable[[Any], Held] | None = None,
+        place: Callable[[Any], LoadedAdapter] | None = None,
     ) -> None:
         """Take an adapter that the cache reads when it is asked for.
 
@@ -233,8 +233,12 @@ class Library:
         return self._kept(self._mixes, KEPT_MIXES, parts, [parts], chosen, make)
 
     def rows(
-        self, of_row: tuple[Named, ...], repeats: int, chosen: Chosen, make: Callable[[], Rows]
-    ) -> Rows:
+        self,
+        of_row: tuple[Named, ...],
+        repeats: int,
+        chosen: Chosen,
+        make: Callable[[], RowSelection],
+    ) -> RowSelection:
         """Return what answers for each row; kept in the same way."""
         return self._kept(self._rows, KEPT_ROWS, (of_row, repeats), of_row, chosen, make)
 

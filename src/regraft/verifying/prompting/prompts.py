@@ -133,7 +133,7 @@ def check_prompts(file: str | Path) -> list[Prompt]:
 
 
 def _report(
-    path: Path, rows: _Rows, answered: Sequence[Tally], alone: Sequence[Tally] | None,
+    path: Path, rows: _TokenizedPrompts, answered: Sequence[Tally], alone: Sequence[Tally] | None,
     live: _Live, device: str,
 ) -> PromptReport:  # fmt: skip
     merged = Tally.sum(answered)
@@ -197,7 +197,7 @@ def _scratch() -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _TokenizedPrompts:
     """The prompts as tokens.
 
     Attributes:
@@ -217,7 +217,7 @@ class _Rows:
 
 def _tokenized(
     prompts: list[Prompt], path: Path, models: Sequence[Checkpoint], max_tokens: int
-) -> _Rows:
+) -> _TokenizedPrompts:
     """Return the prompts as tokens, by the tokenizer of the first model that has one."""
     tokenizer = _tokenizer(models)
     limit = min([max_tokens, *map(_longest, models)])
@@ -241,7 +241,7 @@ def _tokenized(
     if problems:
         raise InputError(capped(problems, path))
     cut = sum(len(ids) > limit for ids in rows)
-    return _Rows(prompts, [ids[:limit] for ids in rows], cut)
+    return _TokenizedPrompts(prompts, [ids[:limit] for ids in rows], cut)
 
 
 def _tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -412,7 +412,7 @@ class _Run:
         progress: called after every prompt.
     """
 
-    def __init__(self, rows: _Rows, folder: Path, progress: Progress | None) -> None:
+    def __init__(self, rows: _TokenizedPrompts, folder: Path, progress: Progress | None) -> None:
         self._rows, self._folder, self._progress = rows, folder, progress
         self._width = self._done = 0
 

@@ -17,7 +17,7 @@ from regraft.runtime.forward.layers.plain import plain_weight
 from regraft.runtime.forward.layers.served import grouped_step, split
 from regraft.runtime.forward.layers.steps import (
     Dora,
-    Factors,
+    LayerFactors,
     LowRank,
     Shift,
     Step,
@@ -194,7 +194,7 @@ class _Builder:
         whole = delta.rows == (0, weight.work.source.shape[0]) or kind is not LINEAR
         has_dropout = kind is not EMBEDDING and not delta.is_residual  # PEFT drops no token ids
         return LowRank(
-            kind, Factors(make, trained=trained), delta.scale, None if whole else delta.rows,
+            kind, LayerFactors(make, trained=trained), delta.scale, None if whole else delta.rows,
             adapter.dropout if has_dropout else 0.0,
         )  # fmt: skip
 
@@ -285,4 +285,4 @@ def _join(first: LowRank, second: LowRank) -> LowRank:
         raise ValueError("only factors that do not change can be joined")
     (a1, b1), (a2, b2) = first.factors.fixed, second.factors.fixed
     pair = torch.cat((a1, a2)), torch.cat((b1 * first.scale, b2 * second.scale), dim=1)
-    return LowRank(first.kind, Factors(lambda: pair, trained=False), 1.0)
+    return LowRank(first.kind, LayerFactors(lambda: pair, trained=False), 1.0)

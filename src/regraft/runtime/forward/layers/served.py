@@ -16,7 +16,7 @@ from torch import nn
 from regraft.adapters.model import Adapter, LoraTarget
 from regraft.errors import Problem, UnsupportedError
 from regraft.runtime.forward.layers.kinds import GROUPED_CONVOLUTION
-from regraft.runtime.forward.layers.steps import Factors, LowRank
+from regraft.runtime.forward.layers.steps import LayerFactors, LowRank
 from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.model.matching import LiveAdapter
 
@@ -74,7 +74,7 @@ def groups_of(base: LiveBase, path: str) -> int:
 def grouped_step(adapter: LiveAdapter, weight: float, target: LoraTarget) -> LowRank:
     """Return the step of a grouped convolution."""
     scale = adapter.adapter.settings.scale_of(target.module, weight)
-    factors = Factors(
+    factors = LayerFactors(
         lambda: (adapter.tensors[target.a.name], adapter.tensors[target.b.name]),
         trained=adapter.is_trainable,
     )

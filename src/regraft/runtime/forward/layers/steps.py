@@ -20,7 +20,7 @@ Pair = tuple[Tensor, Tensor]
 """A and B of a delta, as the layer's kind takes them."""
 
 
-class Factors:
+class LayerFactors:
     """A pair that does not change, or one made anew from tensors in training."""
 
     def __init__(self, make: Callable[[], Pair], *, trained: bool) -> None:
@@ -74,7 +74,7 @@ class LowRank:
     """
 
     kind: Kind
-    factors: Factors
+    factors: LayerFactors
     scale: float
     rows: tuple[int, int] | None = None
     dropout: float = 0.0
