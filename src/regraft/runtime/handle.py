@@ -97,10 +97,7 @@ class Adapters(Handle):
         if merged := self.merged_adapters:
             return merged
         selection = self._state.selection()
-        if isinstance(selection, RowSelection):
-            parts = [each.names for each in selection.distinct if each is not None]
-            return list(dict.fromkeys(name for names in parts for name, _ in names))
-        return [name for name, _ in selection.names] if selection is not None else []
+        return selection.adapter_names() if selection is not None else []
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -506,7 +503,7 @@ class Adapters(Handle):
         selection = self._state.selection()
         if isinstance(selection, RowSelection):
             raise UsageError("rows have adapters of their own here", hint="Name those to be merged")
-        return selection.names if selection is not None else ()
+        return selection.names if isinstance(selection, Selection) else ()
 
     # -- training --------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from regraft.errors import UsageError
 from regraft.runtime.forward import scopes
+from regraft.runtime.forward.answer import Answer
 from regraft.runtime.model.live_base import LiveBase, input_embedding
 from regraft.runtime.model.watching import Watch, lost_in_copy
 from regraft.runtime.model.wrappers import plain_paths
@@ -42,16 +43,16 @@ class State:
 
     def __init__(self, key: int) -> None:
         self.key = key
-        self.default: Any | None = None
+        self.default: Answer | None = None
         self.is_merged = False
         self.in_tasks = self.is_torn = False
         self.open_scopes: set[Any] = set()
 
-    def selection(self) -> Any | None:
+    def selection(self) -> Answer | None:
         """Return the selection that answers here, or None."""
         if self.is_merged:
             return None
-        found = scopes.find(self.key)
+        found: Any = scopes.find(self.key)
         return self.default if found is scopes.UNSET else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from regraft.errors import UsageError
-from regraft.runtime.forward.choices import listed
+from regraft.runtime.forward.answer import Answer
 
 Scopes = Mapping[int, Any]
 """Selections by the key of their handle; None stands for no adapter.
@@ -88,7 +88,7 @@ class _Mark:
 
     __slots__ = ("__weakref__", "key", "selection")
 
-    def __init__(self, key: int, selection: Any) -> None:
+    def __init__(self, key: int, selection: Answer | None) -> None:
         self.key, self.selection = key, selection
 
 
@@ -102,7 +102,7 @@ class scope:  # noqa: N801 - it is used as a function
 
     __slots__ = ("_mark", "_opened", "_rest", "_token")
 
-    def __init__(self, key: int, selection: Any, opened: set[Any] | None = None) -> None:
+    def __init__(self, key: int, selection: Answer | None, opened: set[Any] | None = None) -> None:
         """Make a scope that is not open yet.
 
         Args:
@@ -216,8 +216,7 @@ def _shown(mark: _Mark) -> str:
     """Return what a scope answers with, as messages name it."""
     if mark.selection is None:
         return "the scope of no adapter"
-    names = getattr(mark.selection, "names", None)
-    return "a scope of rows" if names is None else f"the scope of {listed(names)}"
+    return mark.selection.scope_name()
 
 
 def in_task() -> bool:

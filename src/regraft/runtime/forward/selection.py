@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.runtime.forward import scopes
+from regraft.runtime.forward.choices import listed
 from regraft.runtime.forward.hooks import tensors_in
 from regraft.runtime.forward.layers.grouped import GroupedLora
 from regraft.runtime.forward.layers.operations import Operations
@@ -50,7 +51,7 @@ class Selection:
         steps = self.operations.steps.get(path)
         return None if steps is None else run(steps, module, x, out)
 
-    def instead(self, path: str) -> Any | None:
+    def instead(self, path: str) -> Callable[..., Any] | None:
         """Return what is called in the place of a module's forward pass, or None."""
         return self.operations.replacements.get(path)
 
@@ -59,6 +60,14 @@ class Selection:
 
     def done(self) -> None:
         """Note that a call of the model is over."""
+
+    def adapter_names(self) -> list[str]:
+        """Return the adapters."""
+        return [name for name, _ in self.names]
+
+    def scope_name(self) -> str:
+        """Return what messages call a scope in which these adapters answer."""
+        return f"the scope of {listed(self.names)}"
 
 
 UNCALLED = "the model is not called as a whole"
@@ -115,7 +124,7 @@ class RowSelection:
         found = self._after[path] = MixedSteps(self, path)
         return found
 
-    def instead(self, path: str) -> Any | None:
+    def instead(self, path: str) -> Callable[..., Any] | None:
         """Return what is called in the place of a module's forward pass, or None."""
         if len(self.distinct) == 1:
             return None if self.distinct[0] is None else self.distinct[0].instead(path)
@@ -145,6 +154,15 @@ class RowSelection:
     def done(self) -> None:
         """Forget what the call that is over said of its images."""
         self._calls.images = UNCALLED
+
+    def adapter_names(self) -> list[str]:
+        """Return the adapters of all rows, each once."""
+        mixes = [each.adapter_names() for each in self.distinct if each is not None]
+        return list(dict.fromkeys(name for names in mixes for name in names))
+
+    def scope_name(self) -> str:
+        """Return what messages call a scope of rows."""
+        return "a scope of rows"
 
     def axis(self, path: str) -> Axis:
         """Return what is known of the rows in what a module is given."""
