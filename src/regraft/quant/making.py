@@ -95,7 +95,7 @@ class Making:
         self.row_run, self.run = run
         size = -(-self.rows // self.row_run), -(-self.columns // self.run)
         self.absmax: Floats = np.zeros(size, np.float32)
-        self._merging = threading.Lock()
+        self._merging = threading.Lock()  # magnitudes only grow, so the order does not matter
 
     def gather(self, at: Block, values: Floats) -> None:
         """Take in the values of a block, float32 ``(rows * columns,)``. Safe from any thread."""

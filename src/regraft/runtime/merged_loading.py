@@ -267,7 +267,7 @@ class _Loading:
 
     def __init__(self, merge: MemoryMerge) -> None:
         self._merge = merge
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of several errors the first is kept
         self._error: BaseException | None = None
 
     def tensor(self, step: Step) -> torch.Tensor:

@@ -92,8 +92,12 @@ class _Step(Generic[T]):
         self._work = work
         self._context, self._modes = copy_context(), _modes()
         self._stop = threading.Event()
+        # Held until the step is over; ``is_over`` is set before it is let go, so that whoever sees
+        # it free, or true, sees ``result`` and ``error`` too.
         self._over = _thread.allocate_lock()
         self._over.acquire()
+        # Taken once, never given back: either the thread has it and does the step, or the caller
+        # has it and the step is never done.
         self.claim = _thread.allocate_lock()
         self.is_over = False
         self.result: T | None = None
@@ -148,6 +152,7 @@ class Turns:
     """Lets whole steps on one thing be done one after the other, whatever threads ask for them."""
 
     def __init__(self) -> None:
+        # Held for a whole step; a step may contain others.
         self._lock = threading.RLock()
 
     def whole(self, work: Callable[[], T]) -> T:

@@ -19,6 +19,8 @@ _NAMES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads",
           "openblas_{}_num_threads64_", "openblas_{}_num_threads")  # fmt: skip
 
 _lock = threading.Lock()
+"""Held while the number of threads and the list of those inside change together."""
+
 _inside: list[int] = []
 """The number of threads there was before each of those who are inside."""
 

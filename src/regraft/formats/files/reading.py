@@ -122,7 +122,7 @@ class FilePool:
     def __init__(self) -> None:
         """Start with no file open."""
         self._fds: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a file is opened once, and none after the pool is closed
         self._closed = False
         self._watch = current()
 

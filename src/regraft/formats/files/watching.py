@@ -79,7 +79,7 @@ class Watch:
         self._digests: dict[Path, str] = {}
         self._problems: dict[Path, Problem] = {}
         self._own: list[Path] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a file's first stamp is the one that counts
 
     def leave_out(self, folder: Path) -> None:
         """Note no file below a folder: whoever watches writes to it."""

@@ -39,6 +39,7 @@ class FactorStore:
         self._files = files
         self._limit = limit
         self._kept: OrderedDict[Key, Floats] = OrderedDict()
+        # Held while a tensor is read: it is read once, and room is made before it is.
         self._lock = threading.Lock()
         self.digests: dict[Key, str] = {}
 
@@ -150,7 +151,7 @@ class SegmentFactors:
     def __init__(self, store: FactorSource, residuals: Mapping[int, Pair]) -> None:
         """Take the factors of residuals, by the ``id`` of their delta."""
         self._store, self._residuals = store, residuals
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held while deltas are packed: once for all threads
         self._kept: tuple[Segment, Packed] | None = None
 
     def of(self, segment: Segment) -> Packed:

@@ -45,6 +45,8 @@ class Gathering:
         self.step, self.math, self._source = step, math, source
         self.making: Making = maker.begin(name, shape)
         self._tiles: Iterator[Tile] = tiles_of(step, tile_bytes)
+        # A tile is handed out and counted in ``_inside`` in one step. So when there is no tile left
+        # and nobody is inside, all of the weight was gathered.
         self._changed = threading.Condition()
         self._inside, self._failed = 0, False
         self._small: Mapping[str, Bytes] | None = None
@@ -154,7 +156,7 @@ class Gatherings:
         """
         self._left = left
         self._open: dict[str, Gathering] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a weight is open from its first use to its last tensor
 
     def of(self, name: str, make: Callable[[], Gathering]) -> Gathering:
         """Return a weight's, made if it is not there."""

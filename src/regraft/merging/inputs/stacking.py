@@ -131,6 +131,8 @@ class _Band:
         self._strips = self._cut()
         self._left = 0
         self._error: BaseException | None = None
+        # A strip is handed out and counted in ``_left`` in one step. So when none is left to hand
+        # out and ``_left`` is 0, the band is complete.
         self._changed = threading.Condition()
 
     def _cut(self) -> Iterator[tuple[int, int]]:
@@ -187,6 +189,8 @@ class _Bands:
     def __init__(self, room: int) -> None:
         self._room = room
         self._held: dict[_Key, _Band] = {}
+        # The bands held never take more than the room; one with users is not let go of. Whoever
+        # waits has no band, so those who have one always go on.
         self._changed = threading.Condition()
 
     @contextmanager

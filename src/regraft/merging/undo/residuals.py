@@ -163,6 +163,8 @@ class KeepRun:
         self._compress = compress
         self._hash = blake3()
         self._lengths: dict[int, list[int]] = {}
+        # ``_next`` is the tile whose turn it is: the digest takes tiles in their order, whatever
+        # the order in which threads end. After a failure no turn is waited for.
         self._turn, self._next = threading.Condition(), 0
         self.failed = False
 

@@ -58,7 +58,7 @@ class RestoringSource:
         self._recipe, self._patch, self._files, self._store = recipe, patch, files, store
         self._open: dict[tuple[str, bool], _Restorer] = {}
         self._chunks: dict[str, Offsets] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a tensor has one restorer, made by the first who asks
         self._scratch = threading.local()
 
     def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:

@@ -91,7 +91,7 @@ class AdapterCache:
         self._host: Store[Item] = Store(self.host_bytes, 0.0)
         self._pins: dict[str, Lease[Item]] = {}
         self._reads = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the pins and the count of reads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="regraft-prefetch")
 
     def register(

@@ -118,6 +118,8 @@ class _Waiter:
 
     def __init__(self, since: float, deadline: float) -> None:
         self.since, self.deadline = since, deadline
+        # Free means: something has changed since the waiter looked. A wake that comes before the
+        # wait is not lost, and two wakes count as one.
         self._bell = threading.Lock()
         self._bell.acquire()
 
@@ -157,6 +159,7 @@ class Store(Generic[T]):
         self._queue: deque[_Waiter] = deque()
         self._dropped: deque[_Hold[T]] = deque()
         self._half_done = False
+        # Guards every table here. Loading is not done under it: an entry has a lock of its own.
         # No condition: an interrupt in one of its methods, which are Python, would leave it locked.
         self._lock = threading.Lock()
 

@@ -84,6 +84,8 @@ class Library:
         self._names: dict[str, bool] = {}  # whether the cache keeps it
         self._mixes: OrderedDict[Named, Selection] = OrderedDict()
         self._rows: OrderedDict[tuple[tuple[Named, ...], int], RowSelection] = OrderedDict()
+        # Whatever is kept of a mix is of the adapters that have its names now. ``make`` is called
+        # under it, and may come back for the mixes of rows, in the same thread.
         self._lock = threading.RLock()
         self._is_closed = False
 

@@ -76,7 +76,7 @@ class _Comparison:
         self._left = math.ceil(x.numel / self._step)
         self._equal: list[int] = []
         self._distance: Distance | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # whoever counts ``_left`` down to 0 did the last tile
 
     def tiles(self) -> Iterable[int]:
         """Return the first element of each tile."""
@@ -188,7 +188,7 @@ class _Queue:
         self._places = {path: os.path.realpath(path) for p in pairs for path in _paths(*p)}
         self._total = sum(x.nbytes + y.nbytes for x, y in pairs if self._has_to_be_read(x, y))
         self._done, self._progress = 0, progress
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held while progress is told, so that it never goes back
         self.changes: dict[str, TensorChange] = {}
 
     def walk(self) -> Iterator[tuple[_Comparison, int]]:
