@@ -70,8 +70,8 @@ class OutputFile:
         self.path = path
         self._opened: list[int] = []
         self._edges: list[tuple[int, bytes]] = []
-        # ``_lock`` guards the edges, ``_ending`` the descriptors: nothing is written to one that was
-        # closed, as its number may be another file's by then.
+        # ``_lock`` guards the edges. ``_ending`` guards the descriptors: nothing is written to one
+        # that was closed, as its number may be another file's by then.
         self._lock, self._ending = threading.Lock(), threading.Lock()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
