@@ -75,7 +75,7 @@ def redacted(text: str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, in the five parts a reader needs; secrets in them are hidden.
+    """One thing that is wrong, in the five parts that a reader needs; secrets in it are hidden.
 
     Attributes:
         what: what is wrong, without a trailing full stop.

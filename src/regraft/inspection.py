@@ -58,7 +58,7 @@ class DTypeShare:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """One file of tensors: its name, the bytes of its tensors, and their number."""
+    """A weights file: its name, the bytes of its tensors, and how many there are."""
 
     name: str
     bytes: int
@@ -317,7 +317,7 @@ def _dtype_shares(tensors: Iterable[TensorSpec]) -> tuple[DTypeShare, ...]:
 
 
 def _model_facts(config: Mapping[str, Any] | None) -> ModelFacts | None:
-    """Return what a config says; where it is silent, what its ``text_config`` says."""
+    """Return the facts of a config; where it lacks one, that of its ``text_config``."""
     if config is None:
         return None
     nested = config.get("text_config")

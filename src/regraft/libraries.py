@@ -1,4 +1,4 @@
-"""Libraries that are not always there, and that talk."""
+"""Optional packages: asked for by name, and kept from printing."""
 
 from __future__ import annotations
 

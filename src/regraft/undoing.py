@@ -312,7 +312,7 @@ def _merged_adapters(
     folder: Path, receipt: Receipt, manifest: Manifest,
     given: AdapterArg | Sequence[AdapterArg] | None, token: str | None, option: str,
 ) -> list[Adapter]:  # fmt: skip
-    """Return the adapters that were merged: the copies that were kept, or those that are given.
+    """Return the adapters that were merged: the kept copies, or those that the call names.
 
     Raises:
         UsageError: others are given, or with other weights.

@@ -163,7 +163,7 @@ def is_plain(text: str) -> bool:
 
 
 def _is_looked_up(text: str, within: str) -> bool:
-    """Return whether an expression is so plain that it is never matched as one."""
+    """Return whether an expression is a plain name, which is looked up and not matched."""
     if within == SUFFIX:
         return is_plain(text)
     return within in (WHOLE, BELOW) and is_segment(text)

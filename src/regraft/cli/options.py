@@ -79,7 +79,7 @@ else:
 
 
 class Dtype(_Choice):
-    """A dtype, by its name or a shorter one such as ``bf16``; it is passed on by its name."""
+    """A dtype, given by its name or by a short one such as ``bf16``; passed on by its name."""
 
     def __init__(self) -> None:
         super().__init__(["float32", "bfloat16", "float16"])

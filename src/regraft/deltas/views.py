@@ -1,4 +1,4 @@
-"""Factors and deltas as data: which part of a stored tensor is which matrix, and what it does."""
+"""Factors and deltas as data: which part of a stored tensor is a matrix, and its use."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class Bar(Protocol):
     """What shows how far a piece of work has come."""
 
     def advance(self, note: str) -> None:
-        """Count one more step, with a few words on it, such as its loss."""
+        """Count one more step, and show a few words on it, such as its loss."""
 
 
 Progress = Callable[[str, int], AbstractContextManager[Bar]]

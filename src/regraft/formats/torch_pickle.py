@@ -328,7 +328,7 @@ def _checked(
 
 
 def _odd(oddity: str) -> _Function:
-    """Return a function that makes a tensor which is named for what it is, and not read."""
+    """Return a function that stands for a kind of tensor that is not read, and names the kind."""
     return lambda *_: StoredTensor("", "", 0, 0, (), (), oddity)
 
 

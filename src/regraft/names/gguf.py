@@ -1,4 +1,4 @@
-"""What GGUF calls things and what transformers calls them, for the families that both know.
+"""Names of tensors in GGUF files and in transformers, for the families that both know.
 
 The families are dense decoders whose tensors llama.cpp keeps one to one: it renames them, may
 rearrange rows of queries and keys, and may add 1 to norms. Facts are those of transformers'

@@ -130,7 +130,7 @@ class Adapters(Handle):
         peft_version: str | None = None,
         token: str | None = None,
     ) -> None:
-        """Load an adapter beside the others; which ones answer stays as it is.
+        """Load one more adapter; the active adapters stay active.
 
         With a cache it is looked at now, and read when it is first used.
 

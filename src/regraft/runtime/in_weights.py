@@ -75,7 +75,7 @@ class InWeights:
             )  # fmt: skip
 
     def check_is(self, adapters: Choice) -> None:
-        """Refuse adapters that are not those that are merged.
+        """Refuse a call that names other adapters than those in the weights.
 
         Raises:
             UsageError: they are not.
@@ -209,7 +209,9 @@ class InWeights:
         return self._merging
 
     def _note(self, *known: Merging) -> None:
-        """Say what is in the weights now: one of these, by what they themselves say, or nothing."""
+        """Set the record of what is in the weights: one of these merges, as each reports itself, or
+        none.
+        """
         there = next((each for each in known if each.is_there), None)
         self._state.is_torn = there is not None and there.work.is_torn
         self._state.is_merged, self._merging = there is not None, there

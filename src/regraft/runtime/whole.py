@@ -42,7 +42,7 @@ def _never() -> bool:
 
 
 def whole(work: Callable[[], T]) -> T:
-    """Do something that no signal's handler interrupts, and return what it returns.
+    """Call a function that no signal handler interrupts, and return its result.
 
     In a thread that is not the main one it is simply done: signals are not heard there.
 
@@ -128,7 +128,7 @@ class _Step(Generic[T]):
             pass
 
     def ask_and_wait(self) -> None:
-        """Ask it to stop, and wait until it is over, whatever else is raised here."""
+        """Ask the step to stop, and wait until it is over, through any number of interrupts."""
         try:
             self._stop.set()
             self.wait()
@@ -149,7 +149,7 @@ def _modes() -> list[Callable[[], AbstractContextManager[object]]]:
 
 
 class Turns:
-    """Lets whole steps on one thing be done one after the other, whatever threads ask for them."""
+    """Runs whole steps on one object one after the other, from any threads."""
 
     def __init__(self) -> None:
         # Held for a whole step; a step may contain others.

@@ -151,7 +151,7 @@ def _likely(target: LoraTarget, keys: Sequence[str], wrapped: int) -> str:
 
 
 def _group(settings: LoraSettings, target: LoraTarget) -> str:
-    """Return what is one for targets that have to have one rank.
+    """Return a key that is equal for targets which have to have one rank.
 
     nn.MultiheadAttention keeps its out_proj inside its own wrapper, and one rank for both.
     """

@@ -1,4 +1,4 @@
-"""What a shrink warns of: deltas that became others, and programs that scale them otherwise."""
+"""Warnings of a shrink: deltas that changed, and programs that read another scale."""
 
 from __future__ import annotations
 

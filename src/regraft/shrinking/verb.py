@@ -162,7 +162,7 @@ class _Choices:
 
 @dataclass(frozen=True)
 class _OpenedAdapter:
-    """An adapter that is to be shrunk: its files, what they mean, and what was asked for."""
+    """An adapter that is to be shrunk: files, factors, and the options of the call."""
 
     files: AdapterFiles
     adapter: Adapter
@@ -411,7 +411,7 @@ def _report(
     job: _OpenedAdapter, output: str, items: Sequence[Item], forms: Sequence[Form],
     modules: tuple[ShrunkModule, ...], copies: tuple[EmbeddingCopy, ...],
 ) -> ShrinkReport:  # fmt: skip
-    """Return what is done, but for the time that it takes to write it."""
+    """Return the report, without the time that writing will take."""
     dtype = DTYPES[job.choices.dtype].config_name
     with typed_os_errors(job.files.root):
         before = (job.files.root / job.files.weights_file).stat().st_size

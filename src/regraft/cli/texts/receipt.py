@@ -169,7 +169,7 @@ def _loading(receipt: Receipt) -> str:
 
 
 def _loader(out: Path) -> str:
-    """Return the line of Python that loads ``out``, by what its config says it is."""
+    """Return the line of Python that loads ``out`` with the class that its config names."""
     names = _architectures(out)
     if not names:
         return f"safetensors.torch.load_file, on each weights file in {str(out)!r}"

@@ -1,4 +1,4 @@
-"""Streams of what has to be kept of weights so that their merge can be taken back.
+"""The streams of an undo: what a merged weight and its delta do not tell of the base's weight.
 
 A merged value and its delta leave few values that the weight may have had: those of the base's
 dtype that, with the delta added, round to the merged value. Usually there is one, and nothing has

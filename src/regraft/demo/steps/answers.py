@@ -68,7 +68,7 @@ def _nf4() -> Any:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: a token is so little work that more would only wait for others."""
+    """Keep torch to one thread: for one token, more threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -85,7 +85,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo made, and what it found. What is told of each adapter is by its name.
+    """All that a demo measured. Figures of each adapter are by the adapter's name.
 
     Attributes:
         folder: the demo's folder.

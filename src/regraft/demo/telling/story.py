@@ -161,7 +161,7 @@ def _difference(logits: LogitComparison) -> tuple[str, str]:
 
 
 def taken_back(identical: bool, taken: float, undo_bytes: int) -> str:
-    """Return what un-merging gave, and what it took."""
+    """Return the section on un-merging: what came back, and its time and memory."""
     if not identical:
         return indented("The folder that came back is NOT the base's.")
     return indented(

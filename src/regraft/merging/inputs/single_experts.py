@@ -1,4 +1,4 @@
-"""Experts that have names of their own where the model keeps one stack of them all.
+"""Checkpoints that store each expert under its own name, for models with one stack of experts.
 
 gpt-oss in 4 bits has every expert as a linear layer, ``mlp.experts.gate_up_projs.3``, because
 bitsandbytes quantizes no stacks; the published model has ``mlp.experts.gate_up_proj`` (experts, in,

@@ -25,7 +25,7 @@ class Source(Protocol):
         """Let go of what was kept for a tensor that will not be read again."""
 
     def expected(self, name: str) -> str | None:
-        """Return the blake3 (hex) a tensor has to have, if that is known."""
+        """Return no expected digest: a file on disk is read as it is."""
 
 
 class WholeSource:

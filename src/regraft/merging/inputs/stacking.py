@@ -106,7 +106,7 @@ class StackingSource:
         return max(spec.shape[-1] if spec.shape else 1, 1) * spec.itemsize
 
     def release(self, spec: TensorSpec) -> None:
-        """Let go of what was kept for a tensor, and for those that it is made of."""
+        """Let go of the memory of a tensor and of the tensors that it is made of."""
         stack = self._stack(spec)
         if stack is None:
             self._plain.release(spec)
@@ -121,7 +121,7 @@ class StackingSource:
 
 
 class _Band:
-    """Rows of one expert of a stack while they are decoded, by all who wait for them."""
+    """Rows of one expert of a stack, decoded by all threads that wait for them."""
 
     def __init__(self, stack: Stack, number: int, first: int, values: Words) -> None:
         """Take the rows' place in the expert, and where their values go, (rows, width)."""

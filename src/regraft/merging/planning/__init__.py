@@ -1,1 +1,1 @@
-"""What is to be done: which stored tensor gets which delta, where, and what comes out."""
+"""The plan of a merge: which stored tensor gets which delta, where, and what comes out."""

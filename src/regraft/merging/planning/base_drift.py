@@ -1,4 +1,4 @@
-"""What lies between the base that is merged into and the one that adapters were trained on."""
+"""Base drift: how far the base that is merged into lies from the one of the training."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Matching:
 
 
 class Matcher:
-    """Matches adapters, one after the other, with one base."""
+    """Matches the adapters of a merge with one base, one adapter after the other."""
 
     def __init__(self, index: BaseIndex) -> None:
         self.index = index

@@ -295,7 +295,7 @@ def _of_one_expert(
 def _on_one_expert(
     place: Placement, factors: FactorSizes, wanted: Piece, spec: TensorSpec
 ) -> Delta:
-    """A target that is one expert's matrix meets a checkpoint that stacks them all."""
+    """Place a target that is one expert's matrix in a checkpoint that stacks all experts."""
     _, height, width = spec.shape
     expert = wanted.expert or 0
     if expert < spec.shape[0] and _expert_is_transposed(place, factors, wanted, spec):

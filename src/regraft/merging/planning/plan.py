@@ -309,7 +309,9 @@ class Plan:
         return math.prod(weight.shape) if step.name == weight.codes.name else 0
 
     def _read_bytes(self, step: Step) -> int:
-        """Return what a step reads of its source: of a quantized weight, what is stored of it."""
+        """Return the bytes that a step reads of its source; of a quantized weight, its stored
+        bytes.
+        """
         if step.made is not None and step.codes_of is None:
             return 0  # it was read for the codes
         if step.source.is_virtual and self.quantization is not None:

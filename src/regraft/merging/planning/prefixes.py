@@ -178,7 +178,9 @@ def _place(module: str) -> tuple[str, ...]:
 
 
 def _parted(mine: tuple[str, ...], theirs: tuple[str, ...]) -> PrefixChange | None:
-    """Return the prefixes of two places that end alike, if one is the other with more in it."""
+    """Return the prefixes of two names that end alike, if one name is the other with a longer
+    prefix.
+    """
     same = 0
     while same < min(len(mine), len(theirs)) and mine[-1 - same] == theirs[-1 - same]:
         same += 1

@@ -1,4 +1,4 @@
-"""What verbs answer: ``check``, whether it would merge; ``unmerge``, what it gave back."""
+"""Reports of two verbs: ``check`` (would it merge?) and ``unmerge`` (which base came back)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tied weights: keep them one where the adapters allow it, part them where they do not.
+"""Tied weights: kept as one tensor where the adapters allow that, else written as two.
 
 A tied parameter is in the file once. An adapter on one side of a tie gives the two sides different
 weights, so a faithful merge writes both and says ``tie_word_embeddings: false``.

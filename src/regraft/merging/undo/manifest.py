@@ -1,4 +1,4 @@
-"""What a merged model says that it keeps of its base: ``undo.json``, read and checked.
+"""``undo.json``: the list of what a merged model keeps of its base, read and checked.
 
 ``OUT/regraft/undo/`` holds ``undo.json``, the patch, the base's config, index and other side files
 under ``base/``, and the adapters. Reading this needs none of the compiled kernels.

@@ -50,7 +50,7 @@ def file_section(name: str) -> str:
 
 @dataclass(frozen=True)
 class Written:
-    """A section that was written: its name, where it lies in the data, and its blake3 (hex)."""
+    """A section of a patch: its name, its place among the data, and its blake3 (hex)."""
 
     name: str
     begin: int

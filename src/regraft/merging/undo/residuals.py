@@ -1,4 +1,5 @@
-"""Tensors of the base that an undo cannot compute: what tells them from something it will have.
+"""Tensors of the base that no arithmetic gives back: the patch holds their difference from a tensor
+that an un-merge has at hand.
 
 A replaced tensor is told from what took its place, a converted one from itself converted there and
 back, and one that the output does not have from nothing.

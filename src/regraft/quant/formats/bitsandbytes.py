@@ -203,7 +203,7 @@ def find(stored: Stored) -> FoundWeights:
 
 
 def _weight(stored: Stored, name: str, kind: str) -> QuantizedWeight:
-    """Return one weight, its parts checked against its state.
+    """Return one quantized weight, with its parts checked against its stored state.
 
     Raises:
         Unfit: they do not fit.

@@ -151,7 +151,7 @@ def _dequantize(raw: Bytes, name: str) -> Floats:
 
 @functools.cache
 def _package() -> Any:
-    """Return the ``gguf`` package; whoever opened the file has made sure that it is there."""
+    """Return the ``gguf`` package, which opening a ``.gguf`` file has imported already."""
     import gguf
     import gguf.quants
 

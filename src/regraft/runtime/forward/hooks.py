@@ -157,7 +157,7 @@ class Hooks:
             self._root.append(part.register_forward_pre_hook(PartBefore(state), with_kwargs=True))
 
     def cover(self, outputs: Iterable[str], forwards: Iterable[str]) -> None:
-        """See to it that these modules are looked after."""
+        """Put hooks on the modules that a selection needs, where there are none yet."""
         outputs, forwards = tuple(outputs), tuple(forwards)
         if all(p in self._outputs for p in outputs) and all(p in self._forwards for p in forwards):
             return
@@ -189,7 +189,7 @@ class Hooks:
         return forward
 
     def look(self) -> None:
-        """Note where the modules are that hooks are on, so that it shows if one is replaced."""
+        """Note the modules that have hooks, so that a replaced one is noticed."""
         self.watch = Watch(self._base.model, self._touched())
 
     def _touched(self) -> set[str]:
@@ -215,7 +215,7 @@ class Hooks:
         return Watch(model, set(self._outputs))
 
     def follow(self) -> None:
-        """Move hooks from modules that were replaced to those that are there now."""
+        """Move hooks from modules that were replaced to the modules in their places."""
         for path, forward in list(self._forwards.items()):
             if forward.module is not self._base.modules[path]:
                 _take_out(forward.module, forward)

@@ -128,7 +128,7 @@ def _by_first_axis(axis: Axis, given: Arguments) -> Layout:
 
 
 def _is_separable(value: Any, first: Tensor) -> bool:
-    """Whether it is known if an argument has rows, or it is plain that it has none."""
+    """Whether an argument certainly has rows, or certainly has none."""
     if not isinstance(value, Tensor):
         return value is None or isinstance(value, bool | int | float | str)
     length = first.shape[0]

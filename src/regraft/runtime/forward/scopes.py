@@ -161,7 +161,7 @@ class scope:  # noqa: N801 - it is used as a function
 
 
 def _without(scopes: Scopes, mark: _Mark) -> Scopes:
-    """Return scopes without one of them; those that were opened in it stay."""
+    """Return the scopes without one of them; scopes that were opened inside it stay."""
     above = []
     while (link := scopes.get(_LINK)) is not None and link[0] is not mark:
         above.append(link[0])
@@ -189,7 +189,7 @@ def _open_only(scopes: Scopes) -> Scopes:
 
 
 def _check_order(scopes: Scopes, mark: _Mark, error: BaseException | None) -> None:
-    """Refuse a scope that ends while one is open that was opened in it on the same handle.
+    """Refuse to close a scope while another, opened inside it on the same handle, is open.
 
     Raises:
         UsageError: it does. If an error ends the scope, it gets a note instead.

@@ -194,7 +194,7 @@ class RowSelection:
     def run(
         self, selection: Selection | None, path: str, module: nn.Module, args: Any, kwargs: Any
     ) -> Any:
-        """Run a module with one of the mixes; the whole model with that one for all its layers."""
+        """Run a module with one mix for all rows; of a whole model, all its layers."""
         found = selection.instead(path) if selection is not None else None
         forward = type(module).forward if found is None else found
         if path:

@@ -20,7 +20,7 @@ them go together.
 
 
 class Handle:
-    """What :func:`regraft.attach` returns, to whoever has to tell only that it is one."""
+    """Marks the class of what :func:`regraft.attach` returns, for modules below that class."""
 
 
 def attached_to(model: Any) -> Adapters | None:

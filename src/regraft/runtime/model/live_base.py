@@ -127,7 +127,9 @@ class LiveBase:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the model computes in: as it says, or as most of its weights have it."""
+        """The dtype that the model computes in: the one that it states, or that of most of its
+        weights.
+        """
         named = getattr(self.model, "dtype", None)
         if isinstance(named, torch.dtype):
             return named
@@ -202,7 +204,9 @@ class LiveIndex(BaseIndex):
         return dict(self._live.tied)
 
     def find(self, name: str) -> tuple[ResolvedName, ...]:
-        """Return what a name means; the bias that a layer lacks too: one can be added to it."""
+        """Return the parameter that a name means. A bias that a layer lacks is found too: one can
+        be added.
+        """
         found = super().find(name)
         if found or not name.endswith(".bias"):
             return found

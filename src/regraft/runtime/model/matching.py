@@ -145,7 +145,7 @@ def _added(work: Work) -> Problem:
 
 
 def weighted(adapter: Adapter, weight: float) -> Adapter:
-    """Return an adapter with a factor on its scale, beside the one that it has."""
+    """Return an adapter whose scale is multiplied by a weight."""
     return adapter if weight == 1.0 else replace(adapter, weight=adapter.weight * weight)
 
 

@@ -197,7 +197,7 @@ def is_in_backward() -> bool:
 
 
 def unknown_rows(path: str, why: str) -> UnsupportedError:
-    """Return the error for a module of which it is not known which row its inputs belong to."""
+    """Return the error for a module whose inputs cannot be assigned to rows of the batch."""
     return UnsupportedError(
         "it is not known which row of the batch each input of this module belongs to",
         where=f"rows(), {path}", found=why,

@@ -112,7 +112,7 @@ With PEFT:
 
 
 def _word(name: str, otherwise: str) -> str:
-    """Return a name as any shell reads it, or what stands for one that is not printable."""
+    """Return a name as a shell word, or a stand-in for a name that cannot be printed."""
     return path_word(name) if name and name.isprintable() else otherwise
 
 

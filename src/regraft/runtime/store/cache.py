@@ -26,7 +26,7 @@ a thousand adapters would push out everything else.
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What an adapter cache has done so far, and what it holds.
+    """Counts of an adapter cache so far, and the bytes in it now.
 
     Attributes:
         hits: how often an adapter that was asked for was there. Pins and prefetches do not count.

@@ -83,7 +83,7 @@ class Lease(Generic[T]):
         return self.values[name]
 
     def keep(self) -> None:
-        """Say that this is held until further notice, so that nobody waits for its release."""
+        """Mark this lease as lasting, so that no thread waits for its release."""
         if not self._released:
             self._store._disown(self._hold)
 
@@ -181,7 +181,7 @@ class Store(Generic[T]):
             self._entries[name] = Entry(name, load, nbytes)
 
     def unregister(self, name: str) -> None:
-        """Forget a name. Who leases it keeps it, and its bytes count until then."""
+        """Forget a name. A lease on it stays valid, and its bytes count until it is released."""
         with self._lock:
             self._settle()
             entry = self._entry(name)
@@ -460,7 +460,7 @@ class Store(Generic[T]):
 
 
 def _value(entry: Entry[T]) -> T:
-    """Return a leased entry's thing; the first to come loads it, and the others wait for it."""
+    """Return a leased entry's value; the first thread loads it, and the others wait."""
     if entry.value is None:
         with entry.loading:
             if entry.value is None:

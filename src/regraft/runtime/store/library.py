@@ -1,4 +1,4 @@
-"""The adapters of a handle by name: those that stay in memory, and those that a cache keeps."""
+"""The adapters of a handle by name: some stay in memory, and a cache keeps the others."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def write_for_trainer(
 
 
 def complete(folder: Path, adapter: LiveAdapter) -> None:
-    """Add to a checkpoint of PEFT the file that Trainer looks for; one that is there stays.
+    """Add to a checkpoint of PEFT the file that Trainer looks for, unless it is there.
 
     Args:
         folder: the checkpoint.

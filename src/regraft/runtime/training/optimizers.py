@@ -1,4 +1,4 @@
-"""Optimizers that would train nothing, or not what they seem to: refused before they step.
+"""Optimizers whose parameters are not what would be trained: refused before their first step.
 
 A model with adapters attached has none of their parameters. Whoever builds an optimizer from the
 model, as transformers' Trainer does when it gets the model itself, builds one of nothing: losses

@@ -198,7 +198,7 @@ class _Twin(nn.Module):  # type: ignore[misc]
         return _IncompatibleKeys(missing, unknown)
 
     def add_model_tags(self, tags: Any) -> None:
-        """Take the tags of TRL's trainers, which give them once they have their reference model.
+        """Accept the model tags that TRL's trainers set once they have their reference model.
 
         Raises:
             UsageError: the reference is the base, and the run does not begin there.
@@ -293,7 +293,7 @@ class _Holder(nn.Module):  # type: ignore[misc]
         self._name = name
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse other parameters, which FullyShardedDataParallel would put here.
+        """Refuse new parameters: FullyShardedDataParallel would put its flat ones here.
 
         Raises:
             UnsupportedError: always.

@@ -1,4 +1,4 @@
-"""Whole folders with something changed in them: what merge and un-merge make of it.
+"""Merged folders with one file changed: does un-merge refuse them, or give the base back?
 
 A run fails if something other than a :class:`~regraft.errors.RegraftError` comes out, if an
 un-merge gives anything but the base, if a merge gives other weights than that of the sound folder,

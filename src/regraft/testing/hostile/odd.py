@@ -18,7 +18,7 @@ class Raw:
 
 
 class Pairs(list[tuple[Any, Any]]):
-    """An object as its pairs, so that a key can be in it twice."""
+    """A JSON object as a list of pairs, so that it can hold a key twice."""
 
 
 def to_json(value: Any) -> str:

@@ -144,7 +144,7 @@ def reason(error: RegraftError) -> str:
 
 
 def unsound(error: RegraftError) -> str | None:
-    """Return what an error lacks, or has that it must not have; None where it is as it should be.
+    """Return what is wrong with the form of an error (a part that lacks, a secret in it), or None.
 
     Every problem says what is wrong and where, at no great length, and without a character that
     could steer a terminal.
@@ -190,7 +190,7 @@ def _resident() -> int:
 
 @contextmanager
 def scratch(folder: Path | None) -> Iterator[Path]:
-    """Lend a folder: in memory where there is one, so that a disk is not worn."""
+    """Lend a temporary folder, in memory where the system has such a file system."""
     memory = Path("/dev/shm")
     where = folder or (memory if os.access(memory, os.W_OK) else None)
     with tempfile.TemporaryDirectory(prefix="regraft-fuzz-", dir=where) as place:

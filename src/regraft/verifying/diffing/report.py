@@ -1,4 +1,4 @@
-"""What ``diff`` answers: what is on one side only, and what differs and by how much."""
+"""The report of ``diff``: tensors on one side only, and how far the others differ."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class PromptReport:
         return max(self.prompts, key=lambda each: each.kl_mean)
 
     def conclusion(self) -> str:
-        """Return what to make of it, as one sentence."""
+        """Return the verdict on the answers, as one sentence."""
         figures = (
             f"the same token first at {self.top1_agreement:.1%} of {self.tokens} positions, "
             f"KL {self.kl_mean:.2g} nats"

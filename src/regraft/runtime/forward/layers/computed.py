@@ -127,7 +127,7 @@ class ComputedWeight:
 
 
 def _stack_key(delta: Delta) -> tuple[Any, ...]:
-    """Return what deltas have in common that can be computed as one stack: those of experts."""
+    """Return a key that is equal for the deltas of experts that are computed as one stack."""
     left = delta.left
     if delta.is_residual or delta.magnitude is not None or left is None or left.spec is None:
         return (id(delta),)

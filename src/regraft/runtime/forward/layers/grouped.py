@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def cost(self) -> float:
-        """What it costs, in ranks of one row."""
+        """The layout's cost, counted in ranks of one row."""
         moved = 0.0 if self.is_run else GATHER_COST * len(self.places)
         return self.rank * (len(self.places) + CHUNK_COST * len(self.owners)) + moved
 

@@ -117,7 +117,7 @@ def _look_up(module: Any, ids: Tensor, table: Tensor) -> Tensor:
 
 
 def _class_of(module: nn.Module) -> type:
-    """Return a module's class; of one with a computed weight the one that it had before.
+    """Return a module's class; of a parametrized one the class that it had before.
 
     Raises:
         UnsupportedError: that one has a lookup of its own, in which the weight cannot be replaced.

@@ -1,4 +1,4 @@
-"""What is done to a layer's output, one step after the other, and to its weights where it must be.
+"""The steps that adapters add to a layer: to its output, or to its weight where that is needed.
 
 The order of steps is that of the deltas in a merge (docs/arithmetic.md), so that a live model
 answers as the merged one.
