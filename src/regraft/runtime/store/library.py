@@ -252,11 +252,13 @@ class Library:
         with self._lock:
             # What is kept is of the adapters that have these names now. Those that were chosen
             # may be others: deleted since, and perhaps loaded again under the same name.
-            if any(self._held.get(name) is not chosen[name] for name in names):
-                return make()
-            if key not in kept:
-                kept[key] = make()
-            kept.move_to_end(key)
-            while len(kept) > most:
-                kept.popitem(last=False)
-            return kept[key]
+            is_theirs = all(self._held.get(name) is chosen[name] for name in names)
+            found = kept.get(key) if is_theirs else None
+            if found is None:
+                found = make()
+            if is_theirs:
+                kept[key] = found
+                kept.move_to_end(key)
+                while len(kept) > most:
+                    kept.popitem(last=False)
+        return found
