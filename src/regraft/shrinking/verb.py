@@ -42,7 +42,7 @@ from regraft.merging.files.publish import (
 from regraft.merging.files.side_files import CARD, SideFiles, adapter_side_files, json_bytes
 from regraft.merging.files.staging import workplace
 from regraft.merging.planning.planner import parse_dtype
-from regraft.progress import Progress, tell
+from regraft.progress import Progress, ProgressMeter, tell
 from regraft.shrinking.card import shrunk_card
 from regraft.shrinking.config import with_one_scale, with_ranks
 from regraft.shrinking.copies import Copy, compare, copies_in
@@ -67,7 +67,6 @@ from regraft.shrinking.targets import (
 from regraft.shrinking.telling import error_warning, scale_note, uniform_note
 from regraft.shrinking.tensors import (
     Item,
-    Told,
     content,
     dtypes_of,
     header_of,
@@ -137,7 +136,7 @@ def shrink(
     job = _opened(adapter, base, choices, token)
     check_output(place, job.inputs, overwrite=overwrite, kind="adapter")
     with FilePool() as files, one_thread():
-        told = Told(progress, job.work_bytes)
+        told = ProgressMeter(progress, "shrink", job.work_bytes)
         lost = _looked_through(job, files, told)
         outcomes = _compared(job, token)
         dropped = {copy.name for copy in outcomes if copy.outcome == "dropped"}
@@ -251,7 +250,7 @@ def _opened(
 # -- before anything is written --------------------------------------------------------------------
 
 
-def _looked_through(job: _Job, files: FilePool, told: Told) -> dict[str, Problem]:
+def _looked_through(job: _Job, files: FilePool, told: ProgressMeter) -> dict[str, Problem]:
     """Look at every value; return the refusal of each tensor, by name, that the dtype is too small
     for. Factors, and biases of B, are looked at once they have their new form.
 
@@ -322,7 +321,7 @@ def _forms(job: _Job, ranks: Sequence[int]) -> list[Form]:
 
 
 def _measured(
-    job: _Job, forms: Sequence[Form], files: FilePool, told: Told, problems: list[Problem]
+    job: _Job, forms: Sequence[Form], files: FilePool, told: ProgressMeter, problems: list[Problem]
 ) -> tuple[ShrunkModule, ...]:
     """Return how far the new factors of each pair are from its own.
 
@@ -349,7 +348,7 @@ def _measured(
 
 def _write(
     job: _Job, items: Sequence[Item], forms: Sequence[Form], files: FilePool, card: bytes | None,
-    place: Path, told: Told, *, overwrite: bool, progress: Progress | None,
+    place: Path, told: ProgressMeter, *, overwrite: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Write the output beside its place, and rename it into it.
 

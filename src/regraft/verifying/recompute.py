@@ -13,11 +13,13 @@ import math
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from regraft.adapters.model import Adapter
+from regraft.concurrency import MemoryGate, for_each
 from regraft.deltas.kernels.agreement import Agreement, Care, Fit
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.errors import InputError, RegraftError, UnsupportedError
@@ -37,7 +39,7 @@ from regraft.merging.planning.plan import Made, Plan, Step
 from regraft.merging.planning.planner import Choices, make_plan
 from regraft.merging.planning.tiles import Tile, tiles_of
 from regraft.numerics.conversions import KINDS
-from regraft.progress import Progress
+from regraft.progress import Progress, ProgressMeter
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
 from regraft.verifying.diagnosis import (
     Diagnosis,
@@ -49,7 +51,6 @@ from regraft.verifying.diagnosis import (
 )
 from regraft.verifying.report import FINE, TensorVerdict
 from regraft.verifying.tensor_locations import Place, Places, whole
-from regraft.verifying.workers import Gate, Told, for_each
 
 _SAMPLE = 4096
 """Elements by which a tensor that stands in another's place is known."""
@@ -109,13 +110,13 @@ def judge(
     answers, subjects = _find(plan, places)
     with FilePool() as files:
         bench = _Bench(plan, files, base, adapters, choices)
-        told = Told(progress, sum(subject.step.nbytes for subject in subjects))
+        told = ProgressMeter(progress, "verify", sum(subject.step.nbytes for subject in subjects))
 
-        def work(subject: _Subject) -> None:
-            answers[subject.step.name] = bench.judge(subject)
+        def work(subject: _Subject, own: _Bench) -> None:
+            answers[subject.step.name] = own.judge(subject)
             told.add(subject.step.nbytes, subject.step.name)
 
-        for_each(subjects, work, plan.threads)
+        for_each(subjects, work, plan.threads, memory=bench.of_thread)
         _find_swapped(bench, subjects, answers)
     return Judgement(
         tuple(TensorVerdict(name, **vars(answer)) for name, answer in answers.items() if answer),
@@ -255,7 +256,7 @@ class _Rooms:
 
 
 class _Bench:
-    """Does steps of the merge again, from several threads."""
+    """Does steps of the merge again; each thread has one, and all share everything but memory."""
 
     def __init__(
         self, plan: Plan, files: FilePool, base: Checkpoint, adapters: Sequence[Adapter],
@@ -268,19 +269,18 @@ class _Bench:
         self._adapters, self._choices = adapters, choices
         self._store = FactorStore(files, FACTOR_CACHE)
         needed = max((step.factor_bytes for step in plan.steps), default=0)
-        self._gate = Gate(max(needed, 2 * FACTOR_CACHE))
+        self._gate = MemoryGate(max(needed, 2 * FACTOR_CACHE))
         # A merge holds a tile and its result; here the merged model's and the base's come on top.
         self._tile_bytes = max(plan.tile_bytes // 2 // 4096, 1) * 4096
-        self._own = threading.local()
+        self._rooms = _Rooms()
         self._solo: dict[int, dict[str, Step]] = {}
         self._lock = threading.Lock()
 
-    @property
-    def _rooms(self) -> _Rooms:
-        if not hasattr(self._own, "rooms"):
-            self._own.rooms = _Rooms()
-        rooms: _Rooms = self._own.rooms
-        return rooms
+    def of_thread(self) -> _Bench:
+        """Return the same bench with memory of its own, for one thread."""
+        own = copy(self)
+        own._rooms = _Rooms()
+        return own
 
     def judge(self, subject: _Subject) -> Diagnosis:
         """Return what is to be said of one tensor."""

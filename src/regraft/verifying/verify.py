@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regraft.concurrency import default_threads
 from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT, looks_like
 from regraft.merging.planning.options import AdapterArg, choices_of, parse_adapters
-from regraft.merging.planning.planner import Choices, default_threads
+from regraft.merging.planning.planner import Choices
 from regraft.progress import Progress
 from regraft.verifying.inputs import (
     Inputs,

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from regraft.concurrency import Abandoned
 from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.merging.compute.step_math import StepMath
@@ -72,6 +73,7 @@ class Gathering:
 
         Raises:
             NumericError: the weight holds NaN or infinity.
+            Abandoned: another thread failed.
         """
         while True:
             with self._changed:
@@ -93,9 +95,10 @@ class Gathering:
 
     def _wait(self) -> Mapping[str, Bytes]:
         """Wait for those who are still at it; the last one makes the scales."""
+        # Called with the lock held and no tile left to hand out, so those inside only get fewer.
         self._changed.wait_for(lambda: not self._inside or self._failed)
         if self._failed:
-            return {}
+            raise Abandoned
         if self._small is None:
             self._small = self.making.finish()
         return self._small
@@ -105,11 +108,6 @@ class Gathering:
         with self._changed:
             self._failed = True
             self._changed.notify_all()
-
-    @property
-    def failed(self) -> bool:
-        """Whether there will be no scales."""
-        return self._failed
 
     def encode(
         self, tile: Tile, weights: Weights, values: Floats, rounding: str, key: int, coded: Sums

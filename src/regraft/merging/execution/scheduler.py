@@ -6,11 +6,11 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regraft.concurrency import MemoryGate, for_each
 from regraft.deltas.weights import Bytes
 from regraft.errors import MismatchError, Problem, RegraftError
 from regraft.formats.files.reading import FilePool
@@ -34,7 +34,7 @@ from regraft.merging.planning.targets import Target
 from regraft.merging.planning.tiles import Tile, tiles_of
 from regraft.merging.undo.patch import PatchWriter
 from regraft.merging.undo.residuals import Keep, KeepRun, keep_tiles
-from regraft.progress import Progress, ProgressEvent
+from regraft.progress import Progress, ProgressMeter
 
 if TYPE_CHECKING:
     from regraft.merging.compute.two_pass_quantize import Gathering, Gatherings
@@ -80,32 +80,6 @@ class Outcome:
     kept_digests: dict[str, str]
 
 
-class _Gate:
-    """Lets jobs in as long as their factors fit; one alone always may."""
-
-    def __init__(self, room: int) -> None:
-        self._room, self._taken, self._inside = room, 0, 0
-        self._changed = threading.Condition()
-        self._open = False
-
-    def enter(self, size: int) -> None:
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._open or not self._inside or self._taken + size <= self._room
-            )
-            self._taken, self._inside = self._taken + size, self._inside + 1
-
-    def leave(self, size: int) -> None:
-        with self._changed:
-            self._taken, self._inside = self._taken - size, self._inside - 1
-            self._changed.notify_all()
-
-    def open(self) -> None:
-        with self._changed:
-            self._open = True
-            self._changed.notify_all()
-
-
 class _Active:
     """A job while it is worked on."""
 
@@ -142,19 +116,18 @@ class _Queue:
         steps = [job.step for job in jobs if job.step is not None]
         self._codes, self._made_left = made_steps(steps)
         self._gatherings: Gatherings | None = None
-        self._gate = _Gate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
+        self._gate = MemoryGate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
         self._lock = threading.Lock()
         self._outputs: dict[str, OutputFile] = {}
         self._unfinished = {target.name: len(target.steps) for target in task.targets}
         self._active: dict[int, _Active] = {}
-        self._stopped = False
-        self._progress = progress
-        self._done = 0
+        self._taken_over = 0
         self.finished: dict[str, Done] = {}
         for each, job in zip(done, jobs, strict=False):
             self._take_over(each, job)
-        self._total = sum(step.nbytes for target in task.targets for step in target.steps)
-        self._tiles = self._walk(len(done))
+        self._first = len(done)
+        total = sum(step.nbytes for target in task.targets for step in target.steps)
+        self._told = ProgressMeter(progress, task.stage, total, self._taken_over)
 
     def _take_over(self, done: Done, job: Job) -> None:
         """Count a job that an earlier try has done."""
@@ -162,7 +135,7 @@ class _Queue:
         if job.step is not None and job.step.made is not None:
             self._made_left[job.step.made.name] -= 1
         if job.step is not None and job.target is not None:
-            self._done += job.step.nbytes
+            self._taken_over += job.step.nbytes
             self._unfinished[job.target.name] -= 1
 
     def open_finished(self) -> None:
@@ -174,10 +147,12 @@ class _Queue:
     def _create(self, target: Target) -> OutputFile:
         return OutputFile(self._place.out / target.name, target.size, target.pieces)
 
-    def _walk(self, first: int) -> Iterator[tuple[_Active, Tile]]:
-        for number in range(first, len(self._jobs)):
+    def tiles(self) -> Iterator[tuple[_Active, Tile]]:
+        """Yield the tiles that are left, job by job."""
+        for number in range(self._first, len(self._jobs)):
             active = self._start(number, self._jobs[number])
-            self._active[number] = active
+            with self._lock:
+                self._active[number] = active
             for tile in active.tiles:
                 yield active, tile
 
@@ -189,9 +164,11 @@ class _Queue:
         step, target = job.step, job.target
         if step is None or target is None:
             raise ValueError("a job writes a tensor or keeps one")
-        if target.name not in self._outputs:
-            self._outputs[target.name] = self._create(target)
-        output = self._outputs[target.name]
+        output = self._outputs.get(target.name)
+        if output is None:
+            output = self._create(target)
+            with self._lock:
+                self._outputs[target.name] = output
         source = self._source if step.source_adapter is None else self._plain
         written = StepRun(
             step, output, job.offset, source, self._store, tile_bytes, self._keeping,
@@ -228,26 +205,20 @@ class _Queue:
         spec = there.spec(step) if there is not None else None
         return (spec, self._trained_on) if spec is not None and self._trained_on else None
 
-    def next(self) -> tuple[_Active, Tile] | None:
-        """Return the next tile, or None when there is none or the work was stopped."""
-        with self._lock:
-            if self._stopped:
-                return None
-            item = next(self._tiles, None)
-        if item is not None and item[1].number == 0:
-            self._gate.enter(item[0].run.cost)
-        return item
+    def work(self, item: tuple[_Active, Tile], buffers: Buffers) -> None:
+        """Do a tile, once the factors of its job fit into memory."""
+        active, tile = item
+        if tile.number == 0:
+            self._gate.enter(active.run.cost)
+        self._finish(active, tile, active.run.work(tile, buffers))
 
-    def finish(self, active: _Active, tile: Tile, payload: Bytes) -> None:
+    def _finish(self, active: _Active, tile: Tile, payload: Bytes) -> None:
         """Account for a tile; with the last one of a job, keep what is known of it."""
         self._ledger.deposit(active.number, tile.number, payload)
         with self._lock:
             active.left -= 1
             last = active.left == 0
-            self._done += tile.write
-            if self._progress is not None:
-                name = active.job.name.partition(" ")[2] if last else ""
-                self._progress(ProgressEvent(self._task.stage, self._done, self._total, name))
+            self._told.add(tile.write, active.job.name.partition(" ")[2] if last else "")
         if last:
             self._end(active)
             self._gate.leave(active.run.cost)
@@ -292,9 +263,8 @@ class _Queue:
     def stop(self) -> None:
         """Hand out nothing more and wake everyone who waits."""
         with self._lock:
-            self._stopped = True
             active = list(self._active.values())
-        self._gate.open()
+        self._gate.fail()
         self._ledger.stop()
         if self._gatherings is not None:
             self._gatherings.fail()
@@ -410,7 +380,11 @@ def execute(
         queue = _Queue(task, place, patch, files, jobs, done, progress)
         try:
             queue.open_finished()
-            _run_threads(queue, task.plan)
+            buffer_bytes = largest_tile(task.plan)
+            for_each(
+                queue.tiles(), queue.work, task.plan.threads,
+                memory=lambda: Buffers(buffer_bytes), stop=queue.stop,
+            )  # fmt: skip
         except BaseException:
             _note_quietly(queue)
             raise
@@ -424,51 +398,6 @@ def _note_quietly(queue: _Queue) -> None:
     """Note what is done although something failed; if that fails too, less is kept."""
     with contextlib.suppress(RegraftError, OSError):
         queue.note()
-
-
-def _run_threads(queue: _Queue, plan: Plan) -> None:
-    buffer_bytes = largest_tile(plan)
-
-    def work() -> None:
-        buffers = Buffers(buffer_bytes)
-        while (item := queue.next()) is not None:
-            active, tile = item
-            try:
-                payload = active.run.work(tile, buffers)
-                if not active.run.failed:
-                    queue.finish(active, tile, payload)
-            except BaseException:
-                queue.stop()
-                raise
-
-    futures: list[Future[None]] = []
-    pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="regraft")
-    try:
-        for _ in range(plan.threads):
-            futures.append(pool.submit(work))  # one by one: an interrupt may fall between
-        wait(futures, return_when=FIRST_EXCEPTION)
-    except BaseException:  # Ctrl-C
-        queue.stop()
-        raise
-    finally:
-        _end(pool, queue)
-    for future in futures:
-        future.result()
-
-
-def _end(pool: ThreadPoolExecutor, queue: _Queue) -> None:
-    """Wait for all threads, however often Ctrl-C is pressed: they write to files still open."""
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            pool.shutdown()
-        except KeyboardInterrupt as interrupt:
-            queue.stop()
-            interrupted = interrupt
-        else:
-            break
-    if interrupted is not None:
-        raise interrupted
 
 
 def _has_rows(step: Step) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import mmap
-import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from blake3 import blake3
 
+from regraft.concurrency import Sequencer
 from regraft.deltas.undo.exceptions import keep_exceptions
 from regraft.deltas.undo.units import Counts, Encoder, Lengths
 from regraft.deltas.weights import Bytes, Sums, Weights
@@ -107,13 +107,12 @@ class StepRun:
         self._math = StepMath(step, store, self._read, tile_bytes)
         self._source_hash, self._result_hash = blake3(), blake3()
         self._sums: Sums = np.zeros(4, np.float64)
-        self._turn, self._next = threading.Condition(), 0
+        self._order = Sequencer()
         self._units = step.units if keeping and step.is_invertible else None
         self._kept: dict[int, tuple[Lengths, Counts]] = {}
         self._coder, self._coded_sums = coder, np.zeros(2, np.float64)
         self._other, self._gap = other, 0.0
         self._gathering, self._choice = gathering, choice
-        self.failed = False
 
     @property
     def cost(self) -> int:
@@ -187,8 +186,7 @@ class StepRun:
         made = self.step.made
         room, _ = buffers.result(2 * buffers.source.size - 2 * BLOCK, 0)
         small = gathering.gathered(buffers.source, room)
-        if gathering.failed or made is None:
-            return _NOTHING
+        assert made is not None  # it is gathered for
         offset = self._offset + tile.write_at
         sums: Sums = np.zeros(4, np.float64)
         if made.role != "codes":
@@ -243,26 +241,18 @@ class StepRun:
         coded: Sums | None = None, gap: float = 0.0,
     ) -> None:  # fmt: skip
         """Wait for this tile's turn at the digests and sums; without ``result`` both are one."""
-        with self._turn:
-            self._turn.wait_for(lambda: self._next == tile.number or self.failed)
-        if self.failed:
-            return
-        self._source_hash.update(source.data)
-        if result is not None:
-            self._result_hash.update(result.data)
-        self._sums += sums
-        if coded is not None:
-            self._coded_sums += coded
-        self._gap += gap
-        with self._turn:
-            self._next += 1
-            self._turn.notify_all()
+        with self._order.turn(tile.number):
+            self._source_hash.update(source.data)
+            if result is not None:
+                self._result_hash.update(result.data)
+            self._sums += sums
+            if coded is not None:
+                self._coded_sums += coded
+            self._gap += gap
 
     def fail(self) -> None:
         """Wake whoever waits for a tile that will never come."""
-        with self._turn:
-            self.failed = True
-            self._turn.notify_all()
+        self._order.fail()
         if self._gathering is not None:
             self._gathering.fail()
 
