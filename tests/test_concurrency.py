@@ -142,7 +142,7 @@ def test_an_interrupt_may_fall_into_the_start_of_a_thread(monkeypatch: pytest.Mo
         for_each(range(5000), work, 3, memory=lambda: None)
     count = len(done)
     time.sleep(2 * SHORT)
-    assert len(done) == count <= 1
+    assert len(done) == count < 5000
 
 
 @pytest.mark.parametrize("granted", [0, 1])

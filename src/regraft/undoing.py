@@ -186,8 +186,8 @@ def swap(
     check_space(place, sum(file.size for file in found.manifest.files))
 
     from regraft.merging.building import build
+    from regraft.merging.compute.context import FACTOR_CACHE
     from regraft.merging.compute.factors import FactorStore
-    from regraft.merging.execution.scheduler import FACTOR_CACHE
 
     with workplace(place, overwrite=overwrite) as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)

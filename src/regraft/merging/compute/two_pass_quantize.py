@@ -30,6 +30,9 @@ from regraft.quant.weight import Block
 class Gathering:
     """One weight on its way into a format; safe to use from several threads.
 
+    Attributes:
+        widest: the most bytes that a tile of it reads.
+
     Args:
         step: what makes its codes.
         maker: the format.
@@ -45,7 +48,9 @@ class Gathering:
     ) -> None:  # fmt: skip
         self.step, self.math, self._source = step, math, source
         self.making: Making = maker.begin(name, shape)
-        self._tiles: Iterator[Tile] = tiles_of(step, tile_bytes)
+        tiles = list(tiles_of(step, tile_bytes))
+        self.widest = max(tile.read for tile in tiles)
+        self._tiles: Iterator[Tile] = iter(tiles)
         self._changed = threading.Condition()
         self._inside, self._failed = 0, False
         self._small: Mapping[str, Bytes] | None = None

@@ -4,43 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from regraft.concurrency import MemoryGate, for_each
 from regraft.deltas.weights import Bytes
 from regraft.errors import MismatchError, Problem, RegraftError
 from regraft.formats.files.reading import FilePool
 from regraft.formats.problems import capped, quoted
+from regraft.merging.compute.context import (
+    FACTOR_CACHE,
+    PlanContext,
+    factor_room,
+    seen_through,
+)
 from regraft.merging.compute.factors import FactorStore, read_differently
-from regraft.merging.compute.requantize import Coder
-from regraft.merging.compute.step_math import StepMath
+from regraft.merging.compute.tile_work import TileMemory
 from regraft.merging.execution.commit_log import Closing, Ledger
 from regraft.merging.execution.jobs import Done, Job, jobs_of
-from regraft.merging.execution.step_run import Buffers, Other, StepRun
+from regraft.merging.execution.step_run import Other, StepRun
 from regraft.merging.files.direct_io import OutputFile
 from regraft.merging.files.receipt import TensorRecord
 from regraft.merging.files.staging import Workplace
-from regraft.merging.inputs.dequantize import DequantizingSource
-from regraft.merging.inputs.dequantized_view import Quantization, as_stored
 from regraft.merging.inputs.source import FileSource, Source
-from regraft.merging.inputs.stacking import plain_values
 from regraft.merging.planning.plan import Plan, Step
-from regraft.merging.planning.quantized_output import KEEP
 from regraft.merging.planning.targets import Target
 from regraft.merging.planning.tiles import Tile, tiles_of
 from regraft.merging.undo.patch import PatchWriter
 from regraft.merging.undo.residuals import Keep, KeepRun, keep_tiles
 from regraft.progress import Progress, ProgressMeter
-
-if TYPE_CHECKING:
-    from regraft.merging.compute.two_pass_quantize import Gathering, Gatherings
-
-FACTOR_CACHE = 32 * 2**20
-"""Bytes of decoded adapter tensors kept for the next step that asks for them."""
 
 OpenSource = Callable[[FilePool, FactorStore], Source]
 """Gives what the base is read from, for the time of an execution."""
@@ -109,14 +102,11 @@ class _Queue:
         opener = task.open_source
         self._plain = FileSource(files)
         self._stored = opener(files, self._store) if opener else self._plain
-        self._source = plain_source(task.plan, self._stored)
+        self._context = PlanContext(task.plan, files, self._store, self._stored)
         there = task.plan.trained_on
         self._trained_on = there and seen_through(there.quantization, self._plain)
         self._ledger = Ledger(len(done), place, patch, self._flush)
-        steps = [job.step for job in jobs if job.step is not None]
-        self._codes, self._made_left = made_steps(steps)
-        self._gatherings: Gatherings | None = None
-        self._gate = MemoryGate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
+        self._gate = MemoryGate(factor_room(task.plan))
         self._lock = threading.Lock()
         self._outputs: dict[str, OutputFile] = {}
         self._unfinished = {target.name: len(target.steps) for target in task.targets}
@@ -132,9 +122,8 @@ class _Queue:
     def _take_over(self, done: Done, job: Job) -> None:
         """Count a job that an earlier try has done."""
         self.finished[done.name] = done
-        if job.step is not None and job.step.made is not None:
-            self._made_left[job.step.made.name] -= 1
         if job.step is not None and job.target is not None:
+            self._context.finish(job.step)
             self._taken_over += job.step.nbytes
             self._unfinished[job.target.name] -= 1
 
@@ -169,48 +158,22 @@ class _Queue:
             output = self._create(target)
             with self._lock:
                 self._outputs[target.name] = output
-        source = self._source if step.source_adapter is None else self._plain
-        written = StepRun(
-            step, output, job.offset, source, self._store, tile_bytes, self._keeping,
-            coder_of(self._task.plan, step), self._other(step), self._gathering(step, source),
-            (self._task.plan.options.get("rounding", ""), self._task.plan.options.get("seed", 0)),
-        )  # fmt: skip
-        tiles = tiles_of(step, tile_bytes, source.grain(step.source))
-        return _Active(number, job, written, list(tiles))
-
-    def _gathering(self, step: Step, source: Source) -> Gathering | None:
-        made = step.made
-        if made is None:
-            return None
-        from regraft.merging.compute.two_pass_quantize import (  # compiled; few merges need it
-            Gathering,
-            Gatherings,
-        )
-
-        if self._gatherings is None:
-            self._gatherings = Gatherings(self._made_left)
-        codes, tile_bytes = self._codes[made.name], self._task.plan.tile_bytes
-
-        def make() -> Gathering:
-            def read(offset: int, buffer: Bytes) -> None:
-                source.read(codes.source, offset, buffer)
-
-            math = StepMath(codes, self._store, read, tile_bytes)
-            return Gathering(codes, made.maker, made.name, made.shape, math, source, tile_bytes)
-
-        return self._gatherings.of(made.name, make)
+        work = self._context.work_of(step, keeps=self._keeping and step.is_invertible)
+        source = self._context.source_of(step)
+        written = StepRun(work, output, job.offset, source, self._other(step))
+        return _Active(number, job, written, list(self._context.tiles_of(step)))
 
     def _other(self, step: Step) -> Other | None:
         there = self._task.plan.trained_on
         spec = there.spec(step) if there is not None else None
         return (spec, self._trained_on) if spec is not None and self._trained_on else None
 
-    def work(self, item: tuple[_Active, Tile], buffers: Buffers) -> None:
+    def work(self, item: tuple[_Active, Tile], memory: TileMemory) -> None:
         """Do a tile, once the factors of its job fit into memory."""
         active, tile = item
         if tile.number == 0:
             self._gate.enter(active.run.cost)
-        self._finish(active, tile, active.run.work(tile, buffers))
+        self._finish(active, tile, active.run.work(tile, memory))
 
     def _finish(self, active: _Active, tile: Tile, payload: Bytes) -> None:
         """Account for a tile; with the last one of a job, keep what is known of it."""
@@ -238,8 +201,7 @@ class _Queue:
         self._ledger.close_job(active.number, Closing(len(active.tiles), entry, sections))
         if isinstance(active.run, StepRun):
             active.run.release()
-            if (made := active.run.step.made) is not None and self._gatherings is not None:
-                self._gatherings.finish(made.name)
+            self._context.finish(active.run.step)
         self._close_output(active)
 
     def _close_output(self, active: _Active) -> None:
@@ -266,8 +228,7 @@ class _Queue:
             active = list(self._active.values())
         self._gate.fail()
         self._ledger.stop()
-        if self._gatherings is not None:
-            self._gatherings.fail()
+        self._context.fail()
         for each in active:
             each.run.fail()
 
@@ -309,7 +270,7 @@ class _Queue:
         read = {r.source: r.source_blake3 for r in records if r.name not in theirs} | kept
         problems: list[Problem] = []
         for name, digest in read.items():
-            expected = self._source.expected(name)
+            expected = self._context.source.expected(name)
             if expected is not None and expected != digest:
                 problems.append(_edited(name, first=not problems))
         if problems:
@@ -321,34 +282,6 @@ def is_stored(step: Step) -> bool:
     if step.source_adapter is not None or (step.made is not None and step.codes_of is None):
         return False
     return step.coded is not None or not step.source.is_virtual
-
-
-def plain_source(plan: Plan, stored: Source) -> Source:
-    """Return what gives the plain weights that a plan's steps read, the way they see them."""
-    quantization = plan.quantization
-    if quantization is not None and plan.options.get("quantize") == KEEP:
-        turned = {name: as_stored(weight) for name, weight in quantization.weights.items()}
-        return DequantizingSource(turned, stored)
-    return seen_through(quantization, stored)
-
-
-def seen_through(quantization: Quantization | None, stored: Source) -> Source:
-    """Return what gives a base's plain weights, from what gives its stored tensors."""
-    return stored if quantization is None else plain_values(quantization, stored)
-
-
-def made_steps(steps: Iterable[Step]) -> tuple[dict[str, Step], Counter[str]]:
-    """Return, for each weight that is put into a format, what makes its codes, and its tensors."""
-    made = [(step.made.name, step) for step in steps if step.made is not None]
-    codes = {name: step for name, step in made if step.codes_of is not None}
-    return codes, Counter(name for name, _ in made)
-
-
-def coder_of(plan: Plan, step: Step) -> Coder | None:
-    """Return what makes a step's codes; None for a result of plain values."""
-    if step.coded is None:
-        return None
-    return Coder(step.coded, plan.options["rounding"], plan.options["seed"])
 
 
 def _edited(name: str, *, first: bool) -> Problem:
@@ -383,7 +316,7 @@ def execute(
             buffer_bytes = largest_tile(task.plan)
             for_each(
                 queue.tiles(), queue.work, task.plan.threads,
-                memory=lambda: Buffers(buffer_bytes), stop=queue.stop,
+                memory=lambda: TileMemory(buffer_bytes), stop=queue.stop,
             )  # fmt: skip
         except BaseException:
             _note_quietly(queue)

@@ -5,33 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-import numpy as np
-
 from regraft.concurrency import for_each
-from regraft.deltas.undo.units import Encoder
-from regraft.deltas.weights import Bytes
+from regraft.merging.compute.tile_work import TileMemory
 from regraft.runtime.whole import Stopped, asked_to_stop, whole
 
 TILE_BYTES = 2**20
 """Weights that are worked on at a time: with their result they stay in a processor's own cache."""
 
 
-class Room:
-    """One thread's memory for tiles."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, Bytes] = {}
-        self.encoder = Encoder()
-
-    def take(self, purpose: str, size: int) -> Bytes:
-        """Return memory that the thread keeps for a purpose; what is in it is anything."""
-        found = self._parts.get(purpose)
-        if found is None or found.size < size:
-            found = self._parts[purpose] = np.empty(size, np.uint8)
-        return found[:size]
-
-
-Piece = Callable[[Room], None]
+Piece = Callable[[TileMemory], None]
 """Something that a thread does."""
 
 
@@ -54,7 +36,7 @@ def run_all(pieces: Iterable[Piece], threads: int, *, to_the_end: bool = False) 
 def _run_all(pieces: Iterable[Piece], threads: int, *, to_the_end: bool) -> None:
     """Do all pieces; a step that is asked to stop leaves out the rest of them."""
     left = pieces if to_the_end else _until_asked(pieces, asked_to_stop())
-    for_each(left, lambda piece, room: piece(room), threads, memory=Room)
+    for_each(left, lambda piece, memory: piece(memory), threads, memory=TileMemory)
 
 
 def _until_asked(pieces: Iterable[Piece], asked: Callable[[], bool]) -> Iterator[Piece]:
