@@ -141,3 +141,19 @@ def _gatherings(left: Counter[str]) -> Gatherings | None:
     from regraft.merging.compute.two_pass_quantize import Gatherings  # compiled; few merges need it
 
     return Gatherings(left)
+
+
+def _has_rows(step: Step) -> bool:
+    return bool(step.segments) or step.codes_of is not None
+
+
+def largest_tile(plan: Plan) -> int:
+    """Return the largest tile's bytes: the tile size, or more where a row may not be split."""
+    widest = max(
+        (step.matrix[1] * step.source.itemsize for step in plan.steps if _has_rows(step)), default=0
+    )
+    whole_rows = max(
+        (tile.read for step in plan.steps if _has_rows(step) and widest > plan.tile_bytes
+         for tile in tiles_of(step, plan.tile_bytes)), default=0,
+    )  # fmt: skip
+    return max(plan.tile_bytes, whole_rows)

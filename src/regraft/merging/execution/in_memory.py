@@ -15,10 +15,9 @@ import numpy as np
 
 from regraft.deltas.weights import Bytes, Sums
 from regraft.formats.files.reading import FilePool
-from regraft.merging.compute.context import FACTOR_CACHE, PlanContext
+from regraft.merging.compute.context import FACTOR_CACHE, PlanContext, largest_tile
 from regraft.merging.compute.factors import FactorStore
 from regraft.merging.compute.tile_work import TileMemory, TileWork, overflow
-from regraft.merging.execution.scheduler import largest_tile
 from regraft.merging.inputs.source import FileSource
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.tiles import Tile

@@ -8,7 +8,7 @@ from blake3 import blake3
 from regraft.concurrency import Sequencer
 from regraft.deltas.undo.units import Counts, Lengths
 from regraft.deltas.weights import Bytes, Sums, Weights
-from regraft.merging.compute.tile_work import TileMemory, TileWork, overflow
+from regraft.merging.compute.tile_work import Computed, TileMemory, TileWork, overflow
 from regraft.merging.files.direct_io import OutputFile
 from regraft.merging.files.receipt import TensorRecord
 from regraft.merging.inputs.source import Source
@@ -72,14 +72,18 @@ class StepRun:
             self._kept[tile.number] = (done.kept.lengths, done.kept.counts)
             payload = done.kept.payload
         with self._order.turn(tile.number):
-            self._source_hash.update(done.stored.data)
-            if done.stored is not result:  # else it is a copy, and both digests are one
-                self._result_hash.update(result.data)
-            self._sums += done.sums
-            self._coded += done.coded
+            self._hash(done, result)
             self._gap += gap
         self._file.write(at, result.data, result.ctypes.data)
         return payload
+
+    def _hash(self, done: Computed, result: Bytes) -> None:
+        """Add a tile to digests and sums, in its turn."""
+        self._source_hash.update(done.stored.data)
+        if done.stored is not result:  # else it is a copy, and both digests are one
+            self._result_hash.update(result.data)
+        self._sums += done.sums
+        self._coded += done.coded
 
     def _gap_of(self, tile: Tile, weights: Weights | None) -> float:
         """Return the square of what lies between a tile's weights and those of the other base."""
