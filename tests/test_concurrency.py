@@ -116,7 +116,7 @@ def test_an_interrupt_is_raised_once_all_threads_have_ended() -> None:
         underway.append(number)
         for _ in range(3 * (number == 20)):
             _thread.interrupt_main()
-            time.sleep(SHORT)
+            time.sleep(10 * SHORT)
         time.sleep(SHORT / 10)
         done.append(number)
 

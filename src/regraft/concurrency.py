@@ -178,7 +178,10 @@ def for_each(
     try:
         crew.run_threads(threads)
     except BaseException:  # Ctrl-C
-        crew.stop_and_wait()
+        try:
+            crew.stop_and_wait()
+        except BaseException:  # Ctrl-C again, at once: before the handler in there was in place
+            crew.stop_and_wait()
         raise
     try:
         crew.raise_first()

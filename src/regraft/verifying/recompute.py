@@ -254,7 +254,7 @@ class _Bench:
         self._gate = MemoryGate(factor_room(plan))
         self._memory, self._beside = TileMemory(), list[TileMemory]()
         self._solo: dict[int, dict[str, Step]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over ``_solo``: each plan is made once, while others wait
 
     def of_thread(self) -> _Bench:
         """Return the same bench with memory of its own, for one thread."""

@@ -39,7 +39,7 @@ class FactorStore:
         self._files = files
         self._limit = limit
         self._kept: OrderedDict[Key, Floats] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over the cache and the digests
         self.digests: dict[Key, str] = {}
 
     def matrix(self, view: View, adapter: int) -> Floats:
@@ -150,7 +150,7 @@ class SegmentFactors:
     def __init__(self, store: Factors, residuals: Mapping[int, Pair]) -> None:
         """Take the factors of residuals, by the ``id`` of their delta."""
         self._store, self._residuals = store, residuals
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # factors are packed by one thread, while others wait
         self._kept: tuple[Segment, Packed] | None = None
 
     def of(self, segment: Segment) -> Packed:

@@ -54,7 +54,7 @@ class StepMath:
         """Take a step; without ``norms`` the sums may lack those of weights and deltas."""
         self._step, self._store, self._read, self._norms = step, store, read, norms
         self._scratch_bytes = scratch_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # what needs the whole is made by one thread, others wait
         self._prepared: Prepared | None = None
         self._segments: SegmentFactors | None = None
 

@@ -51,7 +51,7 @@ class Gathering:
         tiles = list(tiles_of(step, tile_bytes))
         self.widest = max(tile.read for tile in tiles)
         self._tiles: Iterator[Tile] = iter(tiles)
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # over the tiles left, those inside, and ``_small``
         self._inside, self._failed = 0, False
         self._small: Mapping[str, Bytes] | None = None
 
@@ -157,7 +157,7 @@ class Gatherings:
         """
         self._left = left
         self._open: dict[str, Gathering] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over both tables; nobody computes while holding it
 
     def of(self, name: str, make: Callable[[], Gathering]) -> Gathering:
         """Return a weight's, made if it is not there."""

@@ -52,7 +52,7 @@ class Job(ABC):
         self._current = current
         self._kept: dict[int, Kept | Bytes] = {}
         self._sums: dict[int, Sums] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over what tiles leave; their memory does not overlap
         self._memory: TensorMemory | None = None
         self._backwards: Backwards | None = None
 

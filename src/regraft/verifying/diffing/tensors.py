@@ -76,7 +76,7 @@ class _Comparison:
         self._left = math.ceil(x.numel / self._step)
         self._equal: list[int] = []
         self._distance: Distance | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over what tiles add to; reading and measuring go without
 
     def tiles(self) -> Iterable[int]:
         """Return the first element of each tile."""
