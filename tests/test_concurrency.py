@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -109,6 +110,15 @@ def test_an_error_of_the_items_is_raised_too() -> None:
         for_each(items(), lambda *_: None, 2, memory=lambda: None)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C be heard, which what started the tests may have turned off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_is_raised_once_all_threads_have_ended() -> None:
     underway, done = list[int](), list[int]()
 
