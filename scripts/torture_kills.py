@@ -32,7 +32,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,9 +43,9 @@ from blake3 import blake3
 from safetensors.numpy import save_file
 
 import regraft
+from regraft import concurrency
 from regraft.errors import EnvironmentShortfall, OutputExistsError
 from regraft.merging.execution import commit_log as ledger
-from regraft.merging.execution import scheduler as execute
 from regraft.tensors import parse_size
 
 PREFIX = "base_model.model."
@@ -204,23 +203,20 @@ class Setting:
 
 
 class Inline:
-    """Stands in for a pool of threads: does the work when it is submitted."""
+    """Stands in for a thread: does the work when it is started."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        """Take what a pool takes."""
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        """Take what a thread takes."""
+        del name
+        self._target = target
 
-    def submit(self, work: Callable[[], None]) -> Future[None]:
+    def start(self) -> None:
         """Do the work."""
-        future = Future[None]()
-        try:
-            work()
-            future.set_result(None)
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        self._target()
 
-    def shutdown(self) -> None:
-        """Do nothing."""
+    def is_alive(self) -> bool:
+        """It is not: all is done."""
+        return False
 
 
 def call(setting: Setting) -> None:
@@ -250,7 +246,7 @@ def child(setting: Setting, case: Path) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ledger.SECONDS_BETWEEN_NOTES = -1
     if setting.inline:
-        vars(execute)["ThreadPoolExecutor"] = Inline
+        vars(concurrency)["Thread"] = Inline
     try:
         call(setting)
     except EnvironmentShortfall:

@@ -182,8 +182,8 @@ def swap(
     output.check_space(sum(file.size for file in found.manifest.files))
 
     from regraft.merging.building import adapter_files, build
+    from regraft.merging.compute.context import FACTOR_CACHE
     from regraft.merging.compute.factors import FactorStore
-    from regraft.merging.execution.scheduler import FACTOR_CACHE
 
     with output.work() as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)

@@ -19,7 +19,7 @@ from regraft.formats.files.reading import open_regular, typed_os_errors
 from regraft.formats.files.text import plain_text, spelled
 from regraft.formats.layout import ADAPTER_CONFIG
 from regraft.formats.safetensors import build_header
-from regraft.merging.execution.scheduler import Outcome, is_stored
+from regraft.merging.execution.outcome import Outcome, is_stored
 from regraft.merging.files.card import auto_class_of, model_card
 from regraft.merging.files.front_matter import read_metadata
 from regraft.merging.files.publish import copy_file, write_file

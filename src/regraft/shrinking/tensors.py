@@ -14,7 +14,7 @@ from regraft.errors import Problem
 from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.files.reading import FilePool
 from regraft.formats.safetensors import build_header
-from regraft.progress import Progress, ProgressEvent
+from regraft.progress import ProgressMeter
 from regraft.shrinking.factors import Stored, read_stored, reduced, shapes
 from regraft.shrinking.forms import Form
 from regraft.shrinking.targets import Pair
@@ -53,24 +53,6 @@ class Item:
     def stored(self) -> TensorSpec:
         """What it is in the output; of its place only the size is told."""
         return replace(self.spec, dtype=self.dtype, shape=self.shape, nbytes=self.nbytes)
-
-
-class ShrinkProgress:
-    """Tells how far a shrink has come."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        """Begin at nothing of ``total`` bytes."""
-        self._progress, self._total, self._done = progress, total, 0
-
-    def expect(self, nbytes: int) -> None:
-        """Correct the total: this is what is left to do."""
-        self._total = self._done + nbytes
-
-    def add(self, nbytes: int, tensor: str = "") -> None:
-        """Account for bytes, and for the tensor that they finish."""
-        self._done += nbytes
-        if self._progress is not None:
-            self._progress(ProgressEvent("shrink", self._done, self._total, tensor))
 
 
 def narrowed(stored: str, dtype: str) -> str:
@@ -183,7 +165,7 @@ def _not_finite(values: np.ndarray) -> int:
 
 def content(
     items: Sequence[Item], pairs: Sequence[Pair], forms: Sequence[Form],
-    metadata: Mapping[str, str], files: FilePool, told: ShrinkProgress,
+    metadata: Mapping[str, str], files: FilePool, told: ProgressMeter,
 ) -> Iterator[bytes]:  # fmt: skip
     """Yield the bytes of the output's weights file, front to back.
 

@@ -34,7 +34,7 @@ from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.files.publish import copy_file, write_file, write_pieces
 from regraft.merging.files.side_files import CARD, SideFiles, adapter_side_files, json_bytes
 from regraft.merging.options import parse_dtype
-from regraft.progress import Progress, tell
+from regraft.progress import Progress, ProgressMeter, tell
 from regraft.shrinking.card import shrunk_card
 from regraft.shrinking.config import with_one_scale, with_ranks
 from regraft.shrinking.copies import Copy, compare, copies_in
@@ -59,7 +59,6 @@ from regraft.shrinking.targets import (
 from regraft.shrinking.telling import error_warning, scale_note, uniform_note
 from regraft.shrinking.tensors import (
     Item,
-    ShrinkProgress,
     content,
     dtypes_of,
     header_of,
@@ -127,7 +126,7 @@ def shrink(
     job = _opened(adapter, base, choices, token)
     output.check_inputs(job.inputs)
     with FilePool() as files, one_thread():
-        told = ShrinkProgress(progress, job.work_bytes)
+        told = ProgressMeter(progress, "shrink", job.work_bytes)
         lost = _looked_through(job, files, told)
         outcomes = _compared(job, token)
         dropped = {copy.name for copy in outcomes if copy.outcome == "dropped"}
@@ -242,7 +241,7 @@ def _opened(
 
 
 def _looked_through(
-    job: _OpenedAdapter, files: FilePool, told: ShrinkProgress
+    job: _OpenedAdapter, files: FilePool, told: ProgressMeter
 ) -> dict[str, Problem]:
     """Look at every value; return the refusal of each tensor, by name, that the dtype is too small
     for. Factors, and biases of B, are looked at once they have their new form.
@@ -317,7 +316,7 @@ def _measured(
     job: _OpenedAdapter,
     forms: Sequence[Form],
     files: FilePool,
-    told: ShrinkProgress,
+    told: ProgressMeter,
     problems: list[Problem],
 ) -> tuple[ShrunkModule, ...]:
     """Return how far the new factors of each pair are from its own.
@@ -345,7 +344,7 @@ def _measured(
 
 def _write(
     job: _OpenedAdapter, items: Sequence[Item], forms: Sequence[Form], files: FilePool,
-    card: bytes | None, output: OutputFolder, told: ShrinkProgress, progress: Progress | None,
+    card: bytes | None, output: OutputFolder, told: ProgressMeter, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Write the output beside its place, and rename it into it.
 

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from regraft.concurrency import for_each
 from regraft.errors import InputError
 from regraft.formats.files.inside import leads_outside
 from regraft.formats.files.reading import FilePool, open_regular, read_at, typed_os_errors
 from regraft.formats.layout import RECEIPT
 from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
 from regraft.merging.files.receipt import Receipt, TensorRecord, file_key
-from regraft.progress import Progress
+from regraft.progress import Progress, ProgressMeter
 from regraft.tensors import TensorSpec
 from regraft.verifying.report import Difference
-from regraft.verifying.workers import Told, for_each
 
 CHUNK = 2**20
 """Bytes read and hashed at a time by one thread."""
@@ -204,13 +204,11 @@ def _run(
     check: ReceiptCheck, jobs: Iterable[_Job], threads: int, progress: Progress | None
 ) -> None:
     jobs = list(jobs)
-    told = Told(progress, sum(job.nbytes for job in jobs))
-    own, lock = threading.local(), threading.Lock()
+    told = ProgressMeter(progress, "verify", sum(job.nbytes for job in jobs))
+    lock = threading.Lock()  # over the check, which all threads add to
 
-    def work(job: _Job) -> None:
-        if not hasattr(own, "buffer"):
-            own.buffer = memoryview(bytearray(CHUNK))
-        nbytes, differences = job.work(job.path, own.buffer)
+    def work(job: _Job, buffer: memoryview) -> None:
+        nbytes, differences = job.work(job.path, buffer)
         with lock:
             check.bytes += nbytes
             check.tensors += bool(job.tensor)
@@ -218,7 +216,8 @@ def _run(
             check.differences += differences
         told.add(job.nbytes, job.tensor)
 
-    for_each(jobs, work, min(threads, max(len(jobs), 1)))
+    many = min(threads, max(len(jobs), 1))
+    for_each(jobs, work, many, memory=lambda: memoryview(bytearray(CHUNK)))
 
 
 def _check_file(

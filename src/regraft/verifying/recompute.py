@@ -10,35 +10,33 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import threading
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from regraft.adapters.model import Adapter
+from regraft.concurrency import MemoryGate, for_each
 from regraft.deltas.kernels.agreement import Agreement, Care, Fit
-from regraft.deltas.weights import Bytes, Floats, Sums, Weights
+from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
 from regraft.merging.another_base import notes_of_another_base
+from regraft.merging.compute.context import FACTOR_CACHE, PlanContext, factor_room
 from regraft.merging.compute.factors import FactorStore
-from regraft.merging.compute.requantize import Coder, block_of, noise_key
-from regraft.merging.compute.step_math import StepMath
-from regraft.merging.compute.two_pass_quantize import Gathering, Gatherings
-from regraft.merging.execution.scheduler import FACTOR_CACHE, coder_of, made_steps, plain_source
+from regraft.merging.compute.tile_work import Computed, TileMemory
 from regraft.merging.inputs.base import decoded_like, see
-from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.inputs.dequantized_view import see_through
 from regraft.merging.inputs.source import FileSource
 from regraft.merging.options import MergeOptions
-from regraft.merging.planning.plan import Made, Plan, Step
+from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import make_plan
-from regraft.merging.planning.tiles import Tile, tiles_of
+from regraft.merging.planning.tiles import Tile
 from regraft.numerics.conversions import KINDS
-from regraft.progress import Progress
+from regraft.progress import Progress, ProgressMeter
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
 from regraft.verifying.diagnosis import (
     Diagnosis,
@@ -50,7 +48,6 @@ from regraft.verifying.diagnosis import (
 )
 from regraft.verifying.report import FINE, TensorVerdict
 from regraft.verifying.tensor_locations import Place, Places, whole
-from regraft.verifying.workers import Gate, Told, for_each
 
 _SAMPLE = 4096
 """Elements by which a tensor that stands in another's place is known."""
@@ -110,13 +107,13 @@ def judge(
     answers, subjects = _find(plan, places)
     with FilePool() as files:
         bench = _Bench(plan, files, base, adapters, options)
-        told = Told(progress, sum(subject.step.nbytes for subject in subjects))
+        told = ProgressMeter(progress, "verify", sum(subject.step.nbytes for subject in subjects))
 
-        def work(subject: _Subject) -> None:
-            answers[subject.step.name] = bench.judge(subject)
+        def work(subject: _Subject, own: _Bench) -> None:
+            answers[subject.step.name] = own.judge(subject)
             told.add(subject.step.nbytes, subject.step.name)
 
-        for_each(subjects, work, plan.threads)
+        for_each(subjects, work, plan.threads, memory=bench.of_thread)
         _find_swapped(bench, subjects, answers)
     return Judgement(
         tuple(TensorVerdict(name, **vars(answer)) for name, answer in answers.items() if answer),
@@ -240,55 +237,37 @@ def _alike(has: Floats, due: Floats) -> bool:
 # -- one tensor ------------------------------------------------------------------------------------
 
 
-class _Rooms:
-    """One thread's memory by what it is for; it grows and is used again."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Bytes] = {}
-
-    def get(self, what: str, nbytes: int) -> Bytes:
-        held = self._held.get(what)
-        if held is None or held.size < nbytes:
-            self._held.pop(what, None)
-            held = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)
-            self._held[what] = held
-        return held[:nbytes]
-
-
 class _Bench:
-    """Does steps of the merge again, from several threads."""
+    """Does steps of the merge again; each thread has one, and all share everything but memory."""
 
     def __init__(
         self, plan: Plan, files: FilePool, base: Checkpoint, adapters: Sequence[Adapter],
         options: MergeOptions,
     ) -> None:  # fmt: skip
         self._files, self._base, self._plan = files, base, plan
-        self._source = plain_source(plan, FileSource(files))
-        self._codes, left = made_steps(plan.steps)
-        self._gatherings = Gatherings(left)
         self._adapters, self._options = adapters, options
-        self._store = FactorStore(files, FACTOR_CACHE)
-        needed = max((step.factor_bytes for step in plan.steps), default=0)
-        self._gate = Gate(max(needed, 2 * FACTOR_CACHE))
         # A merge holds a tile and its result; here the merged model's and the base's come on top.
-        self._tile_bytes = max(plan.tile_bytes // 2 // 4096, 1) * 4096
-        self._own = threading.local()
+        tile_bytes = max(plan.tile_bytes // 2 // 4096, 1) * 4096
+        self._context = PlanContext(
+            plan, files, FactorStore(files, FACTOR_CACHE), FileSource(files),
+            tile_bytes=tile_bytes, checks=False,
+        )  # fmt: skip
+        self._gate = MemoryGate(factor_room(plan))
+        self._memory, self._beside = TileMemory(), list[TileMemory]()
         self._solo: dict[int, dict[str, Step]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over ``_solo``: each plan is made once, while others wait
 
-    @property
-    def _rooms(self) -> _Rooms:
-        if not hasattr(self._own, "rooms"):
-            self._own.rooms = _Rooms()
-        rooms: _Rooms = self._own.rooms
-        return rooms
+    def of_thread(self) -> _Bench:
+        """Return the same bench with memory of its own, for one thread."""
+        own = copy(self)
+        own._memory, own._beside = TileMemory(), []
+        return own
 
     def judge(self, subject: _Subject) -> Diagnosis:
         """Return what is to be said of one tensor."""
         with self._gate.holding(subject.step.factor_bytes):
             same, spread = self._compare(subject)
-            if (made := subject.step.made) is not None:
-                self._gatherings.finish(made.name)
+            self._context.finish(subject.step)
             if same:
                 return Diagnosis("exact", 0.0)
             coded = subject.step.coded is not None or subject.step.made is not None
@@ -299,7 +278,7 @@ class _Bench:
 
     def _is_touched(self, step: Step) -> bool:
         """Whether an adapter has a say in a tensor, or in the weight that it is a part of."""
-        return is_touched(step if step.made is None else self._codes[step.made.name])
+        return is_touched(step if step.made is None else self._context.codes_of(step.made))
 
     def _diagnose(self, subject: _Subject, spread: float) -> Diagnosis:
         answer = self._in_dtype(subject, subject.place.dtype, spread)
@@ -357,93 +336,25 @@ class _Bench:
 
     # -- passes over a tensor --------------------------------------------------------------------
 
-    def _done(self, step: Step, sums: Sums | None = None, use: str = "") -> Iterator[_Made]:
+    def _done(self, step: Step, memory: TileMemory | None = None) -> Iterator[_Made]:
         """Do a step, tile by tile.
 
         Args:
             step: the step; its dtype is that of the result.
-            sums: what :meth:`StepMath.run` adds to.
-            use: tells the memory of steps apart that are done side by side.
+            memory: the step's own, where several are done side by side.
         """
-        sums = np.zeros(4, np.float64) if sums is None else sums
-
-        def read(offset: int, buffer: Bytes) -> None:
-            source = self._source if step.source_adapter is None else FileSource(self._files)
-            source.read(step.source, offset, buffer)
-
-        if step.made is not None:
-            yield from self._make(step, step.made, use)
-            return
-        maths = StepMath(step, self._store, read, self._tile_bytes)
-        for tile in tiles_of(step, self._tile_bytes):
-            result = self._rooms.get(f"result{use}", tile.write)
-            if tile.kind == "bytes":
-                read(tile.read_at, result)
-                yield _Made(tile, result, result)
-                continue
-            source = self._rooms.get(f"source{use}", tile.read)
-            weights = Weights.of_bytes(source, step.source.dtype)
-            coder = coder_of(self._plan, step)
-            if coder is None:
-                read(tile.read_at, source)
-                maths.run(tile, weights, Weights.of_bytes(result, step.dtype), sums)
-            else:
-                self._encode(coder, maths, tile, source, result, sums)
-            yield _Made(tile, result, source)
-        maths.release()
-
-    def _make(self, step: Step, made: Made, use: str) -> Iterator[_Made]:
-        """Do a step of a weight that is put into a format."""
-        codes = self._codes[made.name]
-        source = self._source if step.source_adapter is None else FileSource(self._files)
-
-        def read(offset: int, buffer: Bytes) -> None:
-            source.read(codes.source, offset, buffer)
-
-        def begin() -> Gathering:
-            math = StepMath(codes, self._store, read, self._tile_bytes)
-            return Gathering(
-                codes, made.maker, made.name, made.shape, math, source, self._tile_bytes
-            )
-
-        gathering = self._gatherings.of(made.name, begin)
-        widest = max(tile.read for tile in tiles_of(codes, self._tile_bytes))
-        raw = self._rooms.get(f"source{use}", widest)
-        room = self._rooms.get("values", 4 * widest // codes.source.itemsize)
-        small = gathering.gathered(raw, room)
-        options = self._plan.options
-        key = noise_key(options["seed"], made.name)
-        for tile in tiles_of(step, self._tile_bytes):
-            if step.codes_of is None:
-                result = small[made.role][tile.read_at : tile.read_at + tile.read]
-            else:
-                weights, values = gathering.values(tile, raw[: tile.read], room, np.zeros(4))
-                result = gathering.encode(
-                    tile, weights, values, options["rounding"], key, np.zeros(2)
-                )
-            yield _Made(tile, result, raw[: tile.read])
-
-    def _encode(
-        self, coder: Coder, maths: StepMath, tile: Tile, source: Bytes, result: Bytes, sums: Sums,
-    ) -> None:  # fmt: skip
-        """Fill a source with the base's values of a tile, as their codes lie; a result with codes.
-
-        A square weight does not show by its shape which way it lies, so it is the coder's.
-        """
-        if not isinstance(self._source, DequantizingSource):
-            raise TypeError("codes come from a quantized base")
-        at = block_of(tile)
-        block = self._source.decode(coder.weight, at, source)
-        weights = Weights.of_bytes(source, coder.weight.dtype)
-        values = self._rooms.get("values", 4 * block.codes.size).view(np.float32)
-        maths.run(tile, weights, Weights.of_floats(values), sums)
-        codes = coder.codes(block, at, values, np.zeros(2, np.float64))
-        result[:] = coder.weight.grid.pack(coder.weight, at, codes)
+        work, memory = self._context.work_of(step), memory or self._memory
+        for tile in self._context.tiles_of(step):
+            result = memory.take("result", tile.write)
+            yield _Made(tile, result, work.run(tile, memory, result))
+        if step.made is None:  # of a weight that is made, other tensors may be to come
+            work.math.release()
 
     def _compare(self, subject: _Subject) -> tuple[bool, float]:
         """Return whether a tensor is the merge, bit for bit, and the delta's root mean square."""
         sums, same = np.zeros(4, np.float64), True
-        for made in self._done(subject.step, sums):
+        for made in self._done(subject.step):
+            sums += made.done.sums
             stored = self._stored(subject, made.tile.write_at, made.tile.write)
             same = same and _same_bytes(made.result, stored)
         squares = float(sums[1]) / max(subject.step.source.numel, 1)
@@ -479,14 +390,14 @@ class _Bench:
         if origin is None or made.tile.kind == "append":
             return Weights.of_floats(made.result.view(np.float32))
         if origin == step.source:
-            return Weights.of_bytes(made.source, origin.dtype)
+            return Weights.of_bytes(made.done.raw, origin.dtype)
         at, count = made.tile.write_at // _F32_BYTES, made.tile.write // _F32_BYTES
-        raw = self._rooms.get("origin", count * origin.itemsize)
+        raw = self._memory.take("origin", count * origin.itemsize)
         self._files.read_into(origin, at * origin.itemsize, raw.data)
         return Weights.of_bytes(raw, origin.dtype)
 
     def _stored(self, subject: _Subject, offset: int, nbytes: int) -> Bytes:
-        raw = self._rooms.get("stored", nbytes)
+        raw = self._memory.take("stored", nbytes)
         subject.place.read(self._files, offset, raw)
         return raw
 
@@ -505,15 +416,16 @@ class _Bench:
             return None
         steps = [self._alone(number).get(subject.step.name) for number in numbers]
         alone = [replace(step, dtype="F32") for step in steps if step is not None]
-        cuts = [list(tiles_of(step, self._tile_bytes)) for step in alone]
+        cuts = [list(self._context.tiles_of(step)) for step in alone]
         if len(alone) < len(numbers) or any(step.source != origin for step in alone):
             return None
         if any(cut != cuts[0] for cut in cuts):
             return None
         fit = Fit(len(alone), KINDS[dtype])
-        together = (self._done(step, use=f" of {n}") for n, step in enumerate(alone))
+        self._beside += [TileMemory() for _ in alone[len(self._beside) :]]
+        together = map(self._done, alone, self._beside)
         for pieces in zip(*together, strict=True):
-            weight = Weights.of_bytes(pieces[0].source, origin.dtype).floats()
+            weight = Weights.of_bytes(pieces[0].done.raw, origin.dtype).floats()
             stored = self._stored_weights(subject, pieces[0].tile).floats()
             fit.take(weight, stored, [made.result.view(np.float32) for made in pieces])
         labels = tuple(self._adapters[number].label for number in numbers)
@@ -570,11 +482,11 @@ def _narrowed(stored: Weights, dtype: str) -> Weights:
 
 @dataclass(frozen=True)
 class _Made:
-    """A tile that was done: its place, its result's bytes, and those it was made from."""
+    """A tile that was done: its place, its result's bytes, and what else came of it."""
 
     tile: Tile
     result: Bytes
-    source: Bytes
+    done: Computed
 
 
 def _same_bytes(one: Bytes, other: Bytes) -> bool:

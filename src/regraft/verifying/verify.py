@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regraft.concurrency import default_threads
 from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.files.watching import watched
@@ -15,7 +16,6 @@ from regraft.formats.hub import Located, locate
 from regraft.formats.layout import RECEIPT, looks_like
 from regraft.merging.inputs.opening import AdapterArg, parse_adapters
 from regraft.merging.options import MergeOptions
-from regraft.merging.planning.planner import default_threads
 from regraft.progress import Progress
 from regraft.verifying.inputs import (
     BaseWithAdapters,

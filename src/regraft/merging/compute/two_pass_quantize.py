@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from regraft.concurrency import Abandoned
 from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.merging.compute.step_math import StepMath
@@ -28,6 +29,9 @@ from regraft.quant.weight import Block
 
 class Gathering:
     """One weight on its way into a format; safe to use from several threads.
+
+    Attributes:
+        widest: the most bytes that a tile of it reads.
 
     Args:
         step: what makes its codes.
@@ -44,7 +48,9 @@ class Gathering:
     ) -> None:  # fmt: skip
         self.step, self.math, self._source = step, math, source
         self.making: Making = maker.begin(name, shape)
-        self._tiles: Iterator[Tile] = tiles_of(step, tile_bytes)
+        tiles = list(tiles_of(step, tile_bytes))
+        self.widest = max(tile.read for tile in tiles)
+        self._tiles: Iterator[Tile] = iter(tiles)
         # A tile is handed out and counted in ``_inside`` in one step. So when there is no tile left
         # and nobody is inside, all of the weight was gathered.
         self._changed = threading.Condition()
@@ -74,6 +80,7 @@ class Gathering:
 
         Raises:
             NumericError: the weight holds NaN or infinity.
+            Abandoned: another thread failed.
         """
         while True:
             with self._changed:
@@ -95,9 +102,10 @@ class Gathering:
 
     def _wait(self) -> Mapping[str, Bytes]:
         """Wait for those who are still at it; the last one makes the scales."""
+        # Called with the lock held and no tile left to hand out, so those inside only get fewer.
         self._changed.wait_for(lambda: not self._inside or self._failed)
         if self._failed:
-            return {}
+            raise Abandoned
         if self._small is None:
             self._small = self.making.finish()
         return self._small
@@ -107,11 +115,6 @@ class Gathering:
         with self._changed:
             self._failed = True
             self._changed.notify_all()
-
-    @property
-    def failed(self) -> bool:
-        """Whether there will be no scales."""
-        return self._failed
 
     def encode(
         self, tile: Tile, weights: Weights, values: Floats, rounding: str, key: int, coded: Sums

@@ -46,7 +46,7 @@ class Ledger:
         self._payloads: dict[tuple[int, int], Bytes] = {}
         self._closings: dict[int, Closing] = {}
         self._waiting = 0
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # over everything here, and all writes to the patch
         self._stopped = False
         self._notes: list[dict[str, Any]] = []
         self._noted = time.monotonic()
@@ -56,6 +56,8 @@ class Ledger:
         if self._patch is None:
             return
         with self._changed:
+            # What waits is written in the order of jobs and tiles. Whoever brings the next tile
+            # never waits, and tiles are handed out in that order, so it comes: the wait ends.
             self._changed.wait_for(
                 lambda: (
                     self._stopped

@@ -2,7 +2,7 @@
 
 Nothing is hashed, nothing is kept for an undo, and no file is written. The bytes are those of the
 merge into files, since the arithmetic is the same:
-:class:`regraft.merging.compute.step_math.StepMath`.
+:class:`regraft.merging.compute.tile_work.TileWork`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from typing import Self
 
 import numpy as np
 
-from regraft.deltas.weights import Bytes, Sums, Weights
+from regraft.deltas.weights import Bytes, Sums
 from regraft.formats.files.reading import FilePool
+from regraft.merging.compute.context import FACTOR_CACHE, PlanContext, largest_tile
 from regraft.merging.compute.factors import FactorStore
-from regraft.merging.compute.step_math import StepMath
-from regraft.merging.execution.scheduler import FACTOR_CACHE, largest_tile, plain_source
-from regraft.merging.execution.step_run import check_finite, overflow
-from regraft.merging.inputs.source import FileSource, Source
+from regraft.merging.compute.tile_work import TileMemory, TileWork, overflow
+from regraft.merging.inputs.source import FileSource
 from regraft.merging.planning.plan import Plan, Step
-from regraft.merging.planning.tiles import Tile, tiles_of
+from regraft.merging.planning.tiles import Tile
 
 
 class MemoryMerge:
@@ -36,8 +35,8 @@ class MemoryMerge:
         self._plan = plan
         self._files = FilePool()
         self._store = FactorStore(self._files, FACTOR_CACHE)
-        self._stored = FileSource(self._files)
-        self._plain = plain_source(plan, self._stored)
+        stored = FileSource(self._files)
+        self._context = PlanContext(plan, self._files, self._store, stored, norms=False)
         self._pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="regraft")
         self._own, self._ended = threading.local(), False
         self._buffer_bytes = largest_tile(plan)
@@ -59,15 +58,14 @@ class MemoryMerge:
             RegraftError: something could not be read, a factor holds NaN, or the merge made NaN or
                 infinity out of numbers.
         """
-        source = self._plain if step.source_adapter is None else self._stored
-        run = _Run(step, source, self._store, self._plan.tile_bytes, result)
-        tiles = list(tiles_of(step, self._plan.tile_bytes, source.grain(step.source)))
+        run = _Run(self._context.work_of(step), result)
+        tiles = list(self._context.tiles_of(step))
         futures = [self._pool.submit(self._work, run, tile) for tile in tiles]
         wait(futures)  # all of them, also after an error: they write into ``result``
         if run.error is not None:
             raise run.error
         sums = sum((future.result() for future in futures), np.zeros(4))
-        source.release(step.source)
+        self._context.source_of(step).release(step.source)
         if sums[3]:
             raise overflow(step, int(sums[3]), f"{self._plan.base.source}: {step.name}")
 
@@ -77,43 +75,28 @@ class MemoryMerge:
         if run.error is not None:
             return np.zeros(4)
         try:
-            return run.work(tile, self._buffer())
+            return run.work(tile, self._memory)
         except BaseException as error:
             run.error = run.error or error
             raise
 
-    def _buffer(self) -> Bytes:
-        """Return the calling thread's memory for what it reads."""
-        if not hasattr(self._own, "buffer"):
-            self._own.buffer = np.empty(self._buffer_bytes, np.uint8)
-        buffer: Bytes = self._own.buffer
-        return buffer
+    @property
+    def _memory(self) -> TileMemory:
+        """The calling thread's memory for what it reads."""
+        if not hasattr(self._own, "memory"):
+            self._own.memory = TileMemory(self._buffer_bytes)
+        memory: TileMemory = self._own.memory
+        return memory
 
 
 class _Run:
     """A step while its tiles are computed, by any number of threads."""
 
-    def __init__(
-        self, step: Step, source: Source, store: FactorStore, tile_bytes: int, result: Bytes
-    ) -> None:
-        self._step, self._source, self._result = step, source, result
-        self._math = StepMath(step, store, self._read, tile_bytes, norms=False)
+    def __init__(self, work: TileWork, result: Bytes) -> None:
+        self._work, self._result = work, result
         self.error: BaseException | None = None
 
-    def _read(self, offset: int, buffer: Bytes) -> None:
-        self._source.read(self._step.source, offset, buffer)
-
-    def work(self, tile: Tile, buffer: Bytes) -> Sums:
+    def work(self, tile: Tile, memory: TileMemory) -> Sums:
         """Compute a tile; return its sums: :func:`regraft.deltas.kernels.merge.merge_rows`."""
-        sums: Sums = np.zeros(4, np.float64)
-        result = self._result[tile.write_at : tile.write_at + tile.write]
-        if tile.kind == "bytes":
-            self._read(tile.read_at, result)
-            check_finite(self._step, result)
-            return sums
-        source = buffer[: tile.read]
-        self._read(tile.read_at, source)
-        check_finite(self._step, source)
-        weights = Weights.of_bytes(source, self._step.source.dtype)
-        self._math.run(tile, weights, Weights.of_bytes(result, self._step.dtype), sums)
-        return sums
+        into = self._result[tile.write_at : tile.write_at + tile.write]
+        return self._work.run(tile, memory, into).sums

@@ -1,46 +1,40 @@
-"""Executing a plan: threads take tiles in file order until none are left."""
+"""Executing a plan: its tensors are written, and kept for an undo, in file order.
+
+:mod:`regraft.merging.execution.executor` hands out tiles and keeps to memory. Here is what a job
+is, :class:`_StepJob` or :class:`_KeepJob`, and the log that puts in order what they leave.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from regraft.deltas.weights import Bytes
-from regraft.errors import MismatchError, Problem, RegraftError
+from regraft.errors import RegraftError
 from regraft.formats.files.reading import FilePool
-from regraft.formats.problems import capped, quoted
-from regraft.merging.compute.factors import FactorStore, read_differently
-from regraft.merging.compute.requantize import Coder
-from regraft.merging.compute.step_math import StepMath
+from regraft.merging.compute.context import (
+    FACTOR_CACHE,
+    PlanContext,
+    factor_room,
+    largest_tile,
+    seen_through,
+)
+from regraft.merging.compute.factors import FactorStore
+from regraft.merging.compute.tile_work import TileMemory
 from regraft.merging.execution.commit_log import Closing, Ledger
-from regraft.merging.execution.jobs import Done, Job, jobs_of
-from regraft.merging.execution.step_run import Buffers, Other, StepRun
-from regraft.merging.files.direct_io import OutputFile
-from regraft.merging.files.receipt import TensorRecord
+from regraft.merging.execution.executor import Run, execute_runs
+from regraft.merging.execution.jobs import Done, jobs_of
+from regraft.merging.execution.outcome import Outcome, check_read, outcome_of
+from regraft.merging.execution.outputs import Outputs
+from regraft.merging.execution.step_run import Other, StepRun
 from regraft.merging.files.staging import Workplace
-from regraft.merging.inputs.dequantize import DequantizingSource
-from regraft.merging.inputs.dequantized_view import Quantization, as_stored
 from regraft.merging.inputs.source import FileSource, Source
-from regraft.merging.inputs.stacking import plain_values
-from regraft.merging.options import KEEP
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.targets import Target
-from regraft.merging.planning.tiles import Tile, tiles_of
+from regraft.merging.planning.tiles import Tile
 from regraft.merging.undo.patch import PatchWriter
 from regraft.merging.undo.residuals import Keep, KeepRun, keep_tiles
-from regraft.progress import Progress, ProgressEvent
-
-if TYPE_CHECKING:
-    from regraft.merging.compute.two_pass_quantize import Gathering, Gatherings
-
-FACTOR_CACHE = 32 * 2**20
-"""Bytes of decoded adapter tensors kept for the next step that asks for them."""
+from regraft.progress import Progress, ProgressMeter
 
 OpenSource = Callable[[FilePool, FactorStore], Source]
 """Gives what the base is read from, for the time of an execution."""
@@ -65,328 +59,140 @@ class Task:
     stage: str = "merge"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an execution leaves.
-
-    Attributes:
-        records: of the tensors written, in file order.
-        adapter_digests: of what was read of the adapters, by file and name.
-        kept_digests: of the base's tensors that were kept by their difference, by name.
-    """
-
-    records: tuple[TensorRecord, ...]
-    adapter_digests: dict[tuple[Path, str], str]
-    kept_digests: dict[str, str]
-
-
-class _Gate:
-    """Lets jobs in as long as their factors fit; one alone always may."""
-
-    def __init__(self, room: int) -> None:
-        self._room, self._taken, self._inside = room, 0, 0
-        self._changed = threading.Condition()
-        self._open = False
-
-    def enter(self, size: int) -> None:
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._open or not self._inside or self._taken + size <= self._room
-            )
-            self._taken, self._inside = self._taken + size, self._inside + 1
-
-    def leave(self, size: int) -> None:
-        with self._changed:
-            self._taken, self._inside = self._taken - size, self._inside - 1
-            self._changed.notify_all()
-
-    def open(self) -> None:
-        with self._changed:
-            self._open = True
-            self._changed.notify_all()
-
-
-class _Active:
-    """A job while it is worked on."""
-
-    def __init__(self, number: int, job: Job, run: StepRun | KeepRun, tiles: list[Tile]) -> None:
-        self.number, self.job, self.run, self.tiles = number, job, run, tiles
-        self.left = len(tiles)
-
-    def finish(self) -> tuple[TensorRecord | None, str, list[tuple[str, bytes]]]:
-        """Return the receipt's record, the digest of the tensor, and sections of the patch."""
-        if isinstance(self.run, KeepRun):
-            return None, *self.run.finish()
-        target = self.job.target
-        record = self.run.finish(target.name if target is not None else "")
-        return record, record.blake3, self.run.sections()
-
-
-class _Queue:
-    """Hands out tiles, job by job, and notices when a job is done."""
+class _Shared:
+    """What the jobs of one execution share: inputs, files, the journal, and what is done."""
 
     def __init__(
         self, task: Task, place: Workplace, patch: PatchWriter | None, files: FilePool,
-        jobs: Sequence[Job], done: Sequence[Done], progress: Progress | None,
+        done: Sequence[Done], progress: Progress | None,
     ) -> None:  # fmt: skip
-        self._task, self._place, self._files, self._jobs = task, place, files, jobs
-        self._keeping = patch is not None
-        self._store = FactorStore(files, FACTOR_CACHE)
-        opener = task.open_source
-        self._plain = FileSource(files)
-        self._stored = opener(files, self._store) if opener else self._plain
-        self._source = plain_source(task.plan, self._stored)
-        there = task.plan.trained_on
-        self._trained_on = there and seen_through(there.quantization, self._plain)
-        self._ledger = Ledger(len(done), place, patch, self._flush)
-        steps = [job.step for job in jobs if job.step is not None]
-        self._codes, self._made_left = made_steps(steps)
-        self._gatherings: Gatherings | None = None
-        self._gate = _Gate(max([s.factor_bytes for s in task.plan.steps] + [2 * FACTOR_CACHE]))
-        self._lock = threading.Lock()
-        self._outputs: dict[str, OutputFile] = {}
-        self._unfinished = {target.name: len(target.steps) for target in task.targets}
-        self._active: dict[int, _Active] = {}
-        self._stopped = False
-        self._progress = progress
-        self._done = 0
-        self.finished: dict[str, Done] = {}
-        for each, job in zip(done, jobs, strict=False):
-            self._take_over(each, job)
-        self._total = sum(step.nbytes for target in task.targets for step in target.steps)
-        self._tiles = self._walk(len(done))
+        self.task, self.files, self.keeping = task, files, patch is not None
+        self.jobs = jobs_of(task.targets, task.keeps)
+        plain, self.store = FileSource(files), FactorStore(files, FACTOR_CACHE)
+        opener, there = task.open_source, task.plan.trained_on
+        self.stored: Source = opener(files, self.store) if opener else plain
+        self.context = PlanContext(task.plan, files, self.store, self.stored)
+        self.trained_on = there and seen_through(there.quantization, plain)
+        self.outputs = Outputs(place.out, task.targets)
+        self.log = Ledger(len(done), place, patch, self.outputs.flush)
+        self.done: dict[str, Done] = {}
+        self._first = len(done)
+        total = sum(step.nbytes for target in task.targets for step in target.steps)
+        self.told = ProgressMeter(progress, task.stage, total, self._take_over(done))
 
-    def _take_over(self, done: Done, job: Job) -> None:
-        """Count a job that an earlier try has done."""
-        self.finished[done.name] = done
-        if job.step is not None and job.step.made is not None:
-            self._made_left[job.step.made.name] -= 1
-        if job.step is not None and job.target is not None:
-            self._done += job.step.nbytes
-            self._unfinished[job.target.name] -= 1
+    def _take_over(self, done: Sequence[Done]) -> int:
+        """Count what an earlier try has done; return the bytes it has written."""
+        written = 0
+        for each, job in zip(done, self.jobs, strict=False):
+            self.done[each.name] = each
+            if job.step is not None and job.target is not None:
+                self.context.finish(job.step)
+                self.outputs.skip(job.target)
+                written += job.step.nbytes
+        return written
 
-    def open_finished(self) -> None:
-        """Make the files that need no job, or none any more, and flush them to the disk."""
-        for target in self._task.targets:
-            if not self._unfinished[target.name]:
-                self._create(target).close(sync=True)
+    def runs(self) -> Iterator[_JobRun]:
+        """Yield what is left to be done, each job begun when it is asked for."""
+        for number in range(self._first, len(self.jobs)):
+            keep = self.jobs[number].keep
+            yield _StepJob(self, number) if keep is None else _KeepJob(self, number, keep)
 
-    def _create(self, target: Target) -> OutputFile:
-        return OutputFile(self._place.out / target.name, target.size, target.pieces)
-
-    def _walk(self, first: int) -> Iterator[tuple[_Active, Tile]]:
-        for number in range(first, len(self._jobs)):
-            active = self._start(number, self._jobs[number])
-            self._active[number] = active
-            for tile in active.tiles:
-                yield active, tile
-
-    def _start(self, number: int, job: Job) -> _Active:
-        tile_bytes = self._task.plan.tile_bytes
-        if job.keep is not None:
-            run = KeepRun(job.keep, self._stored, self._files, compress=self._keeping)
-            return _Active(number, job, run, list(keep_tiles(job.keep, tile_bytes)))
-        step, target = job.step, job.target
-        if step is None or target is None:
-            raise ValueError("a job writes a tensor or keeps one")
-        if target.name not in self._outputs:
-            self._outputs[target.name] = self._create(target)
-        output = self._outputs[target.name]
-        source = self._source if step.source_adapter is None else self._plain
-        written = StepRun(
-            step, output, job.offset, source, self._store, tile_bytes, self._keeping,
-            coder_of(self._task.plan, step), self._other(step), self._gathering(step, source),
-            (self._task.plan.options.get("rounding", ""), self._task.plan.options.get("seed", 0)),
-        )  # fmt: skip
-        tiles = tiles_of(step, tile_bytes, source.grain(step.source))
-        return _Active(number, job, written, list(tiles))
-
-    def _gathering(self, step: Step, source: Source) -> Gathering | None:
-        made = step.made
-        if made is None:
-            return None
-        from regraft.merging.compute.two_pass_quantize import (  # compiled; few merges need it
-            Gathering,
-            Gatherings,
-        )
-
-        if self._gatherings is None:
-            self._gatherings = Gatherings(self._made_left)
-        codes, tile_bytes = self._codes[made.name], self._task.plan.tile_bytes
-
-        def make() -> Gathering:
-            def read(offset: int, buffer: Bytes) -> None:
-                source.read(codes.source, offset, buffer)
-
-            math = StepMath(codes, self._store, read, tile_bytes)
-            return Gathering(codes, made.maker, made.name, made.shape, math, source, tile_bytes)
-
-        return self._gatherings.of(made.name, make)
-
-    def _other(self, step: Step) -> Other | None:
-        there = self._task.plan.trained_on
-        spec = there.spec(step) if there is not None else None
-        return (spec, self._trained_on) if spec is not None and self._trained_on else None
-
-    def next(self) -> tuple[_Active, Tile] | None:
-        """Return the next tile, or None when there is none or the work was stopped."""
-        with self._lock:
-            if self._stopped:
-                return None
-            item = next(self._tiles, None)
-        if item is not None and item[1].number == 0:
-            self._gate.enter(item[0].run.cost)
-        return item
-
-    def finish(self, active: _Active, tile: Tile, payload: Bytes) -> None:
-        """Account for a tile; with the last one of a job, keep what is known of it."""
-        self._ledger.deposit(active.number, tile.number, payload)
-        with self._lock:
-            active.left -= 1
-            last = active.left == 0
-            self._done += tile.write
-            if self._progress is not None:
-                name = active.job.name.partition(" ")[2] if last else ""
-                self._progress(ProgressEvent(self._task.stage, self._done, self._total, name))
-        if last:
-            self._end(active)
-            self._gate.leave(active.run.cost)
-
-    def _end(self, active: _Active) -> None:
-        record, digest, sections = active.finish()
-        job = active.job
-        adapter = tuple(
-            (str(path), name, self._store.digests[path, name])
-            for path, name in (job.step.adapter_tensors if job.step is not None else ())
-            if (path, name) in self._store.digests
-        )
-        done = Done(job.name, digest, record, adapter, ())
-        with self._lock:
-            self.finished[job.name] = done
-        entry = {k: v for k, v in asdict(done).items() if k != "sections"}
-        self._ledger.close_job(active.number, Closing(len(active.tiles), entry, sections))
-        if isinstance(active.run, StepRun):
-            active.run.release()
-            if (made := active.run.step.made) is not None and self._gatherings is not None:
-                self._gatherings.finish(made.name)
-        self._close_output(active)
-
-    def _close_output(self, active: _Active) -> None:
-        with self._lock:
-            self._active.pop(active.number)
-            target, output = active.job.target, None
-            if target is not None:
-                self._unfinished[target.name] -= 1
-                if not self._unfinished[target.name]:
-                    output = self._outputs.pop(target.name)
-        if output is not None:
-            output.close(sync=True)
-
-    def _flush(self) -> None:
-        """Hand all that is gathered for open files to the system."""
-        with self._lock:
-            outputs = list(self._outputs.values())
-        for output in outputs:
-            output.flush()
+    def digests_of(self, step: Step) -> tuple[tuple[str, str, str], ...]:
+        """Return file, name and digest of the adapters' tensors that a step took."""
+        found = self.store.digests
+        keys = [key for key in step.adapter_tensors if key in found]
+        return tuple((str(path), name, found[path, name]) for path, name in keys)
 
     def stop(self) -> None:
-        """Hand out nothing more and wake everyone who waits."""
-        with self._lock:
-            self._stopped = True
-            active = list(self._active.values())
-        self._gate.open()
-        self._ledger.stop()
-        if self._gatherings is not None:
-            self._gatherings.fail()
-        for each in active:
-            each.run.fail()
-
-    def close(self) -> None:
-        """Note what is done, and close whatever a failure left open."""
-        for output in self._outputs.values():
-            output.close(sync=False)
-        self._outputs.clear()
-
-    def note(self) -> None:
-        """Write all that is done into the journal."""
-        self._ledger.note()
-
-    def outcome(self) -> Outcome:
-        """Return what was done, by this try and by earlier ones.
-
-        Raises:
-            MismatchError: a tensor was not what it should have been.
-        """
-        digests = dict[tuple[Path, str], str]()
-        for done in self.finished.values():
-            for path, name, digest in done.adapter:
-                key = (Path(path), name)
-                if digests.setdefault(key, digest) != digest:
-                    raise read_differently(*key)
-        records = [done.record for done in self.finished.values() if done.record is not None]
-        of_name = {record.name: record for record in records}
-        kept = {
-            job.keep.original.name: self.finished[job.name].digest
-            for job in self._jobs
-            if job.keep is not None
-        }
-        self._check(records, kept)
-        ordered = [of_name[s.name] for target in self._task.targets for s in target.steps]
-        return Outcome(tuple(ordered), digests, kept)
-
-    def _check(self, records: Sequence[TensorRecord], kept: dict[str, str]) -> None:
-        theirs = {s.name for s in self._task.plan.steps if not is_stored(s)}
-        read = {r.source: r.source_blake3 for r in records if r.name not in theirs} | kept
-        problems: list[Problem] = []
-        for name, digest in read.items():
-            expected = self._source.expected(name)
-            if expected is not None and expected != digest:
-                problems.append(_edited(name, first=not problems))
-        if problems:
-            raise MismatchError(capped(problems, self._place.folder))
+        """Wake all who wait for the journal, or for the scales of a weight."""
+        self.log.stop()
+        self.context.fail()
 
 
-def is_stored(step: Step) -> bool:
-    """Whether the digest of what a step reads is that of one of the base's stored tensors."""
-    if step.source_adapter is not None or (step.made is not None and step.codes_of is None):
-        return False
-    return step.coded is not None or not step.source.is_virtual
+class _JobRun(Run[Tile, TileMemory]):
+    """A job while it is executed: what it leaves goes into the log, in the order of the jobs."""
+
+    def __init__(
+        self, shared: _Shared, number: int, run: StepRun | KeepRun, tiles: Iterable[Tile]
+    ) -> None:
+        self._shared, self._number, self._job = shared, number, shared.jobs[number]
+        self._doing, self._tiles = run, list(tiles)
+
+    @property
+    def tiles(self) -> Sequence[Tile]:
+        """Its tiles."""
+        return self._tiles
+
+    @property
+    def cost(self) -> int:
+        """Memory that its factors take."""
+        return self._doing.cost
+
+    def work(self, tile: Tile, memory: TileMemory) -> None:
+        """Do a tile, and leave what is kept of it in the log."""
+        payload = self._doing.work(tile, memory)
+        self._shared.log.deposit(self._number, tile.number, payload)
+
+    def account(self, tile: Tile, *, last: bool) -> None:
+        """Tell how far the execution has come."""
+        self._shared.told.add(tile.write, self._job.name.partition(" ")[2] if last else "")
+
+    def fail(self) -> None:
+        """Wake whoever waits for a tile that will never come."""
+        self._doing.fail()
+
+    def _close(self, done: Done, sections: Sequence[tuple[str, bytes]]) -> None:
+        """Leave the job's end in the log."""
+        self._shared.done[done.name] = done  # one thread's, and a name of its own: no lock
+        entry = {k: v for k, v in asdict(done).items() if k != "sections"}
+        self._shared.log.close_job(self._number, Closing(len(self._tiles), entry, sections))
 
 
-def plain_source(plan: Plan, stored: Source) -> Source:
-    """Return what gives the plain weights that a plan's steps read, the way they see them."""
-    quantization = plan.quantization
-    if quantization is not None and plan.options.get("quantize") == KEEP:
-        turned = {name: as_stored(weight) for name, weight in quantization.weights.items()}
-        return DequantizingSource(turned, stored)
-    return seen_through(quantization, stored)
+class _StepJob(_JobRun):
+    """Writes a tensor."""
+
+    def __init__(self, shared: _Shared, number: int) -> None:
+        job = shared.jobs[number]
+        if job.step is None or job.target is None:
+            raise ValueError("a job writes a tensor or keeps one")
+        self._step, self._target, context = job.step, job.target, shared.context
+        work = context.work_of(job.step, keeps=shared.keeping and job.step.is_invertible)
+        self._run = StepRun(
+            work, shared.outputs.open(job.target), job.offset, context.source_of(job.step),
+            _other(shared, job.step),
+        )  # fmt: skip
+        super().__init__(shared, number, self._run, context.tiles_of(job.step))
+
+    def finish(self) -> None:
+        """Leave the tensor's record, let go of its memory, and close its file after the last."""
+        record = self._run.finish(self._target.name)
+        adapter = self._shared.digests_of(self._step)
+        done = Done(self._job.name, record.blake3, record, adapter, ())
+        self._close(done, self._run.sections())
+        self._run.release()
+        self._shared.context.finish(self._step)
+        self._shared.outputs.finish(self._target)
 
 
-def seen_through(quantization: Quantization | None, stored: Source) -> Source:
-    """Return what gives a base's plain weights, from what gives its stored tensors."""
-    return stored if quantization is None else plain_values(quantization, stored)
+def _other(shared: _Shared, step: Step) -> Other | None:
+    """Return the tensor of the base that adapters were trained on, if they are compared."""
+    there = shared.task.plan.trained_on
+    spec = there.spec(step) if there is not None else None
+    return (spec, shared.trained_on) if spec is not None and shared.trained_on else None
 
 
-def made_steps(steps: Iterable[Step]) -> tuple[dict[str, Step], Counter[str]]:
-    """Return, for each weight that is put into a format, what makes its codes, and its tensors."""
-    made = [(step.made.name, step) for step in steps if step.made is not None]
-    codes = {name: step for name, step in made if step.codes_of is not None}
-    return codes, Counter(name for name, _ in made)
+class _KeepJob(_JobRun):
+    """Keeps a tensor of the base for an undo."""
 
+    def __init__(self, shared: _Shared, number: int, keep: Keep) -> None:
+        self._run = KeepRun(keep, shared.stored, shared.files, compress=shared.keeping)
+        tiles = keep_tiles(keep, shared.task.plan.tile_bytes)
+        super().__init__(shared, number, self._run, tiles)
 
-def coder_of(plan: Plan, step: Step) -> Coder | None:
-    """Return what makes a step's codes; None for a result of plain values."""
-    if step.coded is None:
-        return None
-    return Coder(step.coded, plan.options["rounding"], plan.options["seed"])
-
-
-def _edited(name: str, *, first: bool) -> Problem:
-    """Return the problem of a tensor that was not given back; what to do is said once."""
-    hint = "These weights have been changed since the merge, or the undo patch has: take the model "
-    hint += "from where it was unchanged; `regraft verify` says more"
-    what = "the undo patch does not fit the weights"
-    return Problem(what, f"tensor {quoted(name)}", hint=hint if first else "")
+    def finish(self) -> None:
+        """Leave the tensor's digest."""
+        digest, sections = self._run.finish()
+        self._close(Done(self._job.name, digest, None, (), ()), sections)
 
 
 def execute(
@@ -405,83 +211,27 @@ def execute(
     Raises:
         RegraftError: the first error of any thread; the files are then incomplete.
     """
-    jobs = jobs_of(task.targets, task.keeps)
     with FilePool() as files:
-        queue = _Queue(task, place, patch, files, jobs, done, progress)
+        shared = _Shared(task, place, patch, files, done, progress)
         try:
-            queue.open_finished()
-            _run_threads(queue, task.plan)
+            shared.outputs.make_finished()
+            least = largest_tile(task.plan)
+            execute_runs(
+                shared.runs(), task.plan.threads, room=factor_room(task.plan),
+                memory=lambda: TileMemory(least), stop=shared.stop,
+            )  # fmt: skip
         except BaseException:
-            _note_quietly(queue)
+            _note_quietly(shared.log)
             raise
         finally:
-            queue.close()
-        queue.note()
-        return queue.outcome()
+            shared.outputs.close()
+        shared.log.note()
+        outcome = outcome_of(shared.jobs, shared.done)
+        check_read(outcome, task.plan.steps, shared.context.source.expected, place.folder)
+        return outcome
 
 
-def _note_quietly(queue: _Queue) -> None:
+def _note_quietly(log: Ledger) -> None:
     """Note what is done although something failed; if that fails too, less is kept."""
     with contextlib.suppress(RegraftError, OSError):
-        queue.note()
-
-
-def _run_threads(queue: _Queue, plan: Plan) -> None:
-    buffer_bytes = largest_tile(plan)
-
-    def work() -> None:
-        buffers = Buffers(buffer_bytes)
-        while (item := queue.next()) is not None:
-            active, tile = item
-            try:
-                payload = active.run.work(tile, buffers)
-                if not active.run.failed:
-                    queue.finish(active, tile, payload)
-            except BaseException:
-                queue.stop()
-                raise
-
-    futures: list[Future[None]] = []
-    pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="regraft")
-    try:
-        for _ in range(plan.threads):
-            futures.append(pool.submit(work))  # one by one: an interrupt may fall between
-        wait(futures, return_when=FIRST_EXCEPTION)
-    except BaseException:  # Ctrl-C
-        queue.stop()
-        raise
-    finally:
-        _end(pool, queue)
-    for future in futures:
-        future.result()
-
-
-def _end(pool: ThreadPoolExecutor, queue: _Queue) -> None:
-    """Wait for all threads, however often Ctrl-C is pressed: they write to files still open."""
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            pool.shutdown()
-        except KeyboardInterrupt as interrupt:
-            queue.stop()
-            interrupted = interrupt
-        else:
-            break
-    if interrupted is not None:
-        raise interrupted
-
-
-def _has_rows(step: Step) -> bool:
-    return bool(step.segments) or step.codes_of is not None
-
-
-def largest_tile(plan: Plan) -> int:
-    """Return the largest tile's bytes: the tile size, or more where a row may not be split."""
-    widest = max(
-        (step.matrix[1] * step.source.itemsize for step in plan.steps if _has_rows(step)), default=0
-    )
-    whole_rows = max(
-        (tile.read for step in plan.steps if _has_rows(step) and widest > plan.tile_bytes
-         for tile in tiles_of(step, plan.tile_bytes)), default=0,
-    )  # fmt: skip
-    return max(plan.tile_bytes, whole_rows)
+        log.note()

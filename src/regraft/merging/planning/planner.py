@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 
 from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.model import Adapter
+from regraft.concurrency import default_threads
 from regraft.errors import MemoryCapError, MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
@@ -435,11 +435,6 @@ def fit_memory(
         found=f"{math.ceil(needed / 2**20)} MiB",
         hint=f"Allow it: --max-memory {math.ceil(needed / 2**20)}MiB",
     )
-
-
-def default_threads() -> int:
-    """Return one worker per core at hand, and three more that wait for the disk meanwhile."""
-    return len(os.sched_getaffinity(0)) + 3
 
 
 _QUANTIZED_NAME = re.compile(r"(?i)(^|[-_./])(bnb|4-?bit|8-?bit|nf4|gptq|awq|fp8|gguf)([-_./]|$)")

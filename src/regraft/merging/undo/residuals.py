@@ -7,13 +7,13 @@ back, and one that the output does not have from nothing.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from blake3 import blake3
 
+from regraft.concurrency import Sequencer
 from regraft.deltas.undo import residual_coding as planes
 from regraft.deltas.weights import Bytes, Weights
 from regraft.formats.files.reading import FilePool
@@ -164,10 +164,7 @@ class KeepRun:
         self._compress = compress
         self._hash = blake3()
         self._lengths: dict[int, list[int]] = {}
-        # ``_next`` is the tile whose turn it is: the digest takes tiles in their order, whatever
-        # the order in which threads end. After a failure no turn is waited for.
-        self._turn, self._next = threading.Condition(), 0
-        self.failed = False
+        self._order = Sequencer()
 
     def work(self, tile: Tile, buffers: object) -> Bytes:
         """Compress one tile's difference; return what is to be kept."""
@@ -180,12 +177,9 @@ class KeepRun:
             for at in range(0, tile.read if self._compress else 0, chunk)
             for piece in (raw[at : at + chunk],)
         ]
-        with self._turn:
-            self._turn.wait_for(lambda: self._next == tile.number or self.failed)
+        with self._order.turn(tile.number):
             self._hash.update(raw.data)
             self._lengths[tile.number] = [len(part) for part in parts]
-            self._next += 1
-            self._turn.notify_all()
         return np.frombuffer(b"".join(parts), np.uint8)
 
     def _prediction(self, begin: int, piece: Bytes) -> Bytes:
@@ -214,9 +208,7 @@ class KeepRun:
 
     def fail(self) -> None:
         """Wake whoever waits for a tile that will never come."""
-        with self._turn:
-            self.failed = True
-            self._turn.notify_all()
+        self._order.fail()
 
     def finish(self) -> tuple[str, list[tuple[str, bytes]]]:
         """Return the digest of the tensor, and its sections after the chunks themselves."""

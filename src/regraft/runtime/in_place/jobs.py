@@ -5,24 +5,29 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from regraft.deltas.undo.exceptions import keep_exceptions, put_back
-from regraft.deltas.undo.units import Encoder, Kept
+from regraft.deltas.undo.exceptions import put_back
+from regraft.deltas.undo.units import Kept
 from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import MismatchError
 from regraft.merging.compute.factors import FactorSource
-from regraft.merging.compute.requantize import Coder, block_of, read_packed
+from regraft.merging.compute.requantize import Coder, block_of
 from regraft.merging.compute.step_inverse import Backwards
 from regraft.merging.compute.step_math import ReadSource, StepMath
-from regraft.merging.execution.step_run import overflow
+from regraft.merging.compute.tile_work import (
+    CodedWork,
+    Computed,
+    PlainWork,
+    TileMemory,
+    overflow,
+)
 from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.planning.plan import Step
 from regraft.merging.planning.tiles import Tile, tiles_of
-from regraft.runtime.in_place.pool import TILE_BYTES, Room
+from regraft.runtime.in_place.pool import TILE_BYTES
 from regraft.runtime.in_place.quantized import LiveQuantized
 from regraft.runtime.in_place.weights import TensorMemory
 
@@ -47,7 +52,7 @@ class Job(ABC):
         self._current = current
         self._kept: dict[int, Kept | Bytes] = {}
         self._sums: dict[int, Sums] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over what tiles leave; their memory does not overlap
         self._memory: TensorMemory | None = None
         self._backwards: Backwards | None = None
 
@@ -95,15 +100,14 @@ class Job(ABC):
     def _math(self) -> StepMath:
         """The arithmetic."""
 
-    def forward(self, tile: Tile, room: Room) -> None:
+    def forward(self, tile: Tile, memory: TileMemory) -> None:
         """Merge a tile. If anything fails, the tile is as it was.
 
         Raises:
             NumericError: with its last tile: the weight would hold NaN or infinity.
             RegraftError: something could not be read.
         """
-        sums: Sums = np.zeros(6, np.float64)
-        kept = self._merge(tile, room, sums)
+        kept, sums = self._merge(tile, memory)
         with self._lock:
             self._kept[tile.number] = kept
             self._sums[tile.number] = sums
@@ -113,13 +117,13 @@ class Job(ABC):
             self._math.release_factors()
             self._check()
 
-    def backward(self, tile: Tile, room: Room) -> None:
+    def backward(self, tile: Tile, memory: TileMemory) -> None:
         """Take a tile back. If anything fails, it is as it was.
 
         Raises:
             MismatchError: the weight has been changed since it was merged.
         """
-        self._restore(tile, room, self._kept[tile.number])
+        self._restore(tile, memory, self._kept[tile.number])
         with self._lock:
             self.done.remove(tile.number)
 
@@ -136,11 +140,11 @@ class Job(ABC):
             )  # fmt: skip
 
     @abstractmethod
-    def _merge(self, tile: Tile, room: Room, sums: Sums) -> Kept | Bytes:
-        """Merge a tile; return what is to be kept of it."""
+    def _merge(self, tile: Tile, memory: TileMemory) -> tuple[Kept | Bytes, Sums]:
+        """Merge a tile; return what is to be kept of it, and its six sums."""
 
     @abstractmethod
-    def _restore(self, tile: Tile, room: Room, kept: Kept | Bytes) -> None:
+    def _restore(self, tile: Tile, memory: TileMemory, kept: Kept | Bytes) -> None:
         """Take a tile back with what was kept of it."""
 
     def _back(self) -> Backwards:
@@ -196,31 +200,39 @@ class PlainJob(Job):
         """
         super().__init__(step, current, keeps=keeps)
         self._own = read is None
-        self._read = read or self._read_own
-        self._arithmetic = StepMath(step, store, self._read, TILE_BYTES, norms=False)
+        self._work = PlainWork(
+            step, store, read or self._read_own, TILE_BYTES, keeps=self._own and keeps,
+            checks=False, norms=False,
+        )  # fmt: skip
 
     @property
     def _math(self) -> StepMath:
-        return self._arithmetic
+        return self._work.math
 
     def _read_own(self, offset: int, buffer: Bytes) -> None:
         self.memory.read(offset, buffer)
 
-    def _merge(self, tile: Tile, room: Room, sums: Sums) -> Kept | Bytes:
-        source = room.take("source", tile.read)
-        self._read(tile.read_at, source)
-        before = source if self._own else self._before(tile)
+    def _merge(self, tile: Tile, memory: TileMemory) -> tuple[Kept | Bytes, Sums]:
+        before = None if self._own else self._before(tile)
         part = self.memory.part(tile.write_at, tile.write)
-        result = part if part is not None else room.take("result", tile.write)
+        result = part if part is not None else memory.take("result", tile.write)
         try:
-            kept = self._compute(tile, source, result, sums, room.encoder)
+            raw = self._work.read(tile, memory, result)
+            if self._own:
+                before = raw  # from here on: nothing was written yet
+            done = self._work.compute(tile, raw, memory, result)
             if part is None:
                 self.memory.write(tile.write_at, result)
         except BaseException:
             if before is not None:
                 self.memory.write(tile.write_at, before)
             raise
-        return kept if kept is not None else (_NOTHING if before is None else before)
+        return self._to_keep(done, before), _sums(done)
+
+    def _to_keep(self, done: Computed, before: Bytes | None) -> Kept | Bytes:
+        if self._own:
+            return _NOT_KEPT if done.kept is None else done.kept
+        return _NOTHING if before is None else before
 
     def _before(self, tile: Tile) -> Bytes | None:
         """Return a copy of what a tile of something else takes the place of, if it is kept."""
@@ -230,30 +242,14 @@ class PlainJob(Job):
         self.memory.read(tile.write_at, before)
         return before
 
-    def _compute(
-        self, tile: Tile, source: Bytes, result: Bytes, sums: Sums, encoder: Encoder
-    ) -> Kept | None:
-        if tile.kind == "bytes":
-            result[:] = source
-            return None
-        weights = Weights.of_bytes(source, self.step.source.dtype)
-        merged = Weights.of_bytes(result, self.step.dtype)
-        if not (self._own and self.keeps):
-            self._arithmetic.run(tile, weights, merged, sums)
-            return _NOT_KEPT if self._own else None
-        units = self.step.units
-        encoder.begin(units, *units.of_tile(tile.rows, tile.columns), self.step.source.itemsize)
-        self._arithmetic.run(tile, weights, merged, sums, encoder)
-        return encoder.finish(source)
-
-    def _restore(self, tile: Tile, room: Room, kept: Kept | Bytes) -> None:
+    def _restore(self, tile: Tile, memory: TileMemory, kept: Kept | Bytes) -> None:
         if not isinstance(kept, Kept):
             self.memory.write(tile.write_at, kept)
             return
-        merged = room.take("source", tile.write)
+        merged = memory.take("source", tile.write)
         self.memory.read(tile.write_at, merged)
         part = self.memory.part(tile.read_at, tile.read)
-        raw = part if part is not None else room.take("result", tile.read)
+        raw = part if part is not None else memory.take("result", tile.read)
         weights, dtype = Weights.of_bytes(raw, self.step.source.dtype), self.step.dtype
         try:
             fits = self._back().restore(tile, Weights.of_bytes(merged, dtype), weights, raw, kept)
@@ -275,11 +271,11 @@ class CodedJob(Job):
         super().__init__(step, lambda: quantized.parameter, keeps=True)
         self._quantized, self._coder = quantized, coder
         self._source = DequantizingSource({coder.weight.name: coder.weight}, quantized)
-        self._arithmetic = StepMath(step, store, self._read, TILE_BYTES)
+        self._work = CodedWork(step, store, self._source, coder, TILE_BYTES, keeps=True)
 
     @property
     def _math(self) -> StepMath:
-        return self._arithmetic
+        return self._work.math
 
     @property
     def _nbytes(self) -> int:
@@ -294,29 +290,15 @@ class CodedJob(Job):
         super().close()
         self._quantized.close()
 
-    def _read(self, offset: int, buffer: Bytes) -> None:
-        self._source.read(self.step.source, offset, buffer)
+    def _merge(self, tile: Tile, memory: TileMemory) -> tuple[Kept, Sums]:
+        codes = memory.take("result", tile.write)
+        done = self._work.run(tile, memory, codes)
+        assert done.kept is not None  # it was asked for
+        self._write(tile, codes, done.stored)
+        return done.kept, _sums(done)
 
-    def _merge(self, tile: Tile, room: Room, sums: Sums) -> Kept:
-        weight, at = self._coder.weight, block_of(tile)
-        raw = room.take("source", tile.read)
-        block = self._source.decode(weight, at, raw)
-        stored = read_packed(self._source, self._coder, at, block.codes)
-        values = room.take("values", 4 * block.codes.size).view(np.float32)
-        weights = Weights.of_bytes(raw, weight.dtype)
-        self._arithmetic.run(tile, weights, Weights.of_floats(values), sums[:4])
-        codes = self._coder.codes(block, at, values, sums[4:])
-        sums[2] = np.count_nonzero(codes != block.codes)
-        after = replace(block, codes=codes)
-        predicted = self._coder.before(after, at, tile, self._arithmetic.again)
-        units = self.step.units
-        first, last = units.of_tile(tile.rows, tile.columns)
-        kept = keep_exceptions(units, first, last, predicted, block.codes)
-        self._write(tile, weight.grid.pack(weight, at, codes), stored)
-        return kept
-
-    def _restore(self, tile: Tile, room: Room, kept: Kept | Bytes) -> None:
-        del room
+    def _restore(self, tile: Tile, memory: TileMemory, kept: Kept | Bytes) -> None:
+        del memory
         assert isinstance(kept, Kept)
         weight, at, units = self._coder.weight, block_of(tile), self.step.units
         block = self._source.codes(weight, at)
@@ -332,6 +314,11 @@ class CodedJob(Job):
         except BaseException:
             self.memory.write(tile.write_at, before)
             raise
+
+
+def _sums(done: Computed) -> Sums:
+    total: Sums = np.concatenate([done.sums, done.coded])
+    return total
 
 
 def _changed(step: Step) -> MismatchError:

@@ -14,12 +14,13 @@ from functools import partial
 
 import numpy as np
 
+from regraft.concurrency import available_cores
 from regraft.errors import UsageError
 from regraft.quant.rounding import NOISE, SURVIVED
 from regraft.quant.weight import ROUNDINGS
 from regraft.runtime.forward.hooks import torn
 from regraft.runtime.in_place.changes import apply_all, revert_all
-from regraft.runtime.in_place.pool import default_threads, run_all
+from regraft.runtime.in_place.pool import run_all
 from regraft.runtime.in_place.preparing import Choices, Prepared, prepare
 from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.model.matching import LiveAdapter
@@ -58,7 +59,7 @@ def prepared_merge(
     """
     if rounding not in (None, *ROUNDINGS):
         raise UsageError(f"there is no rounding {rounding!r}", expected=" or ".join(ROUNDINGS))
-    count = default_threads() if threads is None else threads
+    count = available_cores() if threads is None else threads
     if count < 1:
         raise UsageError("nothing is done by no threads", expected="at least 1", found=str(count))
     return Merged(base, adapters, Choices(rounding or "stochastic", seed, dequantize, count))

@@ -21,7 +21,7 @@ from regraft.deltas.ranks.blas_threads import one_thread
 from regraft.deltas.ranks.reduction import difference_norm, product_norm
 from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.files.reading import FilePool
-from regraft.progress import Progress, ProgressEvent
+from regraft.progress import Progress, ProgressMeter
 from regraft.shrinking.factors import own_products, read_stored
 from regraft.shrinking.targets import Pair, read_pairs
 from regraft.tensors import TensorSpec
@@ -159,14 +159,12 @@ def _changed(
     """Return how the deltas of two sides differ, where they do."""
     names = list(dict.fromkeys((*x, *y)))
     total = sum(_nbytes(pair) for side in (x, y) for pair in side.values())
-    found, done = [], 0
+    meter, found = ProgressMeter(progress, "compare", total), []
     with FilePool() as files, one_thread(), np.errstate(all="ignore"):
         for name in names:
             change = _compared(name, x.get(name), y.get(name), files)
             found += [change] if change is not None else []
-            done += sum(_nbytes(side[name]) for side in (x, y) if name in side)
-            if progress is not None:
-                progress(ProgressEvent("compare", done, total, name))
+            meter.add(sum(_nbytes(side[name]) for side in (x, y) if name in side), name)
     return found
 
 

@@ -5,12 +5,12 @@ open both -> pair tensors by name -> compare tensors, configs, other files -> Di
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regraft.concurrency import default_threads
 from regraft.errors import AdapterError, InputError, UnsupportedError, UsageError
 from regraft.formats.adapter_files import AdapterFiles, open_adapter
 from regraft.formats.checkpoint import open_checkpoint
@@ -85,7 +85,7 @@ def diff(
     if deltas is not None:
         one, other = replace(one, tensors=deltas.x), replace(other, tensors=deltas.y)
     pairs = [(t, other.tensors[key]) for key, t in one.tensors.items() if key in other.tensors]
-    changed = changed_tensors(pairs, threads or _default_threads(), progress)
+    changed = changed_tensors(pairs, threads or default_threads(), progress)
     folders = one.folder is not None and other.folder is not None
     return DiffReport(
         kind=one.kind,
@@ -124,11 +124,6 @@ def _deltas(
         problem = error.problems[0]
         return None, (f"{_STORED}, since one is not read: {problem.where}: {problem.what}",)
     return found, found.notes
-
-
-def _default_threads() -> int:
-    """Return one worker per core at hand, and three more that wait for the disk meanwhile."""
-    return len(os.sched_getaffinity(0)) + 3
 
 
 # ---- inputs

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from regraft.concurrency import for_each
 from regraft.formats.files.reading import FilePool
-from regraft.progress import Progress, ProgressEvent
+from regraft.progress import Progress, ProgressMeter
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
 from regraft.verifying.diffing.report import TensorChange, finite
-from regraft.verifying.workers import for_each
 
 if TYPE_CHECKING:
     from regraft.deltas.kernels.distance import Distance
@@ -40,7 +40,7 @@ def changed_tensors(
     """Return what differs of the pairs, in their order."""
     with FilePool() as files:
         queue = _Queue(pairs, files, progress)
-        _run_threads(queue, threads)
+        for_each(queue.walk(), queue.work, threads, memory=_Buffers)
     changes = (queue.changes.get(x.name) for x, _ in pairs)
     return tuple(change for change in changes if change is not None)
 
@@ -186,9 +186,8 @@ class _Queue:
     ) -> None:
         self._pairs, self._files = pairs, files
         self._places = {path: os.path.realpath(path) for p in pairs for path in _paths(*p)}
-        self._total = sum(x.nbytes + y.nbytes for x, y in pairs if self._has_to_be_read(x, y))
-        self._done, self._progress = 0, progress
-        self._lock = threading.Lock()  # held while progress is told, so that it never goes back
+        total = sum(x.nbytes + y.nbytes for x, y in pairs if self._has_to_be_read(x, y))
+        self._told = ProgressMeter(progress, "compare", total)
         self.changes: dict[str, TensorChange] = {}
 
     def walk(self) -> Iterator[tuple[_Comparison, int]]:
@@ -209,30 +208,16 @@ class _Queue:
         one_place = x.start == y.start and self._places[x.path] == self._places[y.path]
         return _comparable(x, y) and x.numel > 0 and not (one_place and _alike(x, y))
 
-    def finish(self, comparison: _Comparison, nbytes: int, *, last: bool) -> None:
-        """Account for a tile; with the last one of a tensor, keep what differs."""
+    def work(self, tile: tuple[_Comparison, int], buffers: _Buffers) -> None:
+        """Compare a tile; with the last one of a tensor, keep what differs."""
+        comparison, first = tile
+        nbytes, last = comparison.work(first, buffers)
         name = comparison.x.name if last else ""
         change = comparison.outcome() if last else None
-        with self._lock:
-            if change is not None:
-                self.changes[name] = change
-            self._done += nbytes
-            if self._progress is not None:
-                self._progress(ProgressEvent("compare", self._done, self._total, name))
+        if change is not None:
+            self.changes[name] = change  # one thread's, and a name of its own: no lock
+        self._told.add(nbytes, name)
 
 
 def _paths(x: TensorSpec, y: TensorSpec) -> set[Path]:
     return {x.path, y.path}
-
-
-def _run_threads(queue: _Queue, threads: int) -> None:
-    own = threading.local()
-
-    def work(item: tuple[_Comparison, int]) -> None:
-        if not hasattr(own, "buffers"):
-            own.buffers = _Buffers()
-        comparison, first = item
-        nbytes, last = comparison.work(first, own.buffers)
-        queue.finish(comparison, nbytes, last=last)
-
-    for_each(queue.walk(), work, threads)

@@ -1,0 +1,65 @@
+"""The weight files of an execution: each is open from its first tensor to its last."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from regraft.merging.files.direct_io import OutputFile
+from regraft.merging.planning.targets import Target
+
+
+class Outputs:
+    """The files that are made; safe to use from several threads, of which one opens them."""
+
+    def __init__(self, folder: Path, targets: Sequence[Target]) -> None:
+        """Take the folder and the files; none is made yet."""
+        self._folder, self._targets = folder, targets
+        self._open: dict[str, OutputFile] = {}
+        self._unfinished = {target.name: len(target.steps) for target in targets}
+        self._lock = threading.Lock()  # over both tables; files are written and closed without it
+
+    def skip(self, target: Target) -> None:
+        """Count a tensor that an earlier try has written."""
+        self._unfinished[target.name] -= 1
+
+    def make_finished(self) -> None:
+        """Make the files that need no tensor, or none any more, and flush them to the disk."""
+        for target in self._targets:
+            if not self._unfinished[target.name]:
+                self._create(target).close(sync=True)
+
+    def _create(self, target: Target) -> OutputFile:
+        return OutputFile(self._folder / target.name, target.size, target.pieces)
+
+    def open(self, target: Target) -> OutputFile:
+        """Return a file to write to, made if it is not open; one thread at a time may ask."""
+        with self._lock:
+            output = self._open.get(target.name)
+        if output is None:
+            output = self._create(target)
+            with self._lock:
+                self._open[target.name] = output
+        return output
+
+    def finish(self, target: Target) -> None:
+        """Count a tensor as written; with a file's last one, flush it to the disk and close it."""
+        with self._lock:
+            self._unfinished[target.name] -= 1
+            output = None if self._unfinished[target.name] else self._open.pop(target.name)
+        if output is not None:
+            output.close(sync=True)
+
+    def flush(self) -> None:
+        """Hand all that is gathered for open files to the system."""
+        with self._lock:
+            outputs = list(self._open.values())
+        for output in outputs:
+            output.flush()
+
+    def close(self) -> None:
+        """Close whatever a failure left open."""
+        for output in self._open.values():
+            output.close(sync=False)
+        self._open.clear()
