@@ -14,7 +14,6 @@ from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
-from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.files.publish import (
     SLACK_BYTES,
@@ -42,6 +41,7 @@ from regraft.merging.planning.planner import Choices, make_plan, settled
 from regraft.merging.planning.quantized_output import KEEP
 from regraft.merging.planning.report import CheckReport
 from regraft.progress import Progress, tell
+from regraft.system.memory import peak_memory
 
 if TYPE_CHECKING:
     from regraft.merging.files.receipt import Receipt

@@ -11,7 +11,6 @@ from regraft.errors import UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
-from regraft.memory import peak_memory
 from regraft.merging.files.publish import (
     SLACK_BYTES,
     check_output,
@@ -27,6 +26,7 @@ from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.planner import Choices, make_plan
 from regraft.merging.planning.quantized_output import KEEP, resolved
 from regraft.progress import Progress, tell
+from regraft.system.memory import peak_memory
 
 if TYPE_CHECKING:
     from regraft.merging.files.receipt import Receipt

@@ -29,7 +29,6 @@ from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
 from regraft.formats.problems import capped
-from regraft.memory import peak_memory
 from regraft.merging.files.publish import (
     check_output,
     check_space,
@@ -76,6 +75,7 @@ from regraft.shrinking.tensors import (
     scan,
     too_large,
 )
+from regraft.system.memory import peak_memory
 from regraft.tensors import DTYPES
 
 

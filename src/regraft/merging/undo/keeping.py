@@ -51,6 +51,7 @@ from regraft.merging.undo.patch import (
     section,
 )
 from regraft.merging.undo.residuals import Keep
+from regraft.system.positioned import write_all
 from regraft.tensors import TensorSpec
 
 SMALL_TENSOR = 4096
@@ -255,7 +256,7 @@ def stand_in(merged: Path, manifest: Manifest, patch: PatchReader, folder: Path)
             with path.open("wb") as made:
                 made.truncate(file.size)
                 for start, content in pieces_of(file, patch):
-                    os.pwrite(made.fileno(), content, start)
+                    write_all(made.fileno(), memoryview(content), start)
         except OSError as error:
             raise write_error(path, error) from error
     for name, content in side_files(merged, manifest):

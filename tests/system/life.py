@@ -1,0 +1,158 @@
+"""The life of a model, from base to base: run in a process of its own, which may lack things.
+
+``python life.py`` answers one line of standard input, a wish in JSON, after the other: in a child
+process it takes away what the wish says, imports regraft, and lives through it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numba  # noqa: F401  (what takes long is imported once, before the children part)
+import numpy as np  # noqa: F401
+import safetensors.numpy  # noqa: F401
+
+sys.path.insert(0, str(Path(__file__).parent))
+from lacking import take_away
+
+
+def live(inputs: Path) -> None:
+    """Go through every verb that writes or reads a folder, in the current one."""
+    import regraft
+
+    base, adapter, other = inputs / "base", inputs / "adapter", inputs / "other"
+    assert regraft.inspect(adapter).kind
+    regraft.merge(base, adapter, "merged")
+    assert regraft.verify("merged").ok
+    Path("empty").mkdir()
+    regraft.merge(base, other, "empty")
+    regraft.merge(base, adapter, "empty", overwrite=True)  # takes the place of another model
+    _killed_and_gone_on_with(base, adapter)
+    _kept_and_cleaned(base, adapter)
+    _refused_while_busy(base, adapter)
+    regraft.unmerge("merged", "base-again")
+    regraft.swap("merged", other, "swapped")
+    regraft.convert(base, "wide", dtype="float32")
+    regraft.quantize(base, "four-bits", format="nf4")
+    regraft.dequantize("four-bits", "plain")
+    regraft.shrink(adapter, "small", rank=1)
+    assert not list(Path().glob(".*")), list(Path().glob(".*"))
+
+
+def _interrupted(base: Path, adapter: Path, out: str, *, how: Any) -> int:
+    """Merge in a child process, which ends in the middle; return its status."""
+    import regraft
+    from regraft.merging.execution import commit_log
+
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    commit_log.SECONDS_BETWEEN_NOTES = -1  # type: ignore[misc]
+
+    def progress(event: Any) -> None:
+        if event.stage == "merge" and 2 * event.done >= event.total:
+            how()
+
+    try:
+        regraft.merge(base, adapter, out, threads=1, progress=progress)
+    finally:
+        os._exit(1)
+    return 0
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _killed_and_gone_on_with(base: Path, adapter: Path) -> None:
+    import regraft
+
+    assert _interrupted(base, adapter, "resumed", how=_die) == signal.SIGKILL
+    (left,) = regraft.clean(dry_run=True)
+    assert (Path(left.output).name, left.busy) == ("resumed", False)
+    assert left.bytes > 0
+    stages = []
+    regraft.merge(base, adapter, "resumed", progress=lambda event: stages.append(event.stage))
+    assert "resume" in stages
+
+
+def _kept_and_cleaned(base: Path, adapter: Path) -> None:
+    import regraft
+
+    _interrupted(base, adapter, "never", how=_interrupt)
+    assert [Path(each.output).name for each in regraft.clean()] == ["never"]
+    assert not regraft.clean(dry_run=True)
+
+
+def _refused_while_busy(base: Path, adapter: Path) -> None:
+    import regraft
+
+    caught = []
+
+    def progress(event: Any) -> None:
+        if event.stage == "merge" and not caught:
+            try:
+                regraft.merge(base, adapter, "busy")
+            except regraft.BusyError as error:
+                caught.append(error)
+            (left,) = regraft.clean(dry_run=True)
+            assert left.busy
+
+    regraft.merge(base, adapter, "busy", threads=1, progress=progress)
+    assert caught
+
+
+def save(inputs: Path) -> None:
+    """Save an adapter anew, over itself, and over one with another config."""
+    import torch
+
+    from regraft.runtime.saving.files import write_adapter
+
+    del inputs
+    key = "base_model.model.q_proj."
+    for alpha, value in ((1, 1.0), (1, 2.0), (2, 3.0)):
+        tensors = {
+            f"{key}lora_A.weight": torch.full((2, 3), value),
+            f"{key}lora_B.weight": torch.full((5, 2), value),
+        }
+        write_adapter("saved", {"peft_type": "LORA", "lora_alpha": alpha}, tensors, card="Saved")
+        Path("saved", "log").write_text("kept")
+    assert not list(Path().glob(".*"))
+
+
+def _child(wish: dict[str, Any]) -> None:
+    os.chdir(wish["place"])
+    take_away(wish["lacks"])
+    {"live": live, "save": save}[wish["do"]](Path(wish["inputs"]))
+
+
+def main() -> None:
+    """Answer wishes until there are none."""
+    for line in sys.stdin:
+        wish = json.loads(line)
+        if wish["do"] == "save":
+            import torch  # noqa: F401
+        pid = os.fork()
+        if not pid:
+            try:
+                _child(wish)
+                os._exit(0)
+            except BaseException:
+                Path(wish["place"]).with_suffix(".error").write_text(traceback.format_exc())
+                os._exit(1)
+        sys.stdout.write(f"{os.waitpid(pid, 0)[1]}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

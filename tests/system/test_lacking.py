@@ -1,0 +1,106 @@
+"""The whole life of a model where the system lacks what Linux has: one thing, and all of it.
+
+Nobody here has the other systems. So each thing that they lack is taken away from a process before
+it imports regraft, and every verb is gone through: what comes out has the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merging import toys
+from merging.processes import SOURCE
+from system.lacking import FACILITIES, STAND_INS
+
+ALL = "everything at once"
+LIFE = Path(__file__).with_name("life.py")
+
+
+class Lives:
+    """A process that lives through things in children of its own."""
+
+    def __init__(self, inputs: Path) -> None:
+        self._inputs = inputs
+        more = {"PYTHONPATH": SOURCE, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(LIFE)], env=os.environ | more, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __call__(self, place: Path, lacks: list[str], do: str = "live") -> dict[str, Any]:
+        """Live without some things in a folder; return what is then in it."""
+        place.mkdir()
+        wish = {"place": str(place), "lacks": lacks, "do": do, "inputs": str(self._inputs)}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(wish) + "\n")
+        self.process.stdin.flush()
+        status = self.process.stdout.readline()
+        error = place.with_suffix(".error")
+        assert status == "0\n", error.read_text() if error.exists() else status
+        return contents(place)
+
+
+def contents(place: Path) -> dict[str, Any]:
+    """Return all that is below a folder; of a receipt, what two runs may not differ in."""
+    found: dict[str, Any] = toys.tree(place)
+    for name in [name for name in found if name.endswith("regraft/receipt.json")]:
+        receipt = json.loads(found[name])
+        del receipt["created"], receipt["digest"]
+        for figure in ("seconds", "peak_memory"):
+            del receipt["totals"][figure]
+        found[name] = receipt
+    return found
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    inputs = tmp_path_factory.mktemp("inputs")
+    base = toys.write_sharded_base(inputs / "base")
+    toys.write_json(base / "tokenizer.json", {"vocab": ["a" * 10_000]})
+    toys.write_adapter(inputs / "adapter")
+    toys.write_adapter(inputs / "other", toys.attention(seed=9))
+    lives = Lives(inputs)
+    with lives.process as process:
+        yield lives
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def usual(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What comes out here, where nothing lacks."""
+    found = lives(tmp_path_factory.mktemp("usual") / "place", [])
+    assert found["resumed/model-00001-of-00003.safetensors"] == found[
+        "merged/model-00001-of-00003.safetensors"
+    ]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("lacks", [*FACILITIES, *STAND_INS, ALL])
+def test_every_verb_gives_the_same_bytes_without(
+    lives: Lives, usual: dict[str, Any], tmp_path: Path, lacks: str
+) -> None:
+    names = [*FACILITIES] if lacks == ALL else [lacks]
+    assert lives(tmp_path / "regraft-case", names) == usual
+
+
+SAVING = ("fcntl", "exchange", "links", "owners and modes", "folders that can be opened", ALL)
+
+
+@pytest.mark.parametrize("lacks", [*SAVING])
+def test_an_adapter_is_saved_as_it_is_here_without(
+    lives: Lives, tmp_path: Path, lacks: str
+) -> None:
+    names = [*FACILITIES] if lacks == ALL else [lacks]
+    usual = lives(tmp_path / "usual", [], "save")
+    assert usual["saved/log"] == b"kept"
+    assert lives(tmp_path / "saving", names, "save") == usual
