@@ -11,8 +11,11 @@ import errno
 import io
 import os
 import shutil
+import struct
 import sys
+import tempfile
 import time
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -65,7 +68,8 @@ def _c_library() -> None:
     real = ctypes.CDLL
 
     def load(name: Any, *rest: Any, **more: Any) -> Any:
-        if name is None:
+        ours = sys._getframe(1).f_globals["__name__"].startswith("regraft.")
+        if name is None and ours:  # others ask for the system's name first
             raise TypeError("expected str, bytes or os.PathLike object, not NoneType")
         return real(name, *rest, **more)
 
@@ -107,16 +111,18 @@ def _open_files_stay() -> None:
 
     So does Windows, where folders with an open file in them are not renamed either.
     """
-    names, readlink = os.listdir, os.readlink
+    names, readlink, isfile = os.listdir, os.readlink, os.path.isfile
 
     def held(path: Any) -> bool:
         place = os.path.realpath(path)
+        if "lock.owner" in place:  # filelock has another way to take it over on Windows
+            return False
         for number in names("/proc/self/fd"):
             try:
                 target = readlink(f"/proc/self/fd/{number}")
             except OSError:
                 continue
-            if target == place or target.startswith(f"{place}/"):
+            if isfile(target) and (target == place or target.startswith(f"{place}/")):
                 return True
         return False
 
@@ -133,52 +139,39 @@ def _open_files_stay() -> None:
     for name in ("unlink", "remove", "rmdir", "replace"):
         setattr(os, name, guarded(getattr(os, name), over=True))
     os.rename = guarded(os.rename, over=False)
+    tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # the other is removed while it is open
     os.supports_dir_fd.clear()
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
 
 
 def _case() -> None:
     """Take names that differ in case alone for the same, as macOS and Windows do."""
-    listdir = os.listdir
+    listdir, stat = os.listdir, os.stat
 
     def there(path: Any) -> Any:
         """Return a path by the names that are there already."""
-        if not isinstance(path, str | os.PathLike) or "regraft-case" not in os.fspath(path):
+        if not isinstance(path, str | os.PathLike) or FOLDED not in os.fspath(path):
             return path
-        whole = os.path.abspath(os.fspath(path))
         at = "/"
-        for part in whole.split("/")[1:]:
-            if not os.path.isdir.__wrapped__(at):  # type: ignore[attr-defined]
-                return path
-            known = {name.casefold(): name for name in listdir(at)}
-            at = os.path.join(at, known.get(part.casefold(), part))
+        for part in Path(path).absolute().parts[1:]:
+            try:
+                known = {name.casefold(): name for name in listdir(at)} if stat(at) else {}
+            except OSError:
+                known = {}
+            at = f"{at.rstrip('/')}/{known.get(part.casefold(), part)}"
         return at
 
     def folding(real: Callable[..., Any], paths: int) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
             return real(*map(there, arguments[:paths]), *arguments[paths:], **more)
 
-        call.__wrapped__ = real  # type: ignore[attr-defined]
         return call
 
-    real_stat = os.stat
-    isdir = lambda path: _is_dir(real_stat, path)  # noqa: E731
-    os.path.isdir.__dict__  # noqa: B018
-    wrapped = lambda path: isdir(there(path))  # noqa: E731
-    wrapped.__wrapped__ = isdir  # type: ignore[attr-defined]
-    os.path.isdir = wrapped
-    for name, paths in (("open", 1), ("stat", 1), ("lstat", 1), ("mkdir", 1), ("unlink", 1),
-                        ("remove", 1), ("rmdir", 1), ("listdir", 1), ("scandir", 1),
-                        ("rename", 2), ("replace", 2), ("chmod", 1)):  # fmt: skip
-        setattr(os, name, folding(getattr(os, name), paths))
+    for name in ("open", "stat", "lstat", "mkdir", "unlink", "remove", "rmdir", "listdir",
+                 "scandir", "chmod"):  # fmt: skip
+        setattr(os, name, folding(getattr(os, name), 1))
+    os.rename, os.replace = folding(os.rename, 2), folding(os.replace, 2)
     io.open = folding(io.open, 1)
-
-
-def _is_dir(stat: Callable[..., os.stat_result], path: Any) -> bool:
-    try:
-        return (stat(path).st_mode & 0o170000) == 0o040000
-    except OSError:
-        return False
 
 
 def _slow() -> None:
@@ -200,8 +193,67 @@ def _slow() -> None:
         setattr(os, name, late(getattr(os, name)))
 
 
+def _temporary_files() -> None:
+    _without(os, "O_TMPFILE")
+    tempfile._O_TMPFILE_WORKS = False  # type: ignore[attr-defined]
+
+
 def _clock() -> None:
     _without(time, "clock_gettime_ns", "clock_gettime")
+
+
+FOLDED = "folded-names"
+"""A part of the paths below which names that differ in case are the same."""
+
+
+def _macos() -> None:
+    """Have macOS's calls in place of Linux's, made of Linux's."""
+    import fcntl
+
+    for name in ("direct i/o", "preallocation", "proc", "clock"):
+        FACILITIES[name]()
+    real, library, fsync = fcntl.fcntl, ctypes.CDLL, os.fsync
+    renameat2 = library(None, use_errno=True).renameat2
+    called = CALLED
+
+    def control(fd: int, command: int, argument: Any = 0) -> Any:
+        if command not in (42, 48, 51):
+            return real(fd, command, argument)
+        called.add({42: "F_PREALLOCATE", 48: "F_NOCACHE", 51: "F_FULLFSYNC"}[command])
+        if command == 42:
+            flags, at, offset, length, _ = struct.unpack("=IiqqQ", argument)
+            assert (flags, at, offset) == (4, 3, 0)
+            assert length > 0
+        return fsync(fd) if command == 51 else 0
+
+    class Library(library):  # type: ignore[misc, valid-type]
+        def __getattr__(self, name: str) -> Any:
+            if name == "renameat2":
+                raise AttributeError(name)
+            return self._renamed if name == "renamex_np" else super().__getattr__(name)
+
+        @staticmethod
+        def _renamed(source: bytes, target: bytes, flags: int) -> int:
+            called.add("renamex_np")
+            return int(renameat2(-100, source, -100, target, {4: 1, 2: 2}[flags]))
+
+    fcntl.fcntl, ctypes.CDLL = control, Library  # type: ignore[assignment, misc]
+    fcntl.F_NOCACHE, fcntl.F_FULLFSYNC = 48, 51  # type: ignore[attr-defined]
+
+
+CALLED: set[str] = set()
+"""Which of macOS's calls were made."""
+
+
+def _windows() -> None:
+    """Lack what Windows lacks, and have its locks, made of Linux's."""
+    import subprocess  # noqa: F401  (which goes by msvcrt, too)
+
+    import filelock  # noqa: F401  (which locks with flock)
+
+    for name in FACILITIES:
+        FACILITIES[name]()
+    sys.modules["msvcrt"] = types.ModuleType("msvcrt")
 
 
 FACILITIES: dict[str, Callable[[], None]] = {
@@ -212,7 +264,7 @@ FACILITIES: dict[str, Callable[[], None]] = {
     "positioned reads and writes": _positioned,
     "direct i/o": lambda: _without(os, "O_DIRECT"),
     "preallocation": lambda: _without(os, "posix_fallocate", "posix_fadvise"),
-    "temporary files without names": lambda: _without(os, "O_TMPFILE"),
+    "temporary files without names": _temporary_files,
     "opening without following": lambda: _without(os, "O_NOFOLLOW"),
     "opening without waiting": lambda: _without(os, "O_NONBLOCK"),
     "closing for children": lambda: _without(os, "O_CLOEXEC"),
@@ -226,8 +278,11 @@ FACILITIES: dict[str, Callable[[], None]] = {
 }
 """What can be taken away, in an order in which all of it can be."""
 
-STAND_INS = {"names that differ in case": _case, "a quick disk": _slow}
-"""File systems of another kind, each by itself."""
+STAND_INS: dict[str, Callable[[], None]] = {
+    "names that differ in case": _case, "a quick disk": _slow, "all but macOS has": _macos,
+    "all but Windows has": _windows,
+}  # fmt: skip
+"""File systems and systems of another kind, each by itself."""
 
 
 def take_away(names: Iterable[str]) -> None:

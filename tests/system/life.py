@@ -19,7 +19,7 @@ import numpy as np  # noqa: F401
 import safetensors.numpy  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lacking import take_away
+from lacking import CALLED, take_away
 
 
 def live(inputs: Path) -> None:
@@ -39,7 +39,7 @@ def live(inputs: Path) -> None:
     regraft.unmerge("merged", "base-again")
     regraft.swap("merged", other, "swapped")
     regraft.convert(base, "wide", dtype="float32")
-    regraft.quantize(base, "four-bits", format="nf4")
+    regraft.quantize(base, "four-bits", "nf4")
     regraft.dequantize("four-bits", "plain")
     regraft.shrink(adapter, "small", rank=1)
     assert not list(Path().glob(".*")), list(Path().glob(".*"))
@@ -130,10 +130,28 @@ def save(inputs: Path) -> None:
     assert not list(Path().glob(".*"))
 
 
+def collide(inputs: Path) -> None:
+    """Have outputs refused two of whose files would be one here."""
+    import regraft
+
+    verbs = {
+        "sides": lambda: regraft.merge(inputs / "sides", inputs / "adapter", "one"),
+        "shards": lambda: regraft.unmerge(inputs / "merged", "another"),
+    }
+    for name, verb in verbs.items():
+        try:
+            verb()
+        except regraft.AccessError as error:
+            Path(name).write_text(str(error))
+        assert not list(Path().glob(".*"))
+
+
 def _child(wish: dict[str, Any]) -> None:
     os.chdir(wish["place"])
     take_away(wish["lacks"])
-    {"live": live, "save": save}[wish["do"]](Path(wish["inputs"]))
+    {"live": live, "save": save, "collide": collide}[wish["do"]](Path(wish["inputs"]))
+    if "all but macOS has" in wish["lacks"]:
+        assert {"F_PREALLOCATE", "F_NOCACHE", "F_FULLFSYNC", "renamex_np"} == CALLED
 
 
 def main() -> None:

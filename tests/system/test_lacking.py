@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+import regraft
 from merging import toys
 from merging.processes import SOURCE
-from system.lacking import FACILITIES, STAND_INS
+from system.lacking import FACILITIES, FOLDED, STAND_INS
 
 ALL = "everything at once"
 LIFE = Path(__file__).with_name("life.py")
@@ -68,6 +69,17 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
     toys.write_json(base / "tokenizer.json", {"vocab": ["a" * 10_000]})
     toys.write_adapter(inputs / "adapter")
     toys.write_adapter(inputs / "other", toys.attention(seed=9))
+    folder = toys.write_base(inputs / "sides")
+    for name in ("extra.json", "Extra.json"):
+        toys.write_json(folder / name, {"name": name})
+    names = sorted(toys.llama_tensors())
+    folder = toys.write_base(inputs / "shards", shards=[names[:5], names[5:]])
+    index = toys.read_json(folder / toys.INDEX)
+    for old, new in (("00001", "a"), ("00002", "A")):
+        (folder / f"model-{old}-of-00002.safetensors").rename(folder / f"{new}.safetensors")
+        index = json.loads(json.dumps(index).replace(f"model-{old}-of-00002", new))
+    toys.write_json(folder / toys.INDEX, index)
+    regraft.merge(folder, inputs / "adapter", inputs / "merged")
     lives = Lives(inputs)
     with lives.process as process:
         yield lives
@@ -90,10 +102,10 @@ def test_every_verb_gives_the_same_bytes_without(
     lives: Lives, usual: dict[str, Any], tmp_path: Path, lacks: str
 ) -> None:
     names = [*FACILITIES] if lacks == ALL else [lacks]
-    assert lives(tmp_path / "regraft-case", names) == usual
+    assert lives(tmp_path / FOLDED, names) == usual
 
 
-SAVING = ("fcntl", "exchange", "links", "owners and modes", "folders that can be opened", ALL)
+SAVING = ("links", "exchange", "all but Windows has", ALL)
 
 
 @pytest.mark.parametrize("lacks", [*SAVING])
@@ -104,3 +116,12 @@ def test_an_adapter_is_saved_as_it_is_here_without(
     usual = lives(tmp_path / "usual", [], "save")
     assert usual["saved/log"] == b"kept"
     assert lives(tmp_path / "saving", names, "save") == usual
+
+
+def test_files_that_would_be_one_are_refused_by_name(lives: Lives, tmp_path: Path) -> None:
+    found = lives(tmp_path / FOLDED, ["names that differ in case"], "collide")
+    assert b"two files of the output have one name on this file system" in found["shards"]
+    assert b"'A.safetensors' and 'a.safetensors'" in found["shards"]
+    assert b"'extra.json' and 'Extra.json'" in found["sides"]
+    assert not {"one", "another"} & found.keys()
+    assert {"one", "another"} <= lives(tmp_path / "usual", [], "collide").keys()

@@ -74,7 +74,7 @@ class OpenFolder:
         take = _native_lock()
         if take is None:
             return self._lock_by_mark()
-        held = self._fd
+        held = self._file if self._fd is None else self._fd
         if held is None:
             held = self._file = open_to_write(self.path / _LOCK, mode=0o600)
         try:

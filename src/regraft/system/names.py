@@ -52,9 +52,27 @@ def are_one(folder: Path, one: str, other: str) -> bool:
         probe.unlink()
 
 
+def taken_by(path: Path) -> str | None:
+    """Return the name of the file that is at a path under another name; None if there is none.
+
+    Raises:
+        OSError: the system refused.
+    """
+    if not os.path.lexists(path):
+        return None
+    names = [entry.name for entry in path.parent.iterdir()]
+    same = [name for name in names if _folded(name) == _folded(path.name)]
+    here = [name for name in same if _composed(name) == _composed(path.name)]
+    return same[0] if same and not here else None
+
+
 def _flat(name: str) -> str:
     return name.replace("/", "-")
 
 
 def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return _composed(_composed(name).casefold())
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

@@ -12,14 +12,14 @@ from typing import Literal
 
 from blake3 import blake3
 
-from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
+from regraft.errors import AccessError, DiskSpaceError, OutputExistsError, UsageError
 from regraft.formats.files.inside import file_pieces
 from regraft.formats.files.reading import expanded
 from regraft.formats.files.watching import current
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
 from regraft.formats.problems import quoted
 from regraft.merging.files.direct_io import write_error
-from regraft.system.names import trouble_of_name
+from regraft.system.names import taken_by, trouble_of_name
 from regraft.system.opening import open_to_write
 from regraft.system.renaming import exchange_at_once, move_to_absent, take_empty
 from regraft.system.space import taken
@@ -287,6 +287,15 @@ def copy_file(source: Path, path: Path) -> str:
     return digest
 
 
+def one_file(folder: Path, name: str, other: str) -> AccessError:
+    """Return the error for two files of an output that would be one on its file system."""
+    return AccessError(
+        "two files of the output have one name on this file system", where=str(folder),
+        expected="names that differ in more than case", found=f"{quoted(name)} and {quoted(other)}",
+        hint="Give -o on a file system that tells upper from lower case",
+    )  # fmt: skip
+
+
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
     """Write a file and flush it to the disk; return its blake3 (hex).
 
@@ -296,6 +305,8 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
     digest = blake3()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if (other := taken_by(path)) is not None:
+            raise one_file(path.parent, path.name, other)
         with contextlib.closing(os.fdopen(open_to_write(path, fresh=True), "wb")) as file:
             for piece in pieces:
                 digest.update(piece)

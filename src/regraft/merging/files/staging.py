@@ -25,8 +25,16 @@ from regraft.formats.files.text import path_word
 from regraft.formats.files.watching import check_unchanged, leave_out, telling_changes
 from regraft.merging.files.direct_io import write_error
 from regraft.merging.files.ownership import check_own, check_place, is_own_file, make_private
-from regraft.merging.files.publish import Kind, check_output, place_of, publish, put_back
+from regraft.merging.files.publish import (
+    Kind,
+    check_output,
+    one_file,
+    place_of,
+    publish,
+    put_back,
+)
 from regraft.system.locks import OpenFolder, is_lock, remove_all
+from regraft.system.names import are_one, same_names
 from regraft.system.opening import open_to_write
 from regraft.system.owners import is_own
 
@@ -112,7 +120,13 @@ class Workplace:
         """Remove from the output all but own plain files of these names, which are paths below it.
 
         What is written into is then ours alone, and what is published is what was written.
+
+        Raises:
+            AccessError: two of the names would be one file here.
         """
+        for one, other, *_ in same_names(names):
+            if are_one(self.folder, one, other):
+                raise one_file(self.out, one, other)
         for parent, folders, files in os.walk(self.out, topdown=False):
             for path in (Path(parent) / name for name in (*files, *folders)):
                 found = path.lstat()
