@@ -141,7 +141,7 @@ def collide(inputs: Path) -> None:
     for name, verb in verbs.items():
         try:
             verb()
-        except regraft.AccessError as error:
+        except regraft.UsageError as error:
             Path(name).write_text(str(error))
         assert not list(Path().glob(".*"))
 

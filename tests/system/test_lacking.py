@@ -76,8 +76,8 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
     folder = toys.write_base(inputs / "shards", shards=[names[:5], names[5:]])
     index = toys.read_json(folder / toys.INDEX)
     for old, new in (("00001", "a"), ("00002", "A")):
-        (folder / f"model-{old}-of-00002.safetensors").rename(folder / f"{new}.safetensors")
-        index = json.loads(json.dumps(index).replace(f"model-{old}-of-00002", new))
+        (folder / f"model-{old}-of-00002.safetensors").rename(folder / f"model-{new}.safetensors")
+        index = json.loads(json.dumps(index).replace(f"{old}-of-00002", new))
     toys.write_json(folder / toys.INDEX, index)
     regraft.merge(folder, inputs / "adapter", inputs / "merged")
     lives = Lives(inputs)
@@ -121,7 +121,7 @@ def test_an_adapter_is_saved_as_it_is_here_without(
 def test_files_that_would_be_one_are_refused_by_name(lives: Lives, tmp_path: Path) -> None:
     found = lives(tmp_path / FOLDED, ["names that differ in case"], "collide")
     assert b"two files of the output have one name on this file system" in found["shards"]
-    assert b"'A.safetensors' and 'a.safetensors'" in found["shards"]
+    assert b"'model-A.safetensors' and 'model-a.safetensors'" in found["shards"]
     assert b"'extra.json' and 'Extra.json'" in found["sides"]
     assert not {"one", "another"} & found.keys()
     assert {"one", "another"} <= lives(tmp_path / "usual", [], "collide").keys()

@@ -12,14 +12,14 @@ from typing import Literal
 
 from blake3 import blake3
 
-from regraft.errors import AccessError, DiskSpaceError, OutputExistsError, UsageError
+from regraft.errors import DiskSpaceError, OutputExistsError, UsageError
 from regraft.formats.files.inside import file_pieces
 from regraft.formats.files.reading import expanded
 from regraft.formats.files.watching import current
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
 from regraft.formats.problems import quoted
 from regraft.merging.files.direct_io import write_error
-from regraft.system.names import taken_by, trouble_of_name
+from regraft.system.names import are_one, same_names, taken_by, trouble_of_name
 from regraft.system.opening import open_to_write
 from regraft.system.renaming import exchange_at_once, move_to_absent, take_empty
 from regraft.system.space import taken
@@ -287,9 +287,20 @@ def copy_file(source: Path, path: Path) -> str:
     return digest
 
 
-def one_file(folder: Path, name: str, other: str) -> AccessError:
+def check_names_apart(folder: Path, names: Iterable[str]) -> None:
+    """Refuse names of files that would be one in a folder.
+
+    Raises:
+        UsageError: two are, as its file system does not tell upper from lower case.
+    """
+    for one, other, *_ in same_names(names):
+        if are_one(folder, one, other):
+            raise _one_file(folder, one, other)
+
+
+def _one_file(folder: Path, name: str, other: str) -> UsageError:
     """Return the error for two files of an output that would be one on its file system."""
-    return AccessError(
+    return UsageError(
         "two files of the output have one name on this file system", where=str(folder),
         expected="names that differ in more than case", found=f"{quoted(name)} and {quoted(other)}",
         hint="Give -o on a file system that tells upper from lower case",
@@ -306,7 +317,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if (other := taken_by(path)) is not None:
-            raise one_file(path.parent, path.name, other)
+            raise _one_file(path.parent, path.name, other)
         with contextlib.closing(os.fdopen(open_to_write(path, fresh=True), "wb")) as file:
             for piece in pieces:
                 digest.update(piece)

@@ -27,14 +27,13 @@ from regraft.merging.files.direct_io import write_error
 from regraft.merging.files.ownership import check_own, check_place, is_own_file, make_private
 from regraft.merging.files.publish import (
     Kind,
+    check_names_apart,
     check_output,
-    one_file,
     place_of,
     publish,
     put_back,
 )
 from regraft.system.locks import OpenFolder, is_lock, remove_all
-from regraft.system.names import are_one, same_names
 from regraft.system.opening import open_to_write
 from regraft.system.owners import is_own
 
@@ -122,11 +121,9 @@ class Workplace:
         What is written into is then ours alone, and what is published is what was written.
 
         Raises:
-            AccessError: two of the names would be one file here.
+            UsageError: two of the names would be one file here.
         """
-        for one, other, *_ in same_names(names):
-            if are_one(self.folder, one, other):
-                raise one_file(self.out, one, other)
+        check_names_apart(self.folder, names)
         for parent, folders, files in os.walk(self.out, topdown=False):
             for path in (Path(parent) / name for name in (*files, *folders)):
                 found = path.lstat()

@@ -23,7 +23,7 @@ from regraft.formats.files.reading import open_regular, read_at, typed_os_errors
 from regraft.formats.hub import Located
 from regraft.formats.problems import capped
 from regraft.merging.files.direct_io import write_error
-from regraft.merging.files.publish import copy_file, write_file
+from regraft.merging.files.publish import check_names_apart, copy_file, write_file
 from regraft.merging.files.receipt import file_key
 from regraft.merging.files.side_files import TEMPLATES, json_bytes
 from regraft.merging.inputs.base import open_base
@@ -250,6 +250,7 @@ def stand_in(merged: Path, manifest: Manifest, patch: PatchReader, folder: Path)
     Raises:
         RegraftError: something is missing or damaged, or cannot be written.
     """
+    check_names_apart(folder, [file.name for file in manifest.files])
     for file in manifest.files:
         path = folder / file.name
         try:
