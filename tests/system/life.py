@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -45,39 +45,31 @@ def live(inputs: Path) -> None:
     assert not list(Path().glob(".*")), list(Path().glob(".*"))
 
 
-def _interrupted(base: Path, adapter: Path, out: str, *, how: Any) -> int:
-    """Merge in a child process, which ends in the middle; return its status."""
+def _interrupted(base: Path, adapter: Path, out: str, how: str) -> int:
+    """Merge in a child process, which ends in the middle; return its exit code."""
+    return _apart({"do": "interrupted", "arguments": [str(base), str(adapter), out, how]})
+
+
+def interrupted(base: str, adapter: str, out: str, how: str) -> None:
+    """Merge, and end in the middle: as after a kill, or as after Ctrl-C."""
     import regraft
     from regraft.merging.execution import commit_log
 
-    pid = os.fork()
-    if pid:
-        return os.waitpid(pid, 0)[1]
     commit_log.SECONDS_BETWEEN_NOTES = -1  # type: ignore[misc]
 
     def progress(event: Any) -> None:
         if event.stage == "merge" and 2 * event.done >= event.total:
-            how()
+            if how == "killed":
+                os._exit(9)
+            raise KeyboardInterrupt
 
-    try:
-        regraft.merge(base, adapter, out, threads=1, progress=progress)
-    finally:
-        os._exit(1)
-    return 0
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
+    regraft.merge(base, adapter, out, threads=1, progress=progress)
 
 
 def _killed_and_gone_on_with(base: Path, adapter: Path) -> None:
     import regraft
 
-    assert _interrupted(base, adapter, "resumed", how=_die) == signal.SIGKILL
+    assert _interrupted(base, adapter, "resumed", "killed") == 9
     (left,) = regraft.clean(dry_run=True)
     assert (Path(left.output).name, left.busy) == ("resumed", False)
     assert left.bytes > 0
@@ -89,7 +81,7 @@ def _killed_and_gone_on_with(base: Path, adapter: Path) -> None:
 def _kept_and_cleaned(base: Path, adapter: Path) -> None:
     import regraft
 
-    _interrupted(base, adapter, "never", how=_interrupt)
+    assert _interrupted(base, adapter, "never", "interrupted") == 1
     assert [Path(each.output).name for each in regraft.clean()] == ["never"]
     assert not regraft.clean(dry_run=True)
 
@@ -146,12 +138,33 @@ def collide(inputs: Path) -> None:
         assert not list(Path().glob(".*"))
 
 
-def _child(wish: dict[str, Any]) -> None:
-    os.chdir(wish["place"])
-    take_away(wish["lacks"])
-    {"live": live, "save": save, "collide": collide}[wish["do"]](Path(wish["inputs"]))
-    if "all but macOS has" in wish["lacks"]:
-        assert {"F_PREALLOCATE", "F_NOCACHE", "F_FULLFSYNC", "renamex_np"} == CALLED
+def _apart(wish: dict[str, Any]) -> int:
+    """Fulfil a wish in a process of its own; return its exit code."""
+    if not hasattr(os, "fork"):
+        return subprocess.run([sys.executable, __file__, json.dumps(wish)], check=False).returncode
+    pid = os.fork()
+    if not pid:
+        os._exit(_fulfil(wish))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _fulfil(wish: dict[str, Any]) -> int:
+    """Do what is wished; return 0, or 1 with the reason in a file beside the place."""
+    try:
+        if wish["do"] == "interrupted":
+            interrupted(*wish["arguments"])
+            return 0
+        os.chdir(wish["place"])
+        take_away(wish["lacks"])
+        {"live": live, "save": save, "collide": collide}[wish["do"]](Path(wish["inputs"]))
+        if "all but macOS has" in wish["lacks"]:
+            assert {"F_PREALLOCATE", "F_NOCACHE", "F_FULLFSYNC", "renamex_np"} == CALLED
+    except BaseException:
+        if "place" in wish:
+            reason = Path(wish["place"]).with_suffix(".error")
+            reason.write_text(traceback.format_exc(), encoding="utf-8")
+        return 1
+    return 0
 
 
 def main() -> None:
@@ -159,18 +172,12 @@ def main() -> None:
     for line in sys.stdin:
         wish = json.loads(line)
         if wish["do"] == "save":
-            import torch  # noqa: F401
-        pid = os.fork()
-        if not pid:
-            try:
-                _child(wish)
-                os._exit(0)
-            except BaseException:
-                Path(wish["place"]).with_suffix(".error").write_text(traceback.format_exc())
-                os._exit(1)
-        sys.stdout.write(f"{os.waitpid(pid, 0)[1]}\n")
+            import torch  # noqa: F401  (once, for all children)
+        sys.stdout.write(f"{_apart(wish)}\n")
         sys.stdout.flush()
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(_fulfil(json.loads(sys.argv[1])))
     main()
