@@ -623,7 +623,7 @@ LARGE = [sys.executable, "-m", "regraft", "merge", "base", "adapter", "-o", "out
 MEASURE = """
 import json, sys
 import regraft
-from regraft.memory import peak_memory
+from regraft.system.memory import peak_memory
 name, arguments, cap = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 getattr(regraft, name)(*arguments, max_memory=cap)
 print(peak_memory())

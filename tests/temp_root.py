@@ -6,12 +6,13 @@ side by side wait for each other, or for a folder that is being removed, without
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from regraft.system.locks import OpenFolder
+from regraft.system.owners import is_own
 
 PREFIX = "regraft-tests-"
 
@@ -26,15 +27,18 @@ class TempRoot:
     def __init__(self, parent: Path) -> None:
         """Make it, locked before it has a name that another run might take for a left-over."""
         new = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
-        self._fd = _locked(new)
-        self.path = new.rename(parent / new.name.removeprefix("."))
+        self._folder = _locked(new)
+        self.path = new
+        with suppress(PermissionError):  # Windows, where a file in it is what is locked
+            self.path = new.rename(parent / new.name.removeprefix("."))
 
     def remove(self) -> None:
         """Remove it with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def remove_left_over(parent: Path) -> list[Path]:
@@ -42,20 +46,17 @@ def remove_left_over(parent: Path) -> list[Path]:
     found = []
     for path in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if path.stat().st_uid != os.getuid() or (fd := _locked(path)) is None:
+            if not is_own(path.stat()) or (folder := _locked(path)) is None:
                 continue
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(fd)
+            folder.remove(as_far_as_can_be=True)
             found.append(path)
     return found
 
 
-def _locked(folder: Path) -> int | None:
-    """Return a descriptor of a folder that holds its lock; None if another process does."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
+def _locked(folder: Path) -> OpenFolder | None:
+    """Return a folder, open and locked; None if another process has its lock."""
+    opened = OpenFolder(folder)
+    if opened.lock():
+        return opened
+    opened.close()
+    return None

@@ -17,7 +17,6 @@ from regraft.formats.files.watching import watched
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import looks_like
 from regraft.formats.problems import capped
-from regraft.memory import peak_memory
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.calls import merge_call
 from regraft.merging.files.leftovers import Leftover, find_leftovers, remove_leftover
@@ -47,6 +46,7 @@ from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weigh
 from regraft.merging.undo.patch import PatchReader
 from regraft.merging.undo.residuals import keeps
 from regraft.progress import Progress, tell
+from regraft.system.memory import peak_memory
 
 if TYPE_CHECKING:
     from regraft.merging.execution.scheduler import OpenSource

@@ -161,7 +161,7 @@ def test_it_stays_under_the_memory_cap(tmp_path: Path) -> None:
     toys.write_base(tmp_path / "other", other, None)
     code = (
         "import sys, regraft\n"
-        "from regraft.memory import peak_memory\n"
+        "from regraft.system.memory import peak_memory\n"
         "out, base, adapter = sys.argv[1:]\n"
         "report = regraft.verify(out, base=base, adapters=adapter, max_memory='256MiB')\n"
         "print(report.verdict, peak_memory())"

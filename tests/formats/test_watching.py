@@ -22,10 +22,10 @@ from regraft.formats.files.watching import (
     Watch,
     check_unchanged,
     current,
-    has_inodes,
     leave_out,
     watched,
 )
+from regraft.system.times import has_inodes
 from regraft.tensors import TensorSpec
 
 

@@ -16,9 +16,9 @@ import regraft
 from merging import toys
 from merging.processes import python
 from regraft.errors import MemoryCapError
-from regraft.memory import peak_memory
 from regraft.quant.formats.bitsandbytes import NF4
 from regraft.quant.registry import maker_of
+from regraft.system.memory import peak_memory
 from regraft.tensors import TensorSpec, nbytes_of
 
 MIB = 2**20

@@ -11,7 +11,7 @@ import pytest
 
 import regraft
 from merging import toys
-from regraft.merging.files import publish as output
+from regraft.system import renaming
 
 State = Any
 """Of a file its size and time, of a folder what is in it."""
@@ -54,10 +54,10 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.flushed: dict[Path, State] = {}
         self.renamed: list[tuple[Path, Path, dict[Path, State]]] = []
-        self._kernels, self._os = output._renameat2, os.rename
+        self._kernels, self._os = renaming.kernel_rename, os.rename
         monkeypatch.setattr(os, "fsync", self._fsync)
         monkeypatch.setattr(os, "rename", self._rename)
-        monkeypatch.setattr(output, "_renameat2", self._renameat2)
+        monkeypatch.setattr(renaming, "kernel_rename", self._kernel_rename)
 
     def _fsync(self, fd: int) -> None:
         path = Path(f"/proc/self/fd/{fd}").readlink()
@@ -67,8 +67,8 @@ class Watch:
         self.renamed.append((Path(source).absolute(), Path(target).absolute(), {**self.flushed}))
         self.flushed.clear()
 
-    def _renameat2(self, source: Path, target: Path, flags: int) -> int:
-        failure = self._kernels(source, target, flags)
+    def _kernel_rename(self, source: Path, target: Path, how: str) -> int:
+        failure = self._kernels(source, target, how)
         if not failure:
             self._note(source, target)
         return failure
@@ -118,7 +118,7 @@ def test_a_kernel_that_cannot_swap_has_the_new_one_flushed_before_the_old_is_mov
 ) -> None:
     out = tmp_path / "out"
     regraft.merge(inputs / "base", inputs / "other", out)
-    monkeypatch.setattr(output, "_renameat2", lambda *_: 38)
+    monkeypatch.setattr(renaming, "kernel_rename", lambda *_: 38)
     watch = Watch(monkeypatch)
     regraft.merge(inputs / "base", inputs / "adapter", out, overwrite=True)
     (aside, place, back) = watch.renamed

@@ -25,7 +25,7 @@ from regraft.merging import building
 from regraft.merging.execution.step_run import StepRun
 from regraft.merging.files import leftovers
 from regraft.merging.files import publish as output
-from regraft.merging.files import staging as workplace
+from regraft.system import locks, renaming
 
 WORK = ".out.regraft"
 SHARD = "out/model-00001-of-00003.safetensors"
@@ -85,8 +85,8 @@ import json, os, signal, sys
 from pathlib import Path
 import regraft
 from regraft.merging.execution import commit_log as ledger
-from regraft.merging.files import publish as output
 from regraft.merging.undo import patch
+from regraft.system import renaming
 
 ledger.SECONDS_BETWEEN_NOTES = -1
 calls = published = 0
@@ -107,8 +107,8 @@ def run(folder, kill, old_kernel, command, arguments, options):
     for name in ("pwrite", "write", "fsync", "ftruncate", "posix_fallocate", "mkdir", "rename",
                  "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name), kill))
-    real = (lambda *_: 38) if old_kernel else output._renameat2
-    output._renameat2 = counted(real, kill, publishes=True)
+    real = (lambda *_: 38) if old_kernel else renaming.kernel_rename
+    renaming.kernel_rename = counted(real, kill, publishes=True)
     for name in ("append", "flush", "close"):
         setattr(patch.PatchWriter, name, counted(getattr(patch.PatchWriter, name), kill))
     getattr(regraft, command)(*arguments, **options)
@@ -657,9 +657,9 @@ def test_clean_removes_what_was_kept_and_nothing_else(place: Path) -> None:
 def test_a_folder_that_its_last_owner_has_just_removed_is_made_anew(
     monkeypatch: pytest.MonkeyPatch, error: type[OSError]
 ) -> None:
-    real, calls = workplace.open_folder, 0
+    real, calls = locks.open_folder, 0
 
-    def open_folder(folder: Path) -> int:
+    def open_folder(folder: Path) -> int | None:
         nonlocal calls
         calls += 1
         if calls == 1:
@@ -667,7 +667,7 @@ def test_a_folder_that_its_last_owner_has_just_removed_is_made_anew(
             raise error(errno.ENOENT, "gone", str(folder))
         return real(folder)
 
-    monkeypatch.setattr(workplace, "open_folder", open_folder)
+    monkeypatch.setattr(locks, "open_folder", open_folder)
     merge()
     assert calls == 2
 
@@ -682,14 +682,14 @@ def test_an_interrupt_after_the_output_is_in_place_leaves_it_there(
 ) -> None:
     if overwrite:
         shutil.copytree(inputs / "old", "out")
-    real = output.sync_directory
+    real = output.sync_folder
 
-    def sync_directory(path: Path) -> None:
+    def sync_folder(path: Path) -> None:
         if path == Path.cwd():
             raise KeyboardInterrupt
         real(path)
 
-    monkeypatch.setattr(output, "sync_directory", sync_directory)
+    monkeypatch.setattr(output, "sync_folder", sync_folder)
     with pytest.raises(KeyboardInterrupt) as caught:
         merge(threads=1, overwrite=overwrite)
     assert not hasattr(caught.value, "__notes__")
@@ -707,16 +707,16 @@ def test_an_output_that_could_not_be_flushed_into_place_is_taken_back(
     if overwrite:
         shutil.copytree(inputs / "old", "out")
     if old_kernel:
-        monkeypatch.setattr(output, "_renameat2", lambda *_: errno.ENOSYS)
-    real = output.sync_directory
+        monkeypatch.setattr(renaming, "kernel_rename", lambda *_: errno.ENOSYS)
+    real = output.sync_folder
 
-    def sync_directory(path: Path) -> None:
+    def sync_folder(path: Path) -> None:
         if path == Path.cwd():
             raise OSError(errno.EIO, "bad sector")
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "sync_directory", sync_directory)
+        patch.setattr(output, "sync_folder", sync_folder)
         with pytest.raises(AccessError, match="bad sector"):
             merge(threads=1, overwrite=overwrite)
     assert Path("out").exists() == overwrite
@@ -731,7 +731,7 @@ def test_the_old_model_comes_back_if_the_new_one_cannot_take_its_place(
     inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(inputs / "old", "out")
-    monkeypatch.setattr(output, "_renameat2", lambda *_: errno.ENOSYS)
+    monkeypatch.setattr(renaming, "kernel_rename", lambda *_: errno.ENOSYS)
     real, calls = Path.rename, 0
 
     def rename(path: Path, target: Path) -> Path:

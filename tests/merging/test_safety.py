@@ -34,7 +34,7 @@ from regraft.errors import (
     UsageError,
 )
 from regraft.formats.files import inside
-from regraft.merging.files import publish as output
+from regraft.system import renaming
 
 
 class Stand:
@@ -99,7 +99,7 @@ POINTS: dict[str, tuple[Any, str, int, float, str]] = {
     "a flush": (os, "fsync", errno.ENOSPC, 0.5, ""),
     "a read": (os, "preadv", errno.EIO, 0.5, ""),
     "a side file": (inside, "open_regular", errno.EIO, 0, "tokenizer.json"),
-    "the rename": (output, "_renameat2", errno.EACCES, 0, ""),
+    "the rename": (renaming, "kernel_rename", errno.EACCES, 0, ""),
 }
 """What is patched: where, its name, the error, at which of its calls (0 the first, 1 the last), and
 which calls count."""
@@ -450,7 +450,7 @@ def test_a_failed_overwrite_keeps_the_old_model(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:  # an old kernel, or a file system that cannot
-        monkeypatch.setattr(output, "_renameat2", lambda *_: errno.ENOSYS)
+        monkeypatch.setattr(renaming, "kernel_rename", lambda *_: errno.ENOSYS)
     out = tmp_path / "out"
     regraft.merge(base, adapter, out)
     regraft.merge(base, f"{adapter}=3", out, overwrite=True)

@@ -402,8 +402,8 @@ KILLED = """
 import json, os, shutil, sys
 from pathlib import Path
 import torch
-from regraft.merging.files import publish as output
 from regraft.runtime.saving import files
+from regraft.system import renaming
 
 changes = True
 
@@ -425,9 +425,9 @@ def killing(function, left):
 
 def save_and_die(folder, steps):
     left = [steps]
-    for name in ("open", "fsync", "rename", "link", "unlink", "mkdir", "rmdir", "write"):
+    for name in ("open", "fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir", "write"):
         setattr(os, name, killing(getattr(os, name), left))
-    output._renameat2 = killing(output._renameat2, left)
+    renaming.kernel_rename = killing(renaming.kernel_rename, left)
     files.write_adapter(folder, config(2.0), tensors(2.0), card="Saved by")
     os._exit(0)
 

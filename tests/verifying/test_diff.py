@@ -562,7 +562,7 @@ def test_an_error_in_the_callback_stops_the_work(base: Path, tmp_path: Path) -> 
 MEASURE = """
 import sys
 import regraft
-from regraft.memory import peak_memory
+from regraft.system.memory import peak_memory
 report = regraft.diff(*sys.argv[1:], threads=2)
 print(int(report.same), "numba" in sys.modules, peak_memory())
 """

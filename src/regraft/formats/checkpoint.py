@@ -28,6 +28,7 @@ from regraft.formats.layout import (
 from regraft.formats.problems import DOWNLOAD_AGAIN, capped, quoted
 from regraft.formats.safetensors import read_header
 from regraft.formats.torch_zip import read_torch_file
+from regraft.system.names import trouble_of_name
 from regraft.tensors import TensorSpec
 
 __all__ = [
@@ -322,7 +323,7 @@ def _is_file_name(name: Any, suffixes: tuple[str, ...]) -> bool:
     """Return whether ``name`` is a file name and no path, and has one of the suffixes."""
     if not isinstance(name, str) or "/" in name or "\\" in name or not name.isprintable():
         return False
-    return not name.startswith(".") and name.endswith(suffixes)
+    return not (name.startswith(".") or trouble_of_name(name)) and name.endswith(suffixes)
 
 
 def _open_shards(root: Path, names: Sequence[str]) -> list[tuple[Shard, dict[str, TensorSpec]]]:

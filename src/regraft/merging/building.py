@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from regraft.adapters.model import Adapter
-from regraft.memory import peak_memory
 from regraft.merging.execution.jobs import Done, count_done, fingerprint, jobs_of
 from regraft.merging.execution.scheduler import OpenSource, Task, execute
 from regraft.merging.files.receipt import Receipt
@@ -21,6 +20,7 @@ from regraft.merging.undo.manifest import PATCH, UNDO
 from regraft.merging.undo.patch import PatchWriter
 from regraft.merging.undo.residuals import digests_only, keeps
 from regraft.progress import Progress, tell
+from regraft.system.memory import peak_memory
 
 
 def build(

@@ -9,7 +9,6 @@ transformers' own, and the bytes those of the merge into files.
 
 from __future__ import annotations
 
-import mmap
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ from regraft.merging.inputs.opening import (
 from regraft.merging.options import MergeOptions
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import make_plan
+from regraft.system.memory import large_pages
 from regraft.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -379,8 +379,7 @@ def _room(size: int) -> torch.Tensor:
     """
     import torch
 
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    memory = None if size < HUGE else large_pages(size)
+    if memory is None:
         return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -29,7 +29,6 @@ from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
 from regraft.formats.problems import capped
-from regraft.memory import peak_memory
 from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.files.publish import copy_file, write_file, write_pieces
 from regraft.merging.files.side_files import CARD, SideFiles, adapter_side_files, json_bytes
@@ -67,6 +66,7 @@ from regraft.shrinking.tensors import (
     scan,
     too_large,
 )
+from regraft.system.memory import peak_memory
 from regraft.tensors import DTYPES
 
 

@@ -24,6 +24,7 @@ from regraft.formats.layout import RECEIPT
 from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
 from regraft.merging.files.receipt import Receipt, TensorRecord, file_key
 from regraft.progress import Progress, ProgressMeter
+from regraft.system.positioned import read_into
 from regraft.tensors import TensorSpec
 from regraft.verifying.report import Difference
 
@@ -231,7 +232,7 @@ def _check_file(
     hasher, done = blake3(), 0
     try:
         with typed_os_errors(path):
-            while count := os.preadv(fd, [buffer], done):
+            while count := read_into(fd, buffer, done):
                 hasher.update(buffer[:count])
                 done += count
     finally:

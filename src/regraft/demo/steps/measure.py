@@ -7,14 +7,12 @@ at what its parent held, so a process with a model loaded cannot measure a child
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes per unit of ``ru_maxrss``."""
+from regraft.system.memory import wait_and_measure
 
 
 def measure(command: list[str], report: Path) -> int:
@@ -24,14 +22,9 @@ def measure(command: list[str], report: Path) -> int:
     """
     start = time.perf_counter()
     child = subprocess.Popen(command)
-    _, status, usage = os.wait4(child.pid, 0)
-    figures = {
-        "seconds": time.perf_counter() - start,
-        "peak_memory": usage.ru_maxrss * _MAXRSS_UNIT,
-    }
+    code, peak = wait_and_measure(child)
+    figures = {"seconds": time.perf_counter() - start, "peak_memory": peak}
     report.write_text(json.dumps(figures), encoding="utf-8")
-    code = os.waitstatus_to_exitcode(status)
-    child.returncode = code
     return code if code >= 0 else 128 - code
 
 

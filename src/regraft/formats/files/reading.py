@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Self
 from regraft.errors import AccessError, FormatError, InputError
 from regraft.formats.files.watching import Watch, current
 from regraft.formats.problems import quoted
+from regraft.system.opening import open_if_regular
+from regraft.system.positioned import read_into, read_piece
 from regraft.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -72,17 +74,15 @@ def open_regular(path: Path, watch: Watch | None = None) -> int:
         AccessError: the system refused to open it.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd, mode = open_if_regular(path)
     except FileNotFoundError:
         raise InputError("no such file", where=str(path), hint="Check the path") from None
     except OSError as error:
         raise access_error(path, error) from None
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
+    if fd is not None:
         if (noting := watch or current()) is not None:
             noting.note(path, fd)
         return fd
-    os.close(fd)
     found = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
     raise FormatError(
         "cannot be read as a file", where=str(path), expected="a regular file", found=found
@@ -97,7 +97,7 @@ def read_at(fd: int, path: Path, position: int, length: int) -> bytes:
     """
     pieces = []
     try:
-        while length > 0 and (piece := os.pread(fd, length, position)):
+        while length > 0 and (piece := read_piece(fd, length, position)):
             pieces.append(piece)
             position += len(piece)
             length -= len(piece)
@@ -172,7 +172,7 @@ class FilePool:
         fd = self._descriptor(spec.path)
         while view:
             try:
-                count = os.preadv(fd, [view], position)
+                count = read_into(fd, view, position)
             except OSError as error:
                 raise access_error(spec.path, error) from None
             if count == 0:

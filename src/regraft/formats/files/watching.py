@@ -28,18 +28,15 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.formats.problems import capped
+from regraft.system.times import changed_ns, has_inodes, now_of_files, step_of_files
 
 AGAIN = "Run it again when nothing writes to the file"
 
-_CLOCK_OF_FILES = 5  # Linux's CLOCK_REALTIME_COARSE: what changes of files are dated by
 _SECOND = 10**9
 _COARSE_STEP = 2 * _SECOND
 """The longest step in which a file system dates changes: FAT's."""
 
 _TRIES = 8
-
-_WITHOUT_INODES = ("fuse", "vfat", "msdos", "exfat")
-"""How the kinds of file systems begin that number their files as they come."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Stamp:
     def of(cls, found: os.stat_result) -> Stamp:
         """Return the stamp of what the system says of a file."""
         return cls(
-            found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+            found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, changed_ns(found)
         )  # fmt: skip
 
     def is_like(self, other: Stamp) -> bool:
@@ -231,33 +228,13 @@ def _settled(fd: int) -> Stamp:
     """
     stamp = Stamp.of(os.fstat(fd))
     for _ in range(_TRIES):
-        age = time.clock_gettime_ns(_CLOCK_OF_FILES) - stamp.changed
+        age = now_of_files() - stamp.changed
         in_seconds = not stamp.changed % _SECOND and not stamp.modified % _SECOND
         if age > 0 and not (in_seconds and age < _COARSE_STEP):
             break
-        time.sleep(0.25 if in_seconds else 0.001)
+        time.sleep(0.25 if in_seconds else step_of_files())
         stamp = Stamp.of(os.fstat(fd))
     return stamp
-
-
-def has_inodes(device: int, mounts: str | None = None) -> bool:
-    """Whether files of a device keep their inode's number for as long as nobody replaces them.
-
-    Those of FUSE (rclone, gcsfuse, sshfs) and FAT can get another one once the kernel forgets them.
-
-    Args:
-        device: ``st_dev`` of a file.
-        mounts: what ``/proc/self/mountinfo`` says, by default now.
-    """
-    if mounts is None:
-        try:
-            mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
-        except OSError:
-            return True
-    number = f"{os.major(device)}:{os.minor(device)}"
-    lines = (line.partition(" - ") for line in mounts.splitlines())
-    kinds = {rest.split()[0] for mount, _, rest in lines if mount.split()[2:3] == [number] and rest}
-    return not any(kind.startswith(_WITHOUT_INODES) for kind in kinds)
 
 
 def _changed(path: Path, first: Stamp, now: Stamp) -> Problem:

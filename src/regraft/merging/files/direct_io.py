@@ -17,14 +17,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from regraft.errors import AccessError, DiskSpaceError, RegraftError
+from regraft.system.opening import open_to_write
+from regraft.system.past_cache import REFUSED, open_past_cache
+from regraft.system.positioned import write_all
+from regraft.system.space import give_size
+from regraft.system.syncing import sync_file
 
 BLOCK = 4096
 """Alignment of direct I/O: offset in the file, address in memory and length."""
 
 EDGES_HELD = 512
 """Edges gathered before they are written."""
-
-_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def write_error(path: Path, error: OSError) -> RegraftError:
@@ -46,7 +49,7 @@ def sync_or_empty(fd: int) -> None:
     What the disk did not take may still be read from the cache, once, and be taken for whole.
     """
     try:
-        os.fsync(fd)
+        sync_file(fd)
     except OSError:
         with contextlib.suppress(OSError):
             os.ftruncate(fd, 0)
@@ -73,16 +76,15 @@ class OutputFile:
         # ``_lock`` guards the edges. ``_ending`` guards the descriptors: nothing is written to one
         # that was closed, as its number may be another file's by then.
         self._lock, self._ending = threading.Lock(), threading.Lock()
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._fd = os.open(path, flags, 0o666)
+            self._fd = open_to_write(path)
             self._opened.append(self._fd)
-            self._reserve(size)
-            self._direct = self._open_direct()
+            give_size(self._fd, size)
+            self._direct = open_past_cache(path)
             if self._direct is not None:
                 self._opened.append(self._direct)
             for offset, content in pieces:
-                self._write_all(self._fd, memoryview(content), offset)
+                write_all(self._fd, memoryview(content), offset)
         except OSError as error:
             self._close_all()
             raise write_error(path, error) from error
@@ -90,22 +92,6 @@ class OutputFile:
     def _close_all(self) -> None:
         while self._opened:
             os.close(self._opened.pop())
-
-    def _reserve(self, size: int) -> None:
-        try:
-            os.posix_fallocate(self._fd, 0, max(size, 1))
-        except OSError as error:
-            if error.errno not in (*_REFUSED, errno.ENOSYS):
-                raise
-        os.ftruncate(self._fd, size)
-
-    def _open_direct(self) -> int | None:
-        flag = getattr(os, "O_DIRECT", None)
-        if flag is None:
-            return None
-        with contextlib.suppress(OSError):  # the file system has no direct I/O: use the cache
-            return os.open(self.path, os.O_RDWR | flag | os.O_CLOEXEC)
-        return None
 
     def write(self, offset: int, data: memoryview, address: int) -> None:
         """Write ``data``, which lies at ``address`` in memory, at a byte offset of the file.
@@ -115,7 +101,7 @@ class OutputFile:
         """
         try:
             if self._direct is None or (address - offset) % BLOCK:
-                self._write_all(self._fd, data, offset)
+                write_all(self._fd, data, offset)
             else:
                 self._write_blocks(offset, data)
         except OSError as error:
@@ -141,29 +127,23 @@ class OutputFile:
         at, run = 0, bytearray()
         for offset, data in edges:
             if run and offset != at + len(run):
-                self._write_all(self._fd, memoryview(bytes(run)), at)
+                write_all(self._fd, memoryview(bytes(run)), at)
                 run = bytearray()
             at = at if run else offset
             run += data
-        self._write_all(self._fd, memoryview(bytes(run)), at)
+        write_all(self._fd, memoryview(bytes(run)), at)
 
     def _write_direct(self, data: memoryview, offset: int) -> None:
         direct = self._direct
         try:
             if direct is not None:
-                self._write_all(direct, data, offset)
+                write_all(direct, data, offset)
                 return
         except OSError as error:
-            if error.errno not in _REFUSED:
+            if error.errno not in REFUSED:
                 raise
             self._direct = None  # other threads may still be using it: closed with the file
-        self._write_all(self._fd, data, offset)
-
-    @staticmethod
-    def _write_all(fd: int, data: memoryview, offset: int) -> None:
-        while data:
-            done = os.pwrite(fd, data, offset)
-            data, offset = data[done:], offset + done
+        write_all(self._fd, data, offset)
 
     def flush(self) -> None:
         """Hand what is still gathered to the system; after ``close`` nothing is."""

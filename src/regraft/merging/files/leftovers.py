@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +12,12 @@ from pathlib import Path
 
 from regraft.errors import AccessError, InputError
 from regraft.formats.files.reading import access_error, typed_os_errors
-from regraft.merging.files.ownership import is_own, is_shared, open_folder
 from regraft.merging.files.publish import REPLACED, SUFFIX, place_of, put_back
-from regraft.merging.files.staging import BASE, BUILT, JOURNAL, is_still, lock
+from regraft.merging.files.staging import BASE, BUILT, JOURNAL
+from regraft.system.locks import OpenFolder, is_lock
+from regraft.system.opening import is_link
+from regraft.system.owners import is_own, is_shared
+from regraft.system.space import taken
 
 _NAME = re.compile(rf"\..+{re.escape(SUFFIX)}")
 
@@ -67,12 +69,13 @@ def _is_work(path: Path) -> bool:
 
     Of another user's, the name decides.
     """
-    if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+    if not _NAME.fullmatch(path.name) or is_link(path) or not path.is_dir():
         return False
     if not is_own(path.lstat()):
         return True
     with _typed_unless_gone(path):
-        return {p.name for p in path.iterdir()} <= {BASE, BUILT, JOURNAL, REPLACED}
+        names = {p.name for p in path.iterdir() if not is_lock(p.name)}
+        return names <= {BASE, BUILT, JOURNAL, REPLACED}
 
 
 @contextmanager
@@ -92,9 +95,9 @@ def _look(path: Path) -> Leftover:
         inside = list(_stats(path)) if own else []
         modified = max([path.lstat().st_mtime, *(stat.st_mtime for stat in inside)])
         name = path.name.removeprefix(".").removesuffix(SUFFIX)
-        taken = sum(stat.st_blocks for stat in inside) * 512
+        total = sum(map(taken, inside))
         busy = own and _is_busy(path)
-        return Leftover(str(path), str(path.parent / name), taken, modified, busy, own)
+        return Leftover(str(path), str(path.parent / name), total, modified, busy, own)
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:
@@ -105,11 +108,8 @@ def _stats(folder: Path) -> Iterator[os.stat_result]:
 
 
 def _is_busy(path: Path) -> bool:
-    fd = open_folder(path)
-    try:
-        return not lock(fd)
-    finally:
-        os.close(fd)
+    with OpenFolder(path) as folder:
+        return not folder.lock()
 
 
 def remove_leftover(leftover: Leftover) -> None:
@@ -120,21 +120,18 @@ def remove_leftover(leftover: Leftover) -> None:
             have put that there.
     """
     path = Path(leftover.path)
-    with contextlib.suppress(FileNotFoundError), _typed_unless_gone(path):
-        fd = open_folder(path)
-        try:
-            if is_own(os.fstat(fd)) and lock(fd) and is_still(path, fd):
-                _check_replaced(path, fd)
-                put_back(path / BUILT, Path(leftover.output))
-                shutil.rmtree(path)
-        finally:
-            os.close(fd)
+    gone = contextlib.suppress(FileNotFoundError)
+    with gone, _typed_unless_gone(path), OpenFolder(path) as folder:
+        if is_own(folder.found()) and folder.lock() and folder.is_in_place():
+            _check_replaced(path, folder)
+            put_back(path / BUILT, Path(leftover.output))
+            folder.remove()
 
 
-def _check_replaced(path: Path, fd: int) -> None:
+def _check_replaced(path: Path, folder: OpenFolder) -> None:
     """Refuse to put back what lies in a folder that others may write to."""
     aside = path / REPLACED
-    if is_shared(os.fstat(fd)) and os.path.lexists(aside):
+    if is_shared(folder.found()) and os.path.lexists(aside):
         raise AccessError(
             "holds what was being replaced, and other users may write to it", where=str(path),
             hint=f"Look at {aside}: move it to where it belongs, or remove it, and clean again",

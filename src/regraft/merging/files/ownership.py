@@ -8,9 +8,9 @@ import stat
 from pathlib import Path
 
 from regraft.errors import AccessError
-
-_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-_NOT_US = stat.S_IRWXG | stat.S_IRWXO
+from regraft.system import owners
+from regraft.system.locks import OpenFolder
+from regraft.system.opening import is_link
 
 
 def make_private(folder: Path) -> bool:
@@ -20,51 +20,45 @@ def make_private(folder: Path) -> bool:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(mode=stat.S_IRWXU)
+        owners.make_folder(folder)
     except FileExistsError:
         return False
     return True
-
-
-def open_folder(folder: Path) -> int:
-    """Open a folder, not what a link in its place leads to."""
-    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 ANOTHER_OUT = "give another -o"
 """How to work at another place."""
 
 
-def check_own(fd: int, folder: Path, elsewhere: str = ANOTHER_OUT) -> None:
+def check_own(folder: OpenFolder, elsewhere: str = ANOTHER_OUT) -> None:
     """Refuse an open work folder that others own or may write to; close ours to other users.
 
     Whoever runs this, root too, takes only what is its own.
 
     Args:
-        fd: the folder.
-        folder: its path.
+        folder: the folder.
         elsewhere: how to work at another place.
 
     Raises:
         AccessError: what lies in it may be somebody else's.
     """
-    found = os.fstat(fd)
-    if not is_own(found):
+    found = folder.found()
+    if not owners.is_own(found):
         raise AccessError(
-            "the work folder belongs to another user", where=str(folder),
-            expected=f"one of user {os.geteuid()}", found=f"one of user {found.st_uid}",
+            "the work folder belongs to another user", where=str(folder.path),
+            expected=f"one of user {owners.user()}", found=f"one of user {found.st_uid}",
             hint=f"Have its owner remove it, or {elsewhere}; nothing was read of it",
         )  # fmt: skip
-    if is_shared(found):
+    if owners.is_shared(found):
         raise AccessError(
-            "other users may write to the work folder", where=str(folder),
+            "other users may write to the work folder", where=str(folder.path),
             expected="one that only its owner may write to",
             found=stat.filemode(found.st_mode),
             hint=f"Remove it, as `regraft clean` does, or {elsewhere}; nothing was read of it",
         )  # fmt: skip
-    if found.st_mode & _NOT_US:
+    if owners.is_open_to_others(found):
         with contextlib.suppress(OSError):
-            os.fchmod(fd, stat.S_IMODE(found.st_mode) & ~_NOT_US)
+            folder.set_mode(owners.mode_for_us(found))
 
 
 def check_place(folder: Path, elsewhere: str = ANOTHER_OUT) -> None:
@@ -73,24 +67,14 @@ def check_place(folder: Path, elsewhere: str = ANOTHER_OUT) -> None:
     Raises:
         AccessError: there is such a thing.
     """
-    if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
+    if is_link(folder) or (os.path.lexists(folder) and not folder.is_dir()):
         raise AccessError(
             "the place of the work folder is taken", where=str(folder), expected="nothing",
-            found="a link" if folder.is_symlink() else "a file",
+            found="a link" if is_link(folder) else "a file",
             hint=f"Remove it, or {elsewhere}",
         )  # fmt: skip
 
 
-def is_own(found: os.stat_result) -> bool:
-    """Whether something is this user's."""
-    return found.st_uid == os.geteuid()
-
-
-def is_shared(found: os.stat_result) -> bool:
-    """Whether users besides the owner may write to something."""
-    return bool(found.st_mode & _BY_OTHERS)
-
-
 def is_own_file(found: os.stat_result) -> bool:
     """Whether something is a regular file of this user's, which has no other name."""
-    return stat.S_ISREG(found.st_mode) and is_own(found) and found.st_nlink == 1
+    return stat.S_ISREG(found.st_mode) and owners.is_own(found) and found.st_nlink == 1

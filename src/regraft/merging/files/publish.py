@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
@@ -20,6 +19,11 @@ from regraft.formats.files.watching import current
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
 from regraft.formats.problems import quoted
 from regraft.merging.files.direct_io import write_error
+from regraft.system.names import are_one, same_names, taken_by, trouble_of_name
+from regraft.system.opening import open_to_write
+from regraft.system.renaming import exchange_at_once, move_to_absent, take_empty
+from regraft.system.space import taken
+from regraft.system.syncing import sync_file, sync_folder
 
 SLACK_BYTES = 64 * 2**20
 """Room asked for beyond the weights: tokenizer, headers, the file system's own needs."""
@@ -46,7 +50,11 @@ def out_path(out: str | Path) -> Path:
     """
     if "\0" in str(out):
         raise UsageError("the output's name holds a NUL character", where=quoted(str(out)))
-    return Path(os.path.expanduser(out))  # noqa: PTH111  (Path.expanduser raises there)
+    path = Path(os.path.expanduser(out))  # noqa: PTH111  (Path.expanduser raises there)
+    for part in path.parts[bool(path.anchor) :]:
+        if part != ".." and (trouble := trouble_of_name(part)):
+            raise UsageError(f"the output's name {trouble}", where=quoted(str(out)))
+    return path
 
 
 def check_output(
@@ -103,8 +111,8 @@ def _obstacle(out: Path, kind: Kind) -> tuple[str, str, str] | None:
         )  # fmt: skip
     if not out.is_dir():
         return "the output is a file", "a file", "Give a folder as -o, or remove the file yourself"
-    if out.is_mount() or out.resolve() == _home():
-        found = "a mount point" if out.is_mount() else "the home folder"
+    if os.path.ismount(out) or out.resolve() == _home():
+        found = "a mount point" if os.path.ismount(out) else "the home folder"
         return f"{found} is not replaced", found, "Give a folder in it as -o"
     looks = looks_like(out)
     if looks in _MAY_REPLACE[kind]:
@@ -175,12 +183,12 @@ def free_bytes(out: Path) -> int:
 
 def _taken(folder: Path) -> int:
     """Return what the files below a folder take on the disk; nothing of what cannot be seen."""
-    taken = 0
+    total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(OSError):
-                taken += (Path(parent) / name).lstat().st_blocks * 512
-    return taken
+                total += taken((Path(parent) / name).lstat())
+    return total
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -206,14 +214,14 @@ def publish(folder: Path, out: Path, *, overwrite: bool, kind: Kind = "model") -
         OSError: the system refused; ``out`` is as it was, after :func:`put_back`.
     """
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        sync_directory(directory)
-    moved = _move(folder, out)
+        sync_folder(directory)
+    moved = move_to_absent(folder, out)
     if not moved:
         check_output(out, [], overwrite=overwrite, kind=kind)
         moved = _is_empty(out)
         _take_empty(folder, out) if moved else _exchange(folder, out)
     try:
-        sync_directory(out.parent)
+        sync_folder(out.parent)
     except OSError:
         with contextlib.suppress(OSError):
             out.rename(folder) if moved else _exchange(folder, out)
@@ -236,29 +244,14 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(REPLACED)
 
 
-_ONLY_IF_ABSENT, _BOTH_WAYS = 1, 2  # renameat2's RENAME_NOREPLACE and RENAME_EXCHANGE
-_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL)
-
-
-def _move(folder: Path, out: Path) -> bool:
-    """Rename a folder to where nothing is; return False, with nothing done, if something is."""
-    failure = _renameat2(folder, out, _ONLY_IF_ABSENT)
-    if failure in _UNSUPPORTED and not os.path.lexists(out):
-        folder.rename(out)
-        return True
-    if failure not in (0, errno.EEXIST, *_UNSUPPORTED):
-        raise OSError(failure, os.strerror(failure), str(out))
-    return failure == 0
-
-
 def _take_empty(folder: Path, out: Path) -> None:
-    """Rename a folder to where an empty one is, which the system replaces only if it is empty.
+    """Rename a folder to where an empty one is.
 
     Raises:
         OutputExistsError: something was put into it meanwhile.
     """
     try:
-        folder.rename(out)
+        take_empty(folder, out)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -271,39 +264,6 @@ def _exchange(folder: Path, out: Path) -> None:
         out.rename(_aside(folder))
         folder.rename(out)
         _aside(folder).rename(folder)
-
-
-def exchange_at_once(folder: Path, out: Path) -> bool:
-    """Swap two folders in one step; return False, with nothing done, where the kernel cannot.
-
-    Raises:
-        OSError: the system refused.
-    """
-    failure = _renameat2(folder, out, _BOTH_WAYS)
-    if failure and failure not in _UNSUPPORTED:
-        raise OSError(failure, os.strerror(failure), str(out))
-    return not failure
-
-
-def _renameat2(source: Path, target: Path, flags: int) -> int:
-    """Call Linux's renameat2; return 0 or an error's number, ENOSYS where there is no such call."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    call = getattr(libc, "renameat2", None)
-    if call is None:
-        return errno.ENOSYS
-    at_cwd = -100
-    return (
-        0 if call(at_cwd, bytes(source), at_cwd, bytes(target), flags) == 0 else ctypes.get_errno()
-    )
-
-
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -327,6 +287,26 @@ def copy_file(source: Path, path: Path) -> str:
     return digest
 
 
+def check_names_apart(folder: Path, names: Iterable[str]) -> None:
+    """Refuse names of files that would be one in a folder.
+
+    Raises:
+        UsageError: two are, as its file system does not tell upper from lower case.
+    """
+    for one, other, *_ in same_names(names):
+        if are_one(folder, one, other):
+            raise _one_file(folder, one, other)
+
+
+def _one_file(folder: Path, name: str, other: str) -> UsageError:
+    """Return the error for two files of an output that would be one on its file system."""
+    return UsageError(
+        "two files of the output have one name on this file system", where=str(folder),
+        expected="names that differ in more than case", found=f"{quoted(name)} and {quoted(other)}",
+        hint="Give -o on a file system that tells upper from lower case",
+    )  # fmt: skip
+
+
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
     """Write a file and flush it to the disk; return its blake3 (hex).
 
@@ -334,15 +314,16 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
         AccessError, DiskSpaceError: the system refused.
     """
     digest = blake3()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(os.fdopen(os.open(path, flags, 0o666), "wb")) as file:
+        if (other := taken_by(path)) is not None:
+            raise _one_file(path.parent, path.name, other)
+        with contextlib.closing(os.fdopen(open_to_write(path, fresh=True), "wb")) as file:
             for piece in pieces:
                 digest.update(piece)
                 file.write(piece)
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
     except OSError as error:
         raise write_error(path, error) from error
     return digest.hexdigest()

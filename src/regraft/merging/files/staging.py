@@ -9,11 +9,8 @@ behind its digest: what says otherwise was not written, or not wholly.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
-import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,15 +24,18 @@ from regraft.errors import BusyError, EnvironmentShortfall
 from regraft.formats.files.text import path_word
 from regraft.formats.files.watching import check_unchanged, leave_out, telling_changes
 from regraft.merging.files.direct_io import write_error
-from regraft.merging.files.ownership import (
-    check_own,
-    check_place,
-    is_own,
-    is_own_file,
-    make_private,
-    open_folder,
+from regraft.merging.files.ownership import check_own, check_place, is_own_file, make_private
+from regraft.merging.files.publish import (
+    Kind,
+    check_names_apart,
+    check_output,
+    place_of,
+    publish,
+    put_back,
 )
-from regraft.merging.files.publish import Kind, check_output, place_of, publish, put_back
+from regraft.system.locks import OpenFolder, is_lock, remove_all
+from regraft.system.opening import open_to_write
+from regraft.system.owners import is_own
 
 JOURNAL, BUILT, BASE = "journal", "out", "base"
 KEPT = "the work so far is kept: the same command goes on from there, `regraft clean {}` removes it"
@@ -74,7 +74,7 @@ class Workplace:
     def fresh_base(self) -> Path:
         """Return :attr:`base`, made anew."""
         if os.path.lexists(self.base):
-            remove(self.base)
+            remove_all(self.base)
         self.base.mkdir()
         return self.base
 
@@ -91,8 +91,7 @@ class Workplace:
             found = None
         self.entries = found or []
         self.out.mkdir(exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._journal = os.open(self.folder / JOURNAL, flags, 0o600)
+        self._journal = open_to_write(self.folder / JOURNAL, append=True, mode=0o600)
         if found is None:
             self.note({"fingerprint": fingerprint})
         else:
@@ -120,7 +119,11 @@ class Workplace:
         """Remove from the output all but own plain files of these names, which are paths below it.
 
         What is written into is then ours alone, and what is published is what was written.
+
+        Raises:
+            UsageError: two of the names would be one file here.
         """
+        check_names_apart(self.folder, names)
         for parent, folders, files in os.walk(self.out, topdown=False):
             for path in (Path(parent) / name for name in (*files, *folders)):
                 found = path.lstat()
@@ -188,8 +191,8 @@ class Workplace:
 
     def _clear(self, keep: tuple[str, ...]) -> None:
         for path in self.folder.iterdir():
-            if path.name not in keep:
-                remove(path)
+            if path.name not in keep and not is_lock(path.name):
+                remove_all(path)
 
 
 def _digest_of(content: bytes) -> bytes:
@@ -203,14 +206,6 @@ def _entry(line: bytes) -> dict[str, Any] | None:
         return None
     value = json.loads(content)
     return value if isinstance(value, dict) else None
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all it holds."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -236,7 +231,7 @@ def workplace(out: Path, *, overwrite: bool, kind: Kind = "model") -> Iterator[W
     missing = [p for p in (folder.parent, *folder.parent.parents) if not os.path.lexists(p)]
     try:
         with _locked(folder) as locked:
-            work, place = Workplace(locked), out.absolute()
+            work, place = Workplace(folder), out.absolute()
             keep = False
             try:
                 put_back(work.out, place)
@@ -255,7 +250,7 @@ def workplace(out: Path, *, overwrite: bool, kind: Kind = "model") -> Iterator[W
             finally:
                 work.close()
                 if not keep:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    locked.remove(as_far_as_can_be=True)
     except OSError as error:
         typed = write_error(Path(error.filename or folder), error)
         for note in getattr(error, "__notes__", ()):
@@ -277,55 +272,27 @@ def _is_put_back(work: Workplace, out: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
+def _locked(folder: Path) -> Iterator[OpenFolder]:
     """Make a folder and hold a lock on it; one that is there has to be this user's alone."""
     tries = _TRIES
     while True:
         try:
             made = make_private(folder)
             check_place(folder)
-            fd = open_folder(folder)
+            opened = OpenFolder(folder)
         except (FileExistsError, FileNotFoundError):  # its last owner may just have removed it
             tries -= 1
             if not tries:
                 raise
             continue
-        try:
+        with opened:
             if not made:
-                check_own(fd, folder)
-            if not lock(fd):
+                check_own(opened)
+            if not opened.lock():
                 raise BusyError(
                     "another process is writing the same output", where=str(folder),
                     hint="Wait until it is done, or give another -o",
                 )  # fmt: skip
-            if is_still(folder, fd):
-                yield folder
+            if opened.is_in_place():
+                yield opened
                 return
-        finally:
-            os.close(fd)
-
-
-_NO_LOCKS = (
-    *(errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF),
-)
-
-
-def lock(fd: int) -> bool:
-    """Take the lock on an open folder; return False if another process holds it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # a file system without locks: two at a time are then not noticed
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
-
-
-def is_still(folder: Path, fd: int) -> bool:
-    """Whether an open folder is the one at its path; its last owner may just have removed it."""
-    ours = os.fstat(fd)
-    try:
-        return _identity(folder) == (ours.st_dev, ours.st_ino)
-    except FileNotFoundError:
-        return False

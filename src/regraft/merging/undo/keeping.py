@@ -23,7 +23,7 @@ from regraft.formats.files.reading import open_regular, read_at, typed_os_errors
 from regraft.formats.hub import Located
 from regraft.formats.problems import capped
 from regraft.merging.files.direct_io import write_error
-from regraft.merging.files.publish import copy_file, write_file
+from regraft.merging.files.publish import check_names_apart, copy_file, write_file
 from regraft.merging.files.receipt import file_key
 from regraft.merging.files.side_files import TEMPLATES, json_bytes
 from regraft.merging.inputs.base import open_base
@@ -51,6 +51,7 @@ from regraft.merging.undo.patch import (
     section,
 )
 from regraft.merging.undo.residuals import Keep
+from regraft.system.positioned import write_all
 from regraft.tensors import TensorSpec
 
 SMALL_TENSOR = 4096
@@ -249,13 +250,14 @@ def stand_in(merged: Path, manifest: Manifest, patch: PatchReader, folder: Path)
     Raises:
         RegraftError: something is missing or damaged, or cannot be written.
     """
+    check_names_apart(folder, [file.name for file in manifest.files])
     for file in manifest.files:
         path = folder / file.name
         try:
             with path.open("wb") as made:
                 made.truncate(file.size)
                 for start, content in pieces_of(file, patch):
-                    os.pwrite(made.fileno(), content, start)
+                    write_all(made.fileno(), memoryview(content), start)
         except OSError as error:
             raise write_error(path, error) from error
     for name, content in side_files(merged, manifest):

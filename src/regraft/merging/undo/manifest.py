@@ -21,6 +21,7 @@ from regraft.formats.layout import RECEIPT
 from regraft.formats.problems import quoted
 from regraft.merging.files.receipt import Receipt, file_key
 from regraft.merging.files.side_files import TEMPLATES, travels
+from regraft.system.names import trouble_of_name
 
 UNDO = "regraft/undo"
 """Where an output keeps what an undo needs."""
@@ -217,6 +218,8 @@ def _plain(name: Any) -> str:
         ValueError: it would not.
     """
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(f"the file name {quoted(name)}")
+    if trouble_of_name(name):  # on Windows a name with a colon leads to elsewhere
         raise ValueError(f"the file name {quoted(name)}")
     return name
 

@@ -23,6 +23,7 @@ from regraft.errors import FormatError
 from regraft.formats.files.reading import FilePool
 from regraft.formats.safetensors import read_header
 from regraft.merging.files.direct_io import sync_or_empty, write_error
+from regraft.system.opening import open_to_write
 from regraft.tensors import TensorSpec
 
 STREAMS, UNITS, FACTORS = "streams", "units", "factors"
@@ -79,8 +80,7 @@ class PatchWriter:
         self._hash = blake3()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=2**20)
+            self._file = os.fdopen(open_to_write(path), "r+b", buffering=2**20)
             try:
                 self._file.truncate(self._room + self._at)
                 self._file.write((self._room - 8).to_bytes(8, "little"))

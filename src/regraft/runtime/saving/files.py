@@ -19,7 +19,6 @@ without a config, which no program loads, and never a mix.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -34,7 +33,6 @@ import torch
 from regraft.adapters.lora_config import as_json
 from regraft.adapters.wrappers import PREFIX
 from regraft.errors import (
-    AccessError,
     AdapterError,
     BusyError,
     Problem,
@@ -42,22 +40,19 @@ from regraft.errors import (
     UsageError,
 )
 from regraft.formats.files.inside import file_pieces, head_of
-from regraft.formats.files.text import plain_text
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import capped
 from regraft.formats.safetensors import build_header
 from regraft.merging.files.direct_io import write_error
-from regraft.merging.files.ownership import check_own, check_place, make_private, open_folder
-from regraft.merging.files.publish import (
-    exchange_at_once,
-    out_path,
-    sync_directory,
-    write_file,
-    write_pieces,
-)
+from regraft.merging.files.ownership import check_own, check_place, make_private
+from regraft.merging.files.publish import out_path, write_file, write_pieces
 from regraft.merging.files.side_files import CARD
 from regraft.merging.options import parse_dtype
 from regraft.runtime.model.live_base import dtype_name, spec_of, torch_dtype_of
+from regraft.system.folder_paths import path_of_utf8
+from regraft.system.locks import OpenFolder, is_lock, remove_all
+from regraft.system.renaming import can_exchange, exchange_at_once
+from regraft.system.syncing import sync_folder, sync_path
 from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec, nbytes_of
 
 _CARD_BYTES = 2**20
@@ -114,7 +109,7 @@ def write_adapter(
     if place.exists() and not place.is_dir():
         raise UsageError("the folder to save to is a file", where=str(folder))
     try:
-        with _work_folder(place) as (work, can_exchange):
+        with _work_folder(place) as (work, movable):
             new = work / "new"
             new.mkdir()
             write_file(new / ADAPTER_CONFIG, config_bytes(config))
@@ -124,8 +119,8 @@ def write_adapter(
                 write_file(new / CARD, card.encode())
             if tokenizer is not None:
                 _save_tokenizer(tokenizer, new)
-            sync_directory(new)
-            _put_in_place(new, place, can_exchange)
+            sync_folder(new)
+            _put_in_place(new, place, movable)
     except OSError as error:
         raise write_error(place, error) from error
     return out_path(folder)
@@ -240,18 +235,11 @@ def _content(
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Let a tokenizer save itself, and flush what it wrote."""
     before = set(folder.iterdir())
-    if plain_text(str(folder)) == str(folder):
-        tokenizer.save_pretrained(str(folder))
-    else:  # the tokenizers library takes no path that is not UTF-8
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            tokenizer.save_pretrained(f"/proc/self/fd/{fd}")
-        finally:
-            os.close(fd)
-    for path in set(folder.iterdir()) - before:
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    with path_of_utf8(folder) as path:  # the tokenizers library takes no other
+        tokenizer.save_pretrained(path)
+    for made in set(folder.iterdir()) - before:
+        if made.is_file():
+            sync_path(made)
 
 
 def _may_replace_card(path: Path) -> bool:
@@ -275,19 +263,19 @@ def _work_folder(place: Path) -> Iterator[tuple[Path, bool]]:
     The lock ends with the process. It is beside the adapter's folder, or in it where the parent may
     not be written or the folder is a mount point.
     """
-    beside, can_exchange = place.parent / f".{place.name}.saving", True
+    beside, movable = place.parent / f".{place.name}.saving", True
     if place.exists() and not _can_move(place):
-        beside, can_exchange = place / ".saving", False
+        beside, movable = place / ".saving", False
     place.parent.mkdir(parents=True, exist_ok=True)
-    fd = _locked(beside)
-    try:
-        for left in beside.iterdir():
-            _remove(left)
-        yield beside, can_exchange
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(beside)
-        os.close(fd)
+    with _locked(beside) as folder:
+        try:
+            for left in beside.iterdir():
+                if not is_lock(left.name):
+                    remove_all(left)
+            yield beside, movable
+        finally:
+            with suppress(OSError):
+                folder.remove()
 
 
 def _can_move(place: Path) -> bool:
@@ -300,57 +288,46 @@ def _can_move(place: Path) -> bool:
     return not is_current and not os.path.ismount(place) and os.access(place.parent, os.W_OK)
 
 
-def _locked(folder: Path) -> int:
-    """Return a descriptor of a folder, made if need be, that holds its lock.
+def _locked(folder: Path) -> OpenFolder:
+    """Return a folder, made if need be, that is open and locked.
 
     Raises:
-        BusyError: another process holds it.
+        BusyError: another process holds its lock.
         AccessError: it is another user's, others may write to it, or it is a link.
     """
     for _ in range(_TRIES):
         made = make_private(folder)
         check_place(folder, _ELSEWHERE)
-        with suppress(FileNotFoundError):
-            fd = open_folder(folder)
+        with suppress(FileNotFoundError):  # its last owner may just have removed it
+            opened = OpenFolder(folder)
             try:
                 if not made:
-                    check_own(fd, folder, _ELSEWHERE)
-            except AccessError:
-                os.close(fd)
+                    check_own(opened, _ELSEWHERE)
+                if not opened.lock():
+                    raise _busy(folder)
+                if opened.is_in_place():
+                    return opened
+            except BaseException:
+                opened.close()
                 raise
-            if _lock(fd, folder):
-                return fd
-            os.close(fd)
-    raise BusyError("another process is saving to the same folder", where=str(folder),
-                    hint="Wait for it to end, or save to another folder")  # fmt: skip
+            opened.close()
+    raise _busy(folder)
 
 
-def _lock(fd: int, folder: Path) -> bool:
-    """Lock a folder by its descriptor; False if it was removed meanwhile by who had the lock.
-
-    Raises:
-        BusyError: another process holds it.
-    """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(fd), folder.stat())
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        os.close(fd)
-        raise BusyError("another process is saving to the same folder", where=str(folder),
-                        hint="Wait for it to end, or save to another folder") from None  # fmt: skip
+def _busy(folder: Path) -> BusyError:
+    return BusyError("another process is saving to the same folder", where=str(folder),
+                     hint="Wait for it to end, or save to another folder")  # fmt: skip
 
 
-def _put_in_place(new: Path, place: Path, can_exchange: bool) -> None:
+def _put_in_place(new: Path, place: Path, movable: bool) -> None:
     """Put the files of ``new`` at ``place``, in the way the module says."""
     if not place.exists():
         new.rename(place)
-        sync_directory(place.parent)
+        sync_folder(place.parent)
         return
     old = place / ADAPTER_CONFIG
     changes = old.exists() and b"".join(file_pieces(old)) != (new / ADAPTER_CONFIG).read_bytes()
-    if not (changes and can_exchange and _exchanged(new, place)):
+    if not (changes and movable and can_exchange() and _exchanged(new, place)):
         _rename_files(new, place, remove_config=changes)
     with suppress(FileNotFoundError):
         (place / ADAPTER_TORCH).unlink()
@@ -360,16 +337,16 @@ def _rename_files(new: Path, place: Path, *, remove_config: bool) -> None:
     """Rename files one by one: weights, then the config, then what is not the adapter itself."""
     if remove_config:
         (place / ADAPTER_CONFIG).unlink()
-        sync_directory(place)
+        sync_folder(place)
     names = sorted(path.name for path in new.iterdir())
     first = [ADAPTER_SAFE, ADAPTER_CONFIG]
     for name in [*first, *(n for n in names if n not in first)]:
         if (place / name).is_dir():
-            _remove(place / name)
-        (new / name).rename(place / name)
+            remove_all(place / name)
+        (new / name).replace(place / name)
         if name in first:
-            sync_directory(place)  # the config must not reach the disk before the weights
-    sync_directory(place)
+            sync_folder(place)  # the config must not reach the disk before the weights
+    sync_folder(place)
 
 
 def _exchanged(new: Path, place: Path) -> bool:
@@ -382,19 +359,19 @@ def _exchanged(new: Path, place: Path) -> bool:
         shutil.copystat(place, new)
         _link_others(place, new, made)
         for folder, _, _ in os.walk(new):
-            sync_directory(Path(folder))
+            sync_folder(Path(folder))
         swapped = exchange_at_once(new, place)
     except OSError as error:
         if error.errno not in _IN_PLACE_ONLY:
             raise
         swapped = False
     if swapped:
-        sync_directory(place.parent)
+        sync_folder(place.parent)
         _link_others(new, place, made)
         return True
     for path in new.iterdir():
         if path.name not in made:
-            _remove(path)
+            remove_all(path)
     return False
 
 
@@ -410,10 +387,3 @@ def _link_others(source: Path, target: Path, made: set[str]) -> None:
         for name in files:
             if (here != Path() or name not in made) and not os.path.lexists(target / here / name):
                 os.link(Path(parent) / name, target / here / name, follow_symlinks=False)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

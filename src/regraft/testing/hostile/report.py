@@ -16,6 +16,9 @@ from typing import Any
 from unicodedata import category
 
 from regraft.errors import RegraftError
+from regraft.system.memory import resident_memory
+from regraft.system.opening import open_to_write
+from regraft.system.positioned import write_all
 
 FAILURES_KEPT = 20
 LONGEST_PART = 8_000
@@ -184,8 +187,7 @@ def run_cases(
 def _resident() -> int:
     """Return this process's resident bytes."""
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return resident_memory()
 
 
 @contextmanager
@@ -200,10 +202,10 @@ def scratch(folder: Path | None) -> Iterator[Path]:
 @contextmanager
 def rewritable(path: Path) -> Iterator[Callable[[bytes], None]]:
     """Lend a function that gives a file, which stays open, another content."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    fd = open_to_write(path, mode=0o600)
 
     def write(content: bytes) -> None:
-        os.pwrite(fd, content, 0)
+        write_all(fd, memoryview(content), 0)
         os.ftruncate(fd, len(content))
 
     try:

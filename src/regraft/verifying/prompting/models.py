@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from regraft.errors import EnvironmentShortfall, InputError, RegraftError, UnsupportedError
@@ -12,6 +11,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.parsed import check_parsed
 from regraft.formats.problems import quoted
 from regraft.libraries import from_pretrained
+from regraft.system.memory import available_memory
 
 SPARE = 1.25
 """Memory wanted for a model, as a factor on its weights in float32."""
@@ -104,14 +104,10 @@ def float32_bytes(model: Checkpoint) -> int:
 
 def _check_memory(model: Checkpoint) -> None:
     """Refuse to load what does not fit, where the system says how much there is (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    free = available_memory()
     needed = int(SPARE * float32_bytes(model))
-    if free and free[0] < needed:
-        found = f"{free[0] / 1e9:.1f} GB available"
+    if free is not None and free < needed:
+        found = f"{free / 1e9:.1f} GB available"
         raise no_memory(model.source, found, f"{needed / 1e9:.1f} GB")
 
 
