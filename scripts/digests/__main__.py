@@ -67,8 +67,8 @@ def differing(found: Mapping[str, str], wanted: Iterable[Case]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT",
-                        help="cases whose name has the text; may be given several times")  # fmt: skip
+    only = "cases whose name has the text; may be given several times"
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help=only)
     parser.add_argument("--brief", action="store_true", help="the cases that the tests run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every digest there")
     parser.add_argument("--times", action="store_true", help="say how long each case takes")

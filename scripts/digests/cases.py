@@ -49,14 +49,17 @@ INPUTS: dict[str, Make] = {
     "phi3-lora": plain.phi3_adapter,
     "gpt-oss": quantized.write_gpt_oss,
     "gpt-oss-lora": quantized.gpt_oss_adapter,
-    **{f"stored-{name}": partial(quantized.write_stored, format=name) for name in quantized.FORMATS},
+    **{
+        f"stored-{name}": partial(quantized.write_stored, format=name) for name in quantized.FORMATS
+    },
     **{f"gguf-{kind}": partial(quantized.write_gguf, kind=kind) for kind in quantized.GGUF_TYPES},
 }
 """Bases and adapters by name."""
 
+
 @dataclass(frozen=True)
 class Made:
-    """A base that regraft quantizes itself: ``options`` of ``quantize``; of which base, ``model``."""
+    """A base that regraft makes: options of ``quantize``, and which model's adapters fit."""
 
     options: dict[str, Any]
     model: str = "llama"
@@ -141,9 +144,7 @@ class Merged:
         if self.undone:
             regraft.unmerge(out / "merged", out / "base", **common)
         if self.swapped:
-            regraft.swap(
-                out / "merged", _of(world, self.swapped), out / "swapped", **self.options
-            )
+            regraft.swap(out / "merged", _of(world, self.swapped), out / "swapped", **self.options)
 
 
 def _of(world: World, adapters: Adapters) -> list[tuple[Path, float]]:

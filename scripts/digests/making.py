@@ -40,7 +40,8 @@ def raw(*shape: int, seed: int = 0, dtype: Any = np.uint8) -> Array:
     """Return random bits."""
     item = np.dtype(dtype).itemsize
     bits = np.random.default_rng([seed, *shape]).integers(0, 256, (*shape, item), dtype=np.uint8)
-    return bits.view(dtype)[..., 0]
+    values: Array = bits.view(dtype)[..., 0]
+    return values
 
 
 def save_file(tensors: Mapping[str, Array], path: Path) -> None:
@@ -125,6 +126,8 @@ def embedding(module: str, rows: int, width: int, rank: int = 3, seed: int = 1) 
     }
 
 
-def experts(module: str, count: int, out: int, inputs: int, rank: int = 3, seed: int = 1) -> Tensors:
+def experts(
+    module: str, count: int, out: int, inputs: int, rank: int = 3, seed: int = 1
+) -> Tensors:
     """Return the factors of a stack of experts: A (count rank, inputs), B (out, rank count)."""
     return lora(module, out, inputs, rank * count, seed)

@@ -88,12 +88,13 @@ def odd_tensors(dtype: Any) -> Tensors:
 
 def special(dtype: Any) -> Array:
     """Return a matrix (41, 67) with zeros of both signs, subnormals, NaN, infinities and powers."""
-    bits = {2: np.uint16, 4: np.uint32}[np.dtype(dtype).itemsize]
+    width = np.dtype(dtype).itemsize
+    bits: Any = np.uint16 if width == 2 else np.uint32
     values = draw(41, 67, seed=5, dtype=dtype)
     exact = np.array([0, -0.0, 1, -1, 2, 0.5, np.inf, -np.inf, 2.0**-14], np.float32).astype(dtype)
     values[1, : len(exact)] = exact
     quiet = np.array([np.nan], np.float32).astype(dtype).view(bits)[0]
-    nans = np.array([quiet, quiet | 5, quiet | 1 << (8 * bits().itemsize - 1)], bits)
+    nans = np.array([quiet, quiet | 5, quiet | 1 << (8 * width - 1)], bits)
     values[2, :3] = nans.view(dtype)
     values[3] = np.arange(67).astype(bits).view(dtype)  # subnormals
     values[4] = np.ldexp(np.float32(1), np.arange(67) % 12 - 6).astype(dtype)

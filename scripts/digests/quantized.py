@@ -20,7 +20,6 @@ from digests.making import (
     write_adapter,
     write_base,
 )
-from digests.making import lora as lora
 from digests.plain import EVEN, LAYERS, Sizes, llama_config, llama_tensors
 
 GROUP = 32
@@ -159,9 +158,7 @@ FORMATS: dict[str, Format] = {
     "gptq-4": _gptq_format(4, ordered=True, layout="gptq_v2"),
     "gptq-4-any-order": _gptq_format(4, ordered=False, layout="gptq"),
     "gptq-8": _gptq_format(8, ordered=True, layout="gptq_v2"),
-    "awq": Format(
-        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, _awq
-    ),
+    "awq": Format({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, _awq),
     "fp8": Format(
         {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
         _fp8,
@@ -254,7 +251,8 @@ def write_gguf(folder: Path, kind: str) -> Path:
     for seed, (name, weight) in enumerate(llama_tensors(GGUF_SIZES, np.float32).items()):
         tensors[_gguf_name(name)] = (weight, "F32")
         if name.endswith("_proj.weight"):
-            shape = gguf.quant_shape_to_byte_shape(weight.shape, gguf.GGMLQuantizationType[kind])
+            of_kind: Any = gguf.GGMLQuantizationType[kind]
+            shape = gguf.quant_shape_to_byte_shape(weight.shape, of_kind)
             tensors[_gguf_name(name)] = (_gguf_blocks(shape, seed), kind)
     metadata = {
         "llama.context_length": 32, "llama.block_count": LAYERS,

@@ -92,7 +92,7 @@ def narrowed(value: Any) -> Any:
         return np.uint16(sign | np.uint32(0x7E00) | payload)
     if size >= np.uint32(0x47800000):  # 2^16 and above
         return np.uint16(sign | np.uint32(0x7C00))
-    if size < np.uint32(0x38800000):  # below 2^-14: numbers around 1/2 are as far apart as subnormals
+    if size < np.uint32(0x38800000):  # below 2^-14; float32 from 1/2 on has the step of subnormals
         moved = bits_of(float_of(size) + np.float32(0.5)) - np.uint32(0x3F000000)
         return np.uint16(sign | moved)
     odd = (size >> np.uint32(13)) & np.uint32(1)
