@@ -54,7 +54,8 @@ def environment(kind: Kind, cache: Path) -> dict[str, str]:
         "NUMBA_CACHE_DIR": str(cache), "OPENBLAS_CORETYPE": kind.openblas,
     }  # fmt: skip
     if kind.numpy_plain:
-        found["NPY_DISABLE_CPU_FEATURES"] = " ".join(np._core._multiarray_umath.__cpu_dispatch__)
+        extensions = np.show_config(mode="dicts")["SIMD Extensions"]
+        found["NPY_DISABLE_CPU_FEATURES"] = " ".join(extensions["found"])
     return found
 
 

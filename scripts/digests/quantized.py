@@ -186,7 +186,8 @@ def write_stored(folder: Path, format: str, sizes: Sizes = EVEN) -> Path:
     tensors: Tensors = {}
     for seed, (name, weight) in enumerate(llama_tensors(sizes).items()):
         if name.endswith("_proj.weight"):
-            tensors |= chosen.store(name.removesuffix(".weight"), *weight.shape, seed)
+            out, inputs = weight.shape
+            tensors |= chosen.store(name.removesuffix(".weight"), out, inputs, seed)
         else:
             tensors[name] = weight
     names = sorted(tensors)
