@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench bench-quantized bench-qlora bench-live practice torture mutants docs clean help
+.PHONY: demo test check bench bench-quantized bench-qlora bench-live practice torture mutants digests arm docs clean help
 
 help:
 	@echo "make demo    train two adapters on a real model, switch, merge, take back (under 3 minutes)"
@@ -17,6 +17,8 @@ help:
 	@echo "make practice    PEFT's toy models, Trainer, serving, beside PEFT; counts of docs/faithfulness.md"
 	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (an hour)"
 	@echo "make mutants makes wrong changes to the code, one at a time: does a test fail? (hours)"
+	@echo "make digests every output of a fixed set has the bytes it had, as other x86 processors make it too"
+	@echo "make arm     the same on an emulated arm64 (half an hour; Debian, for its packages)"
 	@echo "make docs    check that the docs are in step with the code"
 
 # torch comes first and pinned: an unpinned torch would bring gigabytes of CUDA.
@@ -71,8 +73,17 @@ torture: $(VENV)/.dev
 mutants: $(VENV)/.model
 	PYTHONPATH=scripts $(PY) -m mutants --count 100 --json .mutants/report.json
 
+digests: $(VENV)/.dev
+	PYTHONPATH=scripts $(PY) -m digests
+	PYTHONPATH=scripts $(PY) -m digests.processors
+
+# qemu, an arm64 Python and its wheels lie in .arm; nothing is installed.
+arm: $(VENV)/.dev
+	PYTHONPATH=scripts $(PY) -m arm
+	PYTHONPATH=scripts $(PY) -m arm --generic --brief
+
 docs: $(VENV)/.dev
 	$(PY) -m pytest -q tests/docs
 
 clean:
-	rm -rf $(VENV) .demo .bench .torture .mutants build dist *.egg-info
+	rm -rf $(VENV) .demo .bench .torture .mutants .arm build dist *.egg-info

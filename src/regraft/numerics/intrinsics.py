@@ -1,15 +1,20 @@
 """Single IEEE operations that numba does not offer, as LLVM instructions.
 
-Each gives the same bits on every CPU that has the instruction in hardware (x86-64-v3, ARM64),
-which is what fixes the bytes of a merge.
+Each gives the same bits on every CPU, which is what fixes the bytes of a merge. A processor without
+fused multiply-add (x86-64 before v3) gets it from the C library. One that cannot convert float16
+would need functions that no library has for sure; there, integers do it (:func:`widened` and
+:func:`narrowed`).
 """
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
-from llvmlite import ir
+import numpy as np
+from llvmlite import binding, ir
 from numba import types
+from numba.core import config
 from numba.extending import intrinsic
 
 
@@ -53,11 +58,55 @@ def shift_left(typingctx: Any, value: Any, count: Any) -> Any:  # noqa: ARG001
     return types.int32(types.int32, types.int32), codegen
 
 
+def converts_halves() -> bool:
+    """Whether the processor that numba compiles for is known to convert float16 itself.
+
+    Where ``NUMBA_CPU_NAME`` or ``NUMBA_CPU_FEATURES`` narrow it, only the features named count.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if config.CPU_FEATURES is not None:
+        return "+f16c" in config.CPU_FEATURES.split(",")
+    return bool(binding.get_host_cpu_features().get("f16c"))
+
+
+def widened(half: Any) -> Any:
+    """Return the float32 equal to a float16, given as its bits; a NaN becomes a quiet one."""
+    sign = (np.uint32(half) & np.uint32(0x8000)) << np.uint32(16)
+    size = np.uint32(half) & np.uint32(0x7FFF)
+    if size < np.uint32(0x400):  # subnormal: a whole number of 2^-24
+        return float_of(sign | bits_of(np.float32(np.int32(size)) * np.float32(2.0**-24)))
+    if size < np.uint32(0x7C00):
+        return float_of(sign | ((size << np.uint32(13)) + np.uint32(112 << 23)))
+    quiet = np.uint32(0x400000) if size > np.uint32(0x7C00) else np.uint32(0)
+    return float_of(sign | np.uint32(0x7F800000) | (size << np.uint32(13)) | quiet)
+
+
+def narrowed(value: Any) -> Any:
+    """Return the bits of a float32 rounded to float16, to nearest even; a NaN stays a NaN."""
+    bits = bits_of(value)
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    size = bits & np.uint32(0x7FFFFFFF)
+    if size > np.uint32(0x7F800000):
+        payload = (size >> np.uint32(13)) & np.uint32(0x3FF)
+        return np.uint16(sign | np.uint32(0x7E00) | payload)
+    if size >= np.uint32(0x47800000):  # 2^16 and above
+        return np.uint16(sign | np.uint32(0x7C00))
+    if size < np.uint32(0x38800000):  # below 2^-14; float32 from 1/2 on has the step of subnormals
+        moved = bits_of(float_of(size) + np.float32(0.5)) - np.uint32(0x3F000000)
+        return np.uint16(sign | moved)
+    odd = (size >> np.uint32(13)) & np.uint32(1)
+    rounded = (size - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    return np.uint16(sign | rounded)
+
+
 @intrinsic
 def half_to_float(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
     """Return the float32 equal to the float16 with these 16 bits."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not converts_halves():
+            return context.compile_internal(builder, widened, signature, args)
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.uint16), codegen
@@ -67,7 +116,9 @@ def half_to_float(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
 def float_to_half(typingctx: Any, value: Any) -> Any:  # noqa: ARG001
     """Return the 16 bits of a float32 rounded to float16, to nearest even."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not converts_halves():
+            return context.compile_internal(builder, narrowed, signature, args)
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
     return types.uint16(types.float32), codegen
