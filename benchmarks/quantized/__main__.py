@@ -1,6 +1,6 @@
 """Measure work on 4-bit models against its peers and write docs/benchmarks-quantized.md.
 
-    python benchmarks/quantized.py [--small] [--json] [--rounds N] [--work DIR] [--keep]
+    python -m benchmarks.quantized [--small] [--json] [--rounds N] [--work DIR] [--keep]
 
 The peers are transformers with PEFT and bitsandbytes, and bitsandbytes alone; all on the CPU. It
 needs some 25 GB of free disk, takes about ten minutes, and wants the machine to itself. It ends
@@ -18,17 +18,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import measure
-import quantized_report as figures
-import report
-from machine import ROOT, describe
-from measure import HERE, Model, once, regraft
-from process import Sample, measured
-from report import Figure
-from run import clean, say, work_folder
+from benchmarks.quantized import figures
+from benchmarks.shared import models, page
+from benchmarks.shared.figures import Figure
+from benchmarks.shared.machine import ROOT, describe
+from benchmarks.shared.models import Model, once, regraft
+from benchmarks.shared.process import Sample, measured
+from benchmarks.shared.running import SCALE, clean, say, versions, work_folder
+
+HERE = Path(__file__).resolve().parent
 
 PAGE = ROOT / "docs" / "benchmarks-quantized.md"
-SCALE = 4
 NEEDED_BYTES = 22 * 10**9
 """The base at four times the layers, 16 bits and 4, and a merge of it."""
 
@@ -49,13 +49,13 @@ class Bench:
         """Measure everything, and make the figures."""
         self._speeds()
         say("writing the model")
-        model = measure.make_model(self.work / "scale1", *self._shape())
+        model = models.make_model(self.work / "scale1", *self._shape())
         small = quantized(model, self.work / "nf4")
         self._merges(small)
-        measure.remove(small.folder)
+        models.remove(small.folder)
         self._quantizing(model)
         if not self.options.keep:
-            measure.remove(model.folder)
+            models.remove(model.folder)
         large = self._large()
         self.figures = [
             *figures.merge_figures(self.samples),
@@ -78,8 +78,8 @@ class Bench:
 
     def _merges(self, model: Model) -> None:
         out = self.work / "out"
-        merge = measure.merge_command(model, out)
-        script = str(HERE / "peft_quantized_merge.py")
+        merge = models.merge_command(model, out)
+        script = str(HERE / "peft_merge.py")
         peft = [sys.executable, script, str(model.base), str(model.adapter), str(out)]
         jobs = {"merge": merge, "no undo": [*merge, "--no-undo"], "peft": peft}
         self._in_turns("merges out of 4 bits", jobs, model)
@@ -119,27 +119,27 @@ class Bench:
 
     def _large(self) -> Sample:
         say(f"a model with {SCALE} times the layers")
-        plain = measure.make_model(self.work / f"scale{SCALE}", "--scale", str(SCALE),
+        plain = models.make_model(self.work / f"scale{SCALE}", "--scale", str(SCALE),
                                    *self._shape())  # fmt: skip
         large = quantized(plain, self.work / "large")
-        measure.remove(plain.base)
-        sample = once(measure.merge_command(large, self.work / "out"), large, self.work / "out")
+        models.remove(plain.base)
+        sample = once(models.merge_command(large, self.work / "out"), large, self.work / "out")
         self.samples["large"] = [sample]
-        measure.remove(large.folder)
-        measure.remove(plain.folder)
+        models.remove(large.folder)
+        models.remove(plain.folder)
         return sample
 
     def json(self, machine: dict[str, str]) -> dict[str, object]:
         """Return everything as JSON-ready objects."""
         runs: dict[str, object] = {n: [asdict(s) for s in each] for n, each in self.samples.items()}
         runs |= {"seconds in quantize_4bit": self.calls, "speeds": self.speeds}
-        return report.as_json(self.figures, machine, runs)
+        return page.as_json(self.figures, machine, runs)
 
 
 def quantized(model: Model, folder: Path) -> Model:
     """Return the same model in NF4, with the same adapter."""
     made = Model(folder)
-    measure.remove(folder)
+    models.remove(folder)
     folder.mkdir()
     measured(regraft("quantize", model.base, "-o", made.base, "--to", "nf4"))
     made.adapter.symlink_to(model.adapter.resolve())
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work, ours = work_folder(options.work)
     bench = Bench(work, options)
     try:
-        why = "" if options.small else measure.room_for(work, NEEDED_BYTES)
+        why = "" if options.small else models.room_for(work, NEEDED_BYTES)
         if why:
             sys.exit(f"not enough disk: {why}")
         bench.run()
@@ -178,17 +178,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def finish(bench: Bench, options: argparse.Namespace) -> None:
     """Write the page and print the table, or everything as JSON."""
-    machine = describe(bench.work) | figures.versions()
+    machine = describe(bench.work) | versions()
     machine["load before it began"] = f"{bench.load:.1f} (above 0.2, the machine was not idle)"
     if options.page:
         small = ["--small"] if options.small else []
-        command = ["python", "benchmarks/quantized.py", *small, "--rounds", str(options.rounds)]
-        content = report.section(bench.figures, machine, shlex.join(command))
-        report.write_page(options.page, content, figures.INTRODUCTION)
+        command = ["python", "-m", "benchmarks.quantized", *small, "--rounds", str(options.rounds)]
+        content = page.section(bench.figures, machine, shlex.join(command))
+        page.write_page(options.page, content, figures.INTRODUCTION)
     if options.json:
         print(json.dumps(bench.json(machine), indent=2))
     else:
-        print(report.table(bench.figures))
+        print(page.table(bench.figures))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from synthetic import FACTOR_STD, LLAMA_1B, TINY, ModelShape, write_model
+from benchmarks.shared.synthetic import FACTOR_STD, LLAMA_1B, TINY, ModelShape, write_model
 
 SMALL = ModelShape("llama", 256, 512, 4, 4, 2, 512, tied=False)
 """For a thousand adapters, and for thousands of calls."""

@@ -1,6 +1,6 @@
 """The way to beat: merge an adapter into a 4-bit model with transformers, bitsandbytes and PEFT.
 
-    python benchmarks/peft_quantized_merge.py BASE4BIT ADAPTER OUT
+    python benchmarks/quantized/peft_merge.py BASE4BIT ADAPTER OUT
 
 The model is dequantized first and the adapter put on it then, so that the result is the plain
 bfloat16 model that ``regraft merge`` writes too. PEFT can also merge into bitsandbytes' own layers;

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
-import report
-from qlora_measure import Seen, Texts, divergence
-from qlora_models import FRESH, KEEP, Family
-from report import BEGIN, END, Figure
+from benchmarks.qlora.measure import Seen, Texts, divergence
+from benchmarks.qlora.models import FRESH, KEEP, Family
+from benchmarks.shared import page
+from benchmarks.shared.figures import Figure
+from benchmarks.shared.page import BEGIN, END
 
 KL_LIMIT = 0.01
 LOSS_LIMIT = 0.01
@@ -200,7 +201,7 @@ def section(found: Found, machine: Mapping[str, str], command: str) -> str:
         f"{len(found.asked.prose)} passages"
     }
     lines += ["## Targets", "", "Of `--quantize keep`, into the NF4 model.", "", ""]
-    return "\n".join(lines) + report.section(figures, {**facts, **machine}, command)
+    return "\n".join(lines) + page.section(figures, {**facts, **machine}, command)
 
 
 INTRODUCTION = f"""# What survives of a QLoRA adapter
@@ -222,7 +223,7 @@ values that the NF4 codes stand for (`regraft dequantize`), in float32.
 - **Task loss** is the mean cross entropy of the answers' tokens to held-out sentences, which share
   no name, city or job with those of the training. **KL** is KL(exact merge || model), the mean over
   tokens, in nats, on those same tokens (task) and on
-  [English prose](../benchmarks/general_text.txt) that has nothing to do with the task.
+  [English prose](../benchmarks/qlora/general_text.txt) that has nothing to do with the task.
 - **Kept of the delta** and **noise** are the receipt's `survived`, <Q - W, delta> / <delta, delta>,
   and `noise`, |Q - W - delta| / |W|; for bitsandbytes the same from its values. Where a 16-bit base
   is put into NF4, the noise is mostly that of quantizing at all.

@@ -14,10 +14,10 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-import live_models as models
 import regraft
-from live_measure import Inputs, passing
-from live_models import Sizes
+from benchmarks.live import models
+from benchmarks.live.measure import Inputs, passing
+from benchmarks.live.models import Sizes
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that float32 rounding explains."""

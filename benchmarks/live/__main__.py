@@ -1,6 +1,6 @@
 """Measure adapters on live models against PEFT and write docs/benchmarks-live.md.
 
-    python benchmarks/live.py [--quick] [--json] [--only NAME ...] [--rounds N] [--work DIR]
+    python -m benchmarks.live [--quick] [--json] [--only NAME ...] [--rounds N] [--work DIR]
 
 It needs some 10 GB of memory and 4 GB of free disk, takes about fifteen minutes, and wants the
 machine to itself. It ends with 1 when a target is missed, unless it is ``--quick``.
@@ -19,20 +19,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import live_many as many
-import live_measure as measure
-import live_models as models
-import live_report as figures
-import report
-from live_measure import Inputs, Running
-from live_models import QUICK, Sizes
-from live_timing import Times
-from machine import ROOT, describe
-from measure import room_for
-from quantized_report import versions
+from benchmarks.live import figures, many, measure, models
+from benchmarks.live.measure import Inputs, Running
+from benchmarks.live.models import QUICK, Sizes
+from benchmarks.live.timing import Times
+from benchmarks.shared import page
+from benchmarks.shared.figures import Figure
+from benchmarks.shared.machine import ROOT, describe
+from benchmarks.shared.models import room_for
+from benchmarks.shared.running import say, versions, work_folder
 from regraft.demo.quiet import quiet_libraries
-from report import Figure
-from run import say, work_folder
 
 PAGE = ROOT / "docs" / "benchmarks-live.md"
 NEEDED_BYTES = 4 * 10**9
@@ -155,14 +151,14 @@ def finish(bench: Bench, options: argparse.Namespace) -> None:
     machine = describe(bench.work) | versions()
     machine["load before it began"] = f"{bench.load:.1f} (above 0.2, the machine was not idle)"
     if options.page:
-        command = ["python", "benchmarks/live.py", *(["--quick"] if options.quick else [])]
+        command = ["python", "-m", "benchmarks.live", *(["--quick"] if options.quick else [])]
         command += ["--rounds", str(bench.sizes.rounds)]
-        content = report.section(bench.figures, machine, shlex.join(command))
-        report.write_page(options.page, content, figures.INTRODUCTION)
+        content = page.section(bench.figures, machine, shlex.join(command))
+        page.write_page(options.page, content, figures.INTRODUCTION)
     if options.json:
-        print(json.dumps(report.as_json(bench.figures, machine, bench.samples), indent=2))
+        print(json.dumps(page.as_json(bench.figures, machine, bench.samples), indent=2))
     else:
-        print(report.table(bench.figures))
+        print(page.table(bench.figures))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast codes become values and values codes, in memory, on one thread.
 
-    python benchmarks/decode_speed.py OUT.json [--small]
+    python benchmarks/quantized/decode_speed.py OUT.json [--small]
 
 Writes ``{name: G elements/s}``. A weight is gone through in tiles, as a merge does it: what a tile
 takes from its stored bytes to bfloat16 is timed, and likewise from values to stored bytes.

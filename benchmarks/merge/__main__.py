@@ -1,6 +1,6 @@
 """Measure regraft against its targets and write the table of docs/benchmarks.md.
 
-    python benchmarks/run.py [--quick] [--json] [--pairs N] [--work DIR] [--keep]
+    python -m benchmarks.merge [--quick] [--json] [--pairs N] [--work DIR] [--keep]
 
 It needs some 12 GB of free disk (25 GB with the memory figure at four times the size), takes five
 to fifteen minutes, as the disk allows, and wants the machine to itself. It ends with 1 when a
@@ -13,21 +13,19 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import measure
-import report
-from machine import ROOT, describe
-from process import Sample
-from report import Figure
+from benchmarks.merge import figures, measure
+from benchmarks.shared import models, page
+from benchmarks.shared.figures import Figure, growth_figure, growth_name, missing
+from benchmarks.shared.machine import ROOT, describe
+from benchmarks.shared.process import Sample
+from benchmarks.shared.running import SCALE, clean, say, work_folder
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-SCALE = 4
 LARGE_BYTES = 23 * 10**9
 """Base and output at four times the layers."""
 
@@ -56,11 +54,11 @@ class Bench:
         self.samples["compile, first"] = [first for first, _ in compiled]
         self.samples["compile, second"] = [second for _, second in compiled]
         self.figures += [
-            report.time_figure("`regraft --help`", self.samples["help"], report.HELP_LIMIT),
-            report.time_figure(
-                "merge of a tiny model, warm", self.samples["tiny"], report.TINY_LIMIT
+            figures.time_figure("`regraft --help`", self.samples["help"], figures.HELP_LIMIT),
+            figures.time_figure(
+                "merge of a tiny model, warm", self.samples["tiny"], figures.TINY_LIMIT
             ),
-            report.compile_figure(compiled),
+            figures.compile_figure(compiled),
         ]
 
     def _check(self) -> None:
@@ -68,70 +66,46 @@ class Bench:
         samples = measure.measure_check(self.work, 3 if self.options.quick else 7)
         self.samples["check"] = samples
         name = "`regraft check`, headers of a 70B model"
-        self.figures.append(report.time_figure(name, samples, report.CHECK_LIMIT))
+        self.figures.append(figures.time_figure(name, samples, figures.CHECK_LIMIT))
 
     def _merges(self) -> None:
         say("writing the model")
-        model = measure.make_model(self.work / "scale1")
+        model = models.make_model(self.work / "scale1")
         say(f"{self.options.pairs} pairs of copy and merge")
         pairs = measure.measure_pairs(model, self.work, self.options.pairs)
         self.samples |= {"copy": pairs.copies, "merge": pairs.merges}
         say(f"{self.options.pairs} rounds of merge, merge with a patch, un-merge")
         undos = measure.measure_undos(model, self.work, self.options.pairs)
         self.samples |= {"plain": undos.plains, "undo": undos.merges, "unmerge": undos.unmerges}
-        figures = [report.copy_figure(pairs), self._peft(model), report.peak_figure(pairs.merges)]
-        figures += report.undo_figures(undos)
+        found = [figures.copy_figure(pairs), self._peft(model), figures.peak_figure(pairs.merges)]
+        found += figures.undo_figures(undos)
         if not self.options.keep:
-            measure.remove(model.folder)
-        self.figures = [*figures, self._growth(pairs.merges), *self.figures]
+            models.remove(model.folder)
+        self.figures = [*found, self._growth(pairs.merges), *self.figures]
 
-    def _peft(self, model: measure.Model) -> Figure:
+    def _peft(self, model: models.Model) -> Figure:
         if self.options.quick:
             name = "merge against PEFT, times faster"
-            return report.missing(name, "at least 10 x", "left out of a quick run")
+            return missing(name, "at least 10 x", "left out of a quick run")
         say("PEFT")
         samples = measure.measure_peft(model, self.work, self.options.peft_runs)
         self.samples["peft"] = samples
-        return report.peft_figure(samples, self.samples["merge"])
+        return figures.peft_figure(samples, self.samples["merge"])
 
     def _growth(self, merges: Sequence[Sample]) -> Figure:
-        why = measure.room_for(self.work, LARGE_BYTES)
+        why = models.room_for(self.work, LARGE_BYTES)
         if self.options.quick:
             why = "left out of a quick run"
         if why:
-            return report.missing(report.growth_name(SCALE), "within 10%", why)
+            return missing(growth_name(SCALE), "within 10%", why)
         say(f"a model with {SCALE} times the layers")
         large = measure.measure_large(self.work, SCALE)
         self.samples["large"] = [large]
-        return report.growth_figure(merges, large, SCALE)
+        return growth_figure(merges, large, SCALE)
 
     def json(self, machine: dict[str, str]) -> dict[str, object]:
         runs = {name: [asdict(s) for s in samples] for name, samples in self.samples.items()}
-        return report.as_json(self.figures, machine, runs)
-
-
-def say(what: str) -> None:
-    print(f"... {what}", file=sys.stderr, flush=True)
-
-
-def work_folder(chosen: Path | None) -> tuple[Path, bool]:
-    """Return the folder to work in, and whether it was made for this run alone."""
-    if chosen is not None:
-        chosen.mkdir(parents=True, exist_ok=True)
-        return chosen, False
-    parent = ROOT / ".bench"
-    parent.mkdir(exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="run-", dir=parent)), True
-
-
-def clean(work: Path, ours: bool, more: Sequence[str] = ()) -> None:
-    """Remove what was measured; of a folder that was here before, only what a run puts there."""
-    for name in ("out", "merged", "numba", "tiny", "70b", "scale1", f"scale{SCALE}", *more):
-        shutil.rmtree(work / name, ignore_errors=True)
-    if ours:
-        shutil.rmtree(work, ignore_errors=True)
-        if not any(work.parent.iterdir()):
-            work.parent.rmdir()
+        return page.as_json(self.figures, machine, runs)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -156,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work, ours = work_folder(options.work)
     bench = Bench(work, options)
     try:
-        if why := measure.room_for(work, 10 * 10**9):
+        if why := models.room_for(work, 10 * 10**9):
             sys.exit(f"not enough disk: {why}")
         bench.run()
         finish(bench, options)
@@ -171,12 +145,13 @@ def finish(bench: Bench, options: argparse.Namespace) -> None:
     machine = describe(bench.work)
     machine["load before it began"] = f"{bench.load:.1f} (above 0.2, the machine was not idle)"
     if options.page:
-        command = shlex.join(["python", "benchmarks/run.py", *_shown_arguments(options)])
-        report.write_page(options.page, report.section(bench.figures, machine, command))
+        command = shlex.join(["python", "-m", "benchmarks.merge", *_shown_arguments(options)])
+        content = page.section(bench.figures, machine, command)
+        page.write_page(options.page, content, figures.INTRODUCTION)
     if options.json:
         print(json.dumps(bench.json(machine), indent=2))
     else:
-        print(report.table(bench.figures))
+        print(page.table(bench.figures))
 
 
 def _shown_arguments(options: argparse.Namespace) -> list[str]:

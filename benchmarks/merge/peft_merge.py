@@ -1,6 +1,6 @@
 """The way to beat: merge an adapter with PEFT, as its documentation says, in bfloat16.
 
-python benchmarks/peft_merge.py BASE ADAPTER OUT
+python benchmarks/merge/peft_merge.py BASE ADAPTER OUT
 """
 
 from __future__ import annotations

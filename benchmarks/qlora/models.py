@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes_quantize as peer
 import regraft
+from benchmarks.quantized import bitsandbytes_quantize as peer
 from regraft.demo.progress import silent
 from regraft.demo.settings import Settings
 from regraft.demo.state import DemoFolder

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-import live_models as models
 import regraft
-from live_models import Sizes
-from live_timing import Job, Times, in_turns, there_and_back
+from benchmarks.live import models
+from benchmarks.live.models import Sizes
+from benchmarks.live.timing import Job, Times, in_turns, there_and_back
 
 MIX = 8
 """Adapters, and rows, of a mixed batch."""

@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import median
 
-from measure import Pairs, Undos
-from process import Sample
-
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+from benchmarks.merge.measure import Pairs, Undos
+from benchmarks.shared.figures import Figure, cpu, mib, peak, runs, seconds_of, spread
+from benchmarks.shared.page import BEGIN, END
+from benchmarks.shared.process import Sample
 
 COPY_LIMIT = 1.0
 PATCH_LIMIT = 0.02
 PEFT_LIMIT = 10.0
 PEAK_LIMIT = 400 * 2**20
-GROWTH_LIMIT = 0.10
 HELP_LIMIT, TINY_LIMIT, COMPILE_LIMIT, CHECK_LIMIT = 0.25, 1.0, 3.0, 1.0
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table.
-
-    Attributes:
-        name: what was measured.
-        value: the number compared with the target; None if it was not measured.
-        shown: how the value reads.
-        target: how the target reads.
-        passed: whether the value keeps the target; None if it was not measured.
-        detail: what the value was made from, or why there is none.
-    """
-
-    name: str
-    value: float | None
-    shown: str
-    target: str
-    passed: bool | None
-    detail: str
-
-
-def seconds_of(samples: Sequence[Sample]) -> list[float]:
-    return [sample.seconds for sample in samples]
 
 
 def copy_figure(pairs: Pairs) -> Figure:
@@ -110,18 +82,6 @@ def peak_figure(merges: Sequence[Sample]) -> Figure:
     return Figure(name, value, f"{mib(value)} MiB", "at most 400 MiB", value <= PEAK_LIMIT, detail)
 
 
-def growth_figure(merges: Sequence[Sample], large: Sample, scale: int) -> Figure:
-    usual = peak(merges)
-    value = large.peak_bytes / usual - 1
-    detail = f"{mib(large.peak_bytes)} MiB against {mib(usual)} MiB; {large.seconds:.1f} s"
-    passed = abs(value) <= GROWTH_LIMIT
-    return Figure(growth_name(scale), value, f"{value:+.1%}", "within 10%", passed, detail)
-
-
-def growth_name(scale: int) -> str:
-    return f"the same at {scale} times the layers"
-
-
 def time_figure(name: str, samples: Sequence[Sample], limit: float) -> Figure:
     values = seconds_of(samples)
     value = median(values)
@@ -140,78 +100,6 @@ def compile_figure(pairs: Sequence[tuple[Sample, Sample]]) -> Figure:
     passed = value < COMPILE_LIMIT
     name = "compilation, once after installing"
     return Figure(name, value, f"{value:.2f} s", f"under {COMPILE_LIMIT:g} s", passed, detail)
-
-
-def missing(name: str, target: str, why: str) -> Figure:
-    """Return the line of a figure that was not measured."""
-    return Figure(name, None, "not measured", target, None, why)
-
-
-def peak(samples: Sequence[Sample]) -> float:
-    return median(sample.peak_bytes for sample in samples)
-
-
-def mib(nbytes: float) -> str:
-    return f"{nbytes / 2**20:.0f}"
-
-
-def cpu(samples: Sequence[Sample]) -> str:
-    return f"{median(sample.cpu_seconds for sample in samples):.2g} s"
-
-
-def spread(values: Sequence[float]) -> str:
-    middle = f"{median(values):.1f} s"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
-
-
-def runs(count: int, unit: str) -> str:
-    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
-
-
-VERDICTS: dict[bool | None, str] = {True: "pass", False: "miss", None: "-"}
-
-
-def table(figures: Sequence[Figure]) -> str:
-    """Return the figures as a Markdown table."""
-    lines = ["| what | measured | target | | from |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {f.name} | {f.shown} | {f.target} | {VERDICTS[f.passed]} | {f.detail} |"
-        for f in figures
-    ]
-    return "\n".join(lines)
-
-
-def as_json(
-    figures: Sequence[Figure], machine: Mapping[str, str], samples: Mapping[str, object]
-) -> dict[str, object]:
-    """Return everything, down to the single runs, as JSON-ready objects."""
-    return {
-        "machine": dict(machine),
-        "figures": [asdict(figure) for figure in figures],
-        "samples": dict(samples),
-    }
-
-
-def section(figures: Sequence[Figure], machine: Mapping[str, str], command: str) -> str:
-    """Return what goes between the two markers of the page."""
-    facts = "\n".join(f"- {name}: {value}" for name, value in machine.items())
-    return f"{table(figures)}\n\n{facts}\n- command: `{command}`\n"
-
-
-def write_page(path: Path, content: str, introduction: str | None = None) -> None:
-    """Put the section into the page, which is begun if there is none."""
-    page = path.read_text("utf-8") if path.exists() else introduction or INTRODUCTION
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(replaced(page, content), encoding="utf-8")
-
-
-def replaced(page: str, content: str) -> str:
-    """Return a page with the text between its markers replaced; without markers it is added."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        before, after = page.rstrip() + "\n\n", "\n"
-    return f"{before}{BEGIN}\n\n{content}\n{END}{after}"
 
 
 INTRODUCTION = f"""# Benchmarks

@@ -1,6 +1,7 @@
 """Make synthetic checkpoints and adapters of a real model's shape, for measuring merges.
 
-    python benchmarks/synthetic.py --out DIR [--shape NAME] [--scale N] [--rank 16] [--headers N]
+    python benchmarks/shared/synthetic.py --out DIR [--shape NAME] [--scale N] [--rank N]
+        [--headers N]
 
 writes ``DIR/base``, a Qwen2.5-1.5B-shaped checkpoint in shards of about 1 GB (with ``--scale 4``,
 four times its layers), and ``DIR/adapter``, a PEFT LoRA adapter on all linear layers. With

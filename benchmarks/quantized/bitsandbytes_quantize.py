@@ -1,6 +1,6 @@
 """The way to beat: quantize the linear layers of a model to NF4 with bitsandbytes, on the CPU.
 
-    python benchmarks/bitsandbytes_quantize.py BASE OUT CALLS.json [--double-quant]
+    python benchmarks/quantized/bitsandbytes_quantize.py BASE OUT CALLS.json [--double-quant]
 
 Each file of the checkpoint is read, its weights quantized one by one, and written. CALLS.json gets
 the seconds that were spent in ``quantize_4bit`` alone, and the elements it was given.

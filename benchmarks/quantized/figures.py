@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from statistics import median
 
-import report
-from process import Sample
-from report import BEGIN, END, Figure, cpu, mib, peak, runs, seconds_of, spread
+from benchmarks.shared import figures
+from benchmarks.shared.figures import Figure, cpu, mib, peak, runs, seconds_of, spread
+from benchmarks.shared.page import BEGIN, END
+from benchmarks.shared.process import Sample
 
 MERGE_LIMIT = 5.0
 QUANTIZE_LIMIT = 20.0
@@ -65,7 +65,7 @@ def peak_figure(samples: Samples) -> Figure:
 def growth_figure(merges: Sequence[Sample], large: Sample, scale: int) -> Figure:
     """Compare the peak of a merge with that of a merge into a larger base."""
     name = f"peak of a merge out of 4 bits at {scale} times the layers, against the usual one"
-    return replace(report.growth_figure(merges, large, scale), name=name)
+    return replace(figures.growth_figure(merges, large, scale), name=name)
 
 
 def quantize_figures(
@@ -114,12 +114,6 @@ def speed_figures(speeds: Speeds) -> list[Figure]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the peers."""
-    names = ("torch", "transformers", "peft", "bitsandbytes")
-    return {"peers": ", ".join(f"{name} {version(name)}" for name in names)}
-
-
 INTRODUCTION = f"""# Benchmarks of quantized work
 
 `make bench-quantized` measures merges out of 4 bits, quantizing, and the kernels beneath, against
@@ -130,11 +124,12 @@ NF4 by `regraft quantize` (1.2 GB); the adapter has rank 16 on all linear layers
 the CPU.
 
 - **Merge.** `regraft merge BASE4BIT ADAPTER -o OUT` writes plain bfloat16 weights. The peer
-  ([peft_quantized_merge.py](../benchmarks/peft_quantized_merge.py)) loads the model with
+  ([peft_merge.py](../benchmarks/quantized/peft_merge.py)) loads the model with
   `from_pretrained`, calls `dequantize()`, loads the adapter with PEFT, `merge_and_unload` and
   `save_pretrained`; it writes the same weights. (PEFT can also merge into the 4-bit layers, but
   that rounds every weight to codes again: see [what survives](benchmarks-qlora.md).)
-- **Quantizing.** The peer ([bitsandbytes_quantize.py](../benchmarks/bitsandbytes_quantize.py))
+- **Quantizing.** The peer
+  ([bitsandbytes_quantize.py](../benchmarks/quantized/bitsandbytes_quantize.py))
   reads each file with safetensors, calls `quantize_4bit` for each linear layer and saves with
   `save_file`. It uses one core; codes and scales are the same, byte for byte.
 - The commands take turns, and which goes first rotates. The figure is the median of the ratios
@@ -143,7 +138,7 @@ the CPU.
 - **Memory** is the largest resident set the kernel saw (`VmHWM`, as `ru_maxrss` has it); for the
   peers that includes the pages of the base they map.
 - **In memory on one thread**
-  ([decode_speed.py](../benchmarks/decode_speed.py)): a weight of 8960 by 1536 in tiles of
+  ([decode_speed.py](../benchmarks/quantized/decode_speed.py)): a weight of 8960 by 1536 in tiles of
   2 MiB of bfloat16, CPU time, the median of the passes of some seconds. Packing and unpacking of
   codes is included; so are, for double quantization, the scales.
 

@@ -1,6 +1,6 @@
 """Say where the time of a merge goes.
 
-    python benchmarks/profile_merge.py BASE ADAPTER OUT [--threads N] [--disk] [--json]
+    python benchmarks/merge/profile_merge.py BASE ADAPTER OUT [--threads N] [--disk] [--json]
 
 Wraps the functions of each phase and adds up, over all threads, the wall time spent in them and
 the CPU time; of phases inside each other, each counts only what is its own. A phase with much wall

@@ -1,6 +1,6 @@
 """Measure what survives of a QLoRA adapter in a 4-bit model; write docs/benchmarks-qlora.md.
 
-    python benchmarks/qlora.py [--small] [--json] [--work DIR] [--page PAGE]
+    python -m benchmarks.qlora [--small] [--json] [--work DIR] [--page PAGE]
 
 A real model, SmolLM2-135M-Instruct, and adapters trained on the demo's task. It takes less than
 ten minutes, 6 GB of memory and as much disk. A missed target is reported, and is no error.
@@ -24,15 +24,13 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 
-import qlora_measure as measure
-import qlora_report as figures
-import report
-from machine import ROOT, describe
-from qlora_models import Family, Sizes, on_four_bits, on_sixteen_bits, smollm2
-from qlora_report import Measured
-from quantized_report import versions
+from benchmarks.qlora import figures, measure
+from benchmarks.qlora.figures import Measured
+from benchmarks.qlora.models import Family, Sizes, on_four_bits, on_sixteen_bits, smollm2
+from benchmarks.shared import page
+from benchmarks.shared.machine import ROOT, describe
+from benchmarks.shared.running import say, versions, work_folder
 from regraft.demo.quiet import quiet_libraries
-from run import say, work_folder
 
 PAGE = ROOT / "docs" / "benchmarks-qlora.md"
 SMALL = Sizes(steps=2, seeds=(0,), sentences=2)
@@ -121,10 +119,10 @@ def _run(work: Path, sizes: Sizes) -> figures.Found:
 def _finish(found: figures.Found, options: argparse.Namespace, work: Path, seconds: float) -> None:
     machine = describe(work) | versions() | {"it took": f"{seconds:.0f} s"}
     small = ["--small"] if options.small else []
-    command = shlex.join(["python", "benchmarks/qlora.py", *small])
+    command = shlex.join(["python", "-m", "benchmarks.qlora", *small])
     content = figures.section(found, machine, command)
     if options.page:
-        report.write_page(options.page, content, figures.INTRODUCTION)
+        page.write_page(options.page, content, figures.INTRODUCTION)
     if options.json:
         rows = {family.title: [asdict(row) for row in rows] for family, rows in found.tables}
         print(json.dumps({"machine": machine, "rows": rows}, indent=2))

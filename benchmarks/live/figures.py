@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from live_many import CAP_SHARE, Cached, Threaded
-from live_measure import MIX, Merging
-from live_timing import Times
-from report import BEGIN, END, Figure, runs
+from benchmarks.live.many import CAP_SHARE, Cached, Threaded
+from benchmarks.live.measure import MIX, Merging
+from benchmarks.live.timing import Times
+from benchmarks.shared.figures import Figure, runs
+from benchmarks.shared.page import BEGIN, END
 
 LOAD_LIMIT, SWITCH_LIMIT = 10.0, 100.0
 FORWARD_LIMIT, PEFT_LIMIT, MIXED_LIMIT = 1.05, 1.0, 1.10
