@@ -43,30 +43,31 @@ check: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.dev
-	$(PY) benchmarks/run.py
+	$(PY) -m benchmarks.merge
 
 bench-quantized: $(VENV)/.dev
-	$(PY) benchmarks/quantized.py
+	$(PY) -m benchmarks.quantized
 
 bench-qlora: $(VENV)/.model
-	$(PY) benchmarks/qlora.py
+	$(PY) -m benchmarks.qlora
 
 bench-live: $(VENV)/.dev
-	$(PY) benchmarks/live.py
+	$(PY) -m benchmarks.live
 
 practice: $(VENV)/.dev
 	PYTHONPATH=scripts $(PY) -m practice --write
 
 # Inputs and outputs of some gigabytes lie in .torture; the figures are left there as JSON.
+torture: export PYTHONPATH := scripts
 torture: $(VENV)/.dev
 	mkdir -p .torture
-	$(PY) scripts/torture_kills.py --every-call --signals 50 --power-loss 200 --random 50 \
+	$(PY) -m torture.kills --every-call --signals 50 --power-loss 200 --random 50 \
 		--size 1GB --memory --work .torture --json .torture/kills.json
-	$(PY) scripts/torture_hostile.py --headers 1000000 --configs 100000
-	$(PY) scripts/torture_bitflips.py --small-all --large 1000 --folder .torture
-	$(PY) scripts/torture_undo.py
-	$(PY) scripts/torture_inputs.py --every 3
-	$(PY) scripts/torture_interrupts.py
+	$(PY) -m torture.hostile --headers 1000000 --configs 100000
+	$(PY) -m torture.bitflips --small-all --large 1000 --folder .torture
+	$(PY) -m torture.undo
+	$(PY) -m torture.inputs --every 3
+	$(PY) -m torture.interrupts
 
 mutants: $(VENV)/.model
 	PYTHONPATH=scripts $(PY) -m mutants --count 100 --json .mutants/report.json

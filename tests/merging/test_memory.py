@@ -184,7 +184,7 @@ def test_a_model_of_very_many_tensors_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_compiled")
 def test_the_way_back_and_the_way_over_stay_within_the_cap_too(tmp_path: Path) -> None:
-    """The longer test, with tensors ten times as large as the cap, is scripts/torture_kills.py."""
+    """The longer test, with tensors ten times as large as the cap, is scripts/torture/kills."""
     rows, columns, cap = 36_000, 4096, 272 * MIB
     base = write_sparse(
         tmp_path / "base",

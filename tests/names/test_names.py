@@ -103,7 +103,7 @@ ARCHITECTURES = sorted({name for name, _ in TINY.values()})
 def extraction() -> ModuleType:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        return importlib.import_module("names_extraction")
+        return importlib.import_module("names.extraction")
     finally:
         sys.path.pop(0)
 

@@ -84,7 +84,7 @@ def test_what_was_just_written_is_what_it_should_be(tiny: Path) -> None:
 
 
 def test_a_flipped_bit_in_any_byte_is_found(out: Path) -> None:
-    """Every bit of every byte is flipped by scripts/torture_bitflips.py."""
+    """Every bit of every byte is flipped by scripts/torture/bitflips.py."""
     draw, missed = random.Random(4), []
     for path in files_of(out):
         original = path.read_bytes()

@@ -1,6 +1,6 @@
 """Give regraft hostile files by the million, and say what became of them.
 
-    python scripts/torture_hostile.py
+    python -m torture.hostile
 
 reads 1,000,000 mutated safetensors headers beside the reference parser, and 100,000 each of mutated
 adapter configs, indexes, model configs, pairs of files with odd tensors, and PyTorch files beside

@@ -1,6 +1,6 @@
 """Merge and un-merge every case of the tests in every dtype, and compare the base byte for byte.
 
-    python scripts/torture_undo.py [--every N] [--processes N] [--json]
+    python -m torture.undo [--every N] [--processes N] [--json]
 
 The cases are those of ``tests/faithful``: architectures times features of PEFT's LoRA. Each is
 merged into a base of three dtypes, into an output of four, and un-merged; in one combination of
@@ -26,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 def main() -> int:

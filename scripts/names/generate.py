@@ -2,7 +2,7 @@
 
 Run it in an environment with the ``torch`` extra, after each release of transformers::
 
-    python scripts/generate_names.py
+    PYTHONPATH=scripts python -m names.generate
 
 It takes a few minutes and needs no network. Classes that need an optional package (timm, Pillow,
 scipy, torchaudio, ...) are listed under ``skipped`` where it is missing, and then known in outline
@@ -21,9 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import transformers
 
-import names_extraction as extraction
+from names import extraction
 
-OUTPUT = Path(__file__).parent.parent / "src" / "regraft" / "names" / "transformers.json"
+OUTPUT = Path(__file__).resolve().parents[2] / "src" / "regraft" / "names" / "transformers.json"
 
 
 def extract_architectures() -> tuple[dict[str, Any], dict[str, str]]:

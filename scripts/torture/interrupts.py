@@ -1,6 +1,6 @@
 """Interrupt what a live model's handle does at every step, and see what is left of it.
 
-    python scripts/torture_interrupts.py [--every N] [--signals N] [--seed N] [--json]
+    python -m torture.interrupts [--every N] [--signals N] [--seed N] [--json]
 
 ``KeyboardInterrupt`` is raised at the first, second, third ... step at which the interpreter would
 hear a signal, of merging, un-merging, loading, choosing, deleting, detaching and so on, with and
@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """Flip bits of merged models, one at a time, and see that ``regraft.verify`` finds each.
 
-    python scripts/torture_bitflips.py --small-all      every bit of every file of a tiny output
-    python scripts/torture_bitflips.py --large 1000     random bits of an output of some 100 MB
+    python -m torture.bitflips --small-all      every bit of every file of a tiny output
+    python -m torture.bitflips --large 1000     random bits of an output of some 100 MB
 
 A flip counts as found if ``verify`` reports a difference, or refuses a receipt that is not as it
 was written. Anything else, such as another exception, counts as missed, and the exit code is 1.

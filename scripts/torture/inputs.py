@@ -1,6 +1,6 @@
 """Change an input while a verb reads it: at every read, in every way, each file by itself.
 
-    python scripts/torture_inputs.py [--every N] [--processes N] [--json]
+    python -m torture.inputs [--every N] [--processes N] [--json]
 
 Each verb is first run undisturbed, and its reads of input files are counted. Then, for each of
 these reads, each file that was read, and each way, it runs on fresh copies, and just before that
