@@ -4,11 +4,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench bench-quantized bench-qlora bench-live practice torture mutants docs clean help
+.PHONY: demo test test-fast check bench bench-quantized bench-qlora bench-live practice torture mutants docs clean help
 
 help:
 	@echo "make demo    train two adapters on a real model, switch, merge, take back (under 3 minutes)"
 	@echo "make test    run the tests"
+	@echo "make test-fast  one case of each test that is quick: under two minutes on two cores"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   measure against PEFT and a plain copy; writes docs/benchmarks.md"
 	@echo "make bench-quantized  work on 4-bit models against PEFT and bitsandbytes; writes its page"
@@ -35,6 +36,9 @@ demo: $(VENV)/.model
 
 test: $(VENV)/.model
 	$(PY) -m pytest -n auto --dist worksteal -q tests
+
+test-fast: $(VENV)/.model
+	$(PY) -m pytest -n auto --dist worksteal -q -m "not slow and not further" tests
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -43,6 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.basetemp = str(config.stash[TEMP_ROOT].path / "run")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of each parametrized test but its first: the fast tests go without them."""
+    seen = set[str]()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in seen:
+            item.add_marker("further")
+        seen.add(name)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the run's temporary files."""
     if (root := config.stash.get(TEMP_ROOT, None)) is not None:
@@ -73,11 +83,11 @@ def _remove_stale_kernels() -> None:
     ground = _newest(PACKAGE / "numerics")
     for room in (PACKAGE / "deltas", PACKAGE / "quant"):
         newest = max(ground, _newest(room))
-        for path in room.glob("__pycache__/*.nb[ic]"):
+        for path in room.rglob("__pycache__/*.nb[ic]"):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < newest:
                     path.unlink()
 
 
 def _newest(room: Path) -> float:
-    return max(path.stat().st_mtime for path in room.glob("*.py"))
+    return max(path.stat().st_mtime for path in room.rglob("*.py"))

@@ -34,6 +34,7 @@ def test_a_synthetic_model_merges(tmp_path: Path) -> None:
     assert receipt.totals.changed_share > 0.5
 
 
+@pytest.mark.slow
 def test_the_same_call_writes_the_same_bytes(tmp_path: Path) -> None:
     first, second = (make(tmp_path / name, "--shape", "tiny") for name in ("a", "b"))
     assert contents(first) == contents(second)
@@ -82,6 +83,7 @@ def run_here(command: Sequence[str], env: Mapping[str, str] | None = None) -> An
     return Sample(2.0, 3.0, 2**28)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_benchmarks")
 def test_work_on_four_bits_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.quantized import __main__ as quantized
@@ -113,6 +115,7 @@ def test_a_process_is_measured_from_outside() -> None:
         measured([sys.executable, "-c", "print('why'); raise SystemExit(3)"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_benchmarks")
 def test_live_models_are_measured(tmp_path: Path) -> None:
     import torch

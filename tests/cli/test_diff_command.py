@@ -203,6 +203,7 @@ def test_the_exit_code_says_whether_they_differ(run: Run, monkeypatch: pytest.Mo
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (1, "", "")
 
 
+@pytest.mark.slow
 def test_as_json_it_is_the_report(run: Run, tmp_path: Path) -> None:
     x = toys.write_base(tmp_path / "x", {"t": np.zeros(4, np.float32)}, {"a": float("nan")})
     y = toys.write_base(tmp_path / "y", {"t": np.ones(4, np.float32)}, {"a": 1})
@@ -241,6 +242,7 @@ def test_its_help_loads_nothing_heavy(launch: Launch) -> None:
     assert loaded_by(launch, "diff", "--help") & HEAVY == set()
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_code_that_fits(tmp_path: Path) -> None:
     base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "adapter")
     sharded = toys.write_sharded_base(tmp_path / "sharded")

@@ -69,6 +69,7 @@ def test_without_json_the_answer_alone_is_on_stdout(run: Run, base: Path) -> Non
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_adapters_speak_as_the_merged_model(
     run: Run, base: Path, adapters: tuple[Path, Path]
 ) -> None:
@@ -129,6 +130,7 @@ def test_an_answer_ends_where_the_generation_config_says(run: Run, talker: Path)
     assert report["text"].split() == words[: end + 1]
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed(run: Run, base: Path) -> None:
     def text(*options: str) -> str:
         return str(said(run("generate", base, "--prompt", PROMPT, "--json", *options))["text"])

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from cli import tiny
@@ -132,6 +133,7 @@ def test_a_weight_that_is_no_number_is_wrong_usage(run: Run, base: Path, adapter
     assert "much" in result.stderr
 
 
+@pytest.mark.slow
 def test_check_and_merge_work_without_torch(
     launch: Launch, base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def test_its_help_loads_nothing_heavy(launch: Launch) -> None:
     assert loaded_by(launch, "shrink", "--help") & HEAVY == set()
 
 
+@pytest.mark.slow
 def test_it_compiles_nothing_and_needs_no_torch(launch: Launch, tmp_path: Path) -> None:
     adapter = toys.write_adapter(tmp_path / "a")
     found = loaded_by(launch, "shrink", adapter, "-o", tmp_path / "s", "-q")

@@ -111,6 +111,7 @@ def test_unmerge_replaces_an_output_only_when_told_to(
     assert contents(back) == contents(base)
 
 
+@pytest.mark.slow
 def test_unmerge_works_without_torch(launch: Launch, merged: Path, tmp_path: Path) -> None:
     result = launch("-c", WITHOUT_TORCH, "unmerge", merged, "-o", tmp_path / "back", "-q")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -42,6 +42,7 @@ def test_what_is_as_it_was_written_ends_with_0(run: Run, merged: Path) -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_difference_ends_with_1_and_is_named(run: Run, merged: Path) -> None:
     damage(merged)
     (merged / "evil.py").touch()
@@ -140,12 +141,14 @@ def test_quiet_leaves_the_exit_code(run: Run, merged: Path) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch_and_by_the_receipt_no_numba(merged: Path) -> None:
     code = "import sys, regraft; assert regraft.verify(sys.argv[1], receipt_only=True).ok"
     done = python(code, merged, without=("torch", "transformers", "peft", "numba", "llvmlite"))
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_it_stays_under_the_memory_cap(tmp_path: Path) -> None:
     shape = (4096, 2048)
     weights = {f"layers.{i}.q_proj.weight": toys.draw(*shape, seed=i) for i in range(4)}
@@ -173,6 +176,7 @@ def test_it_stays_under_the_memory_cap(tmp_path: Path) -> None:
         assert int(peak) <= 256 * 2**20
 
 
+@pytest.mark.slow
 def test_a_path_that_is_not_there_ends_with_3(merged: Path) -> None:
     done = regraft_command("verify", merged / "nothing")
     assert done.returncode == 3

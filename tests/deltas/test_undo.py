@@ -108,6 +108,7 @@ def assert_exact(case: Case) -> Kept:
     return kept
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.integers(1, 9),
@@ -212,6 +213,7 @@ def test_a_truncated_stream_shows() -> None:
 # -- differences -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     item=st.sampled_from([1, 2, 3, 4, 8]),
     count=st.integers(0, 50),

@@ -146,6 +146,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_bin_files_are_read_without_torch(
     adapter: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:

@@ -199,6 +199,7 @@ def test_a_model_merged_at_load_is_the_merge(base: Path, tmp_path: Path) -> None
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_experts_are_the_same_whatever_is_turned_at_a_time(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +239,7 @@ def test_every_format_of_single_experts_is_stacked(
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_merge_out_is_swapped_for_another(base: Path, tmp_path: Path) -> None:
     one, other = of_singles(tmp_path / "one"), of_stacks(tmp_path / "other")
     regraft.merge(base, one, tmp_path / "merged")

@@ -119,6 +119,7 @@ def test_the_table_was_made_from_the_transformers_installed_here() -> None:
     assert table.load()["transformers"] == transformers.__version__
 
 
+@pytest.mark.slow
 def test_every_raw_mapping_is_transformers_own(extraction: ModuleType) -> None:
     fresh = as_json(extraction.extract_mappings())
     assert table.load()["mappings"] == fresh

@@ -74,6 +74,7 @@ def check(
         check_codec(one, np.ascontiguousarray(expected, np.float32), place.read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [-1, 8, 16])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -45,6 +45,7 @@ def save_four_bit(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -377,6 +377,7 @@ def counted() -> Iterator[type[Loaded]]:
     assert Loaded.alive == 0
 
 
+@pytest.mark.slow
 def test_threads_at_random_get_their_own_and_never_exceed_the_cap(counted: type[Loaded]) -> None:
     names = [f"adapter{n}" for n in range(40)]
     cache = AdapterCache(12, timeout=50.0)
@@ -485,6 +486,7 @@ def test_who_comes_later_does_not_take_the_room_that_another_one_waits_for() -> 
     assert order == ["bcd", "e"]
 
 
+@pytest.mark.slow
 def test_leases_without_an_end_on_what_is_there_do_not_starve_who_needs_room() -> None:
     store, stop = filled(Store(20, timeout=2.0)), threading.Event()
 

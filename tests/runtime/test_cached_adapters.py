@@ -141,6 +141,7 @@ def test_two_models_share_a_cache_until_they_let_go(
     assert cache.stats().nbytes == 0
 
 
+@pytest.mark.slow
 def test_threads_with_less_room_than_adapters_get_their_own(
     base: Path, sources: dict[str, Path], answers: dict[str, torch.Tensor]
 ) -> None:

@@ -78,6 +78,7 @@ def test_rows_are_updated_by_their_own_adapter(name: str, shape: tuple[int, ...]
         assert (number is None or ranks[number] == 0) == torch.equal(found[row], before[row])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_any_ranks_rows_and_dtypes(data: st.DataObject) -> None:

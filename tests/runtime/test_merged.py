@@ -115,6 +115,7 @@ def llama(workshop: Workshop) -> tuple[Any, LiveBase, list[tuple[LiveAdapter, fl
 # -- back again ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_thousand_cycles_change_no_bit() -> None:
     model, base, adapter = toy(torch.bfloat16, 24, 40, seed=1)
     before = bits(model)
@@ -420,6 +421,7 @@ def toy(
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),

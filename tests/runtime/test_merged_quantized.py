@@ -103,6 +103,7 @@ def answers(model: nn.Module) -> torch.Tensor:
         return model(IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["fresh", "after-forward"])
 @pytest.mark.parametrize("name", ["lora", "dora"])
 @pytest.mark.parametrize("kind", FORMATS)
@@ -167,6 +168,7 @@ def test_a_dequantized_merge_has_the_bits_of_files_and_can_be_saved(
     assert model.config.quantization_config is not None
 
 
+@pytest.mark.slow
 def test_a_seed_and_a_rounding_give_the_codes_that_they_give_on_files(room: Room) -> None:
     choices: dict[str, Any]
     for choices in ({"seed": 7}, {"rounding": "nearest"}):

@@ -36,6 +36,7 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
     )
 
 
+@pytest.mark.slow
 def test_trainer_with_the_plain_model_is_refused_before_the_first_step(tmp_path: Path) -> None:
     plain = model()
     handle = regraft.attach(plain, regraft.LoraConfig(**FIELDS))
@@ -96,6 +97,7 @@ def with_peft(folder: Path, output: Path, **more: Any) -> Trainer:
     return Trainer(live, arguments(output, **more), train_dataset=ROWS)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_peft_with_the_same_losses(tmp_path: Path) -> None:
     folder = started(tmp_path / "adapter")
     whole = with_peft(folder, tmp_path / "whole")

@@ -129,6 +129,7 @@ def test_the_new_layer_is_frozen_while_an_adapter_is_trained() -> None:
     assert model.lin0.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_old_layers_are_let_go(tmp_path: Path) -> None:
     model, _adapters, inputs = attached("dora", tmp_path)
     old = weakref.ref(model.lin0)
@@ -248,6 +249,7 @@ def test_layers_that_torch_quantizes_keep_the_adapter(in_place: bool, tmp_path: 
     assert (found - expected).abs().max() < 0.2 * (plain - expected).abs().max()
 
 
+@pytest.mark.slow
 def test_compiled_code_follows(tmp_path: Path) -> None:
     model, adapters, inputs = attached("linear", tmp_path)
     compiled = torch.compile(model, backend="eager")

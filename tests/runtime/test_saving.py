@@ -469,6 +469,7 @@ def alpha_and_value(folder: Path) -> tuple[float, float]:
     return json.loads((folder / CONFIG).read_text())["lora_alpha"], values.pop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_kill_at_any_step_leaves_the_old_adapter_or_the_new_one(
     killed: Path, changes: bool

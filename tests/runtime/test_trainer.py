@@ -115,6 +115,7 @@ def adapter_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     base: Path, tmp_path: Path, four_bit: bool
@@ -130,6 +131,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     assert losses(resumed) == losses(whole)
 
 
+@pytest.mark.slow
 def test_an_adapter_loaded_from_a_checkpoint_goes_on_too(base: Path, tmp_path: Path) -> None:
     whole = trained(load(base), tmp_path / "whole")
     model = load(base)
@@ -141,6 +143,7 @@ def test_an_adapter_loaded_from_a_checkpoint_goes_on_too(base: Path, tmp_path: P
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_losses_are_those_of_pefts_model(base: Path, tmp_path: Path, four_bit: bool) -> None:
     model = load(base, four_bit=four_bit)
@@ -160,6 +163,7 @@ def test_losses_are_those_of_pefts_model(base: Path, tmp_path: Path, four_bit: b
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_adapters(base: Path, tmp_path: Path) -> None:
     trainer = trained(load(base), tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoint-3"
@@ -173,6 +177,7 @@ def test_checkpoints_are_adapters(base: Path, tmp_path: Path) -> None:
     assert (checkpoint / "model.safetensors").stat().st_size < size + 10_000
 
 
+@pytest.mark.slow
 def test_what_is_saved_at_the_end_is_the_adapter_alone(base: Path, tmp_path: Path) -> None:
     trainer = trained(load(base), tmp_path / "out", save_strategy="no")
     trainer.save_model()
@@ -184,6 +189,7 @@ def test_what_is_saved_at_the_end_is_the_adapter_alone(base: Path, tmp_path: Pat
     assert (tmp_path / "saved" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_loaded_at_the_end(base: Path, tmp_path: Path) -> None:
     trainer = trained(
         load(base), tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True,
@@ -196,6 +202,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(base: Path, tmp_path: Path) ->
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
 
 
+@pytest.mark.slow
 def test_gradients_are_accumulated_clipped_and_checkpointed(base: Path, tmp_path: Path) -> None:
     options = {"gradient_accumulation_steps": 2, "max_steps": 3, "max_grad_norm": 0.1}
     plain = trained(load(base), tmp_path / "a", **options)
@@ -208,6 +215,7 @@ def test_gradients_are_accumulated_clipped_and_checkpointed(base: Path, tmp_path
         torch.testing.assert_close(losses(saving), losses(plain), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_model_itself_is_not_touched(base: Path, tmp_path: Path) -> None:
     model = load(base)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -275,6 +283,7 @@ def test_which_adapter_is_trained_has_to_be_clear(tmp_path: Path) -> None:
         trainer_model(regraft.attach(model, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_none_of_transformers_is_trained_too(tmp_path: Path) -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:
@@ -339,6 +348,7 @@ def logged(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "config"), BEGUN, ids=lambda value: str(value)[:40])
 def test_a_run_that_peft_began_goes_on_with_its_optimizer(
     tmp_path: Path, architecture: str, config: dict[str, Any]

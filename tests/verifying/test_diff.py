@@ -83,6 +83,7 @@ def patterns(bits: int) -> st.SearchStrategy[int]:
     return st.integers(0, 2**bits - 1) | st.sampled_from(special + signs)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=120)
 @given(st.data())
 def test_two_pieces_of_one_dtype_are_measured_as_numpy_would(data: st.DataObject) -> None:
@@ -568,6 +569,7 @@ print(int(report.same), "numba" in sys.modules, peak_memory())
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_and_equal_models_need_no_compiled_code(tmp_path: Path) -> None:
     folders = []
     for name in "xy":

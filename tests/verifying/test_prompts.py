@@ -304,6 +304,7 @@ def test_an_adapter_that_peft_does_not_load(
     assert report.ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["torch", "transformers"])
 def test_a_missing_package_is_named(package: str, models: Models, file: Path) -> None:
     command = "import sys; from regraft.cli import main; sys.argv[0] = 'regraft'; main()"
@@ -318,6 +319,7 @@ def test_a_missing_package_is_named(package: str, models: Models, file: Path) ->
 # -- the verb --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_verify_takes_answers_into_account(models: Models, file: Path) -> None:
     wanted: dict[str, Any] = {"base": models.base, "adapters": models.adapter, "prompts": file}
     report = regraft.verify(models.merged, **wanted)
@@ -377,6 +379,7 @@ def test_prompts_are_compared_with_the_base_that_the_receipt_names(
     assert report.prompts.verdict == "same"
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_the_answers(models: Models, file: Path) -> None:
     given = ["--base", models.base, "--adapter", models.adapter, "--prompts", file]
     done = CliRunner().invoke(app, ["verify", str(models.merged), *map(str, given)])

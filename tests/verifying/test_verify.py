@@ -83,6 +83,7 @@ def test_what_was_just_written_is_what_it_should_be(tiny: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_byte_is_found(out: Path) -> None:
     """Every bit of every byte is flipped by scripts/torture/bitflips.py."""
     draw, missed = random.Random(4), []
@@ -98,6 +99,7 @@ def test_a_flipped_bit_in_any_byte_is_found(out: Path) -> None:
     assert regraft.verify(out).ok
 
 
+@pytest.mark.slow
 def test_every_bit_of_a_header_is_found(out: Path) -> None:
     content = (out / FIRST).read_bytes()
     length = 8 + int.from_bytes(content[:8], "little")
