@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import regraft
-from merging.test_gguf_base import assert_same_bits, assert_same_config, loaded
+from merging.inputs.test_gguf_base import assert_same_bits, assert_same_config, loaded
 from regraft.merging.inputs.gguf import open_gguf_base
 from regraft.testing.adapters import live_logits, make_adapter
 from regraft.testing.zoo import logits

@@ -18,7 +18,7 @@ from regraft.errors import UnsupportedError, UsageError
 from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.training.new_adapter import new_adapter
 from regraft.testing.zoo import example_inputs, make_model
-from runtime.test_new_adapter import CASES, EXPERTS, logits_of, name_of, their_tensors
+from runtime.training.test_new_adapter import CASES, EXPERTS, logits_of, name_of, their_tensors
 
 OTHER_STARTS = (False, "gaussian")
 IN_16_BITS = ("gpt2", "qwen2_tied", "toynet")

@@ -12,7 +12,7 @@ import zstandard
 from safetensors.numpy import load_file, save_file
 
 import regraft
-from deltas.test_compression import claiming, without_a_size
+from deltas.undo.test_compression import claiming, without_a_size
 from merging import toys
 from regraft.errors import FormatError
 

@@ -4,7 +4,7 @@ These libraries cannot be installed beside what the tests need. In an environmen
 
     pip install torch==2.13.0 numpy safetensors transformers
     pip install --no-deps compressed-tensors==0.12.2 gptqmodel==7.7.0 autoawq==0.2.9
-    python tests/quant/golden/generate.py
+    python tests/quant/formats/golden/generate.py
 
 (and what they import: pillow, tokenicer, logbar, device-smi, pypcre, ...). Each file has the stored
 tensors of a weight ``m``, its values as ``expected`` in the model's orientation, and the config as

@@ -12,7 +12,7 @@ import pytest
 from regraft.formats.adapter_files import open_adapter
 from regraft.formats.hub import locate
 from regraft.runtime.saving.files import write_adapter
-from runtime.test_saving import CONFIG, WEIGHTS, content, small
+from runtime.saving.test_saving import CONFIG, WEIGHTS, content, small
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV, errno.ENOTSUP])
