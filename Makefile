@@ -4,11 +4,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench bench-quantized bench-qlora bench-live practice torture mutants digests arm docs clean help
+.PHONY: demo test test-fast check bench bench-quantized bench-qlora bench-live practice torture mutants digests arm docs clean help
 
 help:
 	@echo "make demo    train two adapters on a real model, switch, merge, take back (under 3 minutes)"
 	@echo "make test    run the tests"
+	@echo "make test-fast  one case of each test that is quick: under two minutes on two cores"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   measure against PEFT and a plain copy; writes docs/benchmarks.md"
 	@echo "make bench-quantized  work on 4-bit models against PEFT and bitsandbytes; writes its page"
@@ -38,6 +39,9 @@ demo: $(VENV)/.model
 test: $(VENV)/.model
 	$(PY) -m pytest -n auto --dist worksteal -q tests
 
+test-fast: $(VENV)/.model
+	$(PY) -m pytest -n auto --dist worksteal -q -m "not slow and not further" tests
+
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -45,30 +49,31 @@ check: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.dev
-	$(PY) benchmarks/run.py
+	$(PY) -m benchmarks.merge
 
 bench-quantized: $(VENV)/.dev
-	$(PY) benchmarks/quantized.py
+	$(PY) -m benchmarks.quantized
 
 bench-qlora: $(VENV)/.model
-	$(PY) benchmarks/qlora.py
+	$(PY) -m benchmarks.qlora
 
 bench-live: $(VENV)/.dev
-	$(PY) benchmarks/live.py
+	$(PY) -m benchmarks.live
 
 practice: $(VENV)/.dev
 	PYTHONPATH=scripts $(PY) -m practice --write
 
 # Inputs and outputs of some gigabytes lie in .torture; the figures are left there as JSON.
+torture: export PYTHONPATH := scripts
 torture: $(VENV)/.dev
 	mkdir -p .torture
-	$(PY) scripts/torture_kills.py --every-call --signals 50 --power-loss 200 --random 50 \
+	$(PY) -m torture.kills --every-call --signals 50 --power-loss 200 --random 50 \
 		--size 1GB --memory --work .torture --json .torture/kills.json
-	$(PY) scripts/torture_hostile.py --headers 1000000 --configs 100000
-	$(PY) scripts/torture_bitflips.py --small-all --large 1000 --folder .torture
-	$(PY) scripts/torture_undo.py
-	$(PY) scripts/torture_inputs.py --every 3
-	$(PY) scripts/torture_interrupts.py
+	$(PY) -m torture.hostile --headers 1000000 --configs 100000
+	$(PY) -m torture.bitflips --small-all --large 1000 --folder .torture
+	$(PY) -m torture.undo
+	$(PY) -m torture.inputs --every 3
+	$(PY) -m torture.interrupts
 
 mutants: $(VENV)/.model
 	PYTHONPATH=scripts $(PY) -m mutants --count 100 --json .mutants/report.json

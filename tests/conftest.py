@@ -12,11 +12,13 @@ import gc
 import os
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import regraft
+from kernels import compile_all
 from temp_root import TempRoot, remove_left_over
 
 PACKAGE = Path(regraft.__file__).parent
@@ -36,11 +38,29 @@ def pytest_configure(config: pytest.Config) -> None:
     """Remove stale kernels, and let files be flushed without waiting for the disk."""
     os.fsync = os.fstat  # fails for what is no open file, too; nobody cuts the power meanwhile
     _remove_stale_kernels()
+    processes = len(getattr(config.option, "tx", None) or ())
+    if processes > 1:  # in the process that starts the workers of pytest-xdist
+        compile_all(processes)
     if config.option.basetemp is None:  # the workers of pytest-xdist are given the one of the run
         parent = Path(tempfile.gettempdir())
         remove_left_over(parent)
         config.stash[TEMP_ROOT] = TempRoot(parent)
         config.option.basetemp = str(config.stash[TEMP_ROOT].path / "run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of each parametrized test but its first: the fast tests go without them.
+
+    Files with the most slow tests come first, so that none of them is left for the end.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+    seen = set[str]()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in seen:
+            item.add_marker("further")
+        seen.add(name)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -73,11 +93,11 @@ def _remove_stale_kernels() -> None:
     ground = _newest(PACKAGE / "numerics")
     for room in (PACKAGE / "deltas", PACKAGE / "quant"):
         newest = max(ground, _newest(room))
-        for path in room.glob("__pycache__/*.nb[ic]"):
+        for path in room.rglob("__pycache__/*.nb[ic]"):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < newest:
                     path.unlink()
 
 
 def _newest(room: Path) -> float:
-    return max(path.stat().st_mtime for path in room.glob("*.py"))
+    return max(path.stat().st_mtime for path in room.rglob("*.py"))

@@ -252,6 +252,7 @@ def write_70b(folder: Path) -> tuple[Path, Path]:
     return folder / "base", adapter
 
 
+@pytest.mark.slow
 def test_checking_a_sharded_70b_takes_under_a_second(tmp_path: Path) -> None:
     base, adapter = write_70b(tmp_path)
     times = []

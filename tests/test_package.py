@@ -154,6 +154,7 @@ def test_importing_the_package_loads_nothing_but_itself() -> None:
     assert not loaded_by("import regraft; dir(regraft)") & HEAVY
 
 
+@pytest.mark.slow
 def test_the_verbs_load_no_torch() -> None:
     found = loaded_by("from regraft import *")
     assert "numpy" in found
@@ -172,6 +173,7 @@ assert not {"torch", "transformers", "peft"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_everything_but_the_extras_works_where_they_are_not_installed(tmp_path: Path) -> None:
     base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "adapter")
     missing = ["torch", "transformers", "peft", "accelerate", "gguf", "datasets", "scipy"]
@@ -180,6 +182,7 @@ def test_everything_but_the_extras_works_where_they_are_not_installed(tmp_path: 
     assert toys.load(tmp_path / "out").keys() == toys.llama_tensors().keys()
 
 
+@pytest.mark.slow
 def test_what_the_core_imports_is_declared() -> None:
     declared = names_of(PROJECT["dependencies"])
     for package, bringer in (("yaml", "huggingface_hub"), ("llvmlite", "numba")):

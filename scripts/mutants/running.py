@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from mutants.changes import Change
@@ -20,7 +21,7 @@ from mutants.changes import Change
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path("src", "regraft")
 ROOMS = ("deltas", "merging", "verifying", "runtime")
-"""What is changed, and the folders of tests that mirror it."""
+"""What is changed, and the folders of tests that mirror it, room by room."""
 
 _COPIED = ("src", "tests", "scripts", "docs", "examples", "benchmarks", "pyproject.toml")
 _STARTING = 60.0
@@ -112,21 +113,20 @@ def fitting(change: Change, tests: Sequence[Test], seconds: float) -> list[Test]
     """Return the tests to run for a change, those first that are likeliest to fail, and quick ones.
 
     They are those that call its function. Of what no test is seen to call (compiled kernels, what
-    runs at the import) they are those that call something of its file, then all of the mirrored
-    folder. Of each test with several parameters some come before the many.
+    runs at the import) they are those that call something of its file, then all of the folder that
+    mirrors its room. Of each test with several parameters some come before the many.
 
     Args:
         change: the change.
         tests: all tests.
         seconds: what they may take together; at least one runs.
     """
-    room = change.file.partition("/")[0]
     called = [test for test in tests if f"{change.file}:{change.function}" in test.functions]
     near = [test for test in tests if _calls_file(test, change.file)]
-    mirrored = [test for test in tests if test.name.startswith(f"tests/{room}/")]
+    mirrored = [test for test in tests if _shared_folders(test, change.file)]
     ranks = [called] if called else [near, [test for test in mirrored if test not in near]]
     taken, found = 0.0, list[Test]()
-    for test in (test for rank in ranks for test in _in_order(rank, room)):
+    for test in (test for rank in ranks for test in _in_order(rank, change.file)):
         if not found or taken + test.seconds <= seconds:
             taken += test.seconds
             found.append(test)
@@ -137,16 +137,24 @@ def _calls_file(test: Test, file: str) -> bool:
     return any(name.startswith(f"{file}:") for name in test.functions)
 
 
-def _in_order(tests: Sequence[Test], room: str) -> list[Test]:
-    """Return tests with those of the mirrored folder and quick ones first, each name a few times
+def _shared_folders(test: Test, file: str) -> int:
+    """Return how many folders of a test, below ``tests``, are those of a file of the package."""
+    theirs, ours = Path(test.name.partition("::")[0]).parent.parts[1:], Path(file).parent.parts
+    return sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(theirs, ours, strict=False))
+    )
+
+
+def _in_order(tests: Sequence[Test], file: str) -> list[Test]:
+    """Return tests with those of the mirrored folders and quick ones first, each name a few times
     before any comes often."""
     seen: dict[str, int] = {}
     order = []
     for test in sorted(tests, key=lambda test: test.seconds):
         name = test.name.partition("[")[0]
         seen[name] = seen.get(name, 0) + 1
-        mirrored = test.name.startswith(f"tests/{room}/")
-        order.append((min(seen[name], 4), not mirrored, test.seconds, test))
+        shared = _shared_folders(test, file)
+        order.append((min(seen[name], 4), -shared, test.seconds, test))
     return [test for *_, test in sorted(order, key=lambda each: each[:3])]
 
 

@@ -83,6 +83,7 @@ def test_compiling_has_an_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.process_time() - begin < 5
 
 
+@pytest.mark.slow
 def test_there_may_be_many_names_but_only_so_many_expressions() -> None:
     names = {f"model.layers.{i}.q_proj": i + 1 for i in range(100_000)}
     found = settings(rank_pattern=names)
@@ -105,6 +106,7 @@ def test_what_peft_cannot_compile_is_refused(expression: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.slow
 def test_lists_without_end_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 1.0)
     names = [f"a{i}" for i in range(100_000)]
@@ -173,6 +175,7 @@ def test_notations_of_regex_mean_what_they_mean_to_re(expression: str, text: str
     assert expressions.fullmatch(expression, text) is (re.fullmatch(expression, text) is not None)
 
 
+@pytest.mark.slow
 def test_random_expressions_match_as_in_re() -> None:
     rng = random.Random(0)
     pieces = ("a", "q", ".", r"\.", "*", "+", "?", "|", "(", ")", "(?:", "[aq]", "[^.]",

@@ -42,6 +42,7 @@ def wrapped(tensors: toys.Tensors, form: str) -> dict[str, np.ndarray]:
     return {form.format(key.removeprefix(toys.PREFIX)): t for key, t in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_an_adapter_is_merged_as_without_the_wrapper(
     base: Path, tmp_path: Path, wrapper: str

@@ -14,11 +14,11 @@ import pytest
 import regraft
 from regraft.cli import main as regraft_main
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(out: Path, *options: str) -> Path:
-    script = str(BENCHMARKS / "synthetic.py")
+    script = str(ROOT / "benchmarks" / "shared" / "synthetic.py")
     subprocess.run([sys.executable, script, "--out", str(out), *options], check=True)
     return out
 
@@ -34,6 +34,7 @@ def test_a_synthetic_model_merges(tmp_path: Path) -> None:
     assert receipt.totals.changed_share > 0.5
 
 
+@pytest.mark.slow
 def test_the_same_call_writes_the_same_bytes(tmp_path: Path) -> None:
     first, second = (make(tmp_path / name, "--shape", "tiny") for name in ("a", "b"))
     assert contents(first) == contents(second)
@@ -48,24 +49,24 @@ def test_headers_of_a_large_model_take_up_no_room(tmp_path: Path) -> None:
 
 
 def test_a_new_table_replaces_the_old_one_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import report
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.shared import page as pages
 
-    page = report.replaced("# Title\n\ntext", "old")
+    page = pages.replaced("# Title\n\ntext", "old")
     assert page.startswith("# Title\n\ntext\n\n")
-    again = report.replaced(page + "after", "new")
+    again = pages.replaced(page + "after", "new")
     assert again == page.replace("old", "new") + "after"
 
 
 @pytest.fixture
 def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the modules of the benchmarks at hand."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(ROOT))
 
 
 def run_here(command: Sequence[str], env: Mapping[str, str] | None = None) -> Any:
     """Do in this process, whose libraries are imported, what is measured in one of its own."""
-    from process import Sample
+    from benchmarks.shared.process import Sample
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (env or {}).items():
@@ -82,12 +83,13 @@ def run_here(command: Sequence[str], env: Mapping[str, str] | None = None) -> An
     return Sample(2.0, 3.0, 2**28)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_benchmarks")
 def test_work_on_four_bits_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import measure
-    import quantized
+    from benchmarks.quantized import __main__ as quantized
+    from benchmarks.shared import models
 
-    for module in (measure, quantized):
+    for module in (models, quantized):
         monkeypatch.setattr(module, "measured", run_here)
     page = tmp_path / "page.md"
     options = ["--small", "--work", str(tmp_path / "work"), "--page", str(page)]
@@ -100,7 +102,7 @@ def test_work_on_four_bits_is_measured(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("_benchmarks")
 def test_a_process_is_measured_from_outside() -> None:
-    from process import ProcessFailedError, measured
+    from benchmarks.shared.process import ProcessFailedError, measured
 
     busy = (
         "import os; kept = bytearray(b'x') * 2**27; print(sum(range(3 * 10**6)), os.environ['X'])"
@@ -113,11 +115,11 @@ def test_a_process_is_measured_from_outside() -> None:
         measured([sys.executable, "-c", "print('why'); raise SystemExit(3)"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_benchmarks")
 def test_live_models_are_measured(tmp_path: Path) -> None:
     import torch
-
-    import live
+    from benchmarks.live import __main__ as live
 
     page, threads = tmp_path / "page.md", torch.get_num_threads()
     torch.set_num_threads(1)  # tests share the cores with others

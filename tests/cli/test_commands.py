@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cli.kinds import FakeApi, Run
-from cli.test_plan_text import lora, plan
-from cli.test_receipt_text import TOTALS, receipt
+from cli.texts.test_plan_text import lora, plan
+from cli.texts.test_receipt_text import TOTALS, receipt
 from cli.tiny import make_receipt
 from regraft.errors import InputError, Problem
 from regraft.merging.planning.report import CheckReport

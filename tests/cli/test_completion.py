@@ -26,6 +26,7 @@ def test_the_script_as_json(run: Run) -> None:
     assert answer["script"].strip() == run("completion", "fish").stdout.strip()
 
 
+@pytest.mark.slow
 def test_tab_completes_commands_and_values(launch: Launch) -> None:
     program = "import sys; sys.argv = ['regraft']; from regraft.cli import main; main()"
     settings = {"_REGRAFT_COMPLETE": "bash_complete", "COMP_CWORD": "1", "COMP_WORDS": "regraft m"}

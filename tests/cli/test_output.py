@@ -169,6 +169,7 @@ os.execv(sys.executable, [sys.executable, "-m", "regraft", *sys.argv[2:]])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["1", "12", "012"])
 def test_a_closed_stdout_is_no_error_and_no_file_takes_its_place(
     launch: Launch, base: Path, adapter: Path, tmp_path: Path, closed: str
@@ -178,6 +179,7 @@ def test_a_closed_stdout_is_no_error_and_no_file_takes_its_place(
     assert regraft.verify(tmp_path / "out").ok
 
 
+@pytest.mark.slow
 def test_a_stdout_that_cannot_be_written_is_said_and_the_output_is_in_place(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_inspect_works_without_torch(launch: Launch, base: Path, adapter: Path) 
     assert kinds == ["base", "adapter"]
 
 
+@pytest.mark.slow
 def test_the_demo_without_torch_names_the_extra(launch: Launch) -> None:
     result = launch("-c", WITHOUT_TORCH, "demo", "--json")
     assert result.returncode == 4, result.stderr

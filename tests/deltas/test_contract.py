@@ -135,6 +135,7 @@ def problems(draw_: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, floa
     return weight, left, right, alpha, draw_(st.sampled_from(NAMES))
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(problems())
 def test_any_values_give_the_contracts_bytes_or_a_numeric_error(
@@ -155,6 +156,7 @@ def test_any_values_give_the_contracts_bytes_or_a_numeric_error(
         merge({"m.weight": weight}, adapter, dtype=target)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_ordinary_values_give_the_contracts_bytes(data: st.DataObject) -> None:

@@ -280,6 +280,7 @@ def test_a_damaged_state_file_means_starting_over(tmp_path: Path) -> None:
 # other processes
 
 
+@pytest.mark.slow
 def test_a_childs_memory_is_its_own_and_not_its_parents() -> None:
     held = np.ones(40 * 2**20)  # 320 MiB, resident
     measured = merging.run_measured([sys.executable, "-c", "print('{\"a\": 1}')"])

@@ -100,6 +100,7 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
 @pytest.mark.usefixtures("here")
 def test_python_blocks_run_in_order(page: Path) -> None:

@@ -46,6 +46,7 @@ def test_every_example_has_a_test() -> None:
     assert [path.stem for path in EXAMPLES.glob("*.py") if path.stem not in text] == []
 
 
+@pytest.mark.slow
 def test_an_example_runs_from_the_command_line(place: Path, tmp_path: Path) -> None:
     words = ["merge_with_progress.py", place / "base", place / "a", tmp_path / "out"]
     command = [sys.executable, EXAMPLES / words[0], *words[1:]]
@@ -92,6 +93,7 @@ def test_more_adapters_than_fit_are_served(place: Path) -> None:
     assert stats.peak_bytes <= 100 * 2**10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_with_trainer", "train_with_sft"])
 def test_an_adapter_is_trained_and_saved(name: str, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "sql"

@@ -379,6 +379,7 @@ def pairwise(*parameters: Iterable[str]) -> list[tuple[str, ...]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "name", "layout"), pairwise(OLD_EXPERTS, EXPERT_CASES, LAYOUTS)
 )

@@ -71,6 +71,7 @@ def test_at_full_rank_in_float32_it_answers_as_before(case: Case, workshop: Work
     assert np.array_equal(answers(case, base, out), answers(case, base, adapter))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SMALLER, ids=str)
 @pytest.mark.parametrize("case", [ALL[name] for name in CHOSEN], ids=CHOSEN)
 def test_peft_and_a_merge_read_the_new_ranks_in_the_same_way(

@@ -1,7 +1,7 @@
 """Every merge can be taken back to the base's exact bytes, whatever was merged into what.
 
 The whole matrix of cases, dtypes of the base and dtypes of the output is run by
-``scripts/torture_undo.py``; here each case gets one combination, so that all are met.
+``scripts/torture/undo.py``; here each case gets one combination, so that all are met.
 """
 
 from __future__ import annotations

@@ -193,6 +193,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             open_gguf(path)
 
 
+@pytest.mark.slow
 def test_a_file_with_any_byte_changed_opens_or_is_refused(tmp_path: Path) -> None:
     few = dict(list(tensors().items())[-2:])
     raw = write(tmp_path / "m.gguf", "llama", {"a.list": [1, 2], "b": ["x"]}, few).read_bytes()

@@ -55,6 +55,7 @@ def assert_clean(report: FuzzReport, count: int) -> None:
 # The runs, short
 
 
+@pytest.mark.slow
 def test_headers_are_read_as_the_reference_reads_them_or_refused(tmp_path: Path) -> None:
     report = run_headers(6_000, "test", tmp_path)
     assert_clean(report, 6_000)
@@ -62,6 +63,7 @@ def test_headers_are_read_as_the_reference_reads_them_or_refused(tmp_path: Path)
     assert "the tensor's name is unsafe" in report.stricter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "index", "config"])
 def test_json_files_give_a_plan_or_a_typed_error(kind: Kind, tmp_path: Path) -> None:
     count = 1_000 if kind == "config" else 400  # few of a config's fields are looked at
@@ -70,18 +72,21 @@ def test_json_files_give_a_plan_or_a_typed_error(kind: Kind, tmp_path: Path) -> 
     assert len(report.reasons) >= 5
 
 
+@pytest.mark.slow
 def test_odd_tensors_give_a_plan_or_a_typed_error(tmp_path: Path) -> None:
     report = run_tensors(400, "test", tmp_path)
     assert_clean(report, 400)
     assert len(report.reasons) >= 8
 
 
+@pytest.mark.slow
 def test_pytorch_files_are_read_as_pytorch_reads_them_or_refused(tmp_path: Path) -> None:
     report = run_pickles(600, "test", tmp_path)
     assert_clean(report, 600)
     assert len(report.reasons) >= 5
 
 
+@pytest.mark.slow
 def test_a_changed_merge_gives_its_base_or_a_typed_error(tmp_path: Path) -> None:
     report = run_merges(40, "test", tmp_path)
     assert report.failures == []
@@ -89,6 +94,7 @@ def test_a_changed_merge_gives_its_base_or_a_typed_error(tmp_path: Path) -> None
     assert len(report.reasons) >= 5
 
 
+@pytest.mark.slow
 def test_changed_side_files_change_no_weights(tmp_path: Path) -> None:
     report = run_sides(25, "test", tmp_path)
     assert_clean(report, 25)
@@ -111,6 +117,7 @@ def test_a_seed_makes_the_same_files_again() -> None:
 # What a run would notice
 
 
+@pytest.mark.slow
 def test_a_run_notices_what_the_reference_refuses(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -120,6 +127,7 @@ def test_a_run_notices_what_the_reference_refuses(
     assert "the reference parser refuses it" in report.failures[0].what
 
 
+@pytest.mark.slow
 def test_a_run_notices_that_a_header_is_read_in_another_way(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -134,6 +142,7 @@ def test_a_run_notices_that_a_header_is_read_in_another_way(
     assert run_headers(300, 0, tmp_path).differing > 0
 
 
+@pytest.mark.slow
 def test_a_run_notices_that_pytorch_reads_other_values(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -145,6 +154,7 @@ def test_a_run_notices_that_pytorch_reads_other_values(
     assert run_pickles(60, 0, tmp_path).differing > 0
 
 
+@pytest.mark.slow
 def test_a_run_notices_another_base_and_other_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -165,6 +175,7 @@ def test_a_run_notices_another_base_and_other_weights(
     assert run_sides(10, 0, tmp_path).differing > 0
 
 
+@pytest.mark.slow
 def test_a_run_notices_other_errors_and_errors_that_say_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -339,6 +350,7 @@ def test_a_name_that_is_very_long_or_hides_something_is_refused(name: str, tmp_p
     assert read_header(path).tensors
 
 
+@pytest.mark.slow
 def test_names_that_are_all_different_are_not_compared_for_ever(model: tuple[Path, Path]) -> None:
     base, adapter = model
     words = [f"{i:032b}".replace("0", "ab").replace("1", "cde") for i in range(250)]
@@ -440,6 +452,7 @@ _TRUST = ("libraries.py", "runtime/merged_loading.py")
 _BESIDE_PYTORCH = "testing/hostile/pickles.py"
 
 
+@pytest.mark.slow
 def test_nothing_in_the_package_runs_code_from_a_file() -> None:
     for file, function, keywords in calls():
         # One call passes it on, and it is False unless the user says otherwise in Python.
@@ -452,6 +465,7 @@ def test_nothing_in_the_package_runs_code_from_a_file() -> None:
         assert not (name in ("load", "jit") and module.startswith("torch")) or tensors_only, file
 
 
+@pytest.mark.slow
 def test_expressions_are_imported_only_where_there_are_any(model: tuple[Path, Path]) -> None:
     program = (
         "import sys; from regraft.cli import main\n"

@@ -266,6 +266,7 @@ def test_a_full_model_named_as_adapter_is_not_downloaded(
         open_adapter(locate("org/name", kind="adapter", token="secret"))
 
 
+@pytest.mark.slow
 def test_the_environments_offline_mode_and_cache_are_honoured(tmp_path: Path) -> None:
     add(tmp_path / "hub", "org/name", ["config.json", "model.safetensors"])
     code = (

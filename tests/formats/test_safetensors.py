@@ -284,6 +284,7 @@ def assert_agrees_with_reference(path: Path) -> None:
             assert (piece.get_dtype(), tuple(piece.get_shape())) == (spec.dtype, spec.shape)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(tensors=sound_tensors(), align=st.sampled_from([8, 64, 4096]))
 def test_what_is_built_is_accepted_by_both(
@@ -297,6 +298,7 @@ def test_what_is_built_is_accepted_by_both(
     assert sorted((s.name, s.dtype, s.shape) for s in specs) == sorted(tensors)
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(content=doubtful_files())
 def test_whatever_is_accepted_the_reference_accepts_too(scratch: Path, content: bytes) -> None:
@@ -308,6 +310,7 @@ def test_whatever_is_accepted_the_reference_accepts_too(scratch: Path, content: 
     assert_agrees_with_reference(scratch)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(at=st.integers(0, 10**6), byte=st.integers(0, 255), insert=st.booleans())
 def test_a_damaged_byte_never_makes_it_more_lenient(

@@ -327,6 +327,7 @@ def outcome_of(load: Callable[[], Any]) -> Any:
         return error
 
 
+@pytest.mark.slow
 def test_a_damaged_pickle_is_refused_or_read_as_pytorch_reads_it(
     tmp_path: Path, values: dict[str, torch.Tensor]
 ) -> None:

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 import regraft
 from merging import toys
+from merging.inputs.test_gguf_base import save
 from merging.quantized_bases import write_quantized
-from merging.test_gguf_base import save
 from regraft.adapters.fingerprint import KEY, Fingerprint, places_of
 from regraft.cli.app import app
 

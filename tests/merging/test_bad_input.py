@@ -195,6 +195,7 @@ LOCKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", LOCKED)
 def test_what_may_not_be_read_or_written_is_exit_code_4(
     base: Path, adapter: Path, tmp_path: Path, command_of_a_user: Command, what: str

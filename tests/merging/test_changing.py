@@ -93,6 +93,7 @@ def test_so_do_the_verbs_that_change_how_a_model_is_stored(base: Path, verb: str
     assert_refused(lambda: getattr(regraft, verb)(base, out, progress=progress, **more), path, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [WEIGHTS, "regraft/undo/patch.safetensors"])
 def test_so_do_unmerge_and_swap(base: Path, adapter: Path, tmp_path: Path, file: str) -> None:
     merged, out = tmp_path / "merged", tmp_path / "out"

@@ -271,6 +271,7 @@ def test_a_change_that_is_not_right_for_all_names_is_not_made(base: Path, tmp_pa
         regraft.merge(base, strange, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Bert", "GPT2"])
 @pytest.mark.parametrize("task", ["QUESTION_ANS", None])
 def test_a_head_for_questions_answers_as_with_peft(

@@ -131,6 +131,7 @@ def rounded(values: np.ndarray, before: np.ndarray, absmax: np.ndarray, drawn: n
 # -- out -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4, double", "int8"])
 def test_a_merge_out_is_that_into_the_dequantized_base(
     tmp_path: Path, case: Adapters, kind: str
@@ -187,6 +188,7 @@ LOADS = ("nf4", "nf4, double", "nf4, blocks of 128", "fp4, double", "int8")
 zeros of compressed-tensors it does not load, those of the base neither (5.23)."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOADS)
 def test_what_was_kept_is_read_by_its_library_as_by_regraft(tmp_path: Path, kind: str) -> None:
     transformers.logging.disable_progress_bar()
@@ -207,6 +209,7 @@ def test_what_was_kept_is_read_by_its_library_as_by_regraft(tmp_path: Path, kind
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp4, double", "int8", "fp8"])
 def test_kept_codes_are_beside_the_merged_values(tmp_path: Path, case: Adapters, kind: str) -> None:
     """No code lies between a value and its code, whatever the format."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import regraft
 from merging import toys
-from merging.test_gguf_base import converted, loaded, metadata, save, tiny, write
+from merging.inputs.test_gguf_base import converted, loaded, metadata, save, tiny, write
 from merging.test_undo import comparable
 from merging.toys import write_adapter
 

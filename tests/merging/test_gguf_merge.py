@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import regraft
 from merging import toys
-from merging.test_gguf_base import loaded, save
+from merging.inputs.test_gguf_base import loaded, save
 from merging.test_undo import comparable
 from merging.toys import write_adapter
 from regraft.errors import UnsupportedError

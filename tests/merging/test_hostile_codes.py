@@ -164,6 +164,7 @@ def test_damaged_fp8_is_refused(tmp_path: Path, name: str) -> None:
     assert_refused(rewrite(write_quantized(tmp_path / "base", "fp8"), FP8[name]), tmp_path)
 
 
+@pytest.mark.slow
 def test_thousands_of_problems_are_capped(tmp_path: Path) -> None:
     def change(tensors: Tensors) -> None:
         tensors |= {f"m.{n}.weight.quant_state.bitsandbytes__nf4": text("{") for n in range(5000)}
@@ -181,6 +182,7 @@ def test_two_ways_of_scaling_one_weight_are_refused(tmp_path: Path) -> None:
     assert_refused(base, tmp_path)
 
 
+@pytest.mark.slow
 def test_both_methods_of_bitsandbytes_in_one_model_are_read(tmp_path: Path) -> None:
     four, eight = (write_quantized(tmp_path / kind, kind) for kind in ("nf4", "int8"))
     others = {k: v for path in eight.glob("*.safetensors") for k, v in load_file(path).items()}

@@ -131,6 +131,7 @@ def test_every_tensor_is_what_transformers_saves(llama: Path, tmp_path: Path, ki
     assert quantized_modules(ours) == quantized_modules(theirs) != {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["nf4", "int8"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_modules_that_transformers_would_quantize_are_quantized(
@@ -259,6 +260,7 @@ MADE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MADE, ids=str)
 def test_what_was_made_is_verified_and_undone(tmp_path: Path, options: dict[str, Any]) -> None:
     base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "adapter")

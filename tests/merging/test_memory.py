@@ -74,6 +74,7 @@ def _compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     regraft.merge(toys.write_base(folder / "b"), toys.write_adapter(folder / "a"), folder / "o")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiled")
 def test_tensors_larger_than_the_cap_are_merged_within_it(tmp_path: Path) -> None:
     rows, columns, cap = 8192, 7680, 224 * MIB
@@ -116,6 +117,7 @@ def _spec(path: Path, name: str) -> TensorSpec:
     return read_header(path).tensors[name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiled")
 def test_a_cap_too_small_names_the_one_that_works(tmp_path: Path) -> None:
     base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "adapter")
@@ -135,6 +137,7 @@ def test_a_cap_too_small_names_the_one_that_works(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiled")
 def test_the_step_that_needs_most_is_named_and_fits_the_cap_it_asks_for(tmp_path: Path) -> None:
     tensors = {"small.weight": toys.draw(64, 64), "large.weight": toys.draw(1024, 1024)}
@@ -155,6 +158,7 @@ def cap_asked_for(base: Path, adapter: Path, where: str | None = None) -> int:
     return int(needed) * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiled")
 @pytest.mark.parametrize("threads", ["1", "3"])
 def test_large_factors_fit_the_cap_they_ask_for(tmp_path: Path, threads: str) -> None:
@@ -171,6 +175,7 @@ def test_large_factors_fit_the_cap_they_ask_for(tmp_path: Path, threads: str) ->
     assert peak_of(base, adapter, tmp_path / "out", cap, threads) <= cap
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiled")
 def test_a_model_of_very_many_tensors_is_counted(tmp_path: Path) -> None:
     few = {"l.weight": ("F32", (4, 4))}
@@ -182,9 +187,10 @@ def test_a_model_of_very_many_tensors_is_counted(tmp_path: Path) -> None:
     assert peak_of(large, adapter, tmp_path / "out", cap) <= cap
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiled")
 def test_the_way_back_and_the_way_over_stay_within_the_cap_too(tmp_path: Path) -> None:
-    """The longer test, with tensors ten times as large as the cap, is scripts/torture_kills.py."""
+    """The longer test, with tensors ten times as large as the cap, is scripts/torture/kills."""
     rows, columns, cap = 36_000, 4096, 272 * MIB
     base = write_sparse(
         tmp_path / "base",
@@ -214,6 +220,7 @@ def test_the_way_back_and_the_way_over_stay_within_the_cap_too(tmp_path: Path) -
         assert not new.read(1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiled")
 def test_going_on_stays_within_the_cap(tmp_path: Path) -> None:
     """What an earlier try did is read again to see that it is all there."""
@@ -313,6 +320,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_coded")
 @pytest.mark.parametrize(("kind", "dtype", "rows", "columns", "cap"), [
     ("nf4", "BF16", 7_600, 16_384, 232), ("nf4", "F32", 126, WIDE, 288),
@@ -340,6 +348,7 @@ def test_quantized_weights_larger_than_the_cap(
     assert np.array_equal(found[: 64 * MIB], expected[: 64 * MIB])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_coded")
 @pytest.mark.parametrize("to", ["nf4", "int8"])
 def test_plain_weights_larger_than_the_cap_are_quantized_within_it(tmp_path: Path, to: str) -> None:
@@ -359,6 +368,7 @@ def test_rows_that_cannot_be_cut_are_counted(tmp_path: Path) -> None:
     assert regraft.plan(base, adapter, quantize="keep", max_memory=needed).threads == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_coded")
 def test_experts_that_are_turned_fit_the_cap_they_ask_for(tmp_path: Path) -> None:
     """One expert is more than what is turned at a time, and as much as the room that is asked."""

@@ -414,6 +414,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_it_loads_where_peft_is_not_installed(base: Path, adapter: Path, tmp_path: Path) -> None:
     sharded = toys.write_sharded_base(tmp_path / "sharded-base")
     regraft.merge(base, adapter, tmp_path / "plain")

@@ -140,6 +140,7 @@ def test_scales_and_everything_else_stay(
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_loses_nothing_on_average(
     nf4: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +232,7 @@ def test_unmerging_gives_back_the_quantized_base(
     assert report.verdict == "exact", report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, *KEPT], ids=str)
 def test_swapping_gives_what_a_merge_of_the_quantized_base_gives(
     base: Path, adapter: Path, tmp_path: Path, options: dict[str, Any]
@@ -262,6 +264,7 @@ def test_changed_codes_are_noticed_at_an_undo(nf4: Path, adapter: Path, tmp_path
 # -- the base of training --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_gap_to_the_base_of_training_is_reported(
     nf4: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -398,6 +401,7 @@ def test_rounding_without_codes_is_refused(
         regraft.merge(nf4, adapter, tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_replaces_a_quantized_weight_cannot_be_kept(
     nf4: Path, tmp_path: Path
 ) -> None:

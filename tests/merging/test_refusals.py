@@ -77,6 +77,7 @@ PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNIN
            "ADAPTION_PROMPT", "CARTRIDGE")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_prompts_are_told_from_weights(base: Path, tmp_path: Path) -> None:
     for kind in peft.PeftType:
         if kind == peft.PeftType.LORA:

@@ -143,6 +143,7 @@ def test_this_base_meets_every_kind_of_work(inputs: tuple[Path, list[Path]]) -> 
     assert max(len(step.deltas) for step in steps) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 def test_tiles_and_threads_change_no_byte_and_no_record(
     inputs: tuple[Path, list[Path]], tmp_path: Path, dtype: str | None

@@ -194,6 +194,7 @@ def begin(folder: Path, inputs: Path, command: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "old_kernel", "points"),
     [
@@ -237,6 +238,7 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(
     assert tree(inputs / "base") | tree(inputs / "merged") == before
 
 
+@pytest.mark.slow
 def test_what_was_being_replaced_is_put_back_by_clean(inputs: Path, server: Server) -> None:
     _, calls = server.run(
         begin(inputs / "aside", inputs, "overwrite"), "overwrite", old_kernel=True
@@ -304,6 +306,7 @@ def expected(inputs: Path) -> dict[str, Any]:
     return comparable(place / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_what_is_done_is_not_done_again(
     expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -322,6 +325,7 @@ def test_what_is_done_is_not_done_again(
     assert comparable(Path("out")) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("error", [MemoryError(), SystemExit(1), OSError(errno.EDQUOT, "full")])
 def test_work_is_kept_after_what_is_not_its_fault(
@@ -337,6 +341,7 @@ def test_work_is_kept_after_what_is_not_its_fault(
     assert comparable(Path("out")) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_other_threads_and_another_cap_go_on_too(
     expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -379,6 +384,7 @@ CHANGES: Mapping[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_inputs_and_options_start_afresh(
     place: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -470,6 +476,7 @@ DAMAGE: Mapping[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage_is_noticed_and_made_good(
     place: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, what: str
@@ -482,6 +489,7 @@ def test_damage_is_noticed_and_made_good(
         assert len(done) < len(toys.llama_tensors()) - 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_a_cut_off_line_does_not_swallow_those_of_the_next_try(
     expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -493,6 +501,7 @@ def test_a_cut_off_line_does_not_swallow_those_of_the_next_try(
     assert comparable(Path("out")) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_what_cannot_be_read_any_more_is_done_again(
     expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -511,6 +520,7 @@ def test_what_cannot_be_read_any_more_is_done_again(
     assert comparable(Path("out")) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_what_could_not_be_flushed_is_done_again(
@@ -540,6 +550,7 @@ def test_what_could_not_be_flushed_is_done_again(
 # Other people's files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", ["", "out", "journal", SHARD, PATCH, "out/regraft", "base",
                                   "out/config.json", "hard"])  # fmt: skip
 def test_links_lead_to_no_harm(place: Path, expected: dict[str, Any], link: str) -> None:
@@ -568,6 +579,7 @@ def test_links_lead_to_no_harm(place: Path, expected: dict[str, Any], link: str)
 # Room
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_the_room_that_kept_work_has_taken_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(14)
@@ -606,6 +618,7 @@ class Paused:
         self._pool.shutdown()
 
 
+@pytest.mark.slow
 def test_a_second_merge_to_the_same_place_is_refused_at_once(
     place: Path, expected: dict[str, Any]
 ) -> None:
@@ -627,6 +640,7 @@ def test_a_second_merge_to_the_same_place_is_refused_at_once(
     assert [path.name for path in place.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_clean_leaves_alone_what_was_begun_while_it_looked(expected: dict[str, Any]) -> None:
     interrupt(5)
@@ -639,6 +653,7 @@ def test_clean_leaves_alone_what_was_begun_while_it_looked(expected: dict[str, A
     leftovers.remove_leftover(found)  # what is gone is gone
 
 
+@pytest.mark.slow
 def test_clean_removes_what_was_kept_and_nothing_else(place: Path) -> None:
     interrupt(5)
     (place / ".other.regraft").mkdir()
@@ -652,6 +667,7 @@ def test_clean_removes_what_was_kept_and_nothing_else(place: Path) -> None:
     assert regraft.clean() == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
 def test_a_folder_that_its_last_owner_has_just_removed_is_made_anew(
@@ -675,6 +691,7 @@ def test_a_folder_that_its_last_owner_has_just_removed_is_made_anew(
 # The end
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_interrupt_after_the_output_is_in_place_leaves_it_there(
@@ -697,6 +714,7 @@ def test_an_interrupt_after_the_output_is_in_place_leaves_it_there(
     assert [path.name for path in Path().iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("old_kernel", [False, True])
@@ -726,6 +744,7 @@ def test_an_output_that_could_not_be_flushed_into_place_is_taken_back(
     assert comparable(Path("out")) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_the_old_model_comes_back_if_the_new_one_cannot_take_its_place(
     inputs: Path, monkeypatch: pytest.MonkeyPatch
@@ -748,6 +767,7 @@ def test_the_old_model_comes_back_if_the_new_one_cannot_take_its_place(
     assert comparable(Path("out")) == comparable(inputs / "old")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_work_that_was_not_even_begun_leaves_what_is_kept(expected: dict[str, Any]) -> None:
     interrupt(14)
@@ -764,6 +784,7 @@ def test_work_that_was_not_even_begun_leaves_what_is_kept(expected: dict[str, An
     assert comparable(Path("out")) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_ctrl_c_twice_does_not_close_files_that_are_written_to(
     expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -787,6 +808,7 @@ def test_ctrl_c_twice_does_not_close_files_that_are_written_to(
     assert comparable(Path("out")) == expected
 
 
+@pytest.mark.slow
 def test_a_swap_takes_whole_tensors_from_the_new_adapter(place: Path) -> None:
     regraft.swap("../merged", "../other", "swapped")
     regraft.merge("../base", "../other", "direct")
@@ -794,6 +816,7 @@ def test_a_swap_takes_whole_tensors_from_the_new_adapter(place: Path) -> None:
         assert path.read_bytes() == (place / "swapped" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_an_output_that_is_there_is_not_merged_for_in_vain(
     monkeypatch: pytest.MonkeyPatch,

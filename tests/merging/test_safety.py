@@ -204,6 +204,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_at_any_point_can_be_gone_on_with_once_there_is_room(
     tmp_path: Path, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +242,7 @@ def fits(base: Path, adapter: Path, out: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_no_room_is_exit_code_4(tmp_path: Path, small_disk: Callable[[int], Path]) -> None:
     base, adapter = sharded(tmp_path)
     disk = small_disk(64)
@@ -287,6 +289,7 @@ def start_merge(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
     return process, base
 
 
+@pytest.mark.slow
 def test_a_killed_merge_leaves_no_out_and_is_not_in_the_way(tmp_path: Path) -> None:
     process, base = start_merge(tmp_path)
     process.kill()
@@ -300,6 +303,7 @@ def test_a_killed_merge_leaves_no_out_and_is_not_in_the_way(tmp_path: Path) -> N
     assert not (tmp_path / ".out.regraft").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_exit_code_130_and_keeps_the_work(tmp_path: Path) -> None:
     process, _ = start_merge(tmp_path)
     process.send_signal(signal.SIGINT)

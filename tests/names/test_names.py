@@ -103,7 +103,7 @@ ARCHITECTURES = sorted({name for name, _ in TINY.values()})
 def extraction() -> ModuleType:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        return importlib.import_module("names_extraction")
+        return importlib.import_module("names.extraction")
     finally:
         sys.path.pop(0)
 
@@ -119,6 +119,7 @@ def test_the_table_was_made_from_the_transformers_installed_here() -> None:
     assert table.load()["transformers"] == transformers.__version__
 
 
+@pytest.mark.slow
 def test_every_raw_mapping_is_transformers_own(extraction: ModuleType) -> None:
     fresh = as_json(extraction.extract_mappings())
     assert table.load()["mappings"] == fresh

@@ -106,6 +106,7 @@ def test_a_cache_as_numba_alone_writes_it_is_made_anew(cache: Path) -> None:
     assert run(cache) == (42, 1, [])
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_numba_is_made_anew_in_silence(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

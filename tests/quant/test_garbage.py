@@ -53,6 +53,7 @@ def configs() -> Iterator[dict[str, Any]]:
             yield {"config_groups": {"g": {**group, key: junk}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("find", [awq.find, compressed_tensors.find, gptq.find])
 def test_garbage_is_refused_or_read(find: Callable[[Stored], FoundWeights]) -> None:
     rng = random.Random(0)

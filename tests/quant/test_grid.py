@@ -85,6 +85,7 @@ def blocks(draw: st.DrawFn) -> tuple[Codes, np.ndarray, int]:
     return block, values, kind
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(blocks(), st.sampled_from(["nearest", "stochastic"]), st.integers(0, 2**63))
 def test_values_go_where_the_rule_says(

@@ -180,6 +180,7 @@ def test_four_bits_of_any_weight_are_those_of_bitsandbytes(
     check_four_bits(weight, kind, nested=nested, seed=seed)
 
 
+@pytest.mark.slow
 def test_sums_are_those_of_torch_on_one_thread() -> None:
     rng = np.random.default_rng(3)
     for n in [*range(1, 300), *rng.integers(300, 600_000, 60).tolist(), 2**18, 2**18 + 1]:
@@ -191,6 +192,7 @@ def test_the_map_of_scales_is_that_of_bitsandbytes() -> None:
     assert dynamic_map().tobytes() == functional.create_dynamic_map().numpy().tobytes()
 
 
+@pytest.mark.slow
 def test_many_scales_are_quantized_as_bitsandbytes_does() -> None:
     """Enough of them that every entry of the table of codes is met."""
     torch.manual_seed(2)

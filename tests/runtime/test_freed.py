@@ -79,6 +79,7 @@ def test_a_model_that_nobody_holds_is_freed(
     assert held() is None
 
 
+@pytest.mark.slow
 def test_the_handle_alone_keeps_its_model(tmp_path: Path) -> None:
     adapter = toys.write_adapter(
         tmp_path / "a", toys.lora("q_proj", 16, 16), target_modules=["q_proj"]
@@ -89,6 +90,7 @@ def test_the_handle_alone_keeps_its_model(tmp_path: Path) -> None:
     assert regraft.handle_of(handle.model) is handle
 
 
+@pytest.mark.slow
 def test_the_model_alone_keeps_its_handle(tmp_path: Path) -> None:
     adapter = toys.write_adapter(
         tmp_path / "a", toys.lora("q_proj", 16, 16), target_modules=["q_proj"]

@@ -1,6 +1,6 @@
 """After an interrupt a live model and its handle are as before a step, or as after it.
 
-All steps of all operations, and many real signals, are tried by scripts/torture_interrupts.py; here
+All steps of all operations, and many real signals, are tried by scripts/torture/interrupts.py; here
 some of them.
 """
 

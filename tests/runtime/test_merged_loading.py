@@ -155,6 +155,7 @@ def test_several_adapters_are_mixed(tmp_path: Path) -> None:
     assert_same(model, merged_by_files(base, pair, tmp_path, type(model)))
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_grew_is_grown(tmp_path: Path) -> None:
     from peft import LoraConfig
 

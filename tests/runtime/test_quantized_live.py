@@ -88,6 +88,7 @@ ROUNDED = 1e-2
 difference before can become a step of bfloat16 after."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_answers_are_those_of_pefts_model(name: str, form: str, base: Path, tmp_path: Path) -> None:

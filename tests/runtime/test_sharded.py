@@ -95,6 +95,7 @@ def of_two(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_refused_or_train_as_one(tmp_path: Path) -> None:
     # Not forked: what torch's threads hold here would be held there for ever.
     processes = multiprocessing.start_processes(

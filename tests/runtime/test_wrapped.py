@@ -60,6 +60,7 @@ def answer(model: Any) -> torch.Tensor:
         return model(TOYS["deep"].inputs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WRAPPED)
 def test_adapters_work_in_wrapped_models(how: str, adapter: Path, tmp_path: Path) -> None:
     plain = TOYS["deep"].model()

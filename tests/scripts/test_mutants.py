@@ -102,5 +102,11 @@ def test_tests_that_call_the_changed_function_come_first_and_within_the_time(mut
     assert running.fitting(change, tests, 10) == [tests[1], tests[2]]
     unseen = changes.Change("merging/room.py", "kernel", (1, 0, 1, 1), "")
     assert len(running.fitting(unseen, tests, 100)) == 4
+    inner = changes.Change("merging/files/x.py", "f", (1, 0, 1, 1), "")
+    near = running.Test(
+        "tests/merging/files/test_x.py::f", 5.0, frozenset({"merging/files/x.py:f"})
+    )
+    far = running.Test("tests/merging/test_y.py::f", 0.1, frozenset({"merging/files/x.py:f"}))
+    assert running.fitting(inner, [far, near], 100) == [near, far]
     kernel = changes.Change("merging/kernels.py", "add", (1, 0, 1, 1), "")
     assert running.fitting(kernel, tests, 100) == [tests[3], tests[1], tests[0]]

@@ -34,6 +34,7 @@ def practice(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("practice.page")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "name"), [(g, name) for g, names in SOME.items() for name in names]
 )

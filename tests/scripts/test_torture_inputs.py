@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,14 @@ import pytest
 
 from regraft.formats.files.watching import Watch
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "torture_inputs.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def torture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The script as a module, run in a folder of its own."""
-    spec = importlib.util.spec_from_file_location("torture_inputs", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "torture_inputs", module)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = importlib.import_module("torture.inputs")
     monkeypatch.chdir(tmp_path)  # which is gone back from afterwards, too
     return module
 

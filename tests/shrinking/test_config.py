@@ -31,6 +31,7 @@ def looked_up(found: Mapping[str, Any], name: str, default: Any) -> Any:
     return found.get(name, default)
 
 
+@pytest.mark.slow
 @given(NAMES, st.data())
 def test_every_name_gets_its_value_whatever_the_others_are_called(
     names: list[str], data: st.DataObject
@@ -80,6 +81,7 @@ def settings_of(config: Mapping[str, Any]) -> LoraSettings:
     return read_settings(config, "the config")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
 @given(data=st.data())
 def test_ranks_are_as_asked_and_scales_stay(rslora: bool, data: st.DataObject) -> None:

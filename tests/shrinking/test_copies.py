@@ -159,6 +159,7 @@ print(json.dumps([report.peak_memory, report.bytes_before, report.bytes_after,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tied", "outcome"), [(True, "dropped"), (False, "differs")])
 def test_a_copy_of_262_mb_is_compared_or_carried_in_pieces(
     tmp_path: Path, tied: bool, outcome: str

@@ -303,6 +303,7 @@ regraft.shrink(sys.argv[1], sys.argv[2], overwrite=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 5, -1])
 def test_after_a_kill_the_old_one_is_there_and_the_next_try_is_whole(
     tmp_path: Path, at: int
@@ -319,6 +320,7 @@ def test_after_a_kill_the_old_one_is_there_and_the_next_try_is_whole(
     assert not (tmp_path / ".out.regraft").exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_one_left_can_be_cleaned(tmp_path: Path) -> None:
     python(KILLED, write_adapter(tmp_path / "a"), tmp_path / "out", "3")
     (leftover,) = regraft.clean(tmp_path)

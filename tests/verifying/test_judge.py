@@ -475,6 +475,7 @@ def peft_merge(base: Path, adapters: list[Path], out: Path, dtype: str = "bfloat
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2", "mixtral"])

@@ -3,7 +3,7 @@
 transformers 5 renames and fuses tensors as it loads them, so a checkpoint, an adapter trained on
 transformers 4 and one trained on 5 can each call the same weight something else. Here all of them
 are brought into one space, the parameter names of the current model, by a table of data that
-``scripts/generate_names.py`` takes from transformers. At run time only the standard library is
+``scripts/names/generate.py`` takes from transformers. At run time only the standard library is
 needed.
 """
 

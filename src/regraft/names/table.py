@@ -1,4 +1,4 @@
-"""The table that ``scripts/generate_names.py`` writes, read when it is first needed."""
+"""The table that ``scripts/names/generate.py`` writes, read when it is first needed."""
 
 from __future__ import annotations
 

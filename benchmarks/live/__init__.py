@@ -1,0 +1,1 @@
+"""Adapters on a running model against PEFT: ``python -m benchmarks.live``."""

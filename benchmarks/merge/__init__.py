@@ -1,0 +1,1 @@
+"""A merge against a copy and against PEFT: ``python -m benchmarks.merge``."""

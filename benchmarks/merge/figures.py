@@ -1,0 +1,129 @@
+"""From samples to figures, each beside its target, and from figures to a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from benchmarks.merge.measure import Pairs, Undos
+from benchmarks.shared.figures import Figure, cpu, mib, peak, runs, seconds_of, spread
+from benchmarks.shared.page import BEGIN, END
+from benchmarks.shared.process import Sample
+
+COPY_LIMIT = 1.0
+PATCH_LIMIT = 0.02
+PEFT_LIMIT = 10.0
+PEAK_LIMIT = 400 * 2**20
+HELP_LIMIT, TINY_LIMIT, COMPILE_LIMIT, CHECK_LIMIT = 0.25, 1.0, 3.0, 1.0
+
+
+def copy_figure(pairs: Pairs) -> Figure:
+    """Compare each merge with the copy of its pair: a disk that slows down slows down both."""
+    copies, merges = seconds_of(pairs.copies), seconds_of(pairs.merges)
+    ratios = [merge / copy for merge, copy in zip(merges, copies, strict=True)]
+    value = median(ratios)
+    detail = (
+        f"merge {spread(merges)}, copy {spread(copies)}; ratios {min(ratios):.2f} to "
+        f"{max(ratios):.2f}, ratio of the medians {median(merges) / median(copies):.2f}; "
+        f"CPU time {cpu(pairs.merges)} against {cpu(pairs.copies)}; {runs(len(ratios), 'pair')}"
+    )
+    name = "merge against `cp -r` and a sync of the copy, median ratio"
+    return Figure(name, value, f"{value:.2f} x", "at most 1.0 x", value <= COPY_LIMIT, detail)
+
+
+def undo_figures(undos: Undos) -> list[Figure]:
+    """Compare merges with an undo patch, and un-merges, with the plain merge of their round."""
+    plains = seconds_of(undos.plains)
+    share = undos.patch_bytes / undos.model_bytes
+    detail = (
+        f"{undos.patch_bytes / 1e6:.1f} MB for {undos.model_bytes / 1e9:.2f} GB, "
+        f"|delta|/|W| {undos.relative_delta:.2%}; the adapter's copy not counted"
+    )
+    name = "undo patch, of the model's bytes"
+    size = Figure(name, share, f"{share:.2%}", "at most 2%", share <= PATCH_LIMIT, detail)
+    return [
+        size,
+        _ratio_figure("merge with an undo patch against one without", undos.merges, plains, 1.15),
+        _ratio_figure("un-merge against a merge without a patch", undos.unmerges, plains, 1.2),
+    ]
+
+
+def _ratio_figure(
+    name: str, samples: Sequence[Sample], plains: Sequence[float], limit: float
+) -> Figure:
+    values = seconds_of(samples)
+    ratios = [value / plain for value, plain in zip(values, plains, strict=True)]
+    value = median(ratios)
+    detail = (
+        f"{spread(values)} against {spread(plains)}; ratios {min(ratios):.2f} to "
+        f"{max(ratios):.2f}; CPU time {cpu(samples)}; peak {mib(peak(samples))} MiB; "
+        f"{runs(len(values), 'round')}"
+    )
+    return Figure(
+        name + ", median ratio", value, f"{value:.2f} x", f"at most {limit:g} x", value <= limit,
+        detail,
+    )  # fmt: skip
+
+
+def peft_figure(peft: Sequence[Sample], merges: Sequence[Sample]) -> Figure:
+    theirs, ours = seconds_of(peft), seconds_of(merges)
+    value = median(theirs) / median(ours)
+    peaks = f"{mib(peak(peft))} MiB at peak against {mib(peak(merges))} MiB"
+    detail = f"PEFT {spread(theirs)}, regraft {spread(ours)}; {peaks}; {runs(len(peft), 'run')}"
+    name = "merge against PEFT, times faster"
+    return Figure(name, value, f"{value:.1f} x", "at least 10 x", value >= PEFT_LIMIT, detail)
+
+
+def peak_figure(merges: Sequence[Sample]) -> Figure:
+    value = max(sample.peak_bytes for sample in merges)
+    smallest = min(sample.peak_bytes for sample in merges)
+    detail = f"largest of {runs(len(merges), 'run')}; the smallest is {mib(smallest)} MiB"
+    name = "peak resident memory of a merge"
+    return Figure(name, value, f"{mib(value)} MiB", "at most 400 MiB", value <= PEAK_LIMIT, detail)
+
+
+def time_figure(name: str, samples: Sequence[Sample], limit: float) -> Figure:
+    values = seconds_of(samples)
+    value = median(values)
+    extent = f"{min(values):.2f} to {max(values):.2f} s"
+    detail = f"{extent}; CPU time {cpu(samples)}; {runs(len(values), 'run')}"
+    return Figure(name, value, f"{value:.2f} s", f"under {limit:g} s", value < limit, detail)
+
+
+def compile_figure(pairs: Sequence[tuple[Sample, Sample]]) -> Figure:
+    values = [first.seconds - second.seconds for first, second in pairs]
+    firsts = seconds_of([first for first, _ in pairs])
+    value = median(values)
+    used = median(first.cpu_seconds - second.cpu_seconds for first, second in pairs)
+    count = runs(len(pairs), "run")
+    detail = f"first run {spread(firsts)}, less the second; CPU time {used:.1f} s; {count}"
+    passed = value < COMPILE_LIMIT
+    name = "compilation, once after installing"
+    return Figure(name, value, f"{value:.2f} s", f"under {COMPILE_LIMIT:g} s", passed, detail)
+
+
+INTRODUCTION = f"""# Benchmarks
+
+`make bench` measures what regraft promises and writes the table below. Every time is that of a
+whole process, from its start to its end, with the interpreter's start, the imports, all digests
+and the flush to the disk. The base is a checkpoint of random weights in the shape of Qwen2.5-1.5B
+(3.1 GB in bfloat16, four files), the adapter has rank 16 on all linear layers.
+
+- **Against a copy.** `cp -r BASE OUT && sync OUT/* OUT` and `regraft merge BASE ADAPTER -o OUT`
+  take turns, and which goes first alternates. `sync` with names flushes exactly these files and
+  the folder; the merge flushes the same before it ends. The base is in the page cache for both.
+  Removing OUT, and a sync after that, is not timed. The figure is the median of the ratios within
+  each pair.
+- **Undo.** A merge without a patch, one with it and an un-merge take turns; ratios are taken
+  within each round. Every other line of the table is with a patch, as that is the default.
+- **Against PEFT.** `from_pretrained` in bfloat16, `merge_and_unload`, `save_pretrained`; PEFT
+  does not flush what it wrote, and is not asked to.
+- **Memory** is the largest resident set the kernel saw (`ru_maxrss`); for PEFT that includes the
+  pages of the base it maps.
+- **Start-up** is measured warm, but for the compilation: there the cache of compiled code is
+  empty, and the second run, which finds it, is taken off the first.
+- **Check** reads the headers of a 70B-shaped checkpoint in some 30 files; the weights are holes.
+
+{BEGIN}
+{END}
+"""

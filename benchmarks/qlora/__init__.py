@@ -1,0 +1,1 @@
+"""What survives of a QLoRA adapter in 4 bits: ``python -m benchmarks.qlora``."""

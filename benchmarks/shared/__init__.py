@@ -1,0 +1,1 @@
+"""What all measurements stand on: processes measured from outside, models made up, pages."""

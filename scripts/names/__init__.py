@@ -1,0 +1,1 @@
+"""The table of names that transformers uses: ``PYTHONPATH=scripts python -m names.generate``."""

@@ -1,0 +1,1 @@
+"""Which rooms of regraft the fast tests call: ``PYTHONPATH=scripts python -m tiers``."""

@@ -1,0 +1,1 @@
+"""Processes killed, and calls that fail: ``PYTHONPATH=scripts python -m torture.kills``."""
