@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from regraft.deltas.weights import Weights
+from regraft.deltas.kernels.weights import Weights
 from regraft.numerics.arrays import Bytes, Floats
 from regraft.quant.grid import values_of
 from regraft.quant.making import Maker

@@ -15,7 +15,7 @@ import pytest
 import regraft
 from merging import toys
 from merging.toys import BF16, PREFIX, draw, write_adapter, write_base
-from regraft.deltas.undo.units_of_matrix import UNIT_COLUMNS
+from regraft.deltas.matrix_units import UNIT_COLUMNS
 from regraft.merging.execution.scheduler import Task, execute
 from regraft.merging.files.staging import workplace
 from regraft.merging.planning import planner as planning

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.deltas.weights import Weights
+from regraft.deltas.kernels.weights import Weights
 from regraft.formats.files.reading import FilePool
 from regraft.formats.safetensors import read_header
 from regraft.numerics.arrays import Bytes, Floats

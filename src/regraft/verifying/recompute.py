@@ -20,7 +20,7 @@ import numpy as np
 from regraft.adapters.model import Adapter
 from regraft.concurrency import MemoryGate, for_each
 from regraft.deltas.kernels.agreement import Agreement, Care, Fit
-from regraft.deltas.weights import Bytes, Floats, Weights
+from regraft.deltas.kernels.weights import Bytes, Floats, Weights
 from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool

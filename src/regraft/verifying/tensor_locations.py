@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from regraft.deltas.weights import Bytes
+from regraft.deltas.kernels.weights import Bytes
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
 from regraft.merging.inputs.base_index import BaseIndex, StoredPart, overlap

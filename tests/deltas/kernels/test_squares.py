@@ -9,7 +9,7 @@ import pytest
 
 from merging.toys import BF16, draw
 from regraft.deltas.kernels import merge as kernels
-from regraft.deltas.weights import Weights
+from regraft.deltas.kernels.weights import Weights
 
 
 @pytest.mark.parametrize("by_column", [True, False])

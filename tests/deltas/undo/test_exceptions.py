@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from regraft.deltas.matrix_units import Units
 from regraft.deltas.undo.exceptions import ITEM, keep_exceptions, put_back
 from regraft.deltas.undo.units import sizes_of
-from regraft.deltas.undo.units_of_matrix import Units
 
 SHAPES = [(1, 1), (7, 5), (40, 4096), (3, 40_000), (300, 64), (2, 16_384)]
 

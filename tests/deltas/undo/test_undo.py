@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.kernels.streams import PLAIN
+from regraft.deltas.kernels.weights import Weights
+from regraft.deltas.matrix_units import UNIT_COLUMNS, Units
 from regraft.deltas.undo import residual_coding as planes
 from regraft.deltas.undo.units import Decoder, Encoder, Kept, TileRows, merge, sizes_of
-from regraft.deltas.undo.units_of_matrix import UNIT_COLUMNS, Units
-from regraft.deltas.weights import Weights
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}
 FLAGS = (0, kernels.ROW_FACTOR, kernels.COLUMN_FACTOR, kernels.ROUND_TO_SOURCE)

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.deltas.kernels.inner import BLOCK, ZERO, round_through
-from regraft.deltas.weights import Floats, Weights
+from regraft.deltas.kernels.weights import Floats, Weights
 from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import BF16, ENTRY, F16, decode
 from regraft.numerics.intrinsics import bits_of, float_of

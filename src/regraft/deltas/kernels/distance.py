@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.deltas.kernels.inner import BLOCK, ZERO
-from regraft.deltas.weights import Bytes, Weights
+from regraft.deltas.kernels.weights import Bytes, Weights
 from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import ENTRY, F32, INNER, decode
 from regraft.numerics.intrinsics import add_square, bits_of

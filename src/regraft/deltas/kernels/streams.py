@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from regraft.deltas.kernels.inner import ONE, THREE, TWO, ZERO
-from regraft.deltas.undo.units_of_matrix import UNIT_COLUMNS
+from regraft.deltas.matrix_units import UNIT_COLUMNS
 from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import (
     BF16,

@@ -18,8 +18,8 @@ from regraft.deltas.kernels.bf16_fast_path import (
     scratch,
 )
 from regraft.deltas.kernels.streams import PLAIN
-from regraft.deltas.undo.units_of_matrix import Offsets, Units
-from regraft.deltas.weights import Bytes, Floats, Sums, Weights
+from regraft.deltas.kernels.weights import Bytes, Floats, Sums, Weights
+from regraft.deltas.matrix_units import Offsets, Units
 
 Lengths = npt.NDArray[np.uint32]
 Counts = npt.NDArray[np.uint16]

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from regraft.deltas.kernels import merge as kernels
+from regraft.deltas.kernels.weights import Floats, Weights
 from regraft.deltas.views import Delta, View
-from regraft.deltas.weights import Floats, Weights
 from regraft.errors import AdapterError, ChangedError
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import AGAIN

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from blake3 import blake3
 
-from regraft.deltas.weights import Bytes, Floats, Sums, Weights
+from regraft.deltas.kernels.weights import Bytes, Floats, Sums, Weights
 from regraft.errors import FormatError
 from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.planning.tiles import Tile

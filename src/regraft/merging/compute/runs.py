@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from regraft.deltas.kernels.weights import Floats, Weights
 from regraft.deltas.undo.units import TileRows
-from regraft.deltas.weights import Floats, Weights
 from regraft.merging.compute.factors import Packed
 from regraft.merging.planning.plan import Segment
 from regraft.merging.planning.tiles import Tile

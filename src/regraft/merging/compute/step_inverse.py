@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from regraft.deltas.kernels.weights import Bytes, Floats, Weights
 from regraft.deltas.undo.units import Decoder, Kept, merge
 from regraft.deltas.views import Delta
-from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.merging.compute.factors import (
     FactorSource,
     Pair,

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from regraft.deltas.kernels import merge as kernels
+from regraft.deltas.kernels.weights import Bytes, Floats, Sums, Weights
 from regraft.deltas.ranks.initial_factors import FACTORIZATIONS
 from regraft.deltas.undo.units import Encoder, merge
 from regraft.deltas.views import Delta, View
-from regraft.deltas.weights import Bytes, Floats, Sums, Weights
 from regraft.merging.compute.factors import (
     FactorSource,
     Packed,

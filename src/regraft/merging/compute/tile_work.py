@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from regraft.deltas.kernels.weights import Bytes, Sums, Weights
 from regraft.deltas.undo.exceptions import keep_exceptions
 from regraft.deltas.undo.units import Encoder, Kept
-from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import NumericError
 from regraft.merging.compute.factors import FactorSource, check_values
 from regraft.merging.compute.requantize import Coder, block_of, noise_key, read_packed

@@ -16,7 +16,7 @@ import numpy as np
 
 from regraft.concurrency import Abandoned
 from regraft.deltas.kernels import merge as kernels
-from regraft.deltas.weights import Bytes, Floats, Sums, Weights
+from regraft.deltas.kernels.weights import Bytes, Floats, Sums, Weights
 from regraft.merging.compute.step_math import StepMath
 from regraft.merging.inputs.source import Source
 from regraft.merging.planning.plan import Step

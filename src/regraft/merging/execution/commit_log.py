@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from regraft.deltas.weights import Bytes
+from regraft.deltas.kernels.weights import Bytes
 from regraft.merging.files.staging import Workplace
 from regraft.merging.undo.patch import PatchWriter, Written
 

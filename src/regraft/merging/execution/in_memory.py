@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from regraft.deltas.weights import Bytes, Sums
+from regraft.deltas.kernels.weights import Bytes, Sums
 from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.context import FACTOR_CACHE, PlanContext, largest_tile
 from regraft.merging.compute.factors import FactorStore

@@ -6,8 +6,8 @@ import numpy as np
 from blake3 import blake3
 
 from regraft.concurrency import Sequencer
+from regraft.deltas.kernels.weights import Bytes, Sums, Weights
 from regraft.deltas.undo.units import Counts, Lengths
-from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.merging.compute.tile_work import Computed, TileMemory, TileWork, overflow
 from regraft.merging.files.direct_io import OutputFile
 from regraft.merging.files.receipt import TensorRecord

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from regraft.deltas.weights import Bytes, Weights
+from regraft.deltas.kernels.weights import Bytes, Weights
 from regraft.merging.inputs.source import Source
 from regraft.quant.grid import Codes, values_of
 from regraft.quant.weight import Block, Decoder, QuantizedWeight

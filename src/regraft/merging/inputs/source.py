@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from regraft.deltas.weights import Bytes
+from regraft.deltas.kernels.weights import Bytes
 from regraft.formats.files.reading import FilePool
 from regraft.tensors import TensorSpec
 

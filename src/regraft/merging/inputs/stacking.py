@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from regraft.deltas.weights import Bytes
+from regraft.deltas.kernels.weights import Bytes
 from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.inputs.dequantized_view import Quantization, Stack, room_of
 from regraft.merging.inputs.source import Source

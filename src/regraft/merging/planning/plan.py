@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adapters.model import Adapter
-from regraft.deltas.undo.units_of_matrix import Units
+from regraft.deltas.matrix_units import Units
 from regraft.deltas.views import Delta, RowPatch, View
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action

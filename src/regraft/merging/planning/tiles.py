@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from regraft.deltas.undo.units_of_matrix import UNIT_COLUMNS
+from regraft.deltas.matrix_units import UNIT_COLUMNS
 from regraft.merging.planning.plan import Step
 from regraft.quant.weight import Block
 from regraft.tensors import DTYPES

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from regraft.deltas.kernels.weights import Bytes, Floats
 from regraft.deltas.undo import compression
-from regraft.deltas.weights import Bytes, Floats
 from regraft.errors import FormatError
 from regraft.formats.files.reading import FilePool
 from regraft.formats.safetensors import read_header

@@ -14,8 +14,8 @@ import numpy as np
 from blake3 import blake3
 
 from regraft.concurrency import Sequencer
+from regraft.deltas.kernels.weights import Bytes, Weights
 from regraft.deltas.undo import residual_coding as planes
-from regraft.deltas.weights import Bytes, Weights
 from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.requantize import ValuesOf, can_be_told, told_codes
 from regraft.merging.inputs.dequantize import DequantizingSource

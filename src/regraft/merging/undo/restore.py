@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from regraft.deltas.kernels.weights import Bytes, Floats, Weights
+from regraft.deltas.matrix_units import UNIT_COLUMNS, Offsets, Units
 from regraft.deltas.undo import residual_coding as planes
 from regraft.deltas.undo.compression import most_compressed
 from regraft.deltas.undo.exceptions import ITEM, put_back
 from regraft.deltas.undo.units import Counts, Kept, Lengths, are_possible, sizes_of
-from regraft.deltas.undo.units_of_matrix import UNIT_COLUMNS, Offsets, Units
-from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.factors import FactorStore, Pair
 from regraft.merging.compute.requantize import Coder, ValuesOf, told_codes

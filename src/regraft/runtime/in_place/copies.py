@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from regraft.deltas.kernels.weights import Bytes, Floats, Weights
 from regraft.deltas.views import View
-from regraft.deltas.weights import Bytes, Floats, Weights
 from regraft.merging.compute.factors import check_values
 from regraft.runtime.in_place.weights import bytes_of
 from regraft.runtime.model.live_base import spec_of

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from regraft.deltas.kernels.weights import Bytes, Sums, Weights
 from regraft.deltas.undo.exceptions import put_back
 from regraft.deltas.undo.units import Kept
-from regraft.deltas.weights import Bytes, Sums, Weights
 from regraft.errors import MismatchError
 from regraft.merging.compute.factors import FactorSource
 from regraft.merging.compute.requantize import Coder, block_of

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.deltas.weights import Bytes
+from regraft.deltas.kernels.weights import Bytes
 from regraft.errors import FormatError
 from regraft.merging.inputs.source import WholeSource
 from regraft.quant.formats.bitsandbytes import FourBit, Nested

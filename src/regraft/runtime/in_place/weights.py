@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from regraft.deltas.weights import Bytes
+from regraft.deltas.kernels.weights import Bytes
 from regraft.errors import UnsupportedError
 
 

@@ -25,7 +25,7 @@ from regraft.verifying.diffing.report import TensorChange, finite
 
 if TYPE_CHECKING:
     from regraft.deltas.kernels.distance import Distance
-    from regraft.deltas.weights import Bytes
+    from regraft.deltas.kernels.weights import Bytes
 
 TILE_BYTES = 2**20
 """Bytes of a tile on its larger side; a thread holds two tiles, and scratch of their size."""
