@@ -328,14 +328,14 @@ def test_an_interrupt_while_the_threads_are_started_stops_the_work(
             begun.set()
             time.sleep(0.01)
 
-    def submit(pool: ThreadPoolExecutor, *work: Any) -> Any:
-        if pool._threads:
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "regraft-1":
             begun.wait()
             raise KeyboardInterrupt
-        return real(pool, *work)
+        real(thread)
 
-    real = ThreadPoolExecutor.submit
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    real = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(KeyboardInterrupt):
         regraft.merge(base, adapter, tmp_path / "out", progress=progress, threads=2)
     assert events[-1].done < events[-1].total
