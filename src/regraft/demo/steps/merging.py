@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from regraft import errors
 from regraft.errors import Problem, RegraftError
+from regraft.system.syncing import sync_folder, sync_path
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,7 @@ def time_copy(folder: Path, scratch: Path) -> float:
     start = time.perf_counter()
     shutil.copytree(folder, scratch)
     for file in scratch.rglob("*"):
-        _sync(file)
+        (sync_folder if file.is_dir() else sync_path)(file)
     taken = time.perf_counter() - start
     shutil.rmtree(scratch)
     return taken
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
