@@ -202,7 +202,7 @@ def shell_lines(page: Path) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_shell_examples_name_commands_and_options_that_exist(page: Path) -> None:
-    known, targets = commands(), set(re.findall(r"^(\w+):", read(ROOT / "Makefile"), re.M))
+    known, targets = commands(), set(re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.M))
     for words in shell_lines(page):
         if words[0] == "make":
             assert set(words[1:]) <= targets, words

@@ -487,6 +487,7 @@ def test_a_kill_at_any_step_leaves_the_old_adapter_or_the_new_one(
     assert [path for path in root.iterdir() if "saving" in path.name] == []
 
 
+@pytest.mark.slow
 def test_where_folders_cannot_be_swapped_a_kill_leaves_no_mix(killed: Path) -> None:
     without = 0
     for folder in (killed / "inside").glob("a*"):
