@@ -13,6 +13,8 @@ import transformers
 from bitsandbytes import functional
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from blake3 import blake3
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
@@ -275,3 +277,22 @@ def test_what_was_made_is_verified_and_undone(tmp_path: Path, options: dict[str,
     edited = regraft.verify(out, base=base, adapters=[adapter])
     assert edited.verdict != "exact"
     assert [t.name for t in edited.tensors if t.verdict != "exact"] == [f"{toys.Q0}.weight"]
+
+
+@pytest.mark.parametrize("options", MADE[:2], ids=str)
+def test_a_whole_weight_of_an_adapter_is_made_and_undone(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    whole = {f"base_model.model.{toys.Q0}.weight": toys.draw(toys.HIDDEN, toys.HIDDEN, seed=3)}
+    down = "model.layers.1.mlp.down_proj"
+    tensors = whole | toys.lora(down, toys.HIDDEN, toys.INTER)
+    base, out = toys.write_base(tmp_path / "base"), tmp_path / "out"
+    adapter = toys.write_adapter(
+        tmp_path / "adapter", tensors, target_modules=["down_proj"], modules_to_save=["q_proj"]
+    )
+    receipt = regraft.merge(base, adapter, out, undo=True, **options)
+    stored = load_numpy(adapter / "adapter_model.safetensors")
+    digests = {name: blake3(tensor.tobytes()).hexdigest() for name, tensor in stored.items()}
+    assert receipt.adapters[0].tensors == digests
+    assert regraft.verify(out, base=base, adapters=[adapter]).verdict == "exact"
+    assert_restores(base, out, tmp_path)

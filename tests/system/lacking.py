@@ -271,6 +271,7 @@ FACILITIES: dict[str, Callable[[], None]] = {
     "owners and modes": _owners,
     "exchange": _kernel_renames,
     "a c library": _c_library,
+    "affinity": lambda: _without(os, "sched_getaffinity"),
     "wait4": lambda: _without(os, "wait4", "waitid"),
     "folders that can be opened": _folders_cannot_be_opened,
     "removal of what is open": _open_files_stay,
