@@ -227,6 +227,23 @@ def test_no_index_of_the_base_survives(base: Path, adapter: Path, tmp_path: Path
     assert not list((tmp_path / "out").glob("*.index.json"))
 
 
+def test_shards_of_any_names_get_an_index_that_loaders_find(adapter: Path, tmp_path: Path) -> None:
+    base = toys.write_sharded_base(tmp_path / "sharded")
+    index = toys.read_json(base / INDEX)
+    others = {old: f"{letter}.safetensors" for old, letter in zip(
+        sorted(set(index["weight_map"].values())), "Abc", strict=True
+    )}  # fmt: skip
+    for old, new in others.items():
+        (base / old).rename(base / new)
+    index["weight_map"] = {name: others[old] for name, old in index["weight_map"].items()}
+    write_json(base / INDEX, index)
+    regraft.merge(base, adapter, tmp_path / "out")
+    merged = toys.read_json(tmp_path / "out" / INDEX)
+    assert set(merged["weight_map"].values()) == set(others.values())
+    again = regraft.merge(tmp_path / "out", adapter, tmp_path / "twice")
+    assert again.totals.merged > 0
+
+
 def test_code_travels_only_where_the_config_names_it(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

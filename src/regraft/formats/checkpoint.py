@@ -54,6 +54,9 @@ _WEIGHT_FILES = (  # the order in which transformers looks for them
     "pytorch_model.bin.index.json",
 )
 
+INDEX_STEMS = ("model", "diffusion_pytorch_model")
+"""What the name of an index of safetensors files may begin with, to be found by loaders."""
+
 _SUFFIXES = (".safetensors", ".bin")
 _LOOKED_FOR = "model.safetensors or pytorch_model.bin, or either with an index"
 _ONE_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.")

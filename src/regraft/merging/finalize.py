@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from regraft._version import __version__
 from regraft.errors import InputError, redacted
+from regraft.formats.checkpoint import INDEX_STEMS
 from regraft.formats.files.inside import refuse_outside
 from regraft.formats.files.reading import open_regular, typed_os_errors
 from regraft.formats.files.text import plain_text, spelled
@@ -178,8 +179,9 @@ def _check_names(plan: Plan) -> None:
 
 
 def _index_name(plan: Plan) -> str:
+    """Return the index's name: that of the shards where loaders look for it, else the usual one."""
     stem = plan.shards[0].name.partition("-")[0].partition(".")[0]
-    return f"{stem}.safetensors.index.json"
+    return f"{stem if stem in INDEX_STEMS else 'model'}.safetensors.index.json"
 
 
 def _index(plan: Plan) -> dict[str, Any]:
