@@ -111,13 +111,13 @@ def merge(
     folder.check_space(made.disk_bytes)
 
     from regraft.merging.building import build, deciding_files
-    from regraft.merging.undo.keeping import Keeping
+    from regraft.merging.undo.keeping import UndoSettings
 
     with folder.work() as work:
         called = command or merge_call("merge", made.base.source, made)
         return build(
             made, work, deciding_files(made), called, started,
-            keeping=Keeping(keep_adapter) if made.options["undo"] else None, progress=progress,
+            keeping=UndoSettings(keep_adapter) if made.options["undo"] else None, progress=progress,
         )  # fmt: skip
 
 

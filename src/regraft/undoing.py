@@ -33,7 +33,14 @@ from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import fit_memory, make_plan, settled
 from regraft.merging.planning.report import UnmergeReport
 from regraft.merging.planning.targets import plan_digest
-from regraft.merging.undo.keeping import Keeping, base_shards, base_targets, side_files, stand_in
+from regraft.merging.undo.corrections import corrections_of
+from regraft.merging.undo.keeping import (
+    UndoSettings,
+    base_shards,
+    base_targets,
+    side_files,
+    stand_in,
+)
 from regraft.merging.undo.manifest import (
     PATCH,
     UNDO,
@@ -44,7 +51,6 @@ from regraft.merging.undo.manifest import (
 )
 from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weights_of
 from regraft.merging.undo.patch import PatchReader
-from regraft.merging.undo.residuals import keeps
 from regraft.progress import Progress, tell
 from regraft.system.memory import peak_memory
 
@@ -199,7 +205,7 @@ def swap(
         called = command or merge_call("swap", found.located.source, made)
         return build(
             made, work, [*found.files, *adapter_files(read)], called, started,
-            keeping=Keeping(keep_adapter, found.manifest.left_out) if options.undo else None,
+            keeping=UndoSettings(keep_adapter, found.manifest.left_out) if options.undo else None,
             open_source=_opener(undone, found), progress=progress,
         )  # fmt: skip
 
@@ -376,7 +382,7 @@ def _undone(
             hint=f"Run it with that version: pip install regraft=={found.receipt.regraft}",
         )  # fmt: skip
     steps = {step.name: step for step in made.steps if step.is_invertible}
-    kept = {keep.original.name: keep for keep in keeps(made)}
+    kept = {keep.original.name: keep for keep in corrections_of(made)}
     _check_merged(found, made)
     recipe = Restoration(
         steps, kept, found.merged.tensors, source.tensors, old.rounding or "stochastic", old.seed

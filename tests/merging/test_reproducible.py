@@ -21,9 +21,9 @@ from regraft.merging.files.staging import workplace
 from regraft.merging.planning import planner as planning
 from regraft.merging.planning.planner import SMALLEST_TILE
 from regraft.merging.planning.targets import merge_targets
+from regraft.merging.undo.corrections import corrections_of
 from regraft.merging.undo.keeping import section_names
 from regraft.merging.undo.patch import PatchWriter
-from regraft.merging.undo.residuals import keeps
 
 SMALLEST_CAP = "219MiB"
 """What the plan asks for at least when no single step needs much."""
@@ -115,8 +115,10 @@ def executed(
     folder.mkdir()
     with workplace(folder / "out", overwrite=False) as place:
         place.begin("a merge")
-        patch = PatchWriter(place.out / "patch.safetensors", section_names(made, keeps(made)))
-        task = Task(made, merge_targets(made), keeps(made))
+        patch = PatchWriter(
+            place.out / "patch.safetensors", section_names(made, corrections_of(made))
+        )
+        task = Task(made, merge_targets(made), corrections_of(made))
         outcome = execute(task, place, patch, (), None)
         patch.close()
     found = digests(folder / "out")

@@ -15,17 +15,17 @@ from regraft.merging.files.staging import Workplace
 from regraft.merging.finalize import sides_of, write_rest
 from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.targets import Target, merge_targets
-from regraft.merging.undo.keeping import Keeping, section_names
+from regraft.merging.undo.corrections import corrections_of, digests_only
+from regraft.merging.undo.keeping import UndoSettings, section_names
 from regraft.merging.undo.manifest import PATCH, UNDO
 from regraft.merging.undo.patch import PatchWriter
-from regraft.merging.undo.residuals import digests_only, keeps
 from regraft.progress import Progress, tell
 from regraft.system.memory import peak_memory
 
 
 def build(
     plan: Plan, place: Workplace, inputs: Iterable[Path], command: str, started: float, *,
-    keeping: Keeping | None, open_source: OpenSource | None = None,
+    keeping: UndoSettings | None, open_source: OpenSource | None = None,
     progress: Progress | None = None,
 ) -> Receipt:  # fmt: skip
     """Write a merged model into a work folder, going on from an earlier try if there was one.
@@ -45,7 +45,7 @@ def build(
     """
     sides = sides_of(plan)
     plan = replace(plan, warnings=tuple(dict.fromkeys((*plan.warnings, *sides.warnings))))
-    kept = keeps(plan) if keeping is not None else digests_only(plan)
+    kept = corrections_of(plan) if keeping is not None else digests_only(plan)
     task = Task(plan, merge_targets(plan), kept, open_source)
     place.begin(fingerprint(plan, inputs, keeping=keeping and asdict(keeping)))
     path = place.out / UNDO / PATCH if keeping is not None else None

@@ -36,7 +36,7 @@ from regraft.merging.files.receipt import (
 from regraft.merging.files.side_files import CARD, json_bytes, plan_side_files, updated_config
 from regraft.merging.planning.base_drift import warning as gap_warning
 from regraft.merging.planning.plan import Plan
-from regraft.merging.undo.keeping import Keeping, keep_base
+from regraft.merging.undo.keeping import UndoSettings, keep_base
 from regraft.merging.undo.merged_adapters import check_copies
 from regraft.merging.undo.patch import PatchWriter
 
@@ -46,7 +46,7 @@ Used = Callable[[], tuple[float, int, int]]
 
 def write_rest(
     plan: Plan, outcome: Outcome, folder: Path, command: str, used: Used,
-    sides: Sides, patch: PatchWriter | None = None, keeping: Keeping | None = None,
+    sides: Sides, patch: PatchWriter | None = None, keeping: UndoSettings | None = None,
 ) -> Receipt:  # fmt: skip
     """Write everything but the weights into ``folder``; the receipt is last.
 

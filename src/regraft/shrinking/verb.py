@@ -150,7 +150,7 @@ def shrink(
 
 
 @dataclass(frozen=True)
-class _Choices:
+class _ShrinkOptions:
     """The options, checked; ``dtype`` is safetensors' name."""
 
     dtype: str
@@ -169,7 +169,7 @@ class _OpenedAdapter:
     copies: list[Copy]
     sides: SideFiles
     base: str | Path | None
-    choices: _Choices
+    choices: _ShrinkOptions
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
@@ -199,7 +199,9 @@ class _OpenedAdapter:
         return read + written
 
 
-def _choices(dtype: str, rank: int | None, energy: float | None, uniform: bool | None) -> _Choices:
+def _choices(
+    dtype: str, rank: int | None, energy: float | None, uniform: bool | None
+) -> _ShrinkOptions:
     """Return the options, checked.
 
     Raises:
@@ -216,11 +218,11 @@ def _choices(dtype: str, rank: int | None, energy: float | None, uniform: bool |
                                 f"{energy:g}"))  # fmt: skip
     if problems:
         raise UsageError(problems)
-    return _Choices(parse_dtype(dtype) or "BF16", rank, energy, uniform)
+    return _ShrinkOptions(parse_dtype(dtype) or "BF16", rank, energy, uniform)
 
 
 def _opened(
-    adapter: str | Path, base: str | Path | None, choices: _Choices, token: str | None
+    adapter: str | Path, base: str | Path | None, choices: _ShrinkOptions, token: str | None
 ) -> _OpenedAdapter:
     """Open and read an adapter, from headers and its config.
 

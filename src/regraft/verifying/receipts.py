@@ -89,7 +89,9 @@ def check_receipt(
         )
     with FilePool() as pool:
         jobs = [
-            _Job(there[name], _size(there[name]), partial(_check_file, name=name, digest=digest))
+            _DigestJob(
+                there[name], _size(there[name]), partial(_check_file, name=name, digest=digest)
+            )
             for name, digest in receipt.files.items()
             if name in there
         ]
@@ -185,7 +187,7 @@ def _compare_names(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _DigestJob:
     """A piece of reading.
 
     Attributes:
@@ -202,13 +204,13 @@ class _Job:
 
 
 def _run(
-    check: ReceiptCheck, jobs: Iterable[_Job], threads: int, progress: Progress | None
+    check: ReceiptCheck, jobs: Iterable[_DigestJob], threads: int, progress: Progress | None
 ) -> None:
     jobs = list(jobs)
     told = ProgressMeter(progress, "verify", sum(job.nbytes for job in jobs))
     lock = threading.Lock()  # over the check, which all threads add to
 
-    def work(job: _Job, buffer: memoryview) -> None:
+    def work(job: _DigestJob, buffer: memoryview) -> None:
         nbytes, differences = job.work(job.path, buffer)
         with lock:
             check.bytes += nbytes
@@ -263,7 +265,7 @@ def _unless(same: bool, file: str, tensor: str, what: str) -> list[Difference]:
 def _weight_jobs(
     check: ReceiptCheck, path: Path, name: str, digest: str | None,
     records: list[TensorRecord], pool: FilePool,
-) -> list[_Job]:  # fmt: skip
+) -> list[_DigestJob]:  # fmt: skip
     """Check a weight file's header, and return the jobs for its tensors."""
     try:
         if digest is not None:
@@ -285,7 +287,7 @@ def _weight_jobs(
             check.differences.append(Difference(name, record.name, wrong))
             continue
         work = partial(_check_tensor, spec=spec, record=record, pool=pool)
-        jobs.append(_Job(path, spec.nbytes, work, record.name))
+        jobs.append(_DigestJob(path, spec.nbytes, work, record.name))
     known = {record.name for record in records}
     for other in tensors.keys() - known:
         check.differences.append(Difference(name, other, "a tensor that the merge did not write"))

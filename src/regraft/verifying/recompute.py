@@ -336,7 +336,7 @@ class _Bench:
 
     # -- passes over a tensor --------------------------------------------------------------------
 
-    def _done(self, step: Step, memory: TileMemory | None = None) -> Iterator[_Made]:
+    def _done(self, step: Step, memory: TileMemory | None = None) -> Iterator[_DoneTile]:
         """Do a step, tile by tile.
 
         Args:
@@ -346,7 +346,7 @@ class _Bench:
         work, memory = self._context.work_of(step), memory or self._memory
         for tile in self._context.tiles_of(step):
             result = memory.take("result", tile.write)
-            yield _Made(tile, result, work.run(tile, memory, result))
+            yield _DoneTile(tile, result, work.run(tile, memory, result))
         if step.made is None:  # of a weight that is made, other tensors may be to come
             work.math.release()
 
@@ -385,7 +385,7 @@ class _Bench:
             found.take(weight, stored, merged, care)
         return found
 
-    def _weight(self, step: Step, origin: TensorSpec | None, made: _Made) -> Weights:
+    def _weight(self, step: Step, origin: TensorSpec | None, made: _DoneTile) -> Weights:
         """Return the base's weights of a tile; the merged ones where the base has none."""
         if origin is None or made.tile.kind == "append":
             return Weights.of_floats(made.result.view(np.float32))
@@ -481,7 +481,7 @@ def _narrowed(stored: Weights, dtype: str) -> Weights:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _DoneTile:
     """A tile that was done: its place, its result's bytes, and what else came of it."""
 
     tile: Tile

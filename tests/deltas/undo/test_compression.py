@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from regraft.deltas.undo import residual_coding as planes
+from regraft.deltas.undo import correction_coding as planes
 from regraft.deltas.undo.compression import compress, decompress, most_compressed
 
 HUGE = 2**34

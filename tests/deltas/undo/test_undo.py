@@ -14,8 +14,8 @@ from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.kernels.streams import PLAIN
 from regraft.deltas.kernels.weights import Weights
 from regraft.deltas.matrix_units import UNIT_COLUMNS, Units
-from regraft.deltas.undo import residual_coding as planes
-from regraft.deltas.undo.units import Decoder, Encoder, Kept, TileRows, merge, sizes_of
+from regraft.deltas.undo import correction_coding as planes
+from regraft.deltas.undo.units import Decoder, Encoder, TileCorrection, TileRows, merge, sizes_of
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}
 FLAGS = (0, kernels.ROW_FACTOR, kernels.COLUMN_FACTOR, kernels.ROUND_TO_SOURCE)
@@ -84,7 +84,7 @@ def merged_case(
     return Case(rows, columns, source, merged, raw, result, run)
 
 
-def keep(case: Case) -> Kept:
+def keep(case: Case) -> TileCorrection:
     """Merge and keep, all in one tile."""
     encoder = Encoder()
     encoder.begin(case.units, 0, case.units.count, case.item)
@@ -92,7 +92,7 @@ def keep(case: Case) -> Kept:
     return encoder.finish(case.raw)
 
 
-def restored(case: Case, kept: Kept) -> tuple[np.ndarray, bool]:
+def restored(case: Case, kept: TileCorrection) -> tuple[np.ndarray, bool]:
     """Return the weights as they are restored, and whether the streams were sound."""
     raw = np.full_like(case.raw, 0xAA)
     decoder = Decoder(case.units, 0, case.units.count, kept, case.item)
@@ -100,7 +100,7 @@ def restored(case: Case, kept: Kept) -> tuple[np.ndarray, bool]:
     return raw, decoder.finish(raw)
 
 
-def assert_exact(case: Case) -> Kept:
+def assert_exact(case: Case) -> TileCorrection:
     kept = keep(case)
     raw, sound = restored(case, kept)
     assert np.array_equal(raw, case.raw)
@@ -196,7 +196,7 @@ def test_streams_of_a_stranger_do_no_harm(seed: int, merged: str) -> None:
     counts = rng.integers(0, 5, sound.counts.size).astype(np.uint16)
     lengths[rng.random(lengths.size) < 0.3] = PLAIN
     size = int(sizes_of(case.units, lengths, counts, case.item).sum())
-    kept = Kept(rng.integers(0, 256, size).astype(np.uint8), lengths, counts)
+    kept = TileCorrection(rng.integers(0, 256, size).astype(np.uint8), lengths, counts)
     restored(case, kept)
 
 
@@ -205,7 +205,7 @@ def test_a_truncated_stream_shows() -> None:
     kept = keep(case)
     lengths = kept.lengths.copy()
     lengths[0] -= 1
-    shorter = Kept(np.delete(kept.payload, int(lengths[0])), lengths, kept.counts)
+    shorter = TileCorrection(np.delete(kept.payload, int(lengths[0])), lengths, kept.counts)
     _, sound = restored(case, shorter)
     assert not sound
 

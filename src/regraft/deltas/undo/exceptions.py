@@ -12,13 +12,15 @@ import numpy as np
 from regraft.deltas.kernels.streams import PLAIN
 from regraft.deltas.kernels.weights import Bytes
 from regraft.deltas.matrix_units import Offsets, Units
-from regraft.deltas.undo.units import Counts, Kept, Lengths
+from regraft.deltas.undo.units import Counts, Lengths, TileCorrection
 
 ITEM = 1
 """Bytes of a code, as the table of units counts them."""
 
 
-def keep_exceptions(units: Units, first: int, last: int, predicted: Bytes, codes: Bytes) -> Kept:
+def keep_exceptions(
+    units: Units, first: int, last: int, predicted: Bytes, codes: Bytes
+) -> TileCorrection:
     """Return what tells codes from predicted ones.
 
     Args:
@@ -43,10 +45,10 @@ def keep_exceptions(units: Units, first: int, last: int, predicted: Bytes, codes
             for u, n in enumerate(counts)
         ]
         payload = np.concatenate(pieces)
-    return Kept(payload, lengths, np.where(plain, 0, counts).astype(np.uint16))
+    return TileCorrection(payload, lengths, np.where(plain, 0, counts).astype(np.uint16))
 
 
-def put_back(units: Units, first: int, last: int, kept: Kept, codes: Bytes) -> None:
+def put_back(units: Units, first: int, last: int, kept: TileCorrection, codes: Bytes) -> None:
     """Turn predicted codes into those that :func:`keep_exceptions` was given, in place."""
     starts = _starts(units, first, last)
     at = 0

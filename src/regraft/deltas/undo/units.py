@@ -60,7 +60,7 @@ class TileRows:
 
 
 @dataclass(frozen=True)
-class Kept:
+class TileCorrection:
     """What was kept of some consecutive units.
 
     Attributes:
@@ -112,14 +112,14 @@ class Encoder:
         unit = (row - first_row) // self.units.rows * self.units.parts
         self.state[unit : unit + self.units.parts, streams.TAIL] = -1
 
-    def finish(self, weights: Bytes) -> Kept:
+    def finish(self, weights: Bytes) -> TileCorrection:
         """Return what was kept of the tile, whose weights' bytes are given."""
         lengths = np.empty(len(self.state), np.uint32)
         counts = np.empty(len(self.state), np.uint16)
         done = streams.gather(
             *self.arguments, self._bytes, weights, self._item, self._out, lengths, counts
         )
-        return Kept(self._out[:done].copy(), lengths, counts)
+        return TileCorrection(self._out[:done].copy(), lengths, counts)
 
 
 _NO_STATE: npt.NDArray[np.int64] = np.empty(0, np.int64)
@@ -167,7 +167,9 @@ def _sizes(plain: Offsets, lengths: Lengths, counts: Counts, item: int) -> Offse
 class Decoder:
     """Restores the weights of a tile from what was kept of them."""
 
-    def __init__(self, units: Units, first: int, last: int, kept: Kept, item: int) -> None:
+    def __init__(
+        self, units: Units, first: int, last: int, kept: TileCorrection, item: int
+    ) -> None:
         self._units, self._kept = units, kept
         self._starts = units.starts(first, last) * item
         self._plain = kept.lengths == PLAIN

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from regraft.deltas.kernels.weights import Bytes, Floats, Weights
-from regraft.deltas.undo.units import Decoder, Kept, merge
+from regraft.deltas.undo.units import Decoder, TileCorrection, merge
 from regraft.deltas.views import Delta
 from regraft.merging.compute.factors import (
     FactorSource,
@@ -45,7 +45,7 @@ class Backwards:
         self._segments = SegmentFactors(store, residuals)
 
     def restore(
-        self, tile: Tile, merged: Weights, weights: Weights, raw: Bytes, kept: Kept
+        self, tile: Tile, merged: Weights, weights: Weights, raw: Bytes, kept: TileCorrection
     ) -> bool:
         """Restore the weights of a tile of whole units.
 

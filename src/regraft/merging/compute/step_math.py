@@ -32,7 +32,7 @@ ReadSource = Callable[[int, Bytes], None]
 
 
 @dataclass
-class Prepared:
+class PreparedStep:
     """What needs the whole tensor: factorizations, DoRA's factors, rows to replace.
 
     By the ``id`` of the delta; rows by their number. Factors of rows are filled in tile by tile.
@@ -55,7 +55,7 @@ class StepMath:
         self._step, self._store, self._read, self._norms = step, store, read, norms
         self._scratch_bytes = scratch_bytes
         self._lock = threading.Lock()  # held while a step is prepared: once for all threads
-        self._prepared: Prepared | None = None
+        self._prepared: PreparedStep | None = None
         self._segments: SegmentFactors | None = None
 
     def run(
@@ -128,7 +128,7 @@ class StepMath:
     # -- a tile ----------------------------------------------------------------------------------
 
     def _merge(
-        self, tile: Tile, source: Weights, result: Weights, prepared: Prepared, sums: Sums,
+        self, tile: Tile, source: Weights, result: Weights, prepared: PreparedStep, sums: Sums,
         keeping: Encoder | None, *, known: bool = False,
     ) -> None:  # fmt: skip
         first, last = tile.rows
@@ -156,7 +156,7 @@ class StepMath:
             merge(run, sums, keeping)
 
     def _replace_rows(
-        self, tile: Tile, source: Weights, result: Weights, prepared: Prepared, sums: Sums
+        self, tile: Tile, source: Weights, result: Weights, prepared: PreparedStep, sums: Sums
     ) -> None:
         """Put replaced rows in; the change is counted against the base's row."""
         left, right = tile.columns
@@ -177,7 +177,7 @@ class StepMath:
 
     # -- factors ---------------------------------------------------------------------------------
 
-    def _factors(self, prepared: Prepared) -> SegmentFactors:
+    def _factors(self, prepared: PreparedStep) -> SegmentFactors:
         with self._lock:
             if self._segments is None:
                 self._segments = SegmentFactors(self._store, prepared.residuals)
@@ -185,7 +185,7 @@ class StepMath:
 
     def _dora_factors(
         self, segment: Segment, packed: Packed, rows: tuple[int, int] | None, weights: Weights,
-        prepared: Prepared,
+        prepared: PreparedStep,
     ) -> Floats:  # fmt: skip
         """Return DoRA's factors m / |W + s B A| of all deltas, in the order of the table.
 
@@ -216,14 +216,14 @@ class StepMath:
 
     # -- the whole tensor ------------------------------------------------------------------------
 
-    def _prepare(self) -> Prepared:
+    def _prepare(self) -> PreparedStep:
         with self._lock:
             if self._prepared is None:
                 self._prepared = self._look_at_the_whole()
             return self._prepared
 
-    def _look_at_the_whole(self) -> Prepared:
-        prepared = Prepared()
+    def _look_at_the_whole(self) -> PreparedStep:
+        prepared = PreparedStep()
         for delta in self._step.deltas:
             if delta.is_residual:
                 prepared.residuals[id(delta)] = self._factorize(delta)

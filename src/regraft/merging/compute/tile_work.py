@@ -23,7 +23,7 @@ import numpy as np
 
 from regraft.deltas.kernels.weights import Bytes, Sums, Weights
 from regraft.deltas.undo.exceptions import keep_exceptions
-from regraft.deltas.undo.units import Encoder, Kept
+from regraft.deltas.undo.units import Encoder, TileCorrection
 from regraft.errors import NumericError
 from regraft.merging.compute.factors import FactorSource, check_values
 from regraft.merging.compute.requantize import Coder, block_of, noise_key, read_packed
@@ -93,7 +93,7 @@ class Computed:
     weights: Weights | None = None
     sums: Sums = field(default_factory=_four)
     coded: Sums = field(default_factory=_two)
-    kept: Kept | None = None
+    kept: TileCorrection | None = None
 
 
 class TileWork(ABC):
@@ -226,7 +226,7 @@ class CodedWork(TileWork):
         into[:] = weight.grid.pack(weight, at, codes)
         return replace(done, kept=kept)
 
-    def _keep(self, tile: Tile, after: Codes, before: Bytes) -> Kept | None:
+    def _keep(self, tile: Tile, after: Codes, before: Bytes) -> TileCorrection | None:
         if self._units is None:
             return None
         predicted = self.coder.before(after, block_of(tile), tile, self.math.again)

@@ -58,7 +58,7 @@ class MemoryMerge:
             RegraftError: something could not be read, a factor holds NaN, or the merge made NaN or
                 infinity out of numbers.
         """
-        run = _Run(self._context.work_of(step), result)
+        run = _MemoryRun(self._context.work_of(step), result)
         tiles = list(self._context.tiles_of(step))
         futures = [self._pool.submit(self._work, run, tile) for tile in tiles]
         wait(futures)  # all of them, also after an error: they write into ``result``
@@ -69,7 +69,7 @@ class MemoryMerge:
         if sums[3]:
             raise overflow(step, int(sums[3]), f"{self._plan.base.source}: {step.name}")
 
-    def _work(self, run: _Run, tile: Tile) -> Sums:
+    def _work(self, run: _MemoryRun, tile: Tile) -> Sums:
         if self._ended:
             run.error = run.error or RuntimeError("a merge that has ended cannot go on")
         if run.error is not None:
@@ -89,7 +89,7 @@ class MemoryMerge:
         return memory
 
 
-class _Run:
+class _MemoryRun:
     """A step while its tiles are computed, by any number of threads."""
 
     def __init__(self, work: TileWork, result: Bytes) -> None:

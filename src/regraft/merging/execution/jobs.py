@@ -17,8 +17,8 @@ from regraft.formats.files.watching import first_seen
 from regraft.merging.files.receipt import TensorRecord
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.targets import Target, plan_digest
+from regraft.merging.undo.corrections import Correction
 from regraft.merging.undo.patch import PatchWriter, Written, digest_of
-from regraft.merging.undo.residuals import Keep
 from regraft.tensors import TensorSpec
 
 
@@ -34,7 +34,7 @@ class Job:
     step: Step | None = None
     target: Target | None = None
     offset: int = 0
-    keep: Keep | None = None
+    keep: Correction | None = None
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ class Job:
         return f"keep {self.keep.original.name}" if self.keep is not None else ""
 
 
-def jobs_of(targets: Sequence[Target], keeps: Iterable[Keep]) -> list[Job]:
+def jobs_of(targets: Sequence[Target], keeps: Iterable[Correction]) -> list[Job]:
     """Return all jobs, in the order in which they are handed out."""
     written = [
         Job(step, target, offset)

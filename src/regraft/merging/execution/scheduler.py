@@ -1,7 +1,7 @@
 """Executing a plan: its tensors are written, and kept for an undo, in file order.
 
 :mod:`regraft.merging.execution.executor` hands out tiles and keeps to memory. Here is what a job
-is, :class:`_StepJob` or :class:`_KeepJob`, and the log that puts in order what they leave.
+is, :class:`_StepJob` or :class:`_CorrectionJob`, and the log that puts in order what they leave.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from regraft.merging.inputs.source import FileSource, Source
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.targets import Target
 from regraft.merging.planning.tiles import Tile
+from regraft.merging.undo.corrections import Correction, CorrectionRun, correction_tiles
 from regraft.merging.undo.patch import PatchWriter
-from regraft.merging.undo.residuals import Keep, KeepRun, keep_tiles
 from regraft.progress import Progress, ProgressMeter
 
 OpenSource = Callable[[FilePool, FactorStore], Source]
@@ -54,7 +54,7 @@ class Task:
 
     plan: Plan
     targets: Sequence[Target]
-    keeps: Sequence[Keep] = ()
+    keeps: Sequence[Correction] = ()
     open_source: OpenSource | None = None
     stage: str = "merge"
 
@@ -95,7 +95,7 @@ class _Shared:
         """Yield what is left to be done, each job begun when it is asked for."""
         for number in range(self._first, len(self.jobs)):
             keep = self.jobs[number].keep
-            yield _StepJob(self, number) if keep is None else _KeepJob(self, number, keep)
+            yield _StepJob(self, number) if keep is None else _CorrectionJob(self, number, keep)
 
     def digests_of(self, step: Step) -> tuple[tuple[str, str, str], ...]:
         """Return file, name and digest of the adapters' tensors that a step took."""
@@ -113,7 +113,7 @@ class _JobRun(Run[Tile, TileMemory]):
     """A job while it is executed: what it leaves goes into the log, in the order of the jobs."""
 
     def __init__(
-        self, shared: _Shared, number: int, run: StepRun | KeepRun, tiles: Iterable[Tile]
+        self, shared: _Shared, number: int, run: StepRun | CorrectionRun, tiles: Iterable[Tile]
     ) -> None:
         self._shared, self._number, self._job = shared, number, shared.jobs[number]
         self._doing, self._tiles = run, list(tiles)
@@ -181,12 +181,12 @@ def _other(shared: _Shared, step: Step) -> Other | None:
     return (spec, shared.trained_on) if spec is not None and shared.trained_on else None
 
 
-class _KeepJob(_JobRun):
+class _CorrectionJob(_JobRun):
     """Keeps a tensor of the base for an undo."""
 
-    def __init__(self, shared: _Shared, number: int, keep: Keep) -> None:
-        self._run = KeepRun(keep, shared.stored, shared.files, compress=shared.keeping)
-        tiles = keep_tiles(keep, shared.task.plan.tile_bytes)
+    def __init__(self, shared: _Shared, number: int, keep: Correction) -> None:
+        self._run = CorrectionRun(keep, shared.stored, shared.files, compress=shared.keeping)
+        tiles = correction_tiles(keep, shared.task.plan.tile_bytes)
         super().__init__(shared, number, self._run, tiles)
 
     def finish(self) -> None:

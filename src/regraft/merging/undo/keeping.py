@@ -29,6 +29,7 @@ from regraft.merging.files.side_files import TEMPLATES, json_bytes
 from regraft.merging.inputs.base import open_base
 from regraft.merging.planning.plan import OutputShard, Plan, Step, kept_name
 from regraft.merging.planning.targets import Target, plan_digest
+from regraft.merging.undo.corrections import Correction
 from regraft.merging.undo.manifest import (
     MANIFEST,
     PATCH,
@@ -50,7 +51,6 @@ from regraft.merging.undo.patch import (
     file_section,
     section,
 )
-from regraft.merging.undo.residuals import Keep
 from regraft.system.positioned import write_all
 from regraft.tensors import TensorSpec
 
@@ -63,7 +63,7 @@ _ALWAYS_KEPT_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
-class Keeping:
+class UndoSettings:
     """What an output keeps for an undo besides the patch.
 
     Attributes:
@@ -75,7 +75,7 @@ class Keeping:
     left_out: tuple[str, ...] = ()
 
 
-def section_names(plan: Plan, keeps: Sequence[Keep]) -> list[str]:
+def section_names(plan: Plan, keeps: Sequence[Correction]) -> list[str]:
     """Return every section that the patch of a merge may have."""
     names = [file_section(shard.name) for shard in plan.stored.shards]
     for step in plan.steps:
@@ -87,7 +87,7 @@ def section_names(plan: Plan, keeps: Sequence[Keep]) -> list[str]:
 
 
 def keep_base(
-    plan: Plan, patch: PatchWriter, folder: Path, files: Mapping[str, str], keeping: Keeping
+    plan: Plan, patch: PatchWriter, folder: Path, files: Mapping[str, str], keeping: UndoSettings
 ) -> dict[str, str]:
     """Keep everything of a base but its tensors, and finish the patch.
 

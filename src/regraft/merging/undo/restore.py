@@ -11,10 +11,10 @@ import numpy as np
 
 from regraft.deltas.kernels.weights import Bytes, Floats, Weights
 from regraft.deltas.matrix_units import UNIT_COLUMNS, Offsets, Units
-from regraft.deltas.undo import residual_coding as planes
+from regraft.deltas.undo import correction_coding as planes
 from regraft.deltas.undo.compression import most_compressed
 from regraft.deltas.undo.exceptions import ITEM, put_back
-from regraft.deltas.undo.units import Counts, Kept, Lengths, are_possible, sizes_of
+from regraft.deltas.undo.units import Counts, Lengths, TileCorrection, are_possible, sizes_of
 from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.factors import FactorStore, Pair
 from regraft.merging.compute.requantize import Coder, ValuesOf, told_codes
@@ -22,8 +22,8 @@ from regraft.merging.compute.step_inverse import Backwards
 from regraft.merging.inputs.dequantized_view import virtual
 from regraft.merging.planning.plan import Step
 from regraft.merging.planning.tiles import Tile, row_grain
+from regraft.merging.undo.corrections import Correction, adapter_prediction, converted
 from regraft.merging.undo.patch import CHUNKS, FACTORS, PLANES, STREAMS, UNITS, PatchReader, section
-from regraft.merging.undo.residuals import Keep, adapter_prediction, converted
 from regraft.quant.weight import Block, QuantizedWeight, Read
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 
@@ -42,7 +42,7 @@ class Restoration:
     """
 
     steps: Mapping[str, Step]
-    keeps: Mapping[str, Keep]
+    keeps: Mapping[str, Correction]
     merged: Mapping[str, TensorSpec]
     digests: Mapping[str, str]
     rounding: str = "stochastic"
@@ -125,7 +125,7 @@ class RestoringSource:
                     self._open[key] = _Coded(*opened, self._store, coder, self.read)
             return self._open[key]
 
-    def _read_kept(self, keep: Keep, offset: int, buffer: Bytes) -> None:
+    def _read_kept(self, keep: Correction, offset: int, buffer: Bytes) -> None:
         """Restore a range of a kept tensor, whole chunks at a time."""
         name, chunk = keep.original.name, planes.CHUNK * keep.item
         ends = self._chunk_ends(keep)
@@ -142,7 +142,7 @@ class RestoringSource:
             low, high = max(begin, offset), min(begin + size, offset + buffer.size)
             buffer[low - offset : high - offset] = values[low - begin : high - begin]
 
-    def _chunk_ends(self, keep: Keep) -> Offsets:
+    def _chunk_ends(self, keep: Correction) -> Offsets:
         """Return where each chunk of a kept tensor ends; read once for all of its tiles."""
         name = keep.original.name
         with self._lock:
@@ -156,7 +156,7 @@ class RestoringSource:
                 self._chunks[name] = np.cumsum(lengths)
             return self._chunks[name]
 
-    def _prediction(self, keep: Keep, begin: int, size: int) -> Bytes:
+    def _prediction(self, keep: Correction, begin: int, size: int) -> Bytes:
         if keep.adapter is not None:
             return adapter_prediction(keep, keep.adapter, begin, size, self._files)
         if keep.coded is not None:
@@ -271,12 +271,16 @@ class _Restorer:
         weights = Weights.of_bytes(raw, self._original.dtype)
         self._backwards.restore(tile, self._read_merged(tile, scratch), weights, raw, kept)
 
-    def _kept_of(self, tile: Tile) -> tuple[int, int, Kept]:
+    def _kept_of(self, tile: Tile) -> tuple[int, int, TileCorrection]:
         """Return the units of a tile and what was kept of them."""
         first, last = self._units.of_tile(tile.rows, tile.columns)
         begin = int(self._ends[first - 1]) if first else 0
         payload = self._patch.part(section(self._name, STREAMS), begin, int(self._ends[last - 1]))
-        return first, last, Kept(payload, self._lengths[first:last], self._counts[first:last])
+        return (
+            first,
+            last,
+            TileCorrection(payload, self._lengths[first:last], self._counts[first:last]),
+        )
 
     def _read_merged(self, tile: Tile, scratch: threading.local) -> Weights:
         """Read the merged values of a tile into the thread's own memory."""

@@ -11,7 +11,7 @@ import torch
 
 from regraft.deltas.kernels.weights import Bytes, Sums, Weights
 from regraft.deltas.undo.exceptions import put_back
-from regraft.deltas.undo.units import Kept
+from regraft.deltas.undo.units import TileCorrection
 from regraft.errors import MismatchError
 from regraft.merging.compute.factors import FactorSource
 from regraft.merging.compute.requantize import Coder, block_of
@@ -35,7 +35,7 @@ Current = Callable[[], torch.Tensor]
 """Gives a parameter as it is now: models are moved to other devices, and parameters replaced."""
 
 
-class Job(ABC):
+class ParameterJob(ABC):
     """One parameter on its way to the merged one, or back.
 
     Attributes:
@@ -50,7 +50,7 @@ class Job(ABC):
         self.tiles = list(tiles_of(step, TILE_BYTES))
         self.done: set[int] = set()
         self._current = current
-        self._kept: dict[int, Kept | Bytes] = {}
+        self._kept: dict[int, TileCorrection | Bytes] = {}
         self._sums: dict[int, Sums] = {}
         self._lock = threading.Lock()  # over what tiles leave; their memory does not overlap
         self._memory: TensorMemory | None = None
@@ -140,11 +140,11 @@ class Job(ABC):
             )  # fmt: skip
 
     @abstractmethod
-    def _merge(self, tile: Tile, memory: TileMemory) -> tuple[Kept | Bytes, Sums]:
+    def _merge(self, tile: Tile, memory: TileMemory) -> tuple[TileCorrection | Bytes, Sums]:
         """Merge a tile; return what is to be kept of it, and its six sums."""
 
     @abstractmethod
-    def _restore(self, tile: Tile, memory: TileMemory, kept: Kept | Bytes) -> None:
+    def _restore(self, tile: Tile, memory: TileMemory, kept: TileCorrection | Bytes) -> None:
         """Take a tile back with what was kept of it."""
 
     def _back(self) -> Backwards:
@@ -168,13 +168,13 @@ class Job(ABC):
         return kept + (sum(f.nbytes for f in self._math.undo_factors()) if kept else 0)
 
 
-def _size(kept: Kept | Bytes) -> int:
-    if isinstance(kept, Kept):
+def _size(kept: TileCorrection | Bytes) -> int:
+    if isinstance(kept, TileCorrection):
         return kept.payload.nbytes + kept.lengths.nbytes + kept.counts.nbytes
     return kept.nbytes
 
 
-class PlainJob(Job):
+class PlainJob(ParameterJob):
     """A parameter of plain values.
 
     What it is made from is itself, or something else: a tensor of an adapter, or codes.
@@ -212,7 +212,7 @@ class PlainJob(Job):
     def _read_own(self, offset: int, buffer: Bytes) -> None:
         self.memory.read(offset, buffer)
 
-    def _merge(self, tile: Tile, memory: TileMemory) -> tuple[Kept | Bytes, Sums]:
+    def _merge(self, tile: Tile, memory: TileMemory) -> tuple[TileCorrection | Bytes, Sums]:
         before = None if self._own else self._before(tile)
         part = self.memory.part(tile.write_at, tile.write)
         result = part if part is not None else memory.take("result", tile.write)
@@ -229,7 +229,7 @@ class PlainJob(Job):
             raise
         return self._to_keep(done, before), _sums(done)
 
-    def _to_keep(self, done: Computed, before: Bytes | None) -> Kept | Bytes:
+    def _to_keep(self, done: Computed, before: Bytes | None) -> TileCorrection | Bytes:
         if self._own:
             return _NOT_KEPT if done.kept is None else done.kept
         return _NOTHING if before is None else before
@@ -242,8 +242,8 @@ class PlainJob(Job):
         self.memory.read(tile.write_at, before)
         return before
 
-    def _restore(self, tile: Tile, memory: TileMemory, kept: Kept | Bytes) -> None:
-        if not isinstance(kept, Kept):
+    def _restore(self, tile: Tile, memory: TileMemory, kept: TileCorrection | Bytes) -> None:
+        if not isinstance(kept, TileCorrection):
             self.memory.write(tile.write_at, kept)
             return
         merged = memory.take("source", tile.write)
@@ -262,7 +262,7 @@ class PlainJob(Job):
             raise
 
 
-class CodedJob(Job):
+class CodedJob(ParameterJob):
     """A parameter that stays quantized: codes to codes, under the scales it has."""
 
     def __init__(
@@ -290,16 +290,16 @@ class CodedJob(Job):
         super().close()
         self._quantized.close()
 
-    def _merge(self, tile: Tile, memory: TileMemory) -> tuple[Kept, Sums]:
+    def _merge(self, tile: Tile, memory: TileMemory) -> tuple[TileCorrection, Sums]:
         codes = memory.take("result", tile.write)
         done = self._work.run(tile, memory, codes)
         assert done.kept is not None  # it was asked for
         self._write(tile, codes, done.stored)
         return done.kept, _sums(done)
 
-    def _restore(self, tile: Tile, memory: TileMemory, kept: Kept | Bytes) -> None:
+    def _restore(self, tile: Tile, memory: TileMemory, kept: TileCorrection | Bytes) -> None:
         del memory
-        assert isinstance(kept, Kept)
+        assert isinstance(kept, TileCorrection)
         weight, at, units = self._coder.weight, block_of(tile), self.step.units
         block = self._source.codes(weight, at)
         codes = np.array(self._coder.before(block, at, tile, self._back().again), np.uint8)
@@ -329,4 +329,4 @@ def _changed(step: Step) -> MismatchError:
 
 
 _NOTHING: Bytes = np.empty(0, np.uint8)
-_NOT_KEPT = Kept(_NOTHING, np.empty(0, np.uint32), np.empty(0, np.uint16))
+_NOT_KEPT = TileCorrection(_NOTHING, np.empty(0, np.uint32), np.empty(0, np.uint16))

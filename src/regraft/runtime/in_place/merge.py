@@ -21,7 +21,7 @@ from regraft.quant.weight import ROUNDINGS
 from regraft.runtime.forward.hooks import torn
 from regraft.runtime.in_place.changes import apply_all, revert_all
 from regraft.runtime.in_place.pool import run_all
-from regraft.runtime.in_place.preparing import Choices, Prepared, prepare
+from regraft.runtime.in_place.preparing import InPlaceOptions, PreparedMerge, prepare
 from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.model.matching import LiveAdapter
 from regraft.runtime.whole import whole
@@ -62,7 +62,7 @@ def prepared_merge(
     count = available_cores() if threads is None else threads
     if count < 1:
         raise UsageError("nothing is done by no threads", expected="at least 1", found=str(count))
-    return Merged(base, adapters, Choices(rounding or "stochastic", seed, dequantize, count))
+    return Merged(base, adapters, InPlaceOptions(rounding or "stochastic", seed, dequantize, count))
 
 
 def exchange(there: Merged, other: Merged) -> None:
@@ -116,7 +116,7 @@ class Merged:
         report: what was done.
     """
 
-    def __init__(self, base: LiveBase, adapters: Weighted, choices: Choices) -> None:
+    def __init__(self, base: LiveBase, adapters: Weighted, choices: InPlaceOptions) -> None:
         """Find out what is to be done; :meth:`carry_out` does it.
 
         Raises:
@@ -124,7 +124,7 @@ class Merged:
         """
         self.base, self.choices = base, choices
         self.is_merged = self.is_torn = False
-        self._prepared: Prepared | None = prepare(base, adapters, choices)
+        self._prepared: PreparedMerge | None = prepare(base, adapters, choices)
         self.report = MergeReport((), 0.0, 0)
 
     @property
@@ -175,7 +175,7 @@ class Merged:
         if merged:
             self.report = _report(prepared, time.perf_counter() - started)
 
-    def _go(self, prepared: Prepared, merged: bool, *, to_the_end: bool) -> None:
+    def _go(self, prepared: PreparedMerge, merged: bool, *, to_the_end: bool) -> None:
         """Do what is left to be done; the jobs know which of their tiles are merged."""
         pieces = prepared.forward() if merged else prepared.backward()
         run_all(pieces, self.choices.threads, to_the_end=to_the_end)
@@ -185,7 +185,7 @@ class Merged:
             revert_all(prepared.changes)
         self.is_merged, self.is_torn = merged, False
 
-    def _go_back(self, prepared: Prepared, merged: bool) -> None:
+    def _go_back(self, prepared: PreparedMerge, merged: bool) -> None:
         """Take back what a step that failed has done; if that fails too, say so from then on."""
         if self.is_torn:  # the step was the way back from one that failed before
             return
@@ -209,7 +209,7 @@ class Merged:
         self._prepared = None
         self.report = replace(self.report, undo_bytes=0)
 
-    def _the_prepared(self) -> Prepared:
+    def _the_prepared(self) -> PreparedMerge:
         if self._prepared is None:
             raise UsageError(
                 "what takes the adapters out again was not kept", hint="Load the model again"
@@ -217,7 +217,7 @@ class Merged:
         return self._prepared
 
 
-def _report(prepared: Prepared, seconds: float) -> MergeReport:
+def _report(prepared: PreparedMerge, seconds: float) -> MergeReport:
     sums = np.sum([np.zeros(6), *(job.sums for job in prepared.coded)], axis=0)
     weights, deltas = float(sums[0]), float(sums[1])
     survived = noise = None

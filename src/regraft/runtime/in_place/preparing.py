@@ -23,7 +23,7 @@ from regraft.merging.planning.ties import cannot_part
 from regraft.runtime.forward.layers.served import check_mergeable
 from regraft.runtime.in_place.changes import Change, dequantized, plain_linear, untied
 from regraft.runtime.in_place.copies import Copies
-from regraft.runtime.in_place.jobs import CodedJob, Job, PlainJob
+from regraft.runtime.in_place.jobs import CodedJob, ParameterJob, PlainJob
 from regraft.runtime.in_place.pool import Piece
 from regraft.runtime.in_place.quantized import LiveQuantized
 from regraft.runtime.in_place.weights import check_at_hand, plain
@@ -33,7 +33,7 @@ from regraft.tensors import TensorSpec
 
 
 @dataclass(frozen=True)
-class Choices:
+class InPlaceOptions:
     """How adapters are merged.
 
     Attributes:
@@ -50,7 +50,7 @@ class Choices:
 
 
 @dataclass
-class Prepared:
+class PreparedMerge:
     """A merge that can be carried out, and taken back.
 
     Attributes:
@@ -61,7 +61,7 @@ class Prepared:
     """
 
     copies: Copies
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[ParameterJob] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     replaced: list[LiveQuantized] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ class Prepared:
         return tuple(job.step.name for job in self.jobs if job.step.action != "convert")
 
     @property
-    def coded(self) -> list[Job]:
+    def coded(self) -> list[ParameterJob]:
         """The jobs on weights that stay quantized."""
         return [job for job in self.jobs if isinstance(job, CodedJob)]
 
@@ -117,8 +117,8 @@ class Prepared:
 
 
 def prepare(
-    base: LiveBase, adapters: Sequence[tuple[LiveAdapter, float]], choices: Choices
-) -> Prepared:
+    base: LiveBase, adapters: Sequence[tuple[LiveAdapter, float]], choices: InPlaceOptions
+) -> PreparedMerge:
     """Find out what a merge does to a live model.
 
     Raises:
@@ -135,7 +135,7 @@ def prepare(
     if problems:
         raise MismatchError(problems)
     preparation = _Preparation(
-        base, Prepared(Copies([adapter for adapter, _ in adapters])), choices
+        base, PreparedMerge(Copies([adapter for adapter, _ in adapters])), choices
     )
     for name, work in works.items():
         if name in parted or name not in base.tied:
@@ -181,7 +181,7 @@ def _what(work: Work | None) -> tuple[Any, ...]:
 class _Preparation:
     """Makes the jobs of a merge."""
 
-    def __init__(self, base: LiveBase, prepared: Prepared, choices: Choices) -> None:
+    def __init__(self, base: LiveBase, prepared: PreparedMerge, choices: InPlaceOptions) -> None:
         self._base, self._prepared, self._choices = base, prepared, choices
 
     def add(self, name: str, work: Work) -> None:
@@ -246,7 +246,7 @@ class _Preparation:
             return None
         return partial(self._prepared.copies.read, work.source_adapter, work.source)
 
-    def finished(self, parted: set[str]) -> Prepared:
+    def finished(self, parted: set[str]) -> PreparedMerge:
         """Return all, with what changes in the model's config."""
         model, prepared = self._base.model, self._prepared
         if parted:

@@ -39,7 +39,7 @@ def changed_tensors(
 ) -> tuple[TensorChange, ...]:
     """Return what differs of the pairs, in their order."""
     with FilePool() as files:
-        queue = _Queue(pairs, files, progress)
+        queue = _TileQueue(pairs, files, progress)
         for_each(queue.walk(), queue.work, threads, memory=_Buffers)
     changes = (queue.changes.get(x.name) for x, _ in pairs)
     return tuple(change for change in changes if change is not None)
@@ -175,7 +175,7 @@ def _norm(squares: float) -> float | None:
     return float(f"{math.sqrt(squares):.9g}") if math.isfinite(squares) else None
 
 
-class _Queue:
+class _TileQueue:
     """Hands out tiles, tensor by tensor; keeps what differs and tells how far the work has come."""
 
     def __init__(

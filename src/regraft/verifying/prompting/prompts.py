@@ -108,7 +108,7 @@ def compare_prompts(
         for checkpoint in (merged, base):
             auto_class(checkpoint)
         rows = _tokenized(prompts, path, (merged, base), max_tokens)
-        run = _Run(rows, folder, progress)
+        run = _PromptRun(rows, folder, progress)
         live = _live(base, adapters, options, folder)
         device = run.keep(live.model, base.source)
         live.model = None
@@ -134,7 +134,7 @@ def check_prompts(file: str | Path) -> list[Prompt]:
 
 def _report(
     path: Path, rows: _TokenizedPrompts, answered: Sequence[Tally], alone: Sequence[Tally] | None,
-    live: _Live, device: str,
+    live: _LiveModel, device: str,
 ) -> PromptReport:  # fmt: skip
     merged = Tally.sum(answered)
     base = Tally.sum(alone) if alone is not None else None
@@ -279,7 +279,7 @@ def _longest(model: Checkpoint) -> int:
 
 
 @dataclass
-class _Live:
+class _LiveModel:
     """The base with its adapters, and how it came about."""
 
     model: Any
@@ -293,13 +293,15 @@ class _CannotError(Exception):
 
 def _live(
     base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, folder: Path
-) -> _Live:
+) -> _LiveModel:
     """Return the base with its adapters live on it, or merged without rounding."""
     if find_spec("peft") is None:
         note = "PEFT is not installed: regraft's own merge, not rounded, answers as base + adapter"
-        return _Live(_merged_float32(base, adapters, options, folder), "float32 merge", (note,))
+        return _LiveModel(
+            _merged_float32(base, adapters, options, folder), "float32 merge", (note,)
+        )
     try:
-        return _Live(_with_peft(base, adapters), "peft")
+        return _LiveModel(_with_peft(base, adapters), "peft")
     except _CannotError as error:
         reason = str(error)
     _collect()
@@ -307,7 +309,7 @@ def _live(
         f"PEFT does not load the adapter ({reason}): regraft's own merge, not rounded, answers as "
         "base + adapter"
     )
-    return _Live(_merged_float32(base, adapters, options, folder), "float32 merge", (note,))
+    return _LiveModel(_merged_float32(base, adapters, options, folder), "float32 merge", (note,))
 
 
 def _with_peft(base: Checkpoint, adapters: Sequence[Adapter]) -> Any:
@@ -403,7 +405,7 @@ def _collect() -> None:
         torch.cuda.empty_cache()
 
 
-class _Run:
+class _PromptRun:
     """Every prompt through one model after the other.
 
     Args:

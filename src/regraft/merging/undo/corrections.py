@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from regraft.concurrency import Sequencer
 from regraft.deltas.kernels.weights import Bytes, Weights
-from regraft.deltas.undo import residual_coding as planes
+from regraft.deltas.undo import correction_coding as planes
 from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.requantize import ValuesOf, can_be_told, told_codes
 from regraft.merging.inputs.dequantize import DequantizingSource
@@ -29,7 +29,7 @@ from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
 
 
 @dataclass(frozen=True)
-class Keep:
+class Correction:
     """A tensor of the base that is kept by its difference.
 
     Attributes:
@@ -57,7 +57,7 @@ class Keep:
         return -(-self.original.nbytes // (planes.CHUNK * self.item))
 
 
-def keeps(plan: Plan) -> list[Keep]:
+def corrections_of(plan: Plan) -> list[Correction]:
     """Return the tensors of the base that have to be told from something, in their order."""
     steps = {step.name: step for step in plan.steps}
     found = []
@@ -69,27 +69,27 @@ def keeps(plan: Plan) -> list[Keep]:
         elif step is not None and step.coded is not None:
             continue
         elif step is None or step.made is not None:
-            found.append(Keep(original))
+            found.append(Correction(original))
         elif step.source_adapter is not None or step.source.name != name:
             usable = step.source_adapter is not None and _is_comparable(step.source, original)
-            found.append(Keep(original, adapter=step.source if usable else None))
+            found.append(Correction(original, adapter=step.source if usable else None))
         elif not step.is_invertible and step.dtype != original.dtype:
-            found.append(Keep(original, through=step.dtype))
+            found.append(Correction(original, through=step.dtype))
     return found
 
 
-def _dequantized(plan: Plan) -> dict[str, Keep]:
+def _dequantized(plan: Plan) -> dict[str, Correction]:
     """Return the stored tensors that the output has as plain values of a weight or a stack."""
     if plan.quantization is None or plan.options.get("quantize") == KEEP:
         return {}
     steps = {step.name: step for step in plan.steps}
     found = {
-        spec.name: Keep(spec)
+        spec.name: Correction(spec)
         for stack in plan.quantization.stacks.values()
         for spec in plan.quantization.stored_of(stack.spec.name)
     }
     for weight in plan.quantization.weights.values():
-        found |= {spec.name: Keep(spec) for spec in weight.parts.values()}
+        found |= {spec.name: Correction(spec) for spec in weight.parts.values()}
         step = steps.get(weight.name)
         if (
             step is not None
@@ -99,11 +99,11 @@ def _dequantized(plan: Plan) -> dict[str, Keep]:
         ):
             same = step.is_invertible or step.dtype in (weight.dtype, "F32")
             through = None if same else step.dtype
-            found[weight.codes.name] = Keep(weight.codes, through=through, coded=weight)
+            found[weight.codes.name] = Correction(weight.codes, through=through, coded=weight)
     return found
 
 
-def digests_only(plan: Plan) -> list[Keep]:
+def digests_only(plan: Plan) -> list[Correction]:
     """Return the stored tensors that no step of a plan reads as they are, for their digests."""
     return list(_dequantized(plan).values())
 
@@ -124,7 +124,7 @@ def converted(raw: Bytes, dtype: str, to: str) -> Bytes:
 
 
 def adapter_prediction(
-    keep: Keep, other: TensorSpec, begin: int, size: int, files: FilePool
+    keep: Correction, other: TensorSpec, begin: int, size: int, files: FilePool
 ) -> Bytes:
     """Return what bytes ``begin`` to ``begin + size`` are told from: ``other`` as their dtype.
 
@@ -142,7 +142,7 @@ def adapter_prediction(
     return result
 
 
-def keep_tiles(keep: Keep, tile_bytes: int) -> Iterator[Tile]:
+def correction_tiles(keep: Correction, tile_bytes: int) -> Iterator[Tile]:
     """Cut a tensor into tiles of whole chunks."""
     chunk, total = planes.CHUNK * keep.item, keep.original.nbytes
     each = max(tile_bytes // chunk, 1) * chunk
@@ -151,13 +151,13 @@ def keep_tiles(keep: Keep, tile_bytes: int) -> Iterator[Tile]:
         yield Tile(number, "bytes", (0, 0), (0, 0), start, length, 0, 0)
 
 
-class KeepRun:
+class CorrectionRun:
     """A kept tensor while it is worked on, as ``StepRun`` is for a step."""
 
     cost = 0
 
     def __init__(
-        self, keep: Keep, source: Source, files: FilePool, *, compress: bool = True
+        self, keep: Correction, source: Source, files: FilePool, *, compress: bool = True
     ) -> None:
         """Take what is kept and what it is read from; not to ``compress`` gives digests alone."""
         self._keep, self._source, self._files = keep, source, files
@@ -193,7 +193,7 @@ class KeepRun:
             return converted(there, keep.through, keep.original.dtype)
         return np.zeros(piece.size, np.uint8)
 
-    def _values(self, keep: Keep) -> ValuesOf | None:
+    def _values(self, keep: Correction) -> ValuesOf | None:
         """Return what gives the values that an undo will have; None for the codes' own."""
         weight, through = keep.coded, keep.through
         if weight is None or through is None:
