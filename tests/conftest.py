@@ -19,7 +19,7 @@ import pytest
 
 import regraft
 from kernels import compile_all
-from temp_root import TempRoot, remove_left_over
+from temp_root import TempRoot, place_of_files, remove_left_over
 
 PACKAGE = Path(regraft.__file__).parent
 
@@ -42,8 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if processes > 1:  # in the process that starts the workers of pytest-xdist
         compile_all(processes)
     if config.option.basetemp is None:  # the workers of pytest-xdist are given the one of the run
-        parent = Path(tempfile.gettempdir())
-        remove_left_over(parent)
+        parent = place_of_files()
+        for place in {parent, Path(tempfile.gettempdir())}:
+            remove_left_over(place)
         config.stash[TEMP_ROOT] = TempRoot(parent)
         config.option.basetemp = str(config.stash[TEMP_ROOT].path / "run")
 

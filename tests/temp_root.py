@@ -6,15 +6,52 @@ side by side wait for each other, or for a folder that is being removed, without
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from regraft.system.locks import OpenFolder
 from regraft.system.owners import is_own
 
 PREFIX = "regraft-tests-"
+
+_IN_MEMORY = Path("/dev/shm")
+_AMPLE = 8 * 2**30
+
+
+def place_of_files() -> Path:
+    """Return where the folders of runs go: into memory where there is ample room, else the disk.
+
+    The programs that tests start flush what they write, and half of the time would be spent on
+    that. Tests that are about the disk take :func:`on_disk`. ``TMPDIR`` decides where it is set.
+    """
+    disk = Path(tempfile.gettempdir())
+    if "TMPDIR" in os.environ or not os.access(_IN_MEMORY, os.W_OK):
+        return disk
+    ample = shutil.disk_usage(_IN_MEMORY).free >= _AMPLE and _free_memory() >= 2 * _AMPLE
+    return _IN_MEMORY if ample else disk
+
+
+def _free_memory() -> int:
+    """Return the bytes that programs may still take; 0 where the system does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 2**10
+    return 0
+
+
+@contextmanager
+def on_disk() -> Iterator[Path]:
+    """Lend a folder that lies where the system keeps temporary files, for tests of the disk."""
+    root = TempRoot(Path(tempfile.gettempdir()))
+    try:
+        yield root.path
+    finally:
+        root.remove()
 
 
 class TempRoot:

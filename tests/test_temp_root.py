@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from temp_root import PREFIX, TempRoot, remove_left_over
+from temp_root import PREFIX, TempRoot, on_disk, place_of_files, remove_left_over
 
 
 def test_a_run_removes_what_killed_ones_left_and_no_other_runs_folder(tmp_path: Path) -> None:
@@ -24,3 +24,12 @@ def test_a_run_removes_what_killed_ones_left_and_no_other_runs_folder(tmp_path: 
 
 def test_this_run_has_no_folder_that_it_shares(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert "pytest-of-" not in str(tmp_path_factory.getbasetemp())
+
+
+def test_where_it_is_said_files_go_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert place_of_files() == tmp_path
+    with on_disk() as folder:
+        assert folder.parent == tmp_path
+    assert not folder.exists()

@@ -31,7 +31,7 @@ CANNOT_RUN = {
     r"\borg/": "a name on the Hub, which is not asked",
     r"^pip ": "installs into the environment",
     r"^make ": "the Makefile's targets make an environment of their own",
-    r"^\.venv/": "the environment of the Makefile, and these tests themselves",
+    r"^(PYTHONPATH=\S+ )?\.venv/": "the environment of the Makefile, and these tests themselves",
     r"^regraft demo": "trains a model for minutes, and is tested by tests/demo",
 }
 """Commands that are not run, with the reason."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from regraft.quant.formats.bitsandbytes import NF4
 from regraft.quant.registry import maker_of
 from regraft.system.memory import peak_memory
 from regraft.tensors import TensorSpec, nbytes_of
+from temp_root import on_disk
 
 MIB = 2**20
 
@@ -65,6 +67,13 @@ def peak_of_call(name: str, *arguments: Path, cap: int, threads: str = "3", **op
     found = json.loads(done.stdout)
     assert found["reported"] <= found["peak"]
     return int(found["peak"])
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Return a folder on the disk: files in memory would take the memory that is measured."""
+    with on_disk() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
