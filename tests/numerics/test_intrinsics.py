@@ -57,6 +57,7 @@ def test_float32_is_narrowed_as_numpy_and_the_processor_do_it() -> None:
     assert np.array_equal(out, other)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not intrinsics.binding.get_process_triple().startswith("x86_64"),
                     reason="other processors all convert float16")  # fmt: skip
 def test_a_processor_without_the_instruction_converts_by_integers() -> None:

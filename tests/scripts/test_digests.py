@@ -18,6 +18,7 @@ def digests(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("digests.__main__")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_outputs_of_some_cases_have_the_expected_digests(digests: Any, tmp_path: Path) -> None:
     wanted = digests.chosen((), brief=True)

@@ -32,6 +32,7 @@ def tiers(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("tiers.rooms")
 
 
+@pytest.mark.slow
 def test_the_fast_tests_are_the_first_case_of_each_that_is_not_slow(tmp_path: Path) -> None:
     (chosen,) = set(re.findall(r'-m "(.*?)"', (ROOT / "Makefile").read_text()))
     (tmp_path / "test_some.py").write_text(SOURCE)

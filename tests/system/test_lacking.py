@@ -111,6 +111,7 @@ def test_every_verb_runs_here(usual: dict[str, Any]) -> None:
     assert {"merged", "resumed", "base-again", "swapped", "wide", "four-bits", "plain"} <= {*usual}
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("lacks", [*FACILITIES, *STAND_INS, ALL])
 def test_every_verb_gives_the_same_bytes_without(
@@ -123,6 +124,7 @@ def test_every_verb_gives_the_same_bytes_without(
 SAVING = ("links", "exchange", "all but Windows has", ALL)
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("lacks", SAVING)
 def test_an_adapter_is_saved_as_it_is_here_without(
@@ -134,6 +136,7 @@ def test_an_adapter_is_saved_as_it_is_here_without(
     assert lives(tmp_path / "saving", names, "save") == usual
 
 
+@pytest.mark.slow
 @on_linux
 def test_files_that_would_be_one_are_refused_by_name(lives: Lives, tmp_path: Path) -> None:
     found = lives(tmp_path / FOLDED, ["names that differ in case"], "collide")

@@ -113,6 +113,7 @@ SIZES = [0.3, 0.01, 0.001]
 DTYPES = [BF16, np.float16, np.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stored", DTYPES, ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)

@@ -32,6 +32,7 @@ def rotated(tensors: Arrays, extra: int = 0) -> Arrays:
     return {name: np.ascontiguousarray(values) for name, values in found.items()}
 
 
+@pytest.mark.slow
 def test_other_factors_of_the_same_deltas_are_no_difference(tmp_path: Path) -> None:
     x = write_adapter(tmp_path / "x")
     report = regraft.diff(x, write_adapter(tmp_path / "y", rotated(lowrank())))
