@@ -789,20 +789,32 @@ def test_work_that_was_not_even_begun_leaves_what_is_kept(expected: dict[str, An
 def test_ctrl_c_twice_does_not_close_files_that_are_written_to(
     expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = threading.Thread.join, 0
+    real, real_wait = threading.Thread.join, threading.Condition.wait_for
+    interrupts, waits = 0, 0
 
     def join(thread: threading.Thread, timeout: float | None = None) -> None:
-        nonlocal calls
-        calls += thread.name.startswith("regraft")
-        if calls in (1, 2):
+        nonlocal interrupts
+        if thread.name.startswith("regraft") and not interrupts:
+            interrupts += 1
             raise KeyboardInterrupt
         real(thread, timeout)
 
+    def wait_for(changed: threading.Condition, *arguments: Any) -> bool:
+        nonlocal interrupts, waits
+        if threading.current_thread() is threading.main_thread() and interrupts:
+            waits += 1
+            if interrupts < 2:
+                interrupts += 1
+                raise KeyboardInterrupt
+        return bool(real_wait(changed, *arguments))
+
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "join", join)
+        patch.setattr(threading.Condition, "wait_for", wait_for)
         with pytest.raises(KeyboardInterrupt):
             merge(threads=2)
-    assert calls >= 1
+    assert interrupts == 2
+    assert waits >= 2
     assert not [t for t in threading.enumerate() if t.name.startswith("regraft")]
     merge(threads=1)
     assert comparable(Path("out")) == expected
