@@ -235,10 +235,7 @@ def _adapter_records(plan: Plan, outcome: Outcome) -> tuple[InputRecord, ...]:
     for (path, name), digest in outcome.adapter_digests.items():
         by_file[path][name] = digest
     for step, record in zip(plan.steps, outcome.records, strict=True):
-        # Of a weight that is put into a format the codes' step reads the adapter's tensor; those of
-        # its scales only name it.
-        reads = step.made is None or step.made.role == "codes"
-        if step.source_adapter is not None and reads:
+        if step.source_adapter is not None and not step.only_scales:
             by_file[step.source.path][record.source] = record.source_blake3
     records = []
     for adapter in plan.adapters:

@@ -77,7 +77,7 @@ def check_read(
 
 def is_stored(step: Step) -> bool:
     """Whether the digest of what a step reads is that of one of the base's stored tensors."""
-    if step.source_adapter is not None or (step.made is not None and step.codes_of is None):
+    if step.source_adapter is not None or step.only_scales:
         return False
     return step.coded is not None or not step.source.is_virtual
 

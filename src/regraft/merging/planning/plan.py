@@ -120,6 +120,14 @@ class Step:
         return self.coded
 
     @property
+    def only_scales(self) -> bool:
+        """Whether the result is a small tensor of a weight that is made, such as its scales.
+
+        Its source is named, and read by the step of the codes.
+        """
+        return self.made is not None and self.codes_of is None
+
+    @property
     def units(self) -> Units:
         """How what an undo keeps of the source is cut; tiles are cut between units."""
         height, width = self.matrix
@@ -312,7 +320,7 @@ class Plan:
         """Return the bytes that a step reads of its source; of a quantized weight, its stored
         bytes.
         """
-        if step.made is not None and step.codes_of is None:
+        if step.only_scales:
             return 0  # it was read for the codes
         if step.source.is_virtual and self.quantization is not None:
             return sum(spec.nbytes for spec in self.quantization.stored_of(step.source.name))

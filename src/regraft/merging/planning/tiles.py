@@ -47,7 +47,7 @@ def tiles_of(step: Step, tile_bytes: int, grain: int = 1) -> Iterator[Tile]:
     """
     if grain <= tile_bytes:
         tile_bytes -= tile_bytes % grain
-    if step.made is not None and step.codes_of is None:
+    if step.only_scales:
         yield from _byte_tiles(step.nbytes, tile_bytes)
     elif step.segments or step.patches or step.codes_of is not None:
         yield from _row_tiles(step, tile_bytes)
