@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from regraft.system.locks import OpenFolder
+from regraft.system.memory import available_memory
 from regraft.system.owners import is_own
 
 PREFIX = "regraft-tests-"
@@ -31,17 +32,8 @@ def place_of_files() -> Path:
     disk = Path(tempfile.gettempdir())
     if "TMPDIR" in os.environ or not os.access(_IN_MEMORY, os.W_OK):
         return disk
-    ample = shutil.disk_usage(_IN_MEMORY).free >= _AMPLE and _free_memory() >= 2 * _AMPLE
+    ample = min(shutil.disk_usage(_IN_MEMORY).free, (available_memory() or 0) // 2) >= _AMPLE
     return _IN_MEMORY if ample else disk
-
-
-def _free_memory() -> int:
-    """Return the bytes that programs may still take; 0 where the system does not say."""
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 2**10
-    return 0
 
 
 @contextmanager
