@@ -3,8 +3,10 @@
     PYTHONPATH=scripts python -m mutants [--count N] [--seed N] [--only TEXT] [--json FILE]
 
 Each is made in a copy of the sources, and only tests that call the changed function are run. What
-each test calls is looked at once and kept in .mutants. It ends with 1 if fewer changes than 95 of
-100 are noticed; changes that change nothing, as equivalent.toml explains, do not count.
+each test calls is looked at once and kept in .mutants. As many changes are tried beside each other
+as there are processors: a machine that does other work makes tests fail that would not. It ends
+with 1 if fewer changes than 95 of 100 are noticed; changes that change nothing, as equivalent.toml
+explains, do not count.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,6 @@ from mutants.running import (
     ROOMS,
     ROOT,
     Result,
-    Test,
     calls_of_tests,
     copy_tree,
     fitting,
@@ -77,6 +80,9 @@ def _arguments() -> argparse.Namespace:
         "--tests", nargs="+", default=list(ROOMS), metavar="FOLDER",
         help="folders and files of tests to choose from (default: those of the four packages)",
     )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="changes tried beside each other"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every change there")
     parser.add_argument("--work", type=Path, default=ROOT / ".mutants", metavar="FOLDER")
     return parser.parse_args()
@@ -84,21 +90,46 @@ def _arguments() -> argparse.Namespace:
 
 def _results(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     tree = copy_tree(work / "tree")
-    changes, known = list(_drawn(arguments, tree / PACKAGE)), _explanations()
-    tests: list[Test] = []
-    for number, change in enumerate(changes, 1):
-        text = (tree / PACKAGE / change.file).read_text(encoding="utf-8")
-        diff = _diff(change.file, text, change.apply(text))
-        why = known.get((change.file, *_changed_lines(text, change.apply(text))), "")
+    changes = list(_drawn(arguments, tree / PACKAGE))
+    trial = Trial(arguments, tree, work)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for number, found in enumerate(pool.map(trial.of, changes), 1):
+            place = f"{found['file']}:{found['place'][0]}"
+            print(f"{number}/{len(changes)} {found['outcome']}: {place} {found['by']}")
+            told = found["outcome"] == "not noticed"
+            print(f"{found['diff']}\n" if told else "", end="", flush=True)
+            yield found
+
+
+class Trial:
+    """Tries changes, each in a folder of its own.
+
+    Args:
+        arguments: of the command line.
+        tree: the copy of the project that the tests are run from.
+        work: a folder for the changed copies of the sources.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, tree: Path, work: Path) -> None:
+        self._tree, self._work, self._seconds = tree, work, arguments.seconds
+        self._known = _explanations()
+        self._tests = calls_of_tests(
+            tree, arguments.work / "calls.json", arguments.tests, arguments.jobs
+        )
+
+    def of(self, change: Change) -> dict[str, Any]:
+        """Return what came of one change."""
+        text = (self._tree / PACKAGE / change.file).read_text(encoding="utf-8")
+        changed = change.apply(text)
+        why = self._known.get((change.file, *_changed_lines(text, changed)), "")
         result = Result(False, "", 0, 0.0)
         if not why:
-            tests = tests or calls_of_tests(tree, arguments.work / "calls.json", arguments.tests)
-            fit = fitting(change, tests, arguments.seconds)
-            result = tried(change, tree, work / "changed", fit)
+            fit = fitting(change, self._tests, self._seconds)
+            with tempfile.TemporaryDirectory(dir=self._work) as folder:
+                result = tried(change, self._tree, Path(folder), fit)
         outcome = "noticed" if result.noticed else "equivalent" if why else "not noticed"
-        print(f"{number}/{len(changes)} {outcome}: {change.file}:{change.place[0]} {result.by}")
-        print("" if result.noticed or why else f"{diff}\n", end="", flush=True)
-        yield {**asdict(change), "outcome": outcome, "why": why, **asdict(result), "diff": diff}
+        diff = _diff(change.file, text, changed)
+        return {**asdict(change), "outcome": outcome, "why": why, **asdict(result), "diff": diff}
 
 
 def _explanations() -> dict[tuple[str, str, str], str]:

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -66,26 +68,29 @@ def copy_tree(folder: Path) -> Path:
     return folder
 
 
-def calls_of_tests(tree: Path, kept: Path, folders: Sequence[str]) -> list[Test]:
+def calls_of_tests(tree: Path, kept: Path, folders: Sequence[str], jobs: int) -> list[Test]:
     """Return what each test calls: of test files that changed since by running them.
 
     Args:
         tree: a copy of the project.
         kept: a file in which this is kept from one run to the next.
         folders: folders and files of tests.
+        jobs: test files that are run beside each other.
 
     Raises:
         SystemExit: a test fails as it is.
     """
     known = json.loads(kept.read_text()) if kept.exists() else {}
     files = sorted({path for name in folders for path in _test_files(tree, name)})
-    for file in files:
-        digest = hashlib.blake2b((tree / file).read_bytes()).hexdigest()
-        if known.get(file, {}).get("digest") == digest:
-            continue
-        print(f"looks at what {file} calls", flush=True)
-        known[file] = {"digest": digest, "tests": _calls(tree, file)}
-        kept.write_text(json.dumps(known))
+    digests = {file: hashlib.blake2b((tree / file).read_bytes()).hexdigest() for file in files}
+    changed = [file for file in files if known.get(file, {}).get("digest") != digests[file]]
+    with ThreadPoolExecutor(jobs) as pool:
+        asked = {pool.submit(_calls, tree, file): file for file in changed}
+        for done in as_completed(asked):
+            file = asked[done]
+            known[file] = {"digest": digests[file], "tests": done.result()}
+            kept.write_text(json.dumps(known))
+            print(f"looked at what {file} calls", flush=True)
     return [
         Test(name, seconds, frozenset(functions))
         for file in files
@@ -100,13 +105,14 @@ def _test_files(tree: Path, name: str) -> list[str]:
 
 
 def _calls(tree: Path, file: str) -> dict[str, tuple[float, list[str]]]:
-    calls = tree / "calls.json"
-    calls.unlink(missing_ok=True)
-    code, text = _pytest(tree, tree, ["-p", "mutants.tracing", file], 1800, MUTANTS_CALLS=calls)
-    if code != 0:
-        raise SystemExit(f"{file} fails as it is:\n{text}")
-    found: dict[str, tuple[float, list[str]]] = json.loads(calls.read_text())
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        calls = Path(folder, "calls.json")
+        options = ["-p", "mutants.tracing", file]
+        code, text = _pytest(tree, tree, options, 1800, MUTANTS_CALLS=calls)
+        if code != 0:
+            raise SystemExit(f"{file} fails as it is:\n{text}")
+        found: dict[str, tuple[float, list[str]]] = json.loads(calls.read_text())
+        return found
 
 
 def fitting(change: Change, tests: Sequence[Test], seconds: float) -> list[Test]:
@@ -164,11 +170,10 @@ def tried(change: Change, tree: Path, folder: Path, tests: Sequence[Test]) -> Re
     Args:
         change: the change.
         tree: the copy of the project that the tests are run from.
-        folder: where the changed copy goes.
+        folder: an empty one, where the changed copy goes.
         tests: the tests to run.
     """
     started = time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(tree / "src", folder / "src")
     path = folder / PACKAGE / change.file
     path.write_text(change.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -192,7 +197,7 @@ def _pytest(
     """Run pytest in a group of processes of its own; return None for a code if it did not end."""
     paths = os.pathsep.join([str(sources / "src"), str(tree / "scripts")])
     given = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **{k: str(v) for k, v in more.items()}}
-    with (tree / "output.txt").open("w+") as output:
+    with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], cwd=tree,
             env=os.environ | given, stdout=output, stderr=output, start_new_session=True,
