@@ -8,6 +8,7 @@ import click
 
 from regraft.cli import options
 from regraft.cli.output import Output
+from regraft.cli.writing import write_model
 
 
 @click.command(short_help="Write a model in another dtype, in other files, or as safetensors.")
@@ -39,9 +40,5 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, **chosen: Any) ->
     output = Output(as_json=as_json, quiet=quiet)
     output.mute_downloads()
     from regraft import converting
-    from regraft.cli.texts import receipt as receipt_text
 
-    with output.progress() as progress:
-        receipt = converting.convert(**chosen, progress=progress, command=options.command_line(ctx))
-    output.warn(receipt.warnings)
-    output.data(receipt.to_json(), receipt_text.render(receipt, cap=chosen["max_memory"]))
+    write_model(output, converting.convert, chosen | {"command": options.command_line(ctx)})

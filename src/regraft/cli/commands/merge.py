@@ -8,6 +8,7 @@ import click
 
 from regraft.cli import options
 from regraft.cli.output import Output
+from regraft.cli.writing import write_model
 
 
 @click.command(short_help="Merge adapters into a base checkpoint.")
@@ -89,14 +90,9 @@ def _merge(output: Output, command_line: str, chosen: dict[str, Any]) -> None:
     output.mute_downloads()
     output.mute_repeated()
     from regraft import api
-    from regraft.cli.texts import receipt as receipt_text
 
-    arguments = _arguments(output, chosen)
-    with output.progress() as progress:
-        receipt = api.merge(**arguments, progress=progress, command=command_line)
-    output.warn(receipt.warnings)
-    payload = receipt.to_json() | {"quiet": receipt.quiet}
-    output.data(payload, receipt_text.render(receipt, cap=chosen["max_memory"]))
+    arguments = _arguments(output, chosen) | {"command": command_line}
+    write_model(output, api.merge, arguments, deltas=True)
 
 
 def _arguments(output: Output, chosen: dict[str, Any]) -> dict[str, Any]:

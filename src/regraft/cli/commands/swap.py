@@ -8,6 +8,7 @@ import click
 
 from regraft.cli import options
 from regraft.cli.output import Output
+from regraft.cli.writing import write_model
 
 
 @click.command(short_help="Take the merged adapters out and merge others, in one pass.")
@@ -54,18 +55,8 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, **chosen: Any) ->
     output.mute_downloads()
     output.mute_repeated()
     from regraft import undoing
-    from regraft.cli.texts import receipt as receipt_text
 
-    lists = {name: list(chosen.pop(name)) for name in ("adapters", "merged_adapters")}
+    adapters, merged_adapters = (list(chosen[name]) for name in ("adapters", "merged_adapters"))
+    chosen |= {"adapters": adapters, "merged_adapters": merged_adapters or None}
     command_line = options.command_line(ctx)
-    with output.progress() as progress:
-        receipt = undoing.swap(
-            **chosen,
-            adapters=lists["adapters"],
-            merged_adapters=lists["merged_adapters"] or None,
-            progress=progress,
-            command=command_line,
-        )
-    output.warn(receipt.warnings)
-    payload = receipt.to_json() | {"quiet": receipt.quiet}
-    output.data(payload, receipt_text.render(receipt, cap=chosen["max_memory"]))
+    write_model(output, undoing.swap, chosen | {"command": command_line}, deltas=True)
