@@ -51,6 +51,7 @@ def merge(
     peft_version: str | None = None,
     undo: bool | None = None,
     keep_adapter: bool = True,
+    reflink: str = "auto",
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -84,6 +85,9 @@ def merge(
             it is kept, unless weights are put into another quantized format: that would take a copy
             of them.
         keep_adapter: keep a copy of the adapters there too; else they have to be given then.
+        reflink: whether untouched tensors share blocks of the disk with the base, which takes no
+            time and no room: ``"auto"`` where the file system can (XFS, btrfs), ``"never"``, or
+            ``"always"``, which refuses where it cannot. The bytes are the same.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
         command: how the receipt and the card say it was made.
@@ -100,7 +104,7 @@ def merge(
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
-        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter,
+        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter, reflink=reflink,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -108,16 +112,18 @@ def merge(
     made = _plan(checkpoint, opened, options, folder, trained_on=_trained_on(trained_on, token))
     if made.quantization is not None:
         check_scales(made.quantization)
-    folder.check_space(made.disk_bytes)
 
-    from regraft.merging.building import build, deciding_files
+    from regraft.merging.building import build, deciding_files, make_room
     from regraft.merging.undo.keeping import UndoSettings
+
+    share = make_room(made, folder, options.reflink)
 
     with folder.work() as work:
         called = command or merge_call("merge", made.base.source, made)
         return build(
             made, work, deciding_files(made), called, started,
-            keeping=UndoSettings(keep_adapter) if made.options["undo"] else None, progress=progress,
+            keeping=UndoSettings(keep_adapter) if made.options["undo"] else None, share=share,
+            progress=progress,
         )  # fmt: skip
 
 

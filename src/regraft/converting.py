@@ -33,6 +33,7 @@ def convert(
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     overwrite: bool = False,
+    reflink: str = "auto",
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -47,7 +48,7 @@ def convert(
         dtype: dtype of all floating-point tensors, in the config too; by default each keeps its
             own.
         shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
-        max_memory, threads, overwrite: as in :func:`dequantize`.
+        max_memory, threads, overwrite, reflink: as in :func:`dequantize`.
         token, progress, command: as in :func:`dequantize`.
 
     Returns:
@@ -58,8 +59,9 @@ def convert(
         RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
     """
     options = MergeOptions.of(
-        dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads
-    )
+        dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
+        reflink=reflink,
+    )  # fmt: skip
     return _convert(
         base, out, options, "convert", overwrite=overwrite, token=token,
         progress=progress, command=command,
@@ -75,6 +77,7 @@ def dequantize(
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     overwrite: bool = False,
+    reflink: str = "auto",
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -93,6 +96,8 @@ def dequantize(
         max_memory: cap on resident memory, whatever the size of the model.
         threads: worker threads; by default three more than there are cores at hand.
         overwrite: replace ``out``, once the new one is complete, if it holds a model already.
+        reflink: whether untouched tensors share blocks of the disk with the base; as in
+            :func:`regraft.merge`.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
         command: how the receipt and the card say it was made.
@@ -105,8 +110,9 @@ def dequantize(
         RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
     """
     options = MergeOptions.of(
-        dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads
-    )
+        dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
+        reflink=reflink,
+    )  # fmt: skip
     return _convert(
         base, out, options, "dequantize", overwrite=overwrite, token=token,
         progress=progress, command=command,
@@ -125,6 +131,7 @@ def quantize(
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     overwrite: bool = False,
+    reflink: str = "auto",
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -142,7 +149,7 @@ def quantize(
         double_quant: quantize the scales of ``nf4`` or ``fp4`` too.
         rounding: ``"nearest"`` (default) or ``"stochastic"``.
         seed: which random bits stochastic rounding takes.
-        shard_size, max_memory, threads, overwrite: as in :func:`dequantize`.
+        shard_size, max_memory, threads, overwrite, reflink: as in :func:`dequantize`.
         token, progress, command: as in :func:`dequantize`.
 
     Returns:
@@ -155,7 +162,7 @@ def quantize(
     """
     options = MergeOptions.of(
         quantize=to, rounding=rounding, seed=seed, double_quant=double_quant,
-        shard_size=shard_size, max_memory=max_memory, threads=threads,
+        shard_size=shard_size, max_memory=max_memory, threads=threads, reflink=reflink,
     )  # fmt: skip
     return _convert(
         base, out, options, "quantize", overwrite=overwrite, token=token,
@@ -181,16 +188,18 @@ def _convert(
     made = make_plan(plain, [], options, folder.path, quantization=quantization)
     inputs = [shard.path for shard in stored.shards] if stored.single_file else [stored.root]
     folder.check_inputs(inputs)
-    folder.check_space(made.disk_bytes)
     made = replace(made, disk=folder.disk(made.disk_bytes))
 
-    from regraft.merging.building import build, deciding_files
+    from regraft.merging.building import build, deciding_files, make_room
+
+    share = make_room(made, folder, options.reflink)
 
     with folder.work() as work:
         called = command or conversion_call(verb, stored.source, made)
         return build(
-            made, work, deciding_files(made), called, started, keeping=None, progress=progress
-        )
+            made, work, deciding_files(made), called, started, keeping=None, share=share,
+            progress=progress,
+        )  # fmt: skip
 
 
 def _check_convertible(

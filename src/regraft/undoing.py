@@ -70,6 +70,7 @@ def unmerge(
     max_memory: str | int = "512MiB",
     threads: int | None = None,
     overwrite: bool = False,
+    reflink: str = "auto",
     token: str | None = None,
     progress: Progress | None = None,
 ) -> UnmergeReport:
@@ -85,6 +86,8 @@ def unmerge(
         max_memory: cap on resident memory, whatever the size of the model.
         threads: worker threads; by default three more than there are cores at hand.
         overwrite: replace ``out``, once the new one is complete, if it holds a model already.
+        reflink: whether untouched tensors share blocks of the disk with the merged model; as in
+            :func:`regraft.merge`.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
 
@@ -94,10 +97,11 @@ def unmerge(
     """
     started = time.perf_counter()
     output = OutputFolder.asked_for(out, merged, adapters, overwrite=overwrite)
-    options = MergeOptions.of(max_memory=max_memory, threads=threads)
+    options = MergeOptions.of(max_memory=max_memory, threads=threads, reflink=reflink)
     tell(progress, "read", 0)
     found = _open_merged(merged, adapters, token, "--adapter")
     output.check_inputs(found.inputs)
+    share = output.shares([shard.path for shard in found.merged.shards], options.reflink)
     output.check_space(sum(file.size for file in found.manifest.files))
 
     from regraft.merging.building import rebuild
@@ -113,7 +117,7 @@ def unmerge(
             undone.stored, (), shards, {}, {}, memory, count, tile, (), out=str(output.path)
         )
         open_source = _opener(undone, found)
-        rebuild(made, targets, work, found.files, open_source, progress)
+        rebuild(made, targets, work, found.files, open_source, progress, share=share)
         names = _write_side_files(found, work)
     return UnmergeReport(
         merged=found.located.source,
@@ -148,6 +152,7 @@ def swap(
     peft_version: str | None = None,
     undo: bool | None = None,
     keep_adapter: bool = True,
+    reflink: str = "auto",
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -164,6 +169,7 @@ def swap(
         dtype, shard_size, max_memory, threads, overwrite: as in :func:`regraft.merge`.
         quantize, rounding, seed, double_quant, peft_version: as in :func:`regraft.merge`.
         undo, keep_adapter, token, progress, command: as in :func:`regraft.merge`.
+        reflink: whether untouched tensors share blocks of the disk with ``merged``; as there.
 
     Returns:
         The receipt, as it is in ``out/regraft/receipt.json``; its base is the original one.
@@ -177,7 +183,7 @@ def swap(
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
-        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter,
+        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter, reflink=reflink,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -185,6 +191,7 @@ def swap(
     opened = open_adapters(wanted, token, peft_version)
     read = [read_adapter(files, weight) for files, weight in opened]
     output.check_inputs([*found.inputs, *(Path(a.root) for a in read)])
+    share = output.shares([shard.path for shard in found.merged.shards], options.reflink)
     output.check_space(sum(file.size for file in found.manifest.files))
 
     from regraft.merging.building import adapter_files, build
@@ -206,7 +213,7 @@ def swap(
         return build(
             made, work, [*found.files, *adapter_files(read)], called, started,
             keeping=UndoSettings(keep_adapter, found.manifest.left_out) if options.undo else None,
-            open_source=_opener(undone, found), progress=progress,
+            open_source=_opener(undone, found), share=share, progress=progress,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_MAX_MEMORY = "512MiB"
 
-_UNRECORDED = {"token", "as_json", "quiet", "overwrite", "dry_run", "verbose", "help"}
+_UNRECORDED = {"token", "as_json", "quiet", "overwrite", "reflink", "dry_run", "verbose", "help"}
 """Parameters that do not belong in a receipt: one is a secret, the others change no byte."""
 
 
@@ -133,6 +133,15 @@ peft_version = click.option(
     metavar="VERSION",
     help="Release of PEFT that trained adapters whose config does not say it, such as 0.18.0. Only "
     "square stacks of experts need it: PEFT 0.19 turned them round.",
+)
+
+reflink = click.option(
+    "--reflink",
+    type=click.Choice(["auto", "never", "always"]),
+    default="auto",
+    show_default=True,
+    help="Share blocks of the disk for what stays as it is, where the file system can (XFS, "
+    "btrfs): no time and no room for it, and the same bytes. always refuses where it cannot.",
 )
 
 max_memory = click.option(

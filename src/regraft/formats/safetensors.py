@@ -257,6 +257,7 @@ def build_header(
     metadata: Mapping[str, str],
     *,
     align: int = 8,
+    remainder: int = 0,
 ) -> bytes:
     """Return the first bytes of a file whose tensors lie in the order given, without gaps.
 
@@ -267,7 +268,8 @@ def build_header(
     Args:
         tensors: name, dtype (a key of ``DTYPES``) and shape of each tensor.
         metadata: free-form strings to travel with them.
-        align: the data begins at a multiple of this many bytes.
+        align: the data begins at a multiple of this many bytes,
+        remainder: or so many behind one.
 
     Raises:
         FormatError: the header would not be read back: a name is taken twice or is unsafe, a
@@ -285,11 +287,12 @@ def build_header(
             raise FormatError(Problem(trouble[0], f"tensor {quoted(name)}", *trouble[1:]))
         entries[name] = entry
         offset = end
-    return _framed(json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode(), align)
+    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    return _framed(raw, align, remainder)
 
 
-def _framed(raw: bytes, align: int) -> bytes:
-    raw += b" " * (-(_PREFIX_BYTES + len(raw)) % align)
+def _framed(raw: bytes, align: int, remainder: int = 0) -> bytes:
+    raw += b" " * ((remainder - _PREFIX_BYTES - len(raw)) % align)
     if len(raw) > MAX_HEADER_BYTES:
         raise FormatError(
             "the header is too large to write",

@@ -10,11 +10,12 @@ from pathlib import Path
 from regraft.adapters.model import Adapter
 from regraft.merging.execution.jobs import Done, count_done, fingerprint, jobs_of
 from regraft.merging.execution.scheduler import OpenSource, Task, execute
+from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.files.receipt import Receipt
 from regraft.merging.files.staging import Workplace
 from regraft.merging.finalize import sides_of, write_rest
 from regraft.merging.planning.plan import Plan
-from regraft.merging.planning.targets import Target, merge_targets
+from regraft.merging.planning.targets import Target, merge_targets, shared_bytes
 from regraft.merging.undo.corrections import corrections_of, digests_only
 from regraft.merging.undo.keeping import UndoSettings, section_names
 from regraft.merging.undo.manifest import PATCH, UNDO
@@ -25,7 +26,7 @@ from regraft.system.memory import peak_memory
 
 def build(
     plan: Plan, place: Workplace, inputs: Iterable[Path], command: str, started: float, *,
-    keeping: UndoSettings | None, open_source: OpenSource | None = None,
+    keeping: UndoSettings | None, open_source: OpenSource | None = None, share: bool = False,
     progress: Progress | None = None,
 ) -> Receipt:  # fmt: skip
     """Write a merged model into a work folder, going on from an earlier try if there was one.
@@ -38,6 +39,7 @@ def build(
         started: when the call began, of ``time.perf_counter``.
         keeping: what to keep for an undo; None for no undo.
         open_source: gives what the base is read from, if not its files.
+        share: whether tensors that are only copied may share blocks of the disk.
         progress: called as work proceeds.
 
     Raises:
@@ -46,7 +48,7 @@ def build(
     sides = sides_of(plan)
     plan = replace(plan, warnings=tuple(dict.fromkeys((*plan.warnings, *sides.warnings))))
     kept = corrections_of(plan) if keeping is not None else digests_only(plan)
-    task = Task(plan, merge_targets(plan), kept, open_source)
+    task = Task(plan, merge_targets(plan), kept, open_source, share=share)
     place.begin(fingerprint(plan, inputs, keeping=keeping and asdict(keeping)))
     path = place.out / UNDO / PATCH if keeping is not None else None
     done = resume(place, task, path, progress)
@@ -66,6 +68,18 @@ def build(
         if patch is not None:
             patch.abandon()
         raise
+
+
+def make_room(plan: Plan, folder: OutputFolder, reflink: str) -> bool:
+    """Refuse to begin what will not fit; return whether blocks of the base's files may be shared.
+
+    Raises:
+        DiskSpaceError: fewer bytes are free than are needed.
+        UnsupportedError: blocks cannot be shared, and ``reflink`` says that they always shall be.
+    """
+    share = folder.shares([shard.path for shard in plan.stored.shards], reflink)
+    folder.check_space(plan.disk_bytes - (shared_bytes(plan) if share else 0))
+    return share
 
 
 def deciding_files(plan: Plan) -> list[Path]:
@@ -92,10 +106,10 @@ def _files_in(folder: Path) -> list[Path]:
 
 def rebuild(
     plan: Plan, targets: list[Target], place: Workplace, inputs: Iterable[Path],
-    open_source: OpenSource, progress: Progress | None,
+    open_source: OpenSource, progress: Progress | None, *, share: bool,
 ) -> None:  # fmt: skip
-    """Write the weight files of a base into a work folder."""
-    task = Task(plan, targets, open_source=open_source, stage="unmerge")
+    """Write the weight files of a base into a work folder; arguments are those of :func:`build`."""
+    task = Task(plan, targets, open_source=open_source, stage="unmerge", share=share)
     place.begin(fingerprint(plan, inputs, unmerge=True))
     execute(task, place, None, resume(place, task, None, progress), progress)
     tell(progress, "finish", plan.nbytes)

@@ -19,7 +19,6 @@ from regraft.formats.files.inside import refuse_outside
 from regraft.formats.files.reading import open_regular, typed_os_errors
 from regraft.formats.files.text import plain_text, spelled
 from regraft.formats.layout import ADAPTER_CONFIG
-from regraft.formats.safetensors import build_header
 from regraft.merging.execution.outcome import Outcome, is_stored
 from regraft.merging.files.card import auto_class_of, model_card
 from regraft.merging.files.front_matter import read_metadata
@@ -36,6 +35,7 @@ from regraft.merging.files.receipt import (
 from regraft.merging.files.side_files import CARD, json_bytes, plan_side_files, updated_config
 from regraft.merging.planning.base_drift import warning as gap_warning
 from regraft.merging.planning.plan import Plan
+from regraft.merging.planning.targets import merge_targets
 from regraft.merging.undo.keeping import UndoSettings, keep_base
 from regraft.merging.undo.merged_adapters import check_copies
 from regraft.merging.undo.patch import PatchWriter
@@ -115,12 +115,8 @@ class _Rest:
 
 def _header_digests(plan: Plan) -> dict[str, str]:
     """Return the digests of the weight files' headers, made again as they were for writing."""
-    return {
-        shard.name: blake3(
-            build_header([(s.name, s.dtype, s.shape) for s in shard.steps], {"format": "pt"})
-        ).hexdigest()
-        for shard in plan.shards
-    }
+    targets = merge_targets(plan)
+    return {t.name: blake3(content).hexdigest() for t in targets for _, content in t.pieces}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ KEEP = "keep"
 QUANTIZE = (KEEP, *FORMATS)
 """What ``quantize`` may be."""
 
+REFLINK = ("auto", "never", "always")
+"""What ``reflink`` may be: ``always`` refuses where blocks cannot be shared."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
@@ -38,6 +41,8 @@ class MergeOptions:
         undo: whether the output keeps what an undo needs; None chooses, by
             :func:`regraft.merging.planning.planner.settled`.
         keep_adapter: whether a copy of each adapter is kept for it.
+        reflink: whether untouched tensors share blocks of the disk with the input's file, of
+            :data:`REFLINK`; it changes no byte.
     """
 
     dtype: str | None = None
@@ -51,6 +56,7 @@ class MergeOptions:
     peft_version: str | None = None
     undo: bool | None = False
     keep_adapter: bool = False
+    reflink: str = "auto"
 
     @classmethod
     def of(
@@ -79,6 +85,10 @@ class MergeOptions:
         if options.threads is not None and options.threads < 1:
             found = str(options.threads)
             raise UsageError("threads has to be at least 1", where="--threads", found=found)
+        if options.reflink not in REFLINK:
+            raise UsageError(
+                f"cannot do {options.reflink!r}", where="--reflink", expected=", ".join(REFLINK)
+            )
         check_version(options.peft_version)
         _check_quantization(options)
         return options

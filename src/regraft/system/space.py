@@ -14,12 +14,23 @@ _PREALLOCATE, _ALL, _FROM_END = 42, 4, 3
 """macOS's F_PREALLOCATE, F_ALLOCATEALL and F_PEOFPOSMODE, which Python does not name."""
 
 
-def give_size(fd: int, size: int) -> None:
-    """Give an open file its full size, and ask the system to set room for it aside.
+def give_size(fd: int, size: int, *, reserve: bool = True) -> None:
+    """Give an open file its full size.
+
+    Args:
+        fd: the file.
+        size: its size in bytes.
+        reserve: whether to ask the system to set room for all of it aside.
 
     Raises:
         OSError: there is no room, or the system refused.
     """
+    if reserve:
+        _reserve(fd, size)
+    os.ftruncate(fd, size)
+
+
+def _reserve(fd: int, size: int) -> None:
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, max(size, 1))
@@ -28,7 +39,6 @@ def give_size(fd: int, size: int) -> None:
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
-    os.ftruncate(fd, size)
 
 
 def _preallocate(fd: int, size: int) -> None:

@@ -19,6 +19,7 @@ from regraft.cli.writing import write_model
 @options.max_memory
 @options.threads
 @options.overwrite
+@options.reflink
 @options.token
 @options.as_json
 @options.quiet

@@ -29,6 +29,7 @@ FORMATS = ("nf4", "fp4", "int8", "fp8")
 @options.max_memory
 @options.threads
 @options.overwrite
+@options.reflink
 @options.token
 @options.as_json
 @options.quiet

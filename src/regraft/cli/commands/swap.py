@@ -27,6 +27,7 @@ from regraft.cli.writing import write_model
 @options.max_memory
 @options.threads
 @options.overwrite
+@options.reflink
 @options.quantize
 @options.rounding
 @options.seed

@@ -27,6 +27,7 @@ from regraft.cli.output import Output
     is_flag=True,
     help="Replace BASE, if it holds a model, once the new one is complete.",
 )
+@options.reflink
 @options.token
 @options.as_json
 @options.quiet

@@ -162,6 +162,13 @@ class FilePool:
         if view.nbytes:
             self._fill(spec, spec.start + offset, view.cast("B"))
 
+    def place(self, spec: TensorSpec, offset: int) -> tuple[int, int]:
+        """Return the descriptor of a tensor's file, and where a byte of the tensor lies in it.
+
+        The descriptor is the pool's. Raises as :meth:`read_into` does.
+        """
+        return self._descriptor(spec.path), spec.start + offset
+
     def read_bytes(self, spec: TensorSpec) -> bytes:
         """Return all bytes of a tensor; for small ones. Raises as :meth:`read_into` does."""
         content = bytearray(spec.nbytes)

@@ -13,9 +13,16 @@ from regraft.merging.planning.targets import Target
 class Outputs:
     """The files that are made; safe to use from several threads, of which one opens them."""
 
-    def __init__(self, folder: Path, targets: Sequence[Target]) -> None:
-        """Take the folder and the files; none is made yet."""
-        self._folder, self._targets = folder, targets
+    def __init__(self, folder: Path, targets: Sequence[Target], *, share: bool) -> None:
+        """Take the folder and the files, none of which is made yet.
+
+        Args:
+            folder: where they go.
+            targets: the files.
+            share: whether tensors that are only copied may share blocks of the disk with their
+                origin.
+        """
+        self._folder, self._targets, self._share = folder, targets, share
         self._open: dict[str, OutputFile] = {}
         self._unfinished = {target.name: len(target.steps) for target in targets}
         self._lock = threading.Lock()  # over both tables; files are written and closed without it
@@ -31,7 +38,8 @@ class Outputs:
                 self._create(target).close(sync=True)
 
     def _create(self, target: Target) -> OutputFile:
-        return OutputFile(self._folder / target.name, target.size, target.pieces)
+        path = self._folder / target.name
+        return OutputFile(path, target.size, target.pieces, share=self._share)
 
     def open(self, target: Target) -> OutputFile:
         """Return a file to write to, made if it is not open; one thread at a time may ask."""

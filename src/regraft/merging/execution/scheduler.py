@@ -50,6 +50,7 @@ class Task:
         keeps: the base's tensors to be kept by their difference.
         open_source: gives what the base is read from; its files, by default.
         stage: what progress calls it.
+        share: whether tensors that are only copied may share blocks of the disk.
     """
 
     plan: Plan
@@ -57,6 +58,7 @@ class Task:
     keeps: Sequence[Correction] = ()
     open_source: OpenSource | None = None
     stage: str = "merge"
+    share: bool = False
 
 
 class _Shared:
@@ -73,7 +75,7 @@ class _Shared:
         self.stored: Source = opener(files, self.store) if opener else plain
         self.context = PlanContext(task.plan, files, self.store, self.stored)
         self.trained_on = there and seen_through(there.quantization, plain)
-        self.outputs = Outputs(place.out, task.targets)
+        self.outputs = Outputs(place.out, task.targets, share=task.share)
         self.log = Ledger(len(done), place, patch, self.outputs.flush)
         self.done: dict[str, Done] = {}
         self._first = len(done)

@@ -9,7 +9,7 @@ from regraft.concurrency import Sequencer
 from regraft.deltas.kernels.weights import Bytes, Sums, Weights
 from regraft.deltas.undo.units import Counts, Lengths
 from regraft.merging.compute.tile_work import Computed, TileMemory, TileWork, overflow
-from regraft.merging.files.direct_io import OutputFile
+from regraft.merging.files.direct_io import Origin, OutputFile
 from regraft.merging.files.receipt import TensorRecord
 from regraft.merging.inputs.source import Source
 from regraft.merging.planning.base_drift import gap_square
@@ -74,8 +74,14 @@ class StepRun:
         with self._order.turn(tile.number):
             self._hash(done, result)
             self._gap += gap
-        self._file.write(at, result.data, result.ctypes.data)
+        self._file.write(at, result.data, result.ctypes.data, self._origin(tile))
         return payload
+
+    def _origin(self, tile: Tile) -> Origin | None:
+        """Return where a tile's bytes lie in a file as they are, where that is worth knowing."""
+        if not (self.step.is_copy and self._file.shares):
+            return None
+        return self._source.place(self.step.source, tile.read_at)
 
     def _hash(self, done: Computed, result: Bytes) -> None:
         """Add a tile to digests and sums, in its turn."""

@@ -5,6 +5,9 @@ bandwidth. Whole disk blocks go out by direct I/O. The edges of a piece, which s
 its neighbours, are gathered in memory and go through the cache many at a time, because every
 cached write makes the kernel stop direct writes to the same file for a moment. Where direct I/O is
 refused (tmpfs, some network file systems) everything goes through the cache.
+
+Bytes that lie in another file as they are need not be written where the file system lets two files
+share blocks: whole blocks are then shared, and only what lies before and after them is written.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from regraft.errors import AccessError, DiskSpaceError, RegraftError
 from regraft.system.opening import open_to_write
 from regraft.system.past_cache import REFUSED, open_past_cache
 from regraft.system.positioned import write_all
+from regraft.system.sharing import WIDEST, block_of, share_blocks
 from regraft.system.space import give_size
 from regraft.system.syncing import sync_file
 
@@ -28,6 +32,9 @@ BLOCK = 4096
 
 EDGES_HELD = 512
 """Edges gathered before they are written."""
+
+Origin = tuple[int, int]
+"""Where bytes lie as they are: the descriptor of a file, and the place in it."""
 
 
 def write_error(path: Path, error: OSError) -> RegraftError:
@@ -59,13 +66,17 @@ def sync_or_empty(fd: int) -> None:
 class OutputFile:
     """A weight file being made: what is no tensor first, tensors in any order, then ``close``."""
 
-    def __init__(self, path: Path, size: int, pieces: Iterable[tuple[int, bytes]]) -> None:
+    def __init__(
+        self, path: Path, size: int, pieces: Iterable[tuple[int, bytes]], *, share: bool = False
+    ) -> None:
         """Make a file, or go on with one of an earlier try.
 
         Args:
             path: the file.
             size: its full size in bytes.
             pieces: what it holds besides tensors: offset and bytes.
+            share: whether blocks of other files may become blocks of this one; room is then not
+                set aside, as most of it may not be needed.
 
         Raises:
             DiskSpaceError, AccessError: the system refused.
@@ -79,7 +90,9 @@ class OutputFile:
         try:
             self._fd = open_to_write(path)
             self._opened.append(self._fd)
-            give_size(self._fd, size)
+            give_size(self._fd, size, reserve=not share)
+            block = block_of(self._fd) if share else 0
+            self._block = block if block <= WIDEST else 0
             self._direct = open_past_cache(path)
             if self._direct is not None:
                 self._opened.append(self._direct)
@@ -93,19 +106,49 @@ class OutputFile:
         while self._opened:
             os.close(self._opened.pop())
 
-    def write(self, offset: int, data: memoryview, address: int) -> None:
+    @property
+    def shares(self) -> bool:
+        """Whether blocks of other files may become blocks of this one."""
+        return self._block > 0
+
+    def write(
+        self, offset: int, data: memoryview, address: int, origin: Origin | None = None
+    ) -> None:
         """Write ``data``, which lies at ``address`` in memory, at a byte offset of the file.
+
+        Args:
+            offset, data, address: as above.
+            origin: where the same bytes lie in another file, which may share its blocks.
 
         Raises:
             DiskSpaceError, AccessError: the system refused.
         """
         try:
-            if self._direct is None or (address - offset) % BLOCK:
-                write_all(self._fd, data, offset)
-            else:
-                self._write_blocks(offset, data)
+            first, last = self._share(offset, len(data), origin)
+            self._write(offset, data[:first], address)
+            self._write(offset + last, data[last:], address + last)
         except OSError as error:
             raise write_error(self.path, error) from error
+
+    def _share(self, offset: int, size: int, origin: Origin | None) -> tuple[int, int]:
+        """Share whole blocks with another file; return the range of the bytes that these are."""
+        block = self._block
+        if origin is None or not block or (origin[1] - offset) % block:
+            return size, size
+        first, last = -offset % block, (offset + size) // block * block - offset
+        if first >= last:
+            return size, size
+        fd, position = origin
+        if not share_blocks(fd, position + first, self._fd, offset + first, last - first):
+            self._block = 0  # others may ask once more, and be refused as well
+            return size, size
+        return first, last
+
+    def _write(self, offset: int, data: memoryview, address: int) -> None:
+        if self._direct is None or (address - offset) % BLOCK:
+            write_all(self._fd, data, offset)
+        else:
+            self._write_blocks(offset, data)
 
     def _write_blocks(self, offset: int, data: memoryview) -> None:
         head = min(-offset % BLOCK, len(data))

@@ -6,21 +6,24 @@ Every verb that makes a folder begins with one of these, in this order: ``asked_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from regraft.errors import UnsupportedError
 from regraft.merging.files.publish import (
     SLACK_BYTES,
     Kind,
     check_output,
     check_space,
+    folder_there,
     free_bytes,
     out_path,
     replaced_inputs,
 )
 from regraft.merging.files.staging import Workplace, workplace
+from regraft.system.sharing import shares_with
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,31 @@ class OutputFolder:
         """
         check_output(self.path, inputs, overwrite=self.overwrite, kind=self.kind)
 
+    def shares(self, paths: Iterable[Path], reflink: str) -> bool:
+        """Whether files of the output may share blocks of the disk with input files.
+
+        Args:
+            paths: the input files whose bytes may come out as they are.
+            reflink: of :data:`regraft.merging.options.REFLINK`; ``always`` asks for all files,
+                ``auto`` for any.
+
+        Raises:
+            UnsupportedError: blocks cannot be shared, and always shall be.
+        """
+        if reflink == "never":
+            return False
+        there = folder_there(self.path)
+        found = {path: _shares(path, there) for path in paths}
+        alone = [path for path in found if not found[path]]
+        if alone and reflink == "always":
+            raise UnsupportedError(
+                "blocks of the disk cannot be shared", where=str(there),
+                expected="a file system with reflinks (XFS, btrfs) that inputs and output lie on",
+                found=f"{len(alone)} of {len(found)} input files cannot, such as {alone[0]}",
+                hint="Choose another folder, or leave --reflink out: the bytes are written then",
+            )  # fmt: skip
+        return len(alone) < len(found)
+
     def check_space(self, nbytes: int) -> None:
         """Refuse to begin what will not fit.
 
@@ -79,3 +107,14 @@ class OutputFolder:
     def work(self) -> AbstractContextManager[Workplace]:
         """Give the locked work folder that becomes this one; see :func:`workplace`."""
         return workplace(self.path, overwrite=self.overwrite, kind=self.kind)
+
+
+def _shares(path: Path, folder: Path) -> bool:
+    """Whether a file in a folder may share blocks with a file; not, where it cannot be tried.
+
+    What is in the way there is in the way of the work, too, which says so.
+    """
+    try:
+        return shares_with(path, folder)
+    except OSError:
+        return False

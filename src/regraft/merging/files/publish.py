@@ -175,10 +175,15 @@ def free_bytes(out: Path) -> int:
 
     What an earlier try at ``out`` has taken counts as free: it is gone on with, or removed first.
     """
+    return shutil.disk_usage(folder_there(out)).free + _taken(place_of(out))
+
+
+def folder_there(out: Path) -> Path:
+    """Return the folder that ``out`` will be in, or of those above it the first that is there."""
     folder = out.absolute().parent
     while not os.path.exists(folder):  # noqa: PTH110  (False where it may not be looked at)
         folder = folder.parent
-    return shutil.disk_usage(folder).free + _taken(place_of(out))
+    return folder
 
 
 def _taken(folder: Path) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from regraft.deltas.kernels.weights import Bytes, Weights
+from regraft.merging.files.direct_io import Origin
 from regraft.merging.inputs.source import Source
 from regraft.quant.grid import Codes, values_of
 from regraft.quant.weight import Block, Decoder, QuantizedWeight
@@ -94,6 +95,10 @@ class DequantizingSource:
             return
         for part in self._weights[spec.name].parts.values():
             self._packed.release(part)
+
+    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
+        """Return where a stored tensor's bytes lie as they are, if they do."""
+        return None if spec.is_virtual else self._packed.place(spec, offset)
 
     def expected(self, name: str) -> str | None:
         """Return the blake3 (hex) a stored tensor has to have, if that is known."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from regraft.deltas.kernels.weights import Bytes
 from regraft.formats.files.reading import FilePool
+from regraft.merging.files.direct_io import Origin
 from regraft.tensors import TensorSpec
 
 
@@ -23,6 +24,9 @@ class Source(Protocol):
 
     def release(self, spec: TensorSpec) -> None:
         """Let go of what was kept for a tensor that will not be read again."""
+
+    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
+        """Return where the bytes that :meth:`read` gives lie in a file as they are, if they do."""
 
     def expected(self, name: str) -> str | None:
         """Return no expected digest: a file on disk is read as it is."""
@@ -44,6 +48,11 @@ class WholeSource:
     def release(self, spec: TensorSpec) -> None:
         """Do nothing."""
 
+    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
+        """Return None: the bytes may be computed."""
+        del spec, offset
+        return None
+
     def expected(self, name: str) -> str | None:
         """Return None: it holds what it holds."""
         del name
@@ -59,3 +68,7 @@ class FileSource(WholeSource):
     def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
         """Read from the tensor's file."""
         self._files.read_into(spec, offset, buffer.data)
+
+    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
+        """Return the place in the tensor's file."""
+        return None if spec.is_virtual else self._files.place(spec, offset)

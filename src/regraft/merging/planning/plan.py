@@ -113,6 +113,12 @@ class Step:
         return own and self.made is None and bool(self.segments or self.patches)
 
     @property
+    def is_copy(self) -> bool:
+        """Whether the result is a stored tensor's bytes as they are."""
+        computed = self.segments or self.patches or self.coded or self.made
+        return not (computed or self.source.is_virtual) and self.source.dtype == self.dtype
+
+    @property
     def codes_of(self) -> QuantizedWeight | None:
         """The weight whose codes the result is, kept or made; None if it is none."""
         if self.made is not None:

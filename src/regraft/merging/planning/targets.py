@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from regraft.formats.safetensors import build_header
-from regraft.merging.planning.plan import Plan, Step
+from regraft.merging.files.direct_io import BLOCK
+from regraft.merging.planning.plan import OutputShard, Plan, Step
 from regraft.quant.weight import QuantizedWeight
 
 
@@ -32,17 +34,47 @@ class Target:
 
 
 def merge_targets(plan: Plan) -> list[Target]:
-    """Return the files of a plan: safetensors, the tensors one after the other."""
+    """Return the files of a plan: safetensors, the tensors one after the other.
+
+    Headers end in spaces, as many as it takes for tensors that are only copied to lie in a block of
+    the disk as they do in the base's file: blocks that meet may be shared.
+    """
     targets = []
     for shard in plan.shards:
         entries = [(step.name, step.dtype, step.shape) for step in shard.steps]
-        header = build_header(entries, {"format": "pt"})
+        header = build_header(entries, {"format": "pt"}, **_beginning(shard))
         offsets, at = [], len(header)
         for step in shard.steps:
             offsets.append(at)
             at += step.nbytes
         targets.append(Target(shard.name, at, ((0, header),), shard.steps, tuple(offsets)))
     return targets
+
+
+def _beginning(shard: OutputShard) -> dict[str, int]:
+    """Return where the data of a file are to begin, as :func:`build_header` takes it.
+
+    That is where in a block most bytes of tensors that are only copied lie as they do in their own
+    safetensors file. Where there are none, and where it would be no multiple of 8, data begin at
+    the next multiple of 8.
+    """
+    meeting, at = Counter[int](), 0
+    for step in shard.steps:
+        if step.is_copy and step.source.path.suffix == ".safetensors":
+            meeting[(step.source.start - at) % BLOCK] += step.nbytes
+        at += step.nbytes
+    best = max(meeting, key=lambda begin: (meeting[begin], -begin), default=None)
+    return {} if best is None or best % 8 else {"align": BLOCK, "remainder": best}
+
+
+def shared_bytes(plan: Plan) -> int:
+    """Return how many bytes of a plan's output lie in blocks as they do in the base's files."""
+    return sum(
+        step.nbytes
+        for target in merge_targets(plan)
+        for step, offset in zip(target.steps, target.offsets, strict=True)
+        if step.is_copy and not (step.source.start - offset) % BLOCK
+    )
 
 
 def plan_digest(plan: Plan) -> str:
