@@ -54,13 +54,14 @@ def merge_targets(plan: Plan) -> list[Target]:
 def _beginning(shard: OutputShard) -> dict[str, int]:
     """Return where the data of a file are to begin, as :func:`build_header` takes it.
 
-    That is where in a block most bytes of tensors that are only copied lie as they do in their own
-    safetensors file. Where there are none, and where it would be no multiple of 8, data begin at
-    the next multiple of 8.
+    That is where in a block most bytes of large tensors that are only copied lie as they do in
+    their own safetensors file. Where there are none, and where it would be no multiple of 8, data
+    begin at the next multiple of 8.
     """
     meeting, at = Counter[int](), 0
     for step in shard.steps:
-        if step.is_copy and step.source.path.suffix == ".safetensors":
+        large = step.nbytes >= 2 * BLOCK  # wherever it begins, it has a whole block
+        if step.is_copy and large and step.source.path.suffix == ".safetensors":
             meeting[(step.source.start - at) % BLOCK] += step.nbytes
         at += step.nbytes
     best = max(meeting, key=lambda begin: (meeting[begin], -begin), default=None)
