@@ -26,6 +26,9 @@ PACKAGE = Path(regraft.__file__).parent
 # Tests share the cores with each other, and waking a second thread costs more than the models do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # counts if it is set before torch is imported
 
+# What one test reads is not known to another, nor to the user's own work.
+os.environ["REGRAFT_CACHE"] = ""
+
 if not Path("/dev/nvidiactl").exists():
     # Without CUDA triton's kernels are interpreted. It asks once, when it is imported by whomever.
     os.environ.setdefault("TRITON_INTERPRET", "1")

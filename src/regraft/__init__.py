@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from regraft.adapters.lora_config import LoraConfig
     from regraft.api import check, merge, plan
     from regraft.converting import convert, dequantize, quantize
+    from regraft.digesting import DigestReport, digest
     from regraft.errors import (
         AccessError,
         AdapterError,
@@ -68,6 +69,8 @@ _HOME = {
     "convert": "regraft.converting",
     "dequantize": "regraft.converting",
     "quantize": "regraft.converting",
+    "digest": "regraft.digesting",
+    "DigestReport": "regraft.digesting",
     "unmerge": "regraft.undoing",
     "swap": "regraft.undoing",
     "clean": "regraft.undoing",
@@ -124,6 +127,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "inspect",
     "diff",
     "shrink",
+    "digest",
     "clean",
     "load_merged",
     "attach",
@@ -134,6 +138,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "save",
     "CheckReport",
     "DiffReport",
+    "DigestReport",
     "Inspection",
     "Leftover",
     "Plan",

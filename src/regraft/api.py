@@ -52,6 +52,7 @@ def merge(
     undo: bool | None = None,
     keep_adapter: bool = True,
     reflink: str = "auto",
+    digest_cache: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -88,6 +89,8 @@ def merge(
         reflink: whether untouched tensors share blocks of the disk with the base, which takes no
             time and no room: ``"auto"`` where the file system can (XFS, btrfs), ``"never"``, or
             ``"always"``, which refuses where it cannot. The bytes are the same.
+        digest_cache: take the digests of tensors whose file is as it was from earlier work, and
+            keep those of this work; the receipt says which were known. False reads and hashes all.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
         command: how the receipt and the card say it was made.
@@ -105,6 +108,7 @@ def merge(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
         peft_version=peft_version, undo=undo, keep_adapter=keep_adapter, reflink=reflink,
+        digest_cache=digest_cache,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -116,13 +120,13 @@ def merge(
     from regraft.merging.building import build, deciding_files, make_room
     from regraft.merging.undo.keeping import UndoSettings
 
-    share = make_room(made, folder, options.reflink)
+    reuse = make_room(made, folder, options)
 
     with folder.work() as work:
         called = command or merge_call("merge", made.base.source, made)
         return build(
             made, work, deciding_files(made), called, started,
-            keeping=UndoSettings(keep_adapter) if made.options["undo"] else None, share=share,
+            keeping=UndoSettings(keep_adapter) if made.options["undo"] else None, reuse=reuse,
             progress=progress,
         )  # fmt: skip
 

@@ -34,6 +34,7 @@ def convert(
     threads: int | None = None,
     overwrite: bool = False,
     reflink: str = "auto",
+    digest_cache: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -48,7 +49,7 @@ def convert(
         dtype: dtype of all floating-point tensors, in the config too; by default each keeps its
             own.
         shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
-        max_memory, threads, overwrite, reflink: as in :func:`dequantize`.
+        max_memory, threads, overwrite, reflink, digest_cache: as in :func:`dequantize`.
         token, progress, command: as in :func:`dequantize`.
 
     Returns:
@@ -60,7 +61,7 @@ def convert(
     """
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
-        reflink=reflink,
+        reflink=reflink, digest_cache=digest_cache,
     )  # fmt: skip
     return _convert(
         base, out, options, "convert", overwrite=overwrite, token=token,
@@ -78,6 +79,7 @@ def dequantize(
     threads: int | None = None,
     overwrite: bool = False,
     reflink: str = "auto",
+    digest_cache: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -98,6 +100,8 @@ def dequantize(
         overwrite: replace ``out``, once the new one is complete, if it holds a model already.
         reflink: whether untouched tensors share blocks of the disk with the base; as in
             :func:`regraft.merge`.
+        digest_cache: take the digests of tensors from earlier work, if their file is as it was; as
+            there.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
         command: how the receipt and the card say it was made.
@@ -111,7 +115,7 @@ def dequantize(
     """
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
-        reflink=reflink,
+        reflink=reflink, digest_cache=digest_cache,
     )  # fmt: skip
     return _convert(
         base, out, options, "dequantize", overwrite=overwrite, token=token,
@@ -132,6 +136,7 @@ def quantize(
     threads: int | None = None,
     overwrite: bool = False,
     reflink: str = "auto",
+    digest_cache: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -149,7 +154,7 @@ def quantize(
         double_quant: quantize the scales of ``nf4`` or ``fp4`` too.
         rounding: ``"nearest"`` (default) or ``"stochastic"``.
         seed: which random bits stochastic rounding takes.
-        shard_size, max_memory, threads, overwrite, reflink: as in :func:`dequantize`.
+        shard_size, max_memory, threads, overwrite, reflink, digest_cache: as in :func:`dequantize`.
         token, progress, command: as in :func:`dequantize`.
 
     Returns:
@@ -163,6 +168,7 @@ def quantize(
     options = MergeOptions.of(
         quantize=to, rounding=rounding, seed=seed, double_quant=double_quant,
         shard_size=shard_size, max_memory=max_memory, threads=threads, reflink=reflink,
+        digest_cache=digest_cache,
     )  # fmt: skip
     return _convert(
         base, out, options, "quantize", overwrite=overwrite, token=token,
@@ -192,12 +198,12 @@ def _convert(
 
     from regraft.merging.building import build, deciding_files, make_room
 
-    share = make_room(made, folder, options.reflink)
+    reuse = make_room(made, folder, options)
 
     with folder.work() as work:
         called = command or conversion_call(verb, stored.source, made)
         return build(
-            made, work, deciding_files(made), called, started, keeping=None, share=share,
+            made, work, deciding_files(made), called, started, keeping=None, reuse=reuse,
             progress=progress,
         )  # fmt: skip
 

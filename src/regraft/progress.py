@@ -13,8 +13,8 @@ class ProgressEvent:
 
     Attributes:
         stage: ``"read"`` (headers), ``"resume"`` (what an earlier try did is looked at),
-            ``"merge"``, ``"unmerge"``, ``"shrink"``, ``"verify"`` or ``"compare"`` (tensors),
-            ``"prompts"`` (logits), or ``"finish"`` (flush and rename).
+            ``"merge"``, ``"unmerge"``, ``"shrink"``, ``"verify"``, ``"compare"`` or
+            ``"digest"`` (tensors), ``"prompts"`` (logits), or ``"finish"`` (flush and rename).
         done: bytes done so far.
         total: bytes in all; 0 while unknown.
         tensor: the tensor that was finished last, or ``""``.

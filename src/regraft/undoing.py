@@ -71,6 +71,7 @@ def unmerge(
     threads: int | None = None,
     overwrite: bool = False,
     reflink: str = "auto",
+    digest_cache: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> UnmergeReport:
@@ -88,6 +89,8 @@ def unmerge(
         overwrite: replace ``out``, once the new one is complete, if it holds a model already.
         reflink: whether untouched tensors share blocks of the disk with the merged model; as in
             :func:`regraft.merge`.
+        digest_cache: take the digests of tensors that stay as they are from earlier work, if their
+            file is as it was; as there.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
 
@@ -97,14 +100,17 @@ def unmerge(
     """
     started = time.perf_counter()
     output = OutputFolder.asked_for(out, merged, adapters, overwrite=overwrite)
-    options = MergeOptions.of(max_memory=max_memory, threads=threads, reflink=reflink)
+    options = MergeOptions.of(
+        max_memory=max_memory, threads=threads, reflink=reflink, digest_cache=digest_cache
+    )
     tell(progress, "read", 0)
     found = _open_merged(merged, adapters, token, "--adapter")
     output.check_inputs(found.inputs)
-    share = output.shares([shard.path for shard in found.merged.shards], options.reflink)
-    output.check_space(sum(file.size for file in found.manifest.files))
 
-    from regraft.merging.building import rebuild
+    from regraft.merging.building import rebuild, reuse_of
+
+    reuse = reuse_of(found.merged, output, options)
+    output.check_space(sum(file.size for file in found.manifest.files))
 
     with output.work() as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
@@ -117,7 +123,7 @@ def unmerge(
             undone.stored, (), shards, {}, {}, memory, count, tile, (), out=str(output.path)
         )
         open_source = _opener(undone, found)
-        rebuild(made, targets, work, found.files, open_source, progress, share=share)
+        rebuild(made, targets, work, found.files, open_source, progress, reuse=reuse)
         names = _write_side_files(found, work)
     return UnmergeReport(
         merged=found.located.source,
@@ -153,6 +159,7 @@ def swap(
     undo: bool | None = None,
     keep_adapter: bool = True,
     reflink: str = "auto",
+    digest_cache: bool = True,
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -169,7 +176,7 @@ def swap(
         dtype, shard_size, max_memory, threads, overwrite: as in :func:`regraft.merge`.
         quantize, rounding, seed, double_quant, peft_version: as in :func:`regraft.merge`.
         undo, keep_adapter, token, progress, command: as in :func:`regraft.merge`.
-        reflink: whether untouched tensors share blocks of the disk with ``merged``; as there.
+        reflink, digest_cache: as there, for the files of ``merged``.
 
     Returns:
         The receipt, as it is in ``out/regraft/receipt.json``; its base is the original one.
@@ -184,6 +191,7 @@ def swap(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
         peft_version=peft_version, undo=undo, keep_adapter=keep_adapter, reflink=reflink,
+        digest_cache=digest_cache,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -191,13 +199,13 @@ def swap(
     opened = open_adapters(wanted, token, peft_version)
     read = [read_adapter(files, weight) for files, weight in opened]
     output.check_inputs([*found.inputs, *(Path(a.root) for a in read)])
-    share = output.shares([shard.path for shard in found.merged.shards], options.reflink)
-    output.check_space(sum(file.size for file in found.manifest.files))
 
-    from regraft.merging.building import adapter_files, build
+    from regraft.merging.building import adapter_files, build, reuse_of
     from regraft.merging.compute.context import FACTOR_CACHE
     from regraft.merging.compute.factors import FactorStore
 
+    reuse = reuse_of(found.merged, output, options)
+    output.check_space(sum(file.size for file in found.manifest.files))
     with output.work() as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, options)
@@ -213,7 +221,7 @@ def swap(
         return build(
             made, work, [*found.files, *adapter_files(read)], called, started,
             keeping=UndoSettings(keep_adapter, found.manifest.left_out) if options.undo else None,
-            open_source=_opener(undone, found), share=share, progress=progress,
+            open_source=_opener(undone, found), reuse=reuse, progress=progress,
         )  # fmt: skip
 
 

@@ -29,11 +29,12 @@ COMMANDS = {
     "inspect": "regraft.cli.commands.inspect",
     "diff": "regraft.cli.commands.diff",
     "shrink": "regraft.cli.commands.shrink",
+    "digest": "regraft.cli.commands.digest",
     "generate": "regraft.cli.commands.generate",
     "chat": "regraft.cli.commands.chat",
     "clean": "regraft.cli.commands.clean",
     "demo": "regraft.cli.commands.demo",
-    "completion": "regraft.cli.commands.completion",
+    "completion": "regraft.cli.completion",
     "help": "regraft.cli.help",
 }
 """Every command, in the order of --help, and the module that has it as ``command``."""

@@ -15,7 +15,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_MAX_MEMORY = "512MiB"
 
-_UNRECORDED = {"token", "as_json", "quiet", "overwrite", "reflink", "dry_run", "verbose", "help"}
+_UNRECORDED = {
+    "token",
+    "as_json",
+    "quiet",
+    "overwrite",
+    "reflink",
+    "digest_cache",
+    "dry_run",
+    "verbose",
+    "help",
+}
 """Parameters that do not belong in a receipt: one is a secret, the others change no byte."""
 
 
@@ -142,6 +152,13 @@ reflink = click.option(
     show_default=True,
     help="Share blocks of the disk for what stays as it is, where the file system can (XFS, "
     "btrfs): no time and no room for it, and the same bytes. always refuses where it cannot.",
+)
+
+digest_cache = click.option(
+    "--digest-cache/--no-digest-cache",
+    default=True,
+    help="Take the digests of tensors whose file is as it was from earlier work, and keep those of "
+    "this work, in ~/.cache/regraft.  [default: yes]",
 )
 
 max_memory = click.option(

@@ -153,6 +153,7 @@ _STAGES = {
     "merge": "merging",
     "unmerge": "un-merging",
     "compare": "comparing",
+    "digest": "hashing",
     "verify": "verifying",
     "prompts": "comparing answers",
     "shrink": "shrinking",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from regraft.adapters.model import Adapter
+from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.files.known_digests import KnownDigests, Range
 from regraft.merging.execution.jobs import Done, count_done, fingerprint, jobs_of
-from regraft.merging.execution.scheduler import OpenSource, Task, execute
+from regraft.merging.execution.outcome import Outcome, is_stored
+from regraft.merging.execution.scheduler import OpenSource, Reuse, Task, execute
 from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.files.receipt import Receipt
 from regraft.merging.files.staging import Workplace
 from regraft.merging.finalize import sides_of, write_rest
+from regraft.merging.options import MergeOptions
 from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.targets import Target, merge_targets, shared_bytes
 from regraft.merging.undo.corrections import corrections_of, digests_only
@@ -26,7 +31,7 @@ from regraft.system.memory import peak_memory
 
 def build(
     plan: Plan, place: Workplace, inputs: Iterable[Path], command: str, started: float, *,
-    keeping: UndoSettings | None, open_source: OpenSource | None = None, share: bool = False,
+    keeping: UndoSettings | None, open_source: OpenSource | None = None, reuse: Reuse | None = None,
     progress: Progress | None = None,
 ) -> Receipt:  # fmt: skip
     """Write a merged model into a work folder, going on from an earlier try if there was one.
@@ -39,7 +44,7 @@ def build(
         started: when the call began, of ``time.perf_counter``.
         keeping: what to keep for an undo; None for no undo.
         open_source: gives what the base is read from, if not its files.
-        share: whether tensors that are only copied may share blocks of the disk.
+        reuse: what need not be done again; None for nothing.
         progress: called as work proceeds.
 
     Raises:
@@ -48,7 +53,7 @@ def build(
     sides = sides_of(plan)
     plan = replace(plan, warnings=tuple(dict.fromkeys((*plan.warnings, *sides.warnings))))
     kept = corrections_of(plan) if keeping is not None else digests_only(plan)
-    task = Task(plan, merge_targets(plan), kept, open_source, share=share)
+    task = Task(plan, merge_targets(plan), kept, open_source, reuse=reuse or Reuse())
     place.begin(fingerprint(plan, inputs, keeping=keeping and asdict(keeping)))
     path = place.out / UNDO / PATCH if keeping is not None else None
     done = resume(place, task, path, progress)
@@ -58,6 +63,7 @@ def build(
         patch = PatchWriter(path, section_names(plan, kept), sections)
     try:
         outcome = execute(task, place, patch, done, progress)
+        _remember(task, outcome, place.out)
         tell(progress, "finish", plan.nbytes)
         return write_rest(
             plan, outcome, place.out, command,
@@ -70,16 +76,44 @@ def build(
         raise
 
 
-def make_room(plan: Plan, folder: OutputFolder, reflink: str) -> bool:
-    """Refuse to begin what will not fit; return whether blocks of the base's files may be shared.
+def make_room(plan: Plan, folder: OutputFolder, options: MergeOptions) -> Reuse:
+    """Refuse to begin what will not fit; return what need not be done again.
 
     Raises:
         DiskSpaceError: fewer bytes are free than are needed.
-        UnsupportedError: blocks cannot be shared, and ``reflink`` says that they always shall be.
+        UnsupportedError: blocks cannot be shared, and the options say that they always shall be.
     """
-    share = folder.shares([shard.path for shard in plan.stored.shards], reflink)
-    folder.check_space(plan.disk_bytes - (shared_bytes(plan) if share else 0))
-    return share
+    reuse = reuse_of(plan.stored, folder, options)
+    folder.check_space(plan.disk_bytes - (shared_bytes(plan) if reuse.share else 0))
+    return reuse
+
+
+def reuse_of(read: Checkpoint, folder: OutputFolder, options: MergeOptions) -> Reuse:
+    """Return what need not be done again of a model whose files are read.
+
+    Raises:
+        UnsupportedError: blocks cannot be shared, and the options say that they always shall be.
+    """
+    share = folder.shares([shard.path for shard in read.shards], options.reflink)
+    return Reuse(share, KnownDigests.of_user(wanted=options.digest_cache))
+
+
+def _remember(task: Task, outcome: Outcome, out: Path) -> None:
+    """Keep the digests of the base's files, where these were read, and of those that were made."""
+    found = defaultdict[Path, dict[Range, str]](dict)
+    records = iter(outcome.records)
+    for target in task.targets:
+        for step, offset in zip(target.steps, target.offsets, strict=True):
+            record = next(records)
+            found[out / target.name][offset, step.nbytes] = record.blake3
+            if task.open_source is None and is_stored(step) and not record.known:
+                spec = step.source if step.coded is None else step.coded.codes
+                found[spec.path][spec.start, spec.nbytes] = record.source_blake3
+    for keep in task.keeps if task.open_source is None else ():
+        spec = keep.original
+        found[spec.path][spec.start, spec.nbytes] = outcome.kept_digests[spec.name]
+    for path, digests in found.items():
+        task.reuse.known.remember(path, digests)
 
 
 def deciding_files(plan: Plan) -> list[Path]:
@@ -106,12 +140,13 @@ def _files_in(folder: Path) -> list[Path]:
 
 def rebuild(
     plan: Plan, targets: list[Target], place: Workplace, inputs: Iterable[Path],
-    open_source: OpenSource, progress: Progress | None, *, share: bool,
+    open_source: OpenSource, progress: Progress | None, *, reuse: Reuse,
 ) -> None:  # fmt: skip
     """Write the weight files of a base into a work folder; arguments are those of :func:`build`."""
-    task = Task(plan, targets, open_source=open_source, stage="unmerge", share=share)
+    task = Task(plan, targets, open_source=open_source, stage="unmerge", reuse=reuse)
     place.begin(fingerprint(plan, inputs, unmerge=True))
-    execute(task, place, None, resume(place, task, None, progress), progress)
+    outcome = execute(task, place, None, resume(place, task, None, progress), progress)
+    _remember(task, outcome, place.out)
     tell(progress, "finish", plan.nbytes)
 
 

@@ -43,6 +43,8 @@ class MergeOptions:
         keep_adapter: whether a copy of each adapter is kept for it.
         reflink: whether untouched tensors share blocks of the disk with the input's file, of
             :data:`REFLINK`; it changes no byte.
+        digest_cache: whether digests of files that are as they were are taken from earlier work,
+            and kept for later work.
     """
 
     dtype: str | None = None
@@ -57,6 +59,7 @@ class MergeOptions:
     undo: bool | None = False
     keep_adapter: bool = False
     reflink: str = "auto"
+    digest_cache: bool = True
 
     @classmethod
     def of(

@@ -20,6 +20,7 @@ from regraft.cli.writing import write_model
 @options.threads
 @options.overwrite
 @options.reflink
+@options.digest_cache
 @options.token
 @options.as_json
 @options.quiet

@@ -31,6 +31,7 @@ from regraft.cli.writing import write_model
 @options.threads
 @options.overwrite
 @options.reflink
+@options.digest_cache
 @options.undo
 @options.keep_adapter
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
@@ -80,7 +81,7 @@ def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
     from regraft.cli.texts import plan as plan_text
 
     output.mute_repeated()
-    unplanned = ("keep_adapter", "trained_on", "reflink")
+    unplanned = ("keep_adapter", "trained_on", "reflink", "digest_cache")
     asked = {name: value for name, value in chosen.items() if name not in unplanned}
     plan = api.plan(**_arguments(output, asked)).to_json()
     output.warn(plan["warnings"])

@@ -30,6 +30,7 @@ FORMATS = ("nf4", "fp4", "int8", "fp8")
 @options.threads
 @options.overwrite
 @options.reflink
+@options.digest_cache
 @options.token
 @options.as_json
 @options.quiet

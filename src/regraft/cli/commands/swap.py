@@ -28,6 +28,7 @@ from regraft.cli.writing import write_model
 @options.threads
 @options.overwrite
 @options.reflink
+@options.digest_cache
 @options.quantize
 @options.rounding
 @options.seed

@@ -28,6 +28,7 @@ from regraft.cli.output import Output
     help="Replace BASE, if it holds a model, once the new one is complete.",
 )
 @options.reflink
+@options.digest_cache
 @options.token
 @options.as_json
 @options.quiet

@@ -212,6 +212,22 @@ def first_seen(path: Path) -> Stamp:
     return (watch and watch.first(path)) or Stamp.of(path.stat())
 
 
+def settled_stamp(path: Path) -> Stamp:
+    """Return what a file was when the verb opened it, else what it is now; see :func:`_settled`.
+
+    Raises:
+        OSError: the system refused to say.
+    """
+    watch = current()
+    if watch is not None and (first := watch.first(path)) is not None:
+        return first
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        return _settled(fd)
+    finally:
+        os.close(fd)
+
+
 def _may_mislead(error: Exception) -> bool:
     if isinstance(error, ChangedError | OutputExistsError):
         return False

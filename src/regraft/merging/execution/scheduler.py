@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from regraft.errors import RegraftError
+from regraft.formats.files.known_digests import KnownDigests
 from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.context import (
     FACTOR_CACHE,
@@ -24,9 +25,9 @@ from regraft.merging.compute.tile_work import TileMemory
 from regraft.merging.execution.commit_log import Closing, Ledger
 from regraft.merging.execution.executor import Run, execute_runs
 from regraft.merging.execution.jobs import Done, jobs_of
-from regraft.merging.execution.outcome import Outcome, check_read, outcome_of
+from regraft.merging.execution.outcome import Outcome, check_read, is_stored, outcome_of
 from regraft.merging.execution.outputs import Outputs
-from regraft.merging.execution.step_run import Other, StepRun
+from regraft.merging.execution.step_run import Copied, Other, StepRun
 from regraft.merging.files.staging import Workplace
 from regraft.merging.inputs.source import FileSource, Source
 from regraft.merging.planning.plan import Plan, Step
@@ -41,6 +42,19 @@ OpenSource = Callable[[FilePool, FactorStore], Source]
 
 
 @dataclass(frozen=True)
+class Reuse:
+    """What need not be done again; it changes no byte of an output.
+
+    Attributes:
+        share: whether tensors that are only copied may share blocks of the disk with their origin.
+        known: digests of tensors that were read before.
+    """
+
+    share: bool = False
+    known: KnownDigests = field(default_factory=lambda: KnownDigests(None))
+
+
+@dataclass(frozen=True)
 class Task:
     """What is to be executed.
 
@@ -50,7 +64,7 @@ class Task:
         keeps: the base's tensors to be kept by their difference.
         open_source: gives what the base is read from; its files, by default.
         stage: what progress calls it.
-        share: whether tensors that are only copied may share blocks of the disk.
+        reuse: what need not be done again.
     """
 
     plan: Plan
@@ -58,7 +72,7 @@ class Task:
     keeps: Sequence[Correction] = ()
     open_source: OpenSource | None = None
     stage: str = "merge"
-    share: bool = False
+    reuse: Reuse = field(default_factory=Reuse)
 
 
 class _Shared:
@@ -75,7 +89,7 @@ class _Shared:
         self.stored: Source = opener(files, self.store) if opener else plain
         self.context = PlanContext(task.plan, files, self.store, self.stored)
         self.trained_on = there and seen_through(there.quantization, plain)
-        self.outputs = Outputs(place.out, task.targets, share=task.share)
+        self.outputs = Outputs(place.out, task.targets, share=task.reuse.share)
         self.log = Ledger(len(done), place, patch, self.outputs.flush)
         self.done: dict[str, Done] = {}
         self._first = len(done)
@@ -158,10 +172,11 @@ class _StepJob(_JobRun):
         if job.step is None or job.target is None:
             raise ValueError("a job writes a tensor or keeps one")
         self._step, self._target, context = job.step, job.target, shared.context
+        source = context.source_of(job.step)
         work = context.work_of(job.step, keeps=shared.keeping and job.step.is_invertible)
         self._run = StepRun(
-            work, shared.outputs.open(job.target), job.offset, context.source_of(job.step),
-            _other(shared, job.step),
+            work, shared.outputs.open(job.target), job.offset, source,
+            _copied(shared, job.step, source), _other(shared, job.step),
         )  # fmt: skip
         super().__init__(shared, number, self._run, context.tiles_of(job.step))
 
@@ -174,6 +189,16 @@ class _StepJob(_JobRun):
         self._run.release()
         self._shared.context.finish(self._step)
         self._shared.outputs.finish(self._target)
+
+
+def _copied(shared: _Shared, step: Step, source: Source) -> Copied:
+    """Return what is known of the stored bytes of a step's source."""
+    if not is_stored(step):
+        return Copied(shared.files)
+    spec = source.origin(step.source) if step.coded is None else None
+    stored = shared.stored.origin(step.coded.codes) if step.coded is not None else spec
+    digest = shared.task.reuse.known.of(stored) if stored is not None else None
+    return Copied(shared.files, spec, digest)
 
 
 def _other(shared: _Shared, step: Step) -> Other | None:

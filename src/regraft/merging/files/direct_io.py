@@ -111,44 +111,49 @@ class OutputFile:
         """Whether blocks of other files may become blocks of this one."""
         return self._block > 0
 
-    def write(
-        self, offset: int, data: memoryview, address: int, origin: Origin | None = None
-    ) -> None:
-        """Write ``data``, which lies at ``address`` in memory, at a byte offset of the file.
+    def share(self, offset: int, size: int, origin: Origin) -> tuple[int, int]:
+        """Have whole blocks of another file be blocks of this one.
 
         Args:
-            offset, data, address: as above.
-            origin: where the same bytes lie in another file, which may share its blocks.
+            offset: where in this file bytes begin that the other has, too.
+            size: how many.
+            origin: where they lie in the other file.
+
+        Returns:
+            The first and the last of the bytes that are there now, half open. What lies before and
+            after them is to be written: all, if the blocks do not meet, or cannot be shared.
 
         Raises:
             DiskSpaceError, AccessError: the system refused.
         """
-        try:
-            first, last = self._share(offset, len(data), origin)
-            self._write(offset, data[:first], address)
-            self._write(offset + last, data[last:], address + last)
-        except OSError as error:
-            raise write_error(self.path, error) from error
-
-    def _share(self, offset: int, size: int, origin: Origin | None) -> tuple[int, int]:
-        """Share whole blocks with another file; return the range of the bytes that these are."""
         block = self._block
-        if origin is None or not block or (origin[1] - offset) % block:
+        if not block or (origin[1] - offset) % block:
             return size, size
         first, last = -offset % block, (offset + size) // block * block - offset
         if first >= last:
             return size, size
         fd, position = origin
-        if not share_blocks(fd, position + first, self._fd, offset + first, last - first):
+        try:
+            done = share_blocks(fd, position + first, self._fd, offset + first, last - first)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        if not done:
             self._block = 0  # others may ask once more, and be refused as well
-            return size, size
-        return first, last
+        return (first, last) if done else (size, size)
 
-    def _write(self, offset: int, data: memoryview, address: int) -> None:
-        if self._direct is None or (address - offset) % BLOCK:
-            write_all(self._fd, data, offset)
-        else:
-            self._write_blocks(offset, data)
+    def write(self, offset: int, data: memoryview, address: int) -> None:
+        """Write ``data``, which lies at ``address`` in memory, at a byte offset of the file.
+
+        Raises:
+            DiskSpaceError, AccessError: the system refused.
+        """
+        try:
+            if self._direct is None or (address - offset) % BLOCK:
+                write_all(self._fd, data, offset)
+            else:
+                self._write_blocks(offset, data)
+        except OSError as error:
+            raise write_error(self.path, error) from error
 
     def _write_blocks(self, offset: int, data: memoryview) -> None:
         head = min(-offset % BLOCK, len(data))

@@ -84,6 +84,7 @@ class TensorRecord:
         codes: elements whose codes it holds; 0 for plain values.
         base_gap: Frobenius norm of what lies between this base and the one that the adapters were
             trained on; None if none was named.
+        known: whether the source's digest was known: its file is the one that was read before.
     """
 
     name: str
@@ -105,6 +106,7 @@ class TensorRecord:
     noise: float | None = None
     codes: int = 0
     base_gap: float | None = None
+    known: bool = False
 
     @property
     def elements(self) -> int:
@@ -328,6 +330,7 @@ _LATER = frozenset(
         "relative_gap",
         "base_formats",
         "trained_on",
+        "known",
     )
 )
 """Fields that a receipt of regraft 0.1 does not have."""
@@ -350,7 +353,7 @@ def _decode(value: Any, kind: Any, where: str) -> Any:
         return None if value is None else _decode(value, inner[0], where)
     if kind is Any or (origin is Literal and value in inner):
         return value
-    numbers = {int: (int,), float: (int, float), str: (str,)}
+    numbers = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
     if origin is None and type(value) in numbers.get(kind, ()) and _fits(value, kind):
         return value
     raise ValueError(f"{quoted(value)} at {quoted(where)}")

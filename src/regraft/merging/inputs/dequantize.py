@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from regraft.deltas.kernels.weights import Bytes, Weights
-from regraft.merging.files.direct_io import Origin
 from regraft.merging.inputs.source import Source
 from regraft.quant.grid import Codes, values_of
 from regraft.quant.weight import Block, Decoder, QuantizedWeight
@@ -96,9 +95,9 @@ class DequantizingSource:
         for part in self._weights[spec.name].parts.values():
             self._packed.release(part)
 
-    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
-        """Return where a stored tensor's bytes lie as they are, if they do."""
-        return None if spec.is_virtual else self._packed.place(spec, offset)
+    def origin(self, spec: TensorSpec) -> TensorSpec | None:
+        """Return the tensor of a file that has a stored tensor's bytes, if there is one."""
+        return None if spec.is_virtual else self._packed.origin(spec)
 
     def expected(self, name: str) -> str | None:
         """Return the blake3 (hex) a stored tensor has to have, if that is known."""

@@ -6,7 +6,6 @@ from typing import Protocol
 
 from regraft.deltas.kernels.weights import Bytes
 from regraft.formats.files.reading import FilePool
-from regraft.merging.files.direct_io import Origin
 from regraft.tensors import TensorSpec
 
 
@@ -25,8 +24,9 @@ class Source(Protocol):
     def release(self, spec: TensorSpec) -> None:
         """Let go of what was kept for a tensor that will not be read again."""
 
-    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
-        """Return where the bytes that :meth:`read` gives lie in a file as they are, if they do."""
+    def origin(self, spec: TensorSpec) -> TensorSpec | None:
+        """Return the tensor of a file whose bytes are those that :meth:`read` gives; None of bytes
+        that are computed."""
 
     def expected(self, name: str) -> str | None:
         """Return no expected digest: a file on disk is read as it is."""
@@ -48,9 +48,9 @@ class WholeSource:
     def release(self, spec: TensorSpec) -> None:
         """Do nothing."""
 
-    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
+    def origin(self, spec: TensorSpec) -> TensorSpec | None:
         """Return None: the bytes may be computed."""
-        del spec, offset
+        del spec
         return None
 
     def expected(self, name: str) -> str | None:
@@ -69,6 +69,6 @@ class FileSource(WholeSource):
         """Read from the tensor's file."""
         self._files.read_into(spec, offset, buffer.data)
 
-    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
-        """Return the place in the tensor's file."""
-        return None if spec.is_virtual else self._files.place(spec, offset)
+    def origin(self, spec: TensorSpec) -> TensorSpec | None:
+        """Return the tensor itself."""
+        return None if spec.is_virtual else spec

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.deltas.kernels.weights import Bytes
-from regraft.merging.files.direct_io import Origin
 from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.inputs.dequantized_view import Quantization, Stack, room_of
 from regraft.merging.inputs.source import Source
@@ -116,9 +115,9 @@ class StackingSource:
         for member in stack.members:
             self._plain.release(member)
 
-    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
-        """Return where a stored tensor's bytes lie as they are, if they do."""
-        return None if self._stack(spec) is not None else self._plain.place(spec, offset)
+    def origin(self, spec: TensorSpec) -> TensorSpec | None:
+        """Return the tensor of a file that has a stored tensor's bytes, if there is one."""
+        return None if self._stack(spec) is not None else self._plain.origin(spec)
 
     def expected(self, name: str) -> str | None:
         """Return the blake3 (hex) a stored tensor has to have, if that is known."""

@@ -19,7 +19,6 @@ from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.factors import FactorStore, Pair
 from regraft.merging.compute.requantize import Coder, ValuesOf, told_codes
 from regraft.merging.compute.step_inverse import Backwards
-from regraft.merging.files.direct_io import Origin
 from regraft.merging.inputs.dequantized_view import virtual
 from regraft.merging.planning.plan import Step
 from regraft.merging.planning.tiles import Tile, row_grain
@@ -73,11 +72,11 @@ class RestoringSource:
         else:
             self._files.read_into(self._recipe.merged[spec.name], offset, buffer.data)
 
-    def place(self, spec: TensorSpec, offset: int) -> Origin | None:
-        """Return where the bytes lie in the merged model, if that has them as they are."""
+    def origin(self, spec: TensorSpec) -> TensorSpec | None:
+        """Return the merged model's tensor, if that has the bytes as they are."""
         if spec.is_virtual or self._step(spec) is not None or spec.name in self._recipe.keeps:
             return None
-        return self._files.place(self._recipe.merged[spec.name], offset)
+        return self._recipe.merged[spec.name]
 
     def _step(self, spec: TensorSpec) -> Step | None:
         """Return the step that restores a tensor; one name can mean plain values and codes."""

@@ -1,0 +1,124 @@
+"""The digests of a model's tensors, kept for later work: what is known need not be hashed again.
+
+digest -> open the model by its headers -> hash what is not known -> keep the digests
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from regraft.concurrency import for_each
+from regraft.deltas.kernels.weights import Bytes
+from regraft.formats.checkpoint import open_checkpoint
+from regraft.formats.files.known_digests import KnownDigests, Range
+from regraft.formats.files.reading import FilePool
+from regraft.formats.files.watching import watched
+from regraft.formats.hub import locate
+from regraft.merging.options import MergeOptions
+from regraft.progress import Progress, ProgressMeter, tell
+from regraft.tensors import TensorSpec
+
+_PIECE = 4 * 2**20
+"""Bytes of a tensor that a thread reads at a time."""
+
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class DigestReport:
+    """The digests of a model's stored tensors.
+
+    Attributes:
+        source: the model, as it was named.
+        tensors: blake3 (hex) of each tensor's bytes, by its name in the file.
+        known: how many were known.
+        nbytes: bytes of all tensors.
+        seconds: wall time.
+    """
+
+    source: str
+    tensors: dict[str, str]
+    known: int
+    nbytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-ready objects."""
+        return asdict(self)
+
+
+@watched(to_the_end=True)
+def digest(
+    base: str | Path,
+    *,
+    threads: int | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> DigestReport:
+    """Return the blake3 of every tensor of a model, and keep them for later work.
+
+    A later merge, or other work that copies tensors of a file that is as it is now, takes their
+    digests from here. They are kept in ``~/.cache/regraft``, or where ``REGRAFT_CACHE`` says.
+
+    Args:
+        base: a folder, a single weights file, or a Hub id ``org/name[@revision]``; plain or
+            quantized.
+        threads: worker threads; by default 4.
+        token: Hub token; by default the one the machine is logged in with.
+        progress: called as work proceeds.
+
+    Raises:
+        RegraftError: it cannot be opened or read, or was changed meanwhile.
+    """
+    started = time.perf_counter()
+    count = MergeOptions.of(threads=threads).threads or _THREADS
+    tell(progress, "read", 0)
+    stored = open_checkpoint(locate(base, kind="base", token=token))
+    known, specs = KnownDigests.of_user(), list(stored.tensors.values())
+    found = {spec.name: known.of(spec) for spec in specs}
+    left = [spec for spec in specs if found[spec.name] is None]
+    hashed = _hashed(left, count, ProgressMeter(progress, "digest", sum(s.nbytes for s in left)))
+    by_file = defaultdict[Path, dict[Range, str]](dict)
+    for spec in left:
+        by_file[spec.path][spec.start, spec.nbytes] = hashed[spec.name]
+    for path, digests in by_file.items():
+        known.remember(path, digests)
+    return DigestReport(
+        source=stored.source,
+        tensors={name: of or hashed[name] for name, of in found.items()},
+        known=len(specs) - len(left),
+        nbytes=sum(spec.nbytes for spec in specs),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _hashed(specs: list[TensorSpec], threads: int, told: ProgressMeter) -> dict[str, str]:
+    """Return the digests of tensors, each of which one thread reads and hashes."""
+    found: dict[str, str] = {}
+    with FilePool() as files:
+
+        def work(spec: TensorSpec, memory: Bytes) -> None:
+            hasher = blake3()
+            for at, size in _pieces(spec.nbytes):
+                piece = memory[:size]
+                files.read_into(spec, at, piece.data)
+                hasher.update(piece.data)
+                told.add(size)
+            found[spec.name] = hasher.hexdigest()  # one thread's, and a name of its own: no lock
+            told.add(0, spec.name)
+
+        for_each(specs, work, threads, memory=lambda: np.empty(_PIECE, np.uint8))
+    return found
+
+
+def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
+    for at in range(0, nbytes, _PIECE):
+        yield at, min(_PIECE, nbytes - at)
