@@ -40,7 +40,8 @@ def measured(command: Sequence[str], env: Mapping[str, str] | None = None) -> Sa
     Raises:
         ProcessFailedError: its exit code is not 0.
     """
-    environment = {**os.environ, **(env or {})}
+    # No run knows what an earlier one has hashed, unless it is asked to.
+    environment = {"REGRAFT_CACHE": "", **os.environ, **(env or {})}
     with tempfile.TemporaryFile() as log:
         started = time.perf_counter()
         child = subprocess.Popen(

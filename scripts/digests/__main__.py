@@ -80,7 +80,7 @@ def main() -> int:
     """Run the command line; return its exit code."""
     options = _parser().parse_args()
     warnings.simplefilter("ignore")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "REGRAFT_CACHE": ""}  # receipts say what was known
     wanted, began = chosen(options.only, brief=options.brief), time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         found = run(wanted, Path(name).resolve(), timed=options.times)

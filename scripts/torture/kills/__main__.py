@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import shutil
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -106,6 +107,7 @@ def of_large(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what was asked; return the exit code."""
     options = parse(arguments)
+    os.environ["REGRAFT_CACHE"] = ""  # one run makes the calls that another makes
     with workspace(options.work) as folder:
         figures = of_small(options, folder) | of_large(options, folder)
         if options.json:

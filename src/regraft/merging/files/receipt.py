@@ -126,7 +126,7 @@ class Totals:
         replaced: tensors that the adapter replaced.
         added: tensors the base did not have.
         parameters: elements written.
-        bytes_read: bytes of tensors read, base and adapters.
+        bytes_read: bytes of the tensors that it was made from, base and adapters.
         bytes_written: bytes of tensors written.
         relative_delta: Frobenius norm of all deltas over that of the weights they were added to.
         changed_share: share of the elements of merged and replaced tensors that changed.
