@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shutil
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
