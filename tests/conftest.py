@@ -23,6 +23,11 @@ from temp_root import TempRoot, place_of_files, remove_left_over
 
 PACKAGE = Path(regraft.__file__).parent
 
+# Bytecode is kept beside the sources, as kernels are, for the workers and for every process that a
+# test starts: without, each of them compiles all of regraft, and each run all the tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Tests share the cores with each other, and waking a second thread costs more than the models do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # counts if it is set before torch is imported
 
