@@ -34,6 +34,7 @@ sys.dont_write_bytecode = False
 
 # Tests share the cores with each other, and waking a second thread costs more than the models do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # counts if it is set before torch is imported
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # transformers starts four for each model
 
 if not Path("/dev/nvidiactl").exists():
     # Without CUDA triton's kernels are interpreted. It asks once, when it is imported by whomever.
