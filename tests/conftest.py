@@ -13,7 +13,11 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -23,8 +27,14 @@ from temp_root import TempRoot, place_of_files, remove_left_over
 
 PACKAGE = Path(regraft.__file__).parent
 
+# Bytecode is kept beside the sources, as kernels are, for the workers and for every process that a
+# test starts: without, each of them compiles all of regraft, and each run all the tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Tests share the cores with each other, and waking a second thread costs more than the models do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # counts if it is set before torch is imported
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # transformers starts four for each model
 
 # What one test reads is not known to another, nor to the user's own work.
 os.environ["REGRAFT_CACHE"] = ""
@@ -34,11 +44,35 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+class _AsWritten(SourceFileLoader):
+    """Finds and loads bitsandbytes' functions such that they run as they are written.
+
+    They ask torch to compile them, and go without where it cannot: it would compile them anew for
+    every size up to the eighth, and its compiler takes a fifth of the time of all imports.
+    """
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "bitsandbytes.backends.default.ops":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.origin is not None:
+            spec.loader = cls(name, spec.origin)
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        import torch
+
+        with mock.patch.object(torch, "compile", side_effect=NotImplementedError):
+            super().exec_module(module)
+
+
 TEMP_ROOT = pytest.StashKey[TempRoot]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Remove stale kernels, and let files be flushed without waiting for the disk."""
+    sys.meta_path.insert(0, _AsWritten)
     os.fsync = os.fstat  # fails for what is no open file, too; nobody cuts the power meanwhile
     _remove_stale_kernels()
     processes = len(getattr(config.option, "tx", None) or ())
@@ -81,22 +115,16 @@ def pytest_collection() -> None:
 
 def pytest_collection_finish() -> None:
     """Leave out of all garbage collections what was imported so far: millions of objects."""
-    _interpret_bitsandbytes()
     gc.enable()
     gc.collect()
     gc.freeze()
 
 
-def _interpret_bitsandbytes() -> None:
-    """Have bitsandbytes run as it is written: it would compile its code anew for every size.
-
-    It does so itself from the ninth size on.
-    """
-    ops = sys.modules.get("bitsandbytes.backends.default.ops")
-    for name in ("_dequantize_4bit_compute", "_dequantize_blockwise_compute"):
-        function = getattr(ops, name, None)
-        if hasattr(function, "__wrapped__"):
-            setattr(ops, name, function.__wrapped__)
+@pytest.fixture(scope="module")
+def _what_is_there_is_frozen() -> None:
+    """Leave out of all garbage collections what is there by now: some libraries ask for many."""
+    gc.collect()
+    gc.freeze()
 
 
 def _remove_stale_kernels() -> None:

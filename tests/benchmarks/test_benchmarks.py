@@ -116,7 +116,7 @@ def test_a_process_is_measured_from_outside() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_benchmarks")
+@pytest.mark.usefixtures("_benchmarks", "_what_is_there_is_frozen")
 def test_live_models_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -16,7 +16,10 @@ from docs import world
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("_what_is_there_is_frozen"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from transformers import modeling_gguf_pytorch_utils
 
 import regraft
 from merging.inputs.test_gguf_base import assert_same_bits, assert_same_config, loaded
@@ -25,12 +26,30 @@ PROMPT = "Dmitri is a truck driver who lives in Athens. What does Dmitri do?"
 
 @pytest.fixture(scope="module", autouse=True)
 def _read_once() -> Iterator[None]:
-    """Have the gguf library read the file once: its tokens and merges take it seconds."""
-    read, names = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
+    """Have the gguf library and transformers read the file once: words and merges take seconds.
+
+    Words are told apart by where they are kept: in what was read, which stays.
+    """
+    read, names = functools.cache(_reader), functools.cache(gguf.get_tensor_name_map)
+    parse, parsed = modeling_gguf_pytorch_utils._gguf_parse_value, dict[int, Any]()
+
+    def parse_once(value: Any, kinds: Any) -> Any:
+        if id(value) not in parsed:
+            parsed[id(value)] = parse(value, kinds)
+        return parsed[id(value)]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", lambda path: read(Path(path).resolve()))
         patch.setattr(gguf, "get_tensor_name_map", names)
+        patch.setattr(modeling_gguf_pytorch_utils, "_gguf_parse_value", parse_once)
         yield
+
+
+def _reader(path: Path, reader: Any = gguf.GGUFReader, mapped: Any = np.memmap) -> Any:
+    """Return what the gguf library reads, as plain arrays: each part of a memmap is made slowly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "memmap", lambda *args, **more: np.asarray(mapped(*args, **more)))
+        return reader(path)
 
 
 @pytest.fixture(scope="module")

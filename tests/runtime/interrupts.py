@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -223,8 +224,8 @@ class World:
 
     def check_idle(self, handle: Any) -> None:
         """Fail if a lock is held, a scope is open, or an adapter is leased that nobody uses."""
-        for place, lock in locks_in(handle):
-            assert is_free(lock), f"a lock is held: {place}"
+        held_locks = not_free(locks_in(handle))
+        assert not held_locks, f"locks are held: {held_locks}"
         assert not scopes.current(), "a scope is open"
         assert not handle._state.open_scopes, "a scope is open"
         cache = handle._library.cache
@@ -283,19 +284,20 @@ def locks_in(thing: Any) -> Iterator[tuple[str, Any]]:
             todo += [(f"{place}[{key!r}]", value) for key, value in each.items()]
 
 
-def is_free(lock: Any) -> bool:
-    """Whether another thread can have a lock."""
-    free: list[bool] = []
+def not_free(locks: Iterator[tuple[str, Any]]) -> list[str]:
+    """Return the places of those locks that another thread cannot have."""
+    held: list[str] = []
 
-    def take() -> None:
-        if lock.acquire(timeout=1.0):
-            lock.release()
-            free.append(True)
+    def take_each() -> None:
+        for place, lock in locks:
+            if lock.acquire(timeout=1.0):
+                lock.release()
+            else:
+                held.append(place)
 
-    thread = threading.Thread(target=take)
-    thread.start()
-    thread.join()
-    return bool(free)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(take_each).result()
+    return held
 
 
 # -- what is interrupted ---------------------------------------------------------------------------

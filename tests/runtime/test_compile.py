@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.guards
 from peft import LoraConfig, get_peft_model
 
 from faithful.cases import lora
@@ -44,7 +45,9 @@ CHOICES: list[Any] = ["a", "b", None, "a"]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
+def _nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # After each compilation torch empties the processor's cache to time its guards, for a log.
+    monkeypatch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0)
     torch.compiler.reset()
     yield
     torch.compiler.reset()

@@ -20,7 +20,7 @@ from regraft import Adapters, attach
 from regraft.testing import zoo
 
 THREADS = 16
-CALLS = 20
+CALLS = 10
 CHOICES: list[Any] = ["a", "b", "c", None, {"a": 0.5, "c": -1.0}, ["a", "b"]]
 
 CONFIGS = {
@@ -103,7 +103,7 @@ def test_threads_may_have_rows_of_their_own(workshop: Workshop) -> None:
     pairs = [[one, other] for one in CHOICES for other in CHOICES]
     expected = [answer(rows) for rows in pairs]
     with ThreadPoolExecutor(THREADS) as pool:
-        for found, wanted in zip(pool.map(answer, pairs * 4), expected * 4, strict=True):
+        for found, wanted in zip(pool.map(answer, pairs * 2), expected * 2, strict=True):
             assert np.array_equal(found, wanted)
 
 

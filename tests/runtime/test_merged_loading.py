@@ -27,6 +27,12 @@ from regraft.testing.adapters import make_adapter
 from regraft.testing.zoo import example_inputs, logits, make_base
 
 
+@pytest.fixture(autouse=True)
+def _several_threads_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers load as it does for users; elsewhere the tests spare it the threads."""
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD")
+
+
 @dataclass(frozen=True)
 class Case:
     """A base and an adapter of it."""

@@ -62,14 +62,18 @@ def load(base: Path, form: str) -> Any:
     return model.eval()
 
 
-def adapter(base: Path, folder: Path, name: str) -> Path:
+def adapter(base: Path, name: str) -> Path:
+    """Return the folder of an adapter, made once and kept beside its base."""
+    folder = base.parent / f"{base.name}-{name}"
+    if folder.exists():
+        return folder
     fields = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | CONFIGS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         live = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(**fields))
         perturb(live, 3)
-        live.save_pretrained(folder / name)
-    return folder / name
+        live.save_pretrained(folder)
+    return folder
 
 
 def dequantized(base: Path, form: str) -> Any:
@@ -91,8 +95,8 @@ difference before can become a step of bfloat16 after."""
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_answers_are_those_of_pefts_model(name: str, form: str, base: Path, tmp_path: Path) -> None:
-    path, inputs = adapter(base, tmp_path, name), zoo.example_inputs("llama")
+def test_answers_are_those_of_pefts_model(name: str, form: str, base: Path) -> None:
+    path, inputs = adapter(base, name), zoo.example_inputs("llama")
     # PEFT's DoRA reads 4-bit weights wrongly once a pass on a CPU has packed them anew, and 8-bit
     # ones not at all after the first pass: the truth is PEFT's model on the plain values then.
     theirs = dequantized(base, form) if name == "dora" else load(base, form)
@@ -121,7 +125,7 @@ def test_weights_are_read_right_whatever_a_pass_and_a_state_dict_left(
     """On some CPUs a pass packs codes and scales anew, and ``state_dict()`` unpacks the codes."""
     model = load(base, form)
     layer = model.model.layers[0].mlp.down_proj
-    path = adapter(base, tmp_path, "dora")
+    path = adapter(base, "dora")
     before, mark = plain_weight(layer, "weight").float(), fingerprint(model)
     for leave in (lambda: zoo.logits(model, zoo.example_inputs("llama")), model.state_dict):
         leave()
@@ -159,7 +163,7 @@ def test_a_quantized_base_is_trained_around(form: str, base: Path) -> None:
 def test_dequantized_after_attaching_the_adapter_is_merged_and_saved(
     name: str, form: str, base: Path, tmp_path: Path
 ) -> None:
-    path, inputs = adapter(base, tmp_path, name), zoo.example_inputs("llama")
+    path, inputs = adapter(base, name), zoo.example_inputs("llama")
     model = load(base, form)
     adapters = regraft.attach(model, path)
     zoo.logits(model, inputs)
@@ -174,8 +178,8 @@ def test_dequantized_after_attaching_the_adapter_is_merged_and_saved(
     assert distance(zoo.logits(again, inputs), found) <= 1e-4
 
 
-def test_dequantized_after_a_merge_stays_merged(base: Path, tmp_path: Path) -> None:
-    path, inputs = adapter(base, tmp_path, "lora"), zoo.example_inputs("llama")
+def test_dequantized_after_a_merge_stays_merged(base: Path) -> None:
+    path, inputs = adapter(base, "lora"), zoo.example_inputs("llama")
     model = load(base, "nf4")
     adapters = regraft.attach(model, path)
     adapters.merge_adapter()

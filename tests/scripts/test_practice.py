@@ -12,6 +12,8 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+pytestmark = pytest.mark.usefixtures("_what_is_there_is_frozen")
+
 ROOT = Path(__file__).parents[2]
 
 SOME = {

@@ -394,11 +394,22 @@ def make_model(name: str, dtype: str = "float32") -> Any:
     """Return the random model ``name`` in memory, in evaluation mode."""
     import torch
 
+    model, state = _built(name)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model).to(getattr(torch, dtype)).eval()
+
+
+@functools.lru_cache(maxsize=len(ARCHITECTURES))
+def _built(name: str) -> tuple[Any, Any]:
+    """Return a model to copy, which takes a tenth of the time, and torch's random state after it:
+    what is drawn next is the same whether the model was built or copied."""
+    import torch
+
     torch.manual_seed(SEED)
     model = ARCHITECTURES[name].build()
     randomize(model)
     model.tie_weights()
-    return model.to(getattr(torch, dtype)).eval()
+    return model, torch.get_rng_state()
 
 
 def make_base(

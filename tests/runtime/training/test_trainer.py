@@ -30,6 +30,8 @@ from regraft.runtime.training.trainer import trainer_model
 from regraft.testing import zoo
 from regraft.testing.zoo import make_model
 
+pytestmark = pytest.mark.usefixtures("_what_is_there_is_frozen")
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_alpha": 16}
 

@@ -76,9 +76,8 @@ def quick() -> Iterator[None]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()
+    gc.freeze()  # for good: to undo it would undo all that the tests ever froze
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
