@@ -148,8 +148,11 @@ def _spelled(inputs: dict[str, Any]) -> str:
 def merge_and_load(
     base: Path, adapters: Any, out: Path, architecture: str, dtype: str = "float32"
 ) -> Any:
-    """Merge with regraft, load the result as a user would, and check that the load was complete."""
-    regraft.merge(base, adapters, out, dtype=dtype)
+    """Merge with regraft, load the result as a user would, and check that the load was complete.
+
+    One thread merges: a second costs more than such a model takes.
+    """
+    regraft.merge(base, adapters, out, dtype=dtype, threads=1)
     return load_complete(out, architecture)
 
 
