@@ -89,7 +89,7 @@ class Tool:
     def judge(self, tensors: Mapping[str, np.ndarray], **arguments: Any) -> regraft.VerifyReport:
         """Write tensors as a model, and judge it."""
         out = toys.write_base(self.folder / f"merged-{next(self._numbers)}", tensors, None)
-        given = {"base": self.base, "adapters": self.adapter} | arguments
+        given = {"base": self.base, "adapters": self.adapter, "threads": 1} | arguments
         return regraft.verify(out, **given)
 
 
