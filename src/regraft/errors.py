@@ -50,11 +50,11 @@ _CREDENTIALS = (
 """Credentials as they stand in web addresses, headers and what servers answer; what a group holds
 stays."""
 
-_PERHAPS = re.compile(
-    r"://|[?&;][\w.-]+=|(?i:bearer|authorization|token|key)|hf_|api_org_|eyJ|gh[opsur]_"
-    r"|github_pat_|glpat-|xox"
-)
-"""What one of them has in it."""
+_MARKS = (
+    "://", "bearer", "authorization", "token", "key", "hf_", "api_org_", "eyj", "gho_", "ghp_",
+    "ghs_", "ghu_", "ghr_", "github_pat_", "glpat-", "xox",
+)  # fmt: skip
+"""What one of them has in it in small letters, unless it stands in the query of an address."""
 
 
 def keep_secret(secret: str | None) -> None:
@@ -68,9 +68,19 @@ def redacted(text: str) -> str:
     for secret in (*_SECRETS, *(os.environ.get(name, "") for name in _TOKEN_VARIABLES)):
         if len(secret) >= _SHORTEST_SECRET:
             text = text.replace(secret, _HIDDEN)
-    for pattern in _CREDENTIALS if _PERHAPS.search(text) else ():
+    for pattern in _CREDENTIALS if _may_hold_one(text) else ():
         text = pattern.sub(lambda found: (found[1] if found.re.groups else "") + _HIDDEN, text)
     return text
+
+
+def _may_hold_one(text: str) -> bool:
+    """Whether a credential may be in a text: a quick look, as most texts hold none."""
+    if not text.isascii():  # other letters than ASCII's have small ones that are ASCII's
+        return True
+    small = text.lower()
+    return any(mark in small for mark in _MARKS) or (
+        "=" in small and any(mark in small for mark in "?&;")
+    )
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,9 @@ class Problem:
 
     def without_secrets(self) -> Problem:
         """Return the same with tokens and credentials hidden in every part."""
-        hidden = {k: redacted(v) for k, v in asdict(self).items() if v and isinstance(v, str)}
-        return replace(self, **hidden)
+        parts = {k: v for k, v in vars(self).items() if v and isinstance(v, str)}
+        hidden = {k: redacted(v) for k, v in parts.items()}
+        return self if hidden == parts else replace(self, **hidden)
 
 
 class RegraftError(Exception):

@@ -74,15 +74,15 @@ class Workshop:
     def __init__(self, folder: Path, shared: Path | None = None) -> None:
         self.folder, self.shared = folder, shared or folder
         self._numbers = itertools.count()
-        self._logits: dict[tuple[str, Path], np.ndarray] = {}
+        self._logits: dict[Any, np.ndarray] = {}
 
     def base(self, architecture: str, dtype: str = "bfloat16", sharded: bool = False) -> Path:
         """Return the folder of a base checkpoint."""
         folder = self.shared / f"{architecture}-{dtype}{'-sharded' if sharded else ''}"
         size = "4KB" if sharded else None
-        return self._made(folder, lambda new: zoo.make_base(architecture, new, dtype, size))
+        return self.made(folder, lambda new: zoo.make_base(architecture, new, dtype, size))
 
-    def _made(self, folder: Path, make: Callable[[Path], Any]) -> Path:
+    def made(self, folder: Path, make: Callable[[Path], Any]) -> Path:
         """Return a folder; if it is not there yet, it appears whole, whoever else makes it."""
         if not folder.exists():
             new = self.fresh("new")
@@ -110,15 +110,30 @@ class Workshop:
         folder = self.shared / f"{base.name}-adapter-{key}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return self._made(
+            return self.made(
                 folder, lambda new: make_adapter(base, new, LoraConfig(**config), seed, prepare)
             )
 
     def plain_logits(self, base: Path, inputs: dict[str, Any]) -> np.ndarray:
-        """Return what a base answers without an adapter."""
-        key = (str(sorted((name, tensor.tolist()) for name, tensor in inputs.items())), base)
+        """Return what a base answers without an adapter, asked once for the same arguments."""
+        key = (base, _spelled(inputs))
+        return self._known(key, lambda: zoo.logits(zoo.load_base(base), inputs))
+
+    def live_logits(
+        self, base: Path, adapters: Sequence[Path], inputs: dict[str, Any],
+        weights: Sequence[float] | None = None, prepare: Prepare | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Return what PEFT's live model answers, asked once for the same arguments.
+
+        The folders are those of this workshop, whose content stays.
+        """
+        key = (base, _spelled(inputs), tuple(adapters), weights and tuple(weights), prepare)
+        return self._known(key, lambda: live_logits(base, adapters, inputs, weights, prepare))
+
+    def _known(self, key: Any, ask: Callable[[], np.ndarray]) -> np.ndarray:
         if key not in self._logits:
-            self._logits[key] = zoo.logits(zoo.load_base(base), inputs)
+            self._logits[key] = ask()
+            self._logits[key].flags.writeable = False
         return self._logits[key]
 
     def fresh(self, name: str) -> Path:
@@ -126,11 +141,18 @@ class Workshop:
         return self.folder / f"{name}-{next(self._numbers)}"
 
 
+def _spelled(inputs: dict[str, Any]) -> str:
+    return str(sorted((name, tensor.tolist()) for name, tensor in inputs.items()))
+
+
 def merge_and_load(
     base: Path, adapters: Any, out: Path, architecture: str, dtype: str = "float32"
 ) -> Any:
-    """Merge with regraft, load the result as a user would, and check that the load was complete."""
-    regraft.merge(base, adapters, out, dtype=dtype)
+    """Merge with regraft, load the result as a user would, and check that the load was complete.
+
+    One thread merges: a second costs more than such a model takes.
+    """
+    regraft.merge(base, adapters, out, dtype=dtype, threads=1)
     return load_complete(out, architecture)
 
 
@@ -155,7 +177,7 @@ def assert_faithful(case: Case, workshop: Workshop) -> np.ndarray:
     base = workshop.base(case.architecture, case.dtype, case.sharded)
     adapters = workshop.adapters(case)
     inputs = case.example_inputs()
-    expected = expected_logits(case, base, adapters, inputs)
+    expected = expected_logits(case, workshop, base, adapters, inputs)
     assert_visible(expected, workshop.plain_logits(base, _within_base(inputs)))
     merged = merge_and_load(
         base, _argument(case, adapters), workshop.fresh("merged"), case.architecture
@@ -165,12 +187,12 @@ def assert_faithful(case: Case, workshop: Workshop) -> np.ndarray:
 
 
 def expected_logits(
-    case: Case, base: Path, adapters: list[Path], inputs: dict[str, Any]
+    case: Case, workshop: Workshop, base: Path, adapters: list[Path], inputs: dict[str, Any]
 ) -> np.ndarray:
     """Return the truth: what the live model answers, unless the case says otherwise."""
     if case.expect is not None:
         return case.expect(base, adapters, inputs)
-    return live_logits(base, adapters, inputs, case.weights, case.prepare)
+    return workshop.live_logits(base, adapters, inputs, case.weights, case.prepare)
 
 
 def _argument(case: Case, adapters: list[Path]) -> Any:

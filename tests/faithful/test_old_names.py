@@ -7,6 +7,7 @@ adapter's names and a base's names can each be old or new. Every pair has to giv
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,6 @@ from regraft.testing import zoo
 from regraft.testing.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    live_logits,
     rewrite_adapter,
 )
 
@@ -38,7 +38,14 @@ def renamed(text: str, renames: Renames) -> str:
     return text
 
 
-def with_names(base: Path, folder: Path, renames: Renames) -> Path:
+def with_names(base: Path, renames: Renames, workshop: Workshop) -> Path:
+    """Return ``base`` with the names of the module tree, then renamed; written once."""
+    key = hashlib.sha256(str(renames).encode()).hexdigest()[:12]
+    folder = workshop.shared / f"{base.name}-named-{key}"
+    return workshop.made(folder, lambda new: write_with_names(base, new, renames))
+
+
+def write_with_names(base: Path, folder: Path, renames: Renames) -> None:
     """Write ``base`` anew with the names of the module tree, then renamed."""
     from safetensors.torch import save_file
 
@@ -55,7 +62,6 @@ def with_names(base: Path, folder: Path, renames: Renames) -> Path:
         metadata={"format": "pt"},
     )
     shutil.copy(base / "config.json", folder)
-    return folder
 
 
 def assert_same_function(
@@ -63,7 +69,7 @@ def assert_same_function(
 ) -> None:
     """Merge ``adapter`` into ``base`` and compare the logits with ``expected``."""
     inputs = zoo.example_inputs(architecture)
-    assert_visible(expected, zoo.logits(zoo.load_base(base), inputs))
+    assert_visible(expected, workshop.plain_logits(base, inputs))
     merged = merge_and_load(base, adapter, workshop.fresh("merged"), architecture)
     assert_close(zoo.logits(merged, inputs), expected)
 
@@ -169,7 +175,8 @@ def test_renamed_modules(name: str, trained: str, stored: str, workshop: Worksho
     rename = RENAMES[name]
     saved = workshop.base(rename.architecture)
     adapter = workshop.adapter(saved, rename.config)
-    expected = live_logits(saved, adapter, zoo.example_inputs(rename.architecture))
+    inputs = zoo.example_inputs(rename.architecture)
+    expected = workshop.live_logits(saved, [adapter], inputs)
     if trained == "old-adapter":
         adapter = rewrite_adapter(
             adapter,
@@ -180,7 +187,7 @@ def test_renamed_modules(name: str, trained: str, stored: str, workshop: Worksho
     base = saved
     if stored != "saved-base":
         names = rename.old if stored == "old-base" else []
-        base = with_names(saved, workshop.fresh(stored), names)
+        base = with_names(saved, names, workshop)
     assert_same_function(rename.architecture, base, adapter, expected, workshop)
 
 
@@ -363,7 +370,7 @@ def old_expert_adapter(architecture: str, name: str, base: Path, folder: Path) -
 def base_in(layout: str, architecture: str, workshop: Workshop) -> Path:
     """Return the base with its experts apart (as published), so but sharded, or fused."""
     saved = workshop.base(architecture, sharded=layout == "apart-sharded")
-    return with_names(saved, workshop.fresh("fused"), []) if layout == "fused" else saved
+    return with_names(saved, [], workshop) if layout == "fused" else saved
 
 
 LAYOUTS = ["apart", "apart-sharded", "fused"]
@@ -409,5 +416,5 @@ def test_adapter_of_fused_experts(
 ) -> None:
     base = base_in(layout, architecture, workshop)
     adapter = workshop.adapter(workshop.base(architecture), NEW_EXPERTS[name])
-    expected = live_logits(base, adapter, zoo.example_inputs(architecture))
+    expected = workshop.live_logits(base, [adapter], zoo.example_inputs(architecture))
     assert_same_function(architecture, base, adapter, expected, workshop)

@@ -184,7 +184,7 @@ def check(kind: str, workshop: Workshop, stored: str, trained: str, dtype: str |
     adapter = workshop.adapter(base, config)
     adapter = cast_adapter(adapter, workshop.fresh("cast"), trained)
     out = workshop.fresh("rounded")
-    regraft.merge(base, adapter, out, dtype=dtype)
+    regraft.merge(base, adapter, out, dtype=dtype, threads=1)
     before, after, changed = tensors(base), tensors(out), expectation(base, adapter)
     assert changed
     assert after.keys() == before.keys()

@@ -14,7 +14,6 @@ from faithful.cases import lora, one
 from faithful.harness import Case, Workshop, assert_close, merge_and_load
 from merging.toys import load
 from regraft.testing import zoo
-from regraft.testing.adapters import live_logits
 
 ALL = {
     case.id: case
@@ -56,19 +55,18 @@ def shrunk(case: Case, workshop: Workshop, **options: Any) -> tuple[Path, Path, 
     return base, adapter, out, regraft.shrink(adapter, out, base=base, **options)
 
 
-def answers(case: Case, base: Path, adapter: Path) -> np.ndarray[Any, Any]:
+def answers(case: Case, workshop: Workshop, base: Path, adapter: Path) -> np.ndarray[Any, Any]:
     """Return the logits of PEFT's live model."""
-    found: np.ndarray[Any, Any] = live_logits(
-        base, adapter, case.example_inputs(), None, case.prepare
-    )
-    return found
+    return workshop.live_logits(base, [adapter], case.example_inputs(), None, case.prepare)
 
 
 @pytest.mark.parametrize("case", [ALL[name] for name in CHOSEN], ids=CHOSEN)
 def test_at_full_rank_in_float32_it_answers_as_before(case: Case, workshop: Workshop) -> None:
     base, adapter, out, report = shrunk(case, workshop, dtype="float32")
     assert report.error == 0
-    assert np.array_equal(answers(case, base, out), answers(case, base, adapter))
+    assert np.array_equal(
+        answers(case, workshop, base, out), answers(case, workshop, base, adapter)
+    )
 
 
 @pytest.mark.slow
@@ -80,7 +78,7 @@ def test_peft_and_a_merge_read_the_new_ranks_in_the_same_way(
     base, _, out, report = shrunk(case, workshop, dtype="float32", **options)
     if "rank" in options:
         assert {m.rank_after for m in report.modules} <= {1, 2, 3}
-    live = answers(case, base, out)
+    live = answers(case, workshop, base, out)
     merged = merge_and_load(base, out, workshop.fresh("merged"), case.architecture)
     assert_close(zoo.logits(merged, case.example_inputs()), live, case.tolerance)
 
@@ -89,14 +87,14 @@ def test_an_odd_rank_of_an_orthogonal_start_loads(workshop: Workshop) -> None:
     case = one("llama", "orthogonal", lora(init_lora_weights="orthogonal"))
     base, _, out, _ = shrunk(case, workshop, dtype="float32", rank=3)
     merged = merge_and_load(base, out, workshop.fresh("merged"), "llama")
-    assert_close(zoo.logits(merged, case.example_inputs()), answers(case, base, out))
+    assert_close(zoo.logits(merged, case.example_inputs()), answers(case, workshop, base, out))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_of_these_starts_the_dtype_alone_changes(init: str, workshop: Workshop) -> None:
     case = one("llama", init, lora(init_lora_weights=init), dtype="float32")
     base, adapter, out, _ = shrunk(case, workshop, dtype="bfloat16")
-    assert_close(answers(case, base, out), answers(case, base, adapter), 1e-2)
+    assert_close(answers(case, workshop, base, out), answers(case, workshop, base, adapter), 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +109,9 @@ def test_answers_are_off_by_about_what_the_deltas_are(
     case = one(architecture, "lora", lora(r=8, lora_alpha=12))
     base, adapter, out, report = shrunk(case, workshop, **options)
     inputs = case.example_inputs()
-    before, alone = answers(case, base, adapter), zoo.logits(zoo.load_base(base), inputs)
+    before, alone = answers(case, workshop, base, adapter), workshop.plain_logits(base, inputs)
     effect = np.linalg.norm(before - alone)
-    off = np.linalg.norm(answers(case, base, out) - before)
+    off = np.linalg.norm(answers(case, workshop, base, out) - before)
     assert 0 < off <= 4 * report.error * effect  # layers add up what each is off by
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import shutil
 import warnings
@@ -89,7 +90,7 @@ class Tool:
     def judge(self, tensors: Mapping[str, np.ndarray], **arguments: Any) -> regraft.VerifyReport:
         """Write tensors as a model, and judge it."""
         out = toys.write_base(self.folder / f"merged-{next(self._numbers)}", tensors, None)
-        given = {"base": self.base, "adapters": self.adapter} | arguments
+        given = {"base": self.base, "adapters": self.adapter, "threads": 1} | arguments
         return regraft.verify(out, **given)
 
 
@@ -387,16 +388,21 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(shop: Path, architecture: str, config: Mapping[str, Any], dtype: str = "bfloat16",
          seed: int = 1) -> tuple[Path, Path]:  # fmt: skip
-    """Return a base of the zoo and an adapter that PEFT made for it."""
+    """Return a base of the zoo and an adapter that PEFT made for it, once for the same arguments.
+
+    Tests change copies of the two only.
+    """
     from peft import LoraConfig
 
     base = shop / f"{architecture}-{dtype}"
     if not base.exists():
         zoo.make_base(architecture, base, dtype)
-    adapter = shop / f"{base.name}-{len(list(shop.iterdir()))}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        make_adapter(base, adapter, LoraConfig(**config), seed)
+    key = hashlib.sha256(f"{sorted(config.items())} {seed}".encode()).hexdigest()[:12]
+    adapter = shop / f"{base.name}-adapter-{key}"
+    if not adapter.exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            make_adapter(base, adapter, LoraConfig(**config), seed)
     return base, adapter
 
 
@@ -504,7 +510,10 @@ def test_pefts_merge_of_experts_is_within_rounding(shop: Path, tmp_path: Path) -
 def by_peft(shop: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
     """A base, an adapter, and PEFT's merge of them."""
     base, adapter = made(shop, "llama", LLAMA)
-    return base, adapter, peft_merge(base, [adapter], tmp_path / "merged")
+    kept = shop / "llama-merged"
+    if not kept.exists():
+        peft_merge(base, [adapter], kept)
+    return base, adapter, Path(shutil.copytree(kept, tmp_path / "merged"))
 
 
 def change(folder: Path, how: Callable[[dict[str, np.ndarray]], Any]) -> Path:

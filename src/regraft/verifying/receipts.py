@@ -116,22 +116,19 @@ def list_files(root: Path) -> tuple[dict[str, Path], list[str]]:
     Raises:
         AccessError: a folder cannot be read.
     """
-    found, folders_found = {}, list[str]()
+    found, folders_found, filled = dict[str, Path](), list[str](), set[str]()
     with typed_os_errors(root):
         for folder, folders, names in os.walk(root, onerror=_raise):
-            links = [name for name in folders if (Path(folder) / name).is_symlink()]
-            for name in [*names, *links]:
-                path = Path(folder) / name
-                found[_key(path, root)] = path
-            folders_found += [_key(Path(folder) / n, root) for n in folders if n not in links]
-    filled = {parent for path in found.values() for parent in path.relative_to(root).parents}
-    used = {file_key(parent.as_posix()) for parent in filled}
-    empty = [name for name in folders_found if name not in used]
+            here = Path(folder)
+            below = here.relative_to(root)
+            within = "" if below == Path() else f"{below.as_posix()}/"
+            links = [name for name in folders if (here / name).is_symlink()]
+            found |= {file_key(within + name): here / name for name in (*names, *links)}
+            folders_found += [file_key(within + name) for name in folders if name not in links]
+            if names or links:
+                filled |= {file_key(each.as_posix()) for each in (below, *below.parents)}
+    empty = [name for name in folders_found if name not in filled]
     return found, [name for name in empty if name.rpartition("/")[0] not in empty]
-
-
-def _key(path: Path, root: Path) -> str:
-    return file_key(path.relative_to(root).as_posix())
 
 
 def _note_empty(check: ReceiptCheck, folders: Iterable[str]) -> None:

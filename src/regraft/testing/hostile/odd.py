@@ -35,8 +35,12 @@ def to_json(value: Any) -> str:
     return _number(value) if type(value) is int else json.dumps(value, ensure_ascii=False)
 
 
+_TOO_LONG = 10**4000
+"""From here on Python writes no digits."""
+
+
 def _number(value: int) -> str:
-    return str(value) if abs(value) < 10**4000 else f"1{'0' * 5000}"
+    return str(value) if abs(value) < _TOO_LONG else f"1{'0' * 5000}"
 
 
 ODD_NUMBERS: tuple[Any, ...] = (
