@@ -37,6 +37,7 @@ TEMP_ROOT = pytest.StashKey[TempRoot]()
 def pytest_configure(config: pytest.Config) -> None:
     """Remove stale kernels, and let files be flushed without waiting for the disk."""
     os.fsync = os.fstat  # fails for what is no open file, too; nobody cuts the power meanwhile
+    _keep_bytecode()
     _remove_stale_kernels()
     processes = len(getattr(config.option, "tx", None) or ())
     if processes > 1:  # in the process that starts the workers of pytest-xdist
@@ -94,6 +95,15 @@ def _interpret_bitsandbytes() -> None:
         function = getattr(ops, name, None)
         if hasattr(function, "__wrapped__"):
             setattr(ops, name, function.__wrapped__)
+
+
+def _keep_bytecode() -> None:
+    """Have Python keep what it compiles, as numba does, whatever the environment says.
+
+    Each of the processes that tests start would compile all of regraft anew, and each run the tests.
+    """
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def _remove_stale_kernels() -> None:
