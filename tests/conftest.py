@@ -100,7 +100,7 @@ def _interpret_bitsandbytes() -> None:
 def _keep_bytecode() -> None:
     """Have Python keep what it compiles, as numba does, whatever the environment says.
 
-    Each of the processes that tests start would compile all of regraft anew, and each run the tests.
+    Each process that tests start would compile all of regraft anew, and each run all tests.
     """
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
