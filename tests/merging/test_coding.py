@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -149,18 +151,25 @@ def test_a_merge_out_is_that_into_the_dequantized_base(
 # -- kept ------------------------------------------------------------------------------------------
 
 
+@cache
+def merged_exactly(case: Adapters, kind: str) -> dict[str, torch.Tensor]:
+    """Return what a merge of a case into a base of a kind gives in float32."""
+    with tempfile.TemporaryDirectory() as place:
+        base, adapters = write_quantized(Path(place, "base"), kind, BIASES), case(Path(place))
+        regraft.merge(base, adapters, Path(place, "exact"), dtype="float32", undo=False)
+        return stored(Path(place, "exact"))
+
+
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 @pytest.mark.parametrize("kind", ["nf4", "nf4, double", "nf4, blocks of 128"])
 def test_kept_codes_are_those_that_the_rule_gives(
     tmp_path: Path, case: Adapters, kind: str, rounding: str
 ) -> None:
     base, adapters = write_quantized(tmp_path / "base", kind, BIASES), case(tmp_path)
-    regraft.merge(base, adapters, tmp_path / "exact", dtype="float32", undo=False)
     receipt = regraft.merge(
         base, adapters, tmp_path / "kept", quantize="keep", rounding=rounding, seed=11
     )
-    before, after, exact = (stored(folder) for folder in (base, tmp_path / "kept",
-                                                          tmp_path / "exact"))  # fmt: skip
+    before, after, exact = stored(base), stored(tmp_path / "kept"), merged_exactly(case, kind)
     merged = [record.name for record in receipt.tensors if record.codes]
     assert f"{Q0}.weight" in merged
     moved = 0
@@ -214,7 +223,6 @@ def test_what_was_kept_is_read_by_its_library_as_by_regraft(tmp_path: Path, kind
 def test_kept_codes_are_beside_the_merged_values(tmp_path: Path, case: Adapters, kind: str) -> None:
     """No code lies between a value and its code, whatever the format."""
     base, adapters = write_quantized(tmp_path / "base", kind, BIASES), case(tmp_path)
-    regraft.merge(base, adapters, tmp_path / "exact", dtype="float32", undo=False)
     found = {}
     for rounding in ("nearest", "stochastic"):
         out = tmp_path / rounding
@@ -223,7 +231,7 @@ def test_kept_codes_are_beside_the_merged_values(tmp_path: Path, case: Adapters,
         found[rounding] = stored(tmp_path / f"{rounding}-plain")
         assert_restores(base, out, tmp_path)
         (tmp_path / "back").rename(tmp_path / f"{rounding}-back")
-    exact = stored(tmp_path / "exact")
+    exact = merged_exactly(case, kind)
     for name in (f"{Q0}.weight",):
         nearest, chance = ((found[r][name] - exact[name]).abs() for r in ("nearest", "stochastic"))
         assert (chance >= nearest).all()

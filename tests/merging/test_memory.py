@@ -6,7 +6,10 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 
 import regraft
 from merging import toys
-from merging.processes import python
+from merging.processes import environment
 from regraft.errors import MemoryCapError
 from regraft.quant.formats.bitsandbytes import NF4
 from regraft.quant.registry import maker_of
@@ -26,16 +29,58 @@ from temp_root import on_disk
 MIB = 2**20
 
 MEASURE = """
-import json, sys
-from pathlib import Path
+import ctypes, json, mmap, os, sys, traceback
+import numpy as np
 import regraft
-name, *arguments, cap, threads, options = sys.argv[1:]
-call = getattr(regraft, name)
-done = call(*arguments, max_memory=cap, threads=int(threads), **json.loads(options))
-lines = Path("/proc/self/status").read_text().splitlines()
-(peak,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-reported = done.peak_memory if name == "unmerge" else done.totals.peak_memory
-print(json.dumps({"peak": peak, "reported": reported}))
+from regraft import dequantize, merge, quantize, swap, unmerge
+from regraft.merging import building, finalize
+
+PAGE = mmap.PAGESIZE
+
+def memory(which):
+    for line in open("/proc/self/status"):
+        if line.startswith(which):
+            return int(line.split()[1]) * 1024
+
+def pages_of_files():
+    for line in open("/proc/self/maps"):
+        ends, modes, _, _, _, *path = line.split()
+        if path and path[0].startswith("/") and modes.startswith("r"):
+            start, end = (int(each, 16) for each in ends.split("-"))
+            with open("/proc/self/pagemap", "rb") as pages:
+                pages.seek(start // PAGE * 8)
+                there = np.frombuffer(pages.read((end - start) // PAGE * 8), np.uint64) >> 63
+            yield from (start + there.nonzero()[0] * PAGE).tolist()
+
+def measured(name, arguments, options):
+    for page in looked_at:
+        ctypes.string_at(page, 1)
+    unseen = max(0, resident - memory("VmRSS:"))
+    done = getattr(regraft, name)(*arguments, **options)
+    reported = done.peak_memory if name == "unmerge" else done.totals.peak_memory
+    return {"peak": memory("VmHWM:") + unseen, "reported": reported}
+
+looked_at = [*pages_of_files()]
+for line in sys.stdin:
+    wish = json.loads(line)
+    resident = memory("VmRSS:")
+    reader, writer = os.pipe()
+    if not os.fork():
+        try:
+            os.write(writer, json.dumps(measured(**wish)).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        print(file.read(), flush=True)
+    os.wait()
+"""
+"""Answers calls, each done in a child of a process that has imported regraft and done nothing else.
+
+A child has the memory of such a process, but for the pages of libraries: it looks at those at which
+the process has looked.
 """
 
 
@@ -62,11 +107,34 @@ def peak_of(base: Path, adapter: Path, out: Path, cap: int, threads: str = "3") 
 
 def peak_of_call(name: str, *arguments: Path, cap: int, threads: str = "3", **options: Any) -> int:
     """Do what is named in a fresh process; return the most memory it ever had, in bytes."""
-    done = python(MEASURE, name, *arguments, str(cap), threads, json.dumps(options))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    process = _measuring()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    options = {**options, "max_memory": str(cap), "threads": int(threads)}
+    wish = {"name": name, "arguments": [*map(str, arguments)], "options": options}
+    process.stdin.write(f"{json.dumps(wish)}\n")
+    process.stdin.flush()
+    found = json.loads(process.stdout.readline())
     assert found["reported"] <= found["peak"]
     return int(found["peak"])
+
+
+@cache
+def _measuring() -> subprocess.Popen[str]:
+    """Return the process whose children are measured; it ends with its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "-c", MEASURE], env=environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ended() -> Iterator[None]:
+    """Have the process whose children are measured end with the last test."""
+    yield
+    if _measuring.cache_info().currsize:
+        _measuring().communicate()
+        _measuring.cache_clear()
 
 
 @pytest.fixture
@@ -276,7 +344,7 @@ def write_nf4_sparse(
     folder: Path, weights: dict[str, tuple[int, int]],
     plain: dict[str, tuple[str, tuple[int, ...]]], dtype: str = "BF16",
 ) -> None:  # fmt: skip
-    """Write weights in codes that are all zeros, with scales that are zeros, and plain zeros."""
+    """Write weights in codes that are all zeros, with some scales, and plain zeros."""
     maker = maker_of("nf4", dtype=dtype)
     found = {o.name: (o.dtype, o.shape) for n, s in weights.items() for o in maker.outputs(n, s)}
     write_sparse(folder, found | plain)
@@ -288,16 +356,28 @@ def write_nf4_sparse(
             ):
                 file.seek(_spec(folder / "model.safetensors", f"{name}.{role}").start)
                 file.write(data)
+            write_scales(folder, f"{name}.absmax")
+
+
+def write_scales(folder: Path, name: str, scale: float = 1) -> None:
+    """Set the scales of a weight; the first eighth stays zeros, whose codes nobody can tell."""
+    spec = _spec(folder / "model.safetensors", name)
+    scales = np.full(spec.nbytes // 4, scale, np.float32)
+    scales[: scales.size // 8] = 0
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(spec.start)
+        file.write(scales.tobytes())
 
 
 def write_quantized_sparse(
     folder: Path, kind: str, rows: int, columns: int, dtype: str = "BF16"
 ) -> Path:
-    """Write one huge weight in codes that are all zeros, with scales that are zeros too."""
+    """Write one huge weight in codes that are all zeros, with some scales."""
     name = "layers.0.big.weight"
     if kind == "int8":
         parts = {name: ("I8", (rows, columns)), "layers.0.big.SCB": ("F32", (rows,))}
         write_sparse(folder, parts)
+        write_scales(folder, "layers.0.big.SCB", 127)
         settings: dict[str, Any] = {"load_in_8bit": True}
     else:
         write_nf4_sparse(folder, {name: (rows, columns)}, {}, dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,18 @@ def nf4(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """Return LoRA on some linear layers and on the embedding, small against the codes' steps."""
+    """Return LoRA on some linear layers, small against the codes' steps."""
+    return write_small(tmp_path / "adapter")
+
+
+def write_small(folder: Path) -> Path:
+    """Write the adapter of :func:`adapter`."""
     tensors = {
         **toys.lora(toys.Q0, toys.HIDDEN, toys.HIDDEN),
         **toys.lora("model.layers.1.mlp.down_proj", toys.HIDDEN, toys.INTER),
     }
     tensors = {n: t * 0.2 if "lora_B" in n else t for n, t in tensors.items()}
-    return write_adapter(tmp_path / "adapter", tensors, target_modules=["q_proj", "down_proj"])
+    return write_adapter(folder, tensors, target_modules=["q_proj", "down_proj"])
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -144,28 +151,38 @@ def test_scales_and_everything_else_stay(
 def test_stochastic_rounding_loses_nothing_on_average(
     nf4: Path, adapter: Path, tmp_path: Path
 ) -> None:
+    names, runs = (f"{toys.Q0}.weight", "model.layers.1.mlp.down_proj.weight"), 16
+
+    def values(folder: Path) -> np.ndarray:
+        found = tensors_of(folder)
+        return np.concatenate([found[name].ravel() for name in names])
+
     regraft.merge(nf4, adapter, tmp_path / "exact", dtype="float32", undo=False)
-    exact = tensors_of(tmp_path / "exact")[f"{toys.Q0}.weight"]
     regraft.dequantize(nf4, tmp_path / "plain", dtype="float32")
-    plain = tensors_of(tmp_path / "plain")[f"{toys.Q0}.weight"]
-    total, runs = np.zeros_like(exact, np.float64), 40
-    shares = []
+    exact, plain = values(tmp_path / "exact"), values(tmp_path / "plain")
+    total = np.zeros_like(exact, np.float64)
+    shares: dict[str, list[float]] = {name: [] for name in names}
     for seed in range(runs):
         out = tmp_path / f"s{seed}"
         receipt = regraft.merge(nf4, adapter, out, quantize="keep", seed=seed, undo=False)
-        (record,) = [r for r in receipt.tensors if r.name == f"{toys.Q0}.weight"]
-        shares.append(record.survived)
+        for record in receipt.tensors:
+            if record.name in names:
+                assert record.survived is not None
+                shares[record.name].append(record.survived)
         regraft.dequantize(out, tmp_path / f"d{seed}", dtype="float32")
-        total += tensors_of(tmp_path / f"d{seed}")[f"{toys.Q0}.weight"]
+        total += values(tmp_path / f"d{seed}")
     inside = np.abs(exact) < np.abs(plain).max() * 0.5  # ends of the grid cannot be passed
     error = (total / runs - exact)[inside]
     step = 0.2 * np.abs(plain).max()  # no smaller than NF4's steps
+    assert runs * error.size > 8000
     assert np.abs(error.mean()) < 3 * step / np.sqrt(runs * error.size)
-    assert 0.7 < np.mean(shares) < 1.1
+    for each in shares.values():
+        assert len(each) == runs
+        assert 0.7 < np.mean(each) < 1.1
     nearest = regraft.merge(nf4, adapter, tmp_path / "n", quantize="keep", rounding="nearest")
-    (record,) = [r for r in nearest.tensors if r.name == f"{toys.Q0}.weight"]
+    (record,) = [r for r in nearest.tensors if r.name == names[0]]
     assert record.survived is not None
-    assert record.survived < np.mean(shares)
+    assert record.survived < np.mean(shares[names[0]])
 
 
 def test_the_shares_in_the_receipt_are_what_they_say(
@@ -232,20 +249,30 @@ def test_unmerging_gives_back_the_quantized_base(
     assert report.verdict == "exact", report
 
 
+@cache
+def merged_afresh(kind: str, quantize: str | None) -> dict[str, bytes | None]:
+    """Return what a merge of :func:`adapter` into a base of a kind gives."""
+    with tempfile.TemporaryDirectory() as place:
+        base, adapter = write_quantized(Path(place, "base"), kind), write_small(Path(place, "a"))
+        regraft.merge(base, adapter, Path(place, "out"), quantize=quantize)
+        return comparable(Path(place, "out"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, *KEPT], ids=str)
 def test_swapping_gives_what_a_merge_of_the_quantized_base_gives(
-    base: Path, adapter: Path, tmp_path: Path, options: dict[str, Any]
-) -> None:
+    base: Path, adapter: Path, tmp_path: Path, options: dict[str, Any],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    kind = request.node.callspec.params["base"]
     dora = write_adapter(tmp_path / "dora", toys.dora(toys.Q0, toys.HIDDEN, toys.HIDDEN),
                          target_modules=["q_proj"], use_dora=True)  # fmt: skip
     regraft.merge(base, [adapter, (dora, 0.5)], tmp_path / "out", **options)
     assert_restores(base, tmp_path / "out", tmp_path)
-    for number, after in enumerate(({}, {"quantize": "keep"})):
-        swapped, fresh = tmp_path / f"swapped{number}", tmp_path / f"fresh{number}"
-        regraft.swap(tmp_path / "out", adapter, swapped, **after)
-        regraft.merge(base, adapter, fresh, **after)
-        assert comparable(swapped) == comparable(fresh)
+    for quantize in (None, "keep"):
+        swapped = tmp_path / f"swapped{quantize}"
+        regraft.swap(tmp_path / "out", adapter, swapped, quantize=quantize)
+        assert comparable(swapped) == merged_afresh(kind, quantize)
 
 
 def test_changed_codes_are_noticed_at_an_undo(nf4: Path, adapter: Path, tmp_path: Path) -> None:

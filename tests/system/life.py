@@ -1,15 +1,20 @@
 """The life of a model, from base to base: run in a process of its own, which may lack things.
 
-``python life.py`` answers one line of standard input, a wish in JSON, after the other: in a child
-process it takes away what the wish says, imports regraft, and lives through it.
+``python life.py INPUTS`` answers one line of standard input, a wish in JSON, after the other: in a
+child process it takes away what the wish says, imports regraft, and lives through it. Rooms that
+know no system are imported before, with their kernels; ``python life.py --alone WISH`` is a process
+for one wish, which imports all of regraft without what it lacks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -141,7 +146,8 @@ def collide(inputs: Path) -> None:
 def _apart(wish: dict[str, Any]) -> int:
     """Fulfil a wish in a process of its own; return its exit code."""
     if not hasattr(os, "fork"):
-        return subprocess.run([sys.executable, __file__, json.dumps(wish)], check=False).returncode
+        alone = [sys.executable, __file__, "--alone", json.dumps(wish)]
+        return subprocess.run(alone, check=False).returncode
     pid = os.fork()
     if not pid:
         os._exit(_fulfil(wish))
@@ -167,8 +173,30 @@ def _fulfil(wish: dict[str, Any]) -> int:
     return 0
 
 
-def main() -> None:
+KNOW_NO_SYSTEM = (
+    "regraft.deltas.", "regraft.errors.", "regraft.names.", "regraft.numerics.", "regraft.quant.",
+    "regraft.tensors.",
+)  # fmt: skip
+"""Rooms that import nothing of ``regraft.system``, nor of what does: the kernels, and tables."""
+
+
+def _load_kernels(inputs: Path) -> None:
+    """Live here, where nothing lacks, and forget all but the rooms that know no system.
+
+    So the children do not load each kernel anew, which takes longer than all that they do.
+    """
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        live(inputs)
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "regraft" and not f"{name}.".startswith(KNOW_NO_SYSTEM):
+            del sys.modules[name]
+    gc.collect()
+    gc.freeze()  # what the children share with this process they need not look through
+
+
+def main(inputs: Path) -> None:
     """Answer wishes until there are none."""
+    _load_kernels(inputs)
     for line in sys.stdin:
         wish = json.loads(line)
         if wish["do"] == "save":
@@ -178,6 +206,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        sys.exit(_fulfil(json.loads(sys.argv[1])))
-    main()
+    if sys.argv[1] == "--alone":
+        sys.exit(_fulfil(json.loads(sys.argv[2])))
+    main(Path(sys.argv[1]))

@@ -1,7 +1,8 @@
 """The whole life of a model where the system lacks what Linux has: one thing, and all of it.
 
 Nobody here has the other systems. So each thing that they lack is taken away from a process before
-it imports regraft, and every verb is gone through: what comes out has the same bytes.
+it imports what of regraft knows systems, and every verb is gone through: what comes out has the
+same bytes. Where all of it is taken away, that is before anything of regraft is imported.
 """
 
 from __future__ import annotations
@@ -35,23 +36,36 @@ class Lives:
     def __init__(self, inputs: Path) -> None:
         self._inputs = inputs
         more = {"PYTHONPATH": SOURCE, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self._environment = os.environ | more
         self.process = subprocess.Popen(
-            [sys.executable, str(LIFE)], env=os.environ | more, text=True,
+            [sys.executable, str(LIFE), str(inputs)], env=self._environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def __call__(self, place: Path, lacks: list[str], do: str = "live") -> dict[str, Any]:
-        """Live without some things in a folder; return what is then in it."""
+    def __call__(
+        self, place: Path, lacks: list[str], do: str = "live", *, alone: bool = False
+    ) -> dict[str, Any]:
+        """Live without some things in a folder; return what is then in it.
+
+        ``alone`` is in a process that is started for it, and for which nothing is imported before.
+        """
         place.mkdir()
         wish = {"place": str(place), "lacks": lacks, "do": do, "inputs": str(self._inputs)}
+        status = (self._alone if alone else self._child)(json.dumps(wish))
+        error = place.with_suffix(".error")
+        assert status == "0", error.read_text() if error.exists() else status
+        return contents(place)
+
+    def _alone(self, wish: str) -> str:
+        command = [sys.executable, str(LIFE), "--alone", wish]
+        return str(subprocess.run(command, env=self._environment, check=False).returncode)
+
+    def _child(self, wish: str) -> str:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(wish) + "\n")
+        self.process.stdin.write(f"{wish}\n")
         self.process.stdin.flush()
-        status = self.process.stdout.readline()
-        error = place.with_suffix(".error")
-        assert status == "0\n", error.read_text() if error.exists() else status
-        return contents(place)
+        return self.process.stdout.readline().strip()
 
 
 def contents(place: Path) -> dict[str, Any]:
@@ -118,7 +132,15 @@ def test_every_verb_gives_the_same_bytes_without(
     lives: Lives, usual: dict[str, Any], tmp_path: Path, lacks: str
 ) -> None:
     names = [*FACILITIES] if lacks == ALL else [lacks]
-    assert lives(tmp_path / FOLDED, names) == usual
+    assert lives(tmp_path / FOLDED, names, alone=lacks == ALL) == usual
+
+
+@pytest.fixture(scope="module")
+def usually_saved(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is saved here, where nothing lacks."""
+    found = lives(tmp_path_factory.mktemp("usually") / "place", [], "save")
+    assert found["saved/log"] == b"kept"
+    return found
 
 
 SAVING = ("links", "exchange", "all but Windows has", ALL)
@@ -128,12 +150,10 @@ SAVING = ("links", "exchange", "all but Windows has", ALL)
 @on_linux
 @pytest.mark.parametrize("lacks", SAVING)
 def test_an_adapter_is_saved_as_it_is_here_without(
-    lives: Lives, tmp_path: Path, lacks: str
+    lives: Lives, usually_saved: dict[str, Any], tmp_path: Path, lacks: str
 ) -> None:
     names = [*FACILITIES] if lacks == ALL else [lacks]
-    usual = lives(tmp_path / "usual", [], "save")
-    assert usual["saved/log"] == b"kept"
-    assert lives(tmp_path / "saving", names, "save") == usual
+    assert lives(tmp_path / "saving", names, "save") == usually_saved
 
 
 @pytest.mark.slow

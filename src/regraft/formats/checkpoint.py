@@ -371,6 +371,8 @@ def _check_index(path: Path, weight_map: dict[str, str], shards: Sequence[Shard]
 def _tensor_misfit(
     path: Path, tensor: str, shard: str, mapped: str | None, found: dict[str, str]
 ) -> list[Problem]:
+    if mapped == shard and tensor not in found:
+        return []
     where, here = f"{path}, tensor {quoted(tensor)}", quoted(shard)
     hint = "Index and shards are of different versions: download all of them again"
     if tensor in found:
@@ -378,7 +380,5 @@ def _tensor_misfit(
         return [Problem("a tensor is in two shards", where, "it in one", both, hint)]
     if mapped is None:
         return [Problem("a tensor is not in the index", where, "every tensor", here, hint)]
-    if mapped != shard:
-        what = "a tensor is not in the shard the index names"
-        return [Problem(what, where, quoted(mapped), here, hint)]
-    return []
+    what = "a tensor is not in the shard the index names"
+    return [Problem(what, where, quoted(mapped), here, hint)]

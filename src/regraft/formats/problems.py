@@ -33,6 +33,8 @@ def quoted(text: object) -> str:
     shown = text if isinstance(text, str) else reprlib.repr(text)
     if len(shown) > _SHOWN_CHARACTERS:
         shown = shown[:_SHOWN_CHARACTERS] + "..."
+    if shown.isascii() and shown.isprintable():  # as nearly all names are, of very many tensors
+        return f"'{shown}'"
     return "'" + "".join(map(_visible, shown)) + "'"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def contents_of(folder: Path, below: str = "") -> Contents:
     place, prefix = folder / below, f"{below}/" if below else ""
     try:
         paths = sorted(place.iterdir())
-        looks = {p: why_not(p, folder) for p in paths if p.is_symlink() or not p.is_dir()}
+        looks = _looked_at(paths, place, folder)
     except OSError as error:
         raise access_error(place, error) from error
     return Contents(
@@ -63,14 +63,30 @@ def contents_of(folder: Path, below: str = "") -> Contents:
     )
 
 
+def _looked_at(paths: Sequence[Path], place: Path, folder: Path) -> dict[Path, str]:
+    """Return why each of the paths in a place that is no folder may not go along; "" if it may."""
+    roots, here = _roots(folder), Path(os.path.realpath(place))
+    looks = {}
+    for path in paths:
+        is_link = path.is_symlink()
+        if is_link or not path.is_dir():
+            target = Path(os.path.realpath(path)) if is_link else here / path.name
+            looks[path] = _why_not(path, target, roots)
+    return looks
+
+
 def why_not(path: Path, folder: Path) -> str:
     """Return why a file does not go along with a folder; "" if it may.
 
     Raises:
         OSError: the system refused to look at it.
     """
-    target = Path(os.path.realpath(path))
-    if leads_outside(path, folder):
+    return _why_not(path, Path(os.path.realpath(path)), _roots(folder))
+
+
+def _why_not(path: Path, target: Path, roots: Sequence[Path]) -> str:
+    """As :func:`why_not`, of a path that leads to a target, and where targets may lie."""
+    if not any(target.is_relative_to(root) for root in roots):
         return "a link to outside of its folder"
     try:
         found = target.stat()
