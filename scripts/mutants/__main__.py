@@ -19,7 +19,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,18 @@ def _drawn(arguments: argparse.Namespace, package: Path) -> Iterator[Change]:
     changes = [change for path in files for change in changes_of(path, package)]
     named = [each for each in changes if arguments.only in f"{each.file}:{each.function}"]
     drawn = chosen(named, arguments.count, arguments.seed)
+    if arguments.again:
+        earlier = json.loads(arguments.again.read_text())
+        left = {_key(each) for each in earlier if each["outcome"] == "not noticed"}
+        drawn = [change for change in drawn if _key(asdict(change)) in left]
     for change in sorted(drawn, key=lambda change: arguments.rooms.index(_room(change))):
         if is_one(change, (package / change.file).read_text(encoding="utf-8")):
             yield change
+
+
+def _key(change: dict[str, Any]) -> str:
+    """Return what tells a change from others, in a report and as it is drawn."""
+    return json.dumps([change[field.name] for field in fields(Change)])
 
 
 def _room(change: Change) -> str:
@@ -83,6 +92,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="changes tried beside each other"
     )
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE",
+        help="of the changes drawn those that an earlier report says were not noticed: give them "
+        "more --seconds and more --tests",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every change there")
     parser.add_argument("--work", type=Path, default=ROOT / ".mutants", metavar="FOLDER")
     return parser.parse_args()
