@@ -167,10 +167,11 @@ class Step:
     @property
     def factor_bytes(self) -> int:
         """Upper bound of the memory its factors take while it is worked on."""
-        raw = {v.spec.name: v.spec.numel * 4 for v in self._views() if v.spec is not None}
+        views = {(v.spec.path, v.spec.name): v.spec for v in self._views() if v.spec is not None}
         widest = max((_packed_bytes(segment) for segment in self.segments), default=0)
         scales = self.made.scale_bytes if self.made is not None else 0
-        return sum(raw.values()) + widest + _factorization_bytes(self) + scales
+        raw = 4 * sum(spec.numel for spec in views.values())
+        return raw + widest + _factorization_bytes(self) + scales
 
     @property
     def adapter_tensors(self) -> tuple[tuple[Path, str], ...]:
