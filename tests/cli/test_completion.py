@@ -36,4 +36,6 @@ def test_tab_completes_commands_and_values(launch: Launch) -> None:
     settings |= {"COMP_CWORD": "3", "COMP_WORDS": "regraft merge --dtype b"}
     assert launch("-c", program, **settings).stdout == "plain,bfloat16\n"
     settings |= {"COMP_CWORD": "2", "COMP_WORDS": "regraft swap --no"}
-    assert launch("-c", program, **settings).stdout == "plain,--no-undo\nplain,--no-keep-adapter\n"
+    assert launch("-c", program, **settings).stdout == (
+        "plain,--no-digest-cache\nplain,--no-undo\nplain,--no-keep-adapter\n"
+    )
