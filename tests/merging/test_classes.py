@@ -265,6 +265,17 @@ def test_names_that_fit_in_several_places_are_refused(tmp_path: Path) -> None:
     assert "model.decoder.*, model.encoder.*" in str(caught.value)
 
 
+def test_of_places_whose_names_fit_the_one_is_taken_whose_sizes_do(tmp_path: Path) -> None:
+    config = {"architectures": ["Unheard"], "model_type": "unheard"}
+    widths = {"encoder": WIDE + 8, "decoder": WIDE, "other": WIDE - 8}
+    names = {side: f"model.{side}.layers.0.self_attn.q_proj.weight" for side in widths}
+    tensors = {names[side]: toys.draw(width, width) for side, width in widths.items()}
+    base = toys.write_base(tmp_path / "base", tensors, config)
+    adapter = toys.write_adapter(tmp_path / "a", toys.lora(toys.Q0, WIDE, WIDE))
+    receipt = regraft.merge(base, adapter, tmp_path / "out")
+    assert [r.name for r in receipt.tensors if r.action == "merge"] == [names["decoder"]]
+
+
 def test_a_change_that_is_not_right_for_all_names_is_not_made(base: Path, tmp_path: Path) -> None:
     strange = moved(tmp_path / "a", "model.layers.0", "model.language_model.layers.7")
     with pytest.raises(MismatchError, match="the base has no such tensor"):

@@ -219,6 +219,28 @@ def test_two_adapters_that_replace_one_tensor_contradict_each_other(
             regraft.merge(base, pair, tmp_path / "out")
 
 
+def write_rows(folder: Path, indices: list[int]) -> Path:
+    """Write an adapter that trained some rows of the embeddings."""
+    key = f"{toys.PREFIX}{toys.EMBED}.token_adapter.trainable_tokens_delta"
+    rows = {key: toys.draw(len(indices), toys.HIDDEN, seed=indices[0])}
+    return write_adapter(folder, {**attention(), **rows}, trainable_token_indices=indices)
+
+
+def test_two_adapters_may_train_other_rows_and_not_the_same(base: Path, tmp_path: Path) -> None:
+    first, same = write_rows(tmp_path / "a", [1, 5]), write_rows(tmp_path / "b", [5, 7])
+    with pytest.raises(regraft.MismatchError, match="two adapters claim") as caught:
+        regraft.merge(base, [first, same], tmp_path / "out")
+    assert f"rows of {toys.EMBED}.weight" in str(caught.value)
+    other = write_rows(tmp_path / "c", [2, 7])
+    regraft.merge(base, [first, other], tmp_path / "out")
+    before, after = (
+        toys.load_file(folder / "model.safetensors")[f"{toys.EMBED}.weight"]
+        for folder in (base, tmp_path / "out")
+    )
+    changed = {row for row in range(toys.VOCAB) if (before[row] != after[row]).any()}
+    assert changed == {1, 2, 5, 7}
+
+
 @pytest.mark.parametrize("what", ["module", "rows", "bias"])
 def test_what_is_replaced_cannot_be_weighted(tmp_path: Path, what: str) -> None:
     tensors = {**toys.llama_tensors(), f"{toys.Q0}.bias": np.zeros(toys.HIDDEN, toys.BF16)}
