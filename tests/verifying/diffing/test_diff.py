@@ -602,3 +602,12 @@ def test_what_is_loaded_by_the_helpers_is_what_was_saved(tmp_path: Path) -> None
     save_file({"t": values}, tmp_path / "lib.safetensors")
     raw = write_raw(tmp_path / "raw", {"t": ("F32", (3, 5), values.tobytes())})
     assert regraft.diff(tmp_path / "lib.safetensors", raw).same
+
+
+def test_of_tensors_of_two_sizes_the_elements_are_those_of_the_first(tmp_path: Path) -> None:
+    folders = [
+        toys.write_base(tmp_path / name, {"a.weight": toys.draw(*shape)}, None)
+        for name, shape in (("x", (3, 5)), ("y", (7, 5)))
+    ]
+    (change,) = regraft.diff(*folders).changed
+    assert (change.elements, change.shapes) == (15, ((3, 5), (7, 5)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import regraft
 from merging import toys
 from regraft.cli.texts.diff import render
+from regraft.verifying.diffing.report import DeltaChange
 from shrinking.small import MODULES, RANK, STACK, WIDTH, lowrank, product, stack, write_adapter
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -127,6 +129,34 @@ def test_names_of_another_version_are_one_prefix_apart_and_told(tmp_path: Path) 
         report = regraft.diff(one, other)
         assert (report.deltas, report.same_deltas) == ((), 4)
         assert any("language_model." in note for note in report.notes)
+
+
+def test_an_adapter_of_fewer_layers_by_other_names_is_found_in_the_larger_one(
+    tmp_path: Path,
+) -> None:
+    """Also where the larger one begins with a layer that the smaller one does not have."""
+    few = [module for module in MODULES if "v_proj" in module]
+    renamed = {
+        name.replace("model.layers", "language_model.model.layers"): lowrank()[name]
+        for name in lowrank(few)
+    }
+    x, y = write_adapter(tmp_path / "x"), write_adapter(tmp_path / "y", renamed)
+    for one, other in ((x, y), (y, x)):
+        report = regraft.diff(one, other)
+        assert report.same_deltas == len(few)
+        assert sorted(d.ranks.count(None) for d in report.deltas) == [1] * len(few)
+
+
+def test_deltas_without_a_norm_count_for_nothing(tmp_path: Path) -> None:
+    def change(norms: Any, delta_norm: float | None) -> DeltaChange:
+        two: Any = (None, None)
+        return DeltaChange("name", two, two, two, two, two, norms, delta_norm)
+
+    x = write_adapter(tmp_path / "x")
+    report = regraft.diff(x, x)
+    known, unknown = change((4.0, 5.0), 2.0), change((3.0, None), None)
+    assert replace(report, deltas=(known, unknown)).relative_delta == 0.5
+    assert replace(report, deltas=(unknown,)).relative_delta is None
 
 
 def test_layers_that_only_sound_alike_are_not_taken_for_each_other(tmp_path: Path) -> None:

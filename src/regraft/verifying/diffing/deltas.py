@@ -92,8 +92,10 @@ def _prefixes(x: Mapping[str, Pair], y: Mapping[str, Pair]) -> tuple[str, str] |
     """
     if x.keys() & y.keys() or min(len(x), len(y)) < 2:
         return None
-    first = next(iter(x)).split(".")
-    found = {_split(first, name.split(".")) for name in y} - {None}
+    if len(x) <= len(y):  # of the smaller side each has its counterpart
+        found = {_split(next(iter(x)).split("."), name.split(".")) for name in y}
+    else:
+        found = {_split(name.split("."), next(iter(y)).split(".")) for name in x}
     fitting = [pair for pair in found if pair is not None and _fits(pair, x, y)]
     return fitting[0] if len(fitting) == 1 else None
 
