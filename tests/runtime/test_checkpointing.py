@@ -12,6 +12,7 @@ from faithful.cases import MIXTRAL_EXPERTS, lora
 from faithful.harness import Workshop
 from regraft import Adapters, attach
 from regraft.runtime.forward import scopes
+from regraft.runtime.forward.hooks import GradientHook
 from regraft.testing import zoo
 
 KINDS: dict[str, tuple[str, Any, Any]] = {
@@ -170,3 +171,16 @@ def test_nothing_is_left_of_backward_passes(workshop: Workshop) -> None:
             loss = model(**inputs).logits.square().mean()
         loss.backward()
     assert not scopes._of_backward
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_embeddings_ask_for_gradients_in_training_alone(checkpointing: bool) -> None:
+    model = torch.nn.ModuleList([torch.nn.Embedding(5, 3)]).requires_grad_(False)
+    model.is_gradient_checkpointing = checkpointing
+    table, ids = model[0], torch.arange(4)
+    table.register_forward_hook(GradientHook(model))
+    assert table(ids).requires_grad == checkpointing
+    with torch.no_grad():
+        assert not table(ids).requires_grad
+    model.eval()
+    assert not table(ids).requires_grad

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from transformers.models.moonshine_streaming.modeling_moonshine_streaming import
 )
 
 import regraft
+from regraft.deltas.views import Delta
+from regraft.runtime.forward.layers.computed import ComputedWeight
 from regraft.runtime.forward.layers.kinds import runs_otherwise
 from regraft.runtime.saving.files import write_adapter
 
@@ -71,3 +75,11 @@ def test_a_layer_that_is_linear_in_its_weight_is_not_run_on_changed_ones(name: s
 
 def test_a_layer_whose_class_makes_more_of_its_weight_is() -> None:
     assert runs_otherwise(MoonshineStreamingCausalConv1d(2, 3, 2))
+
+
+def test_a_delta_without_magnitudes_has_no_factor() -> None:
+    none: Any = SimpleNamespace(deltas=())
+    delta = Delta(0, "lora", (0, 4), 2, 1.0, None, None)
+    weight = ComputedWeight(nn.Linear(4, 4), "weight", "layer.weight", none, none)
+    with pytest.raises(ValueError, match="only DoRA"):
+        weight.dora_factor(delta)
