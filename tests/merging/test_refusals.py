@@ -219,6 +219,23 @@ def test_two_adapters_that_replace_one_tensor_contradict_each_other(
             regraft.merge(base, pair, tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.uint8])
+def test_a_tensor_whose_values_are_not_converted_cannot_be_replaced(
+    tmp_path: Path, dtype: Any
+) -> None:
+    shape = (toys.VOCAB, toys.HIDDEN)
+    tensors = {**toys.llama_tensors(), "lm_head.weight": np.ones(shape, dtype)}
+    base = write_base(tmp_path / "base", tensors)
+    saved = {**attention(), f"{toys.PREFIX}lm_head.weight": toys.draw(*shape)}
+    adapter = write_adapter(tmp_path / "a", saved, modules_to_save=["lm_head"])
+    report = regraft.check(base, adapter)
+    (problem,) = report.problems
+    assert "cannot take the place" in problem.what
+    assert problem.found == "dtype F32"
+    with pytest.raises(regraft.MismatchError, match=r"lm_head\.weight: the adapter's tensor"):
+        regraft.merge(base, adapter, tmp_path / "out")
+
+
 def write_rows(folder: Path, indices: list[int]) -> Path:
     """Write an adapter that trained some rows of the embeddings."""
     key = f"{toys.PREFIX}{toys.EMBED}.token_adapter.trainable_tokens_delta"

@@ -25,7 +25,7 @@ from regraft.merging.planning.placement import (
     whole_part,
 )
 from regraft.merging.planning.prefixes import PrefixChange, changes_for, moved, several
-from regraft.tensors import TensorSpec
+from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 _Item = TypeVar("_Item", WholeTensor, LoraTarget, TokenRows)
 
@@ -285,6 +285,7 @@ class Matcher:
     ) -> None:
         """Take an adapter's copy of a base's parameter for the base's, on both sides of a tie."""
         self._check_shape(spec, held.spec, where, saved=False)
+        _check_dtype(spec, held.spec, where)
         work = self._work(found, held)
         if work.carried is not None and work.carried[1].shape != spec.shape:
             raise Misfit(
@@ -297,6 +298,7 @@ class Matcher:
         self, number: int, spec: TensorSpec, found: ResolvedName, held: StoredPart, where: str
     ) -> None:
         self._check_shape(spec, held.spec, where, saved=True)
+        _check_dtype(spec, held.spec, where)
         work = self._work(found, held)
         if work.replaced is not None or work.deltas:
             raise Misfit(_conflict(where, work.name))
@@ -426,6 +428,16 @@ def _not_one_tensor(where: str, finds: tuple[ResolvedName, ...]) -> Problem:
         "the base keeps this in a form that a whole tensor cannot replace", where, "one tensor",
         ", ".join(h.spec.name for f in finds for h in f.held),
     )  # fmt: skip
+
+
+def _check_dtype(new: TensorSpec, old: TensorSpec, where: str) -> None:
+    """Refuse a tensor in a dtype whose values are not converted to the base's."""
+    if new.dtype != old.dtype and not {new.dtype, old.dtype} <= {*WORKING_DTYPES}:
+        raise Misfit(
+            Problem("the adapter's tensor cannot take the place of the base's", where,
+                    f"dtype {old.dtype}", f"dtype {new.dtype}",
+                    "Save it in the base's dtype: only float32, bfloat16 and float16 are converted")
+        )  # fmt: skip
 
 
 def _conflict(where: str, name: str) -> Problem:

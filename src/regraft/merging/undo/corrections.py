@@ -25,7 +25,7 @@ from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.tiles import Tile
 from regraft.merging.undo.patch import CHUNKS, PLANES, packed, section
 from regraft.quant.weight import Block, QuantizedWeight
-from regraft.tensors import DTYPES, WORKING_DTYPES, TensorSpec
+from regraft.tensors import DTYPES, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def corrections_of(plan: Plan) -> list[Correction]:
         elif step is None or step.made is not None:
             found.append(Correction(original))
         elif step.source_adapter is not None or step.source.name != name:
-            usable = step.source_adapter is not None and _is_comparable(step.source, original)
-            found.append(Correction(original, adapter=step.source if usable else None))
+            other = step.source if step.source_adapter is not None else None
+            found.append(Correction(original, adapter=other))
         elif not step.is_invertible and step.dtype != original.dtype:
             found.append(Correction(original, through=step.dtype))
     return found
@@ -106,11 +106,6 @@ def _dequantized(plan: Plan) -> dict[str, Correction]:
 def digests_only(plan: Plan) -> list[Correction]:
     """Return the stored tensors that no step of a plan reads as they are, for their digests."""
     return list(_dequantized(plan).values())
-
-
-def _is_comparable(source: TensorSpec, original: TensorSpec) -> bool:
-    working = source.dtype in WORKING_DTYPES and original.dtype in WORKING_DTYPES
-    return working or source.dtype == original.dtype
 
 
 def converted(raw: Bytes, dtype: str, to: str) -> Bytes:
