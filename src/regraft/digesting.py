@@ -41,6 +41,7 @@ class DigestReport:
         tensors: blake3 (hex) of each tensor's bytes, by its name in the file.
         known: how many were known.
         nbytes: bytes of all tensors.
+        kept: whether all are known from now on.
         seconds: wall time.
     """
 
@@ -48,6 +49,7 @@ class DigestReport:
     tensors: dict[str, str]
     known: int
     nbytes: int
+    kept: bool
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -89,13 +91,13 @@ def digest(
     by_file = defaultdict[Path, dict[Range, str]](dict)
     for spec in left:
         by_file[spec.path][spec.start, spec.nbytes] = hashed[spec.name]
-    for path, digests in by_file.items():
-        known.remember(path, digests)
+    kept = [known.remember(path, digests) for path, digests in by_file.items()]
     return DigestReport(
         source=stored.source,
         tensors={name: of or hashed[name] for name, of in found.items()},
         known=len(specs) - len(left),
         nbytes=sum(spec.nbytes for spec in specs),
+        kept=all(kept),
         seconds=time.perf_counter() - started,
     )
 

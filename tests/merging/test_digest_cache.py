@@ -172,6 +172,18 @@ def test_a_folder_that_cannot_be_written_to_keeps_nothing(
         assert known_of(regraft.merge(base, adapter, tmp_path / name)) == {False}
 
 
+def test_digest_says_if_they_are_not_kept(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for place in ("", tmp_path / "file" / "below"):
+        monkeypatch.setenv(known_digests.PLACE, str(place))
+        done = regraft_command("digest", base)
+        assert done.returncode == 0
+        assert "the digests were not kept" in done.stderr
+    assert not regraft.digest(base).kept
+
+
 def test_no_folder_is_made_where_none_is_wanted(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,8 +157,8 @@ reflink = click.option(
 digest_cache = click.option(
     "--digest-cache/--no-digest-cache",
     default=True,
-    help="Take the digests of tensors whose file is as it was from earlier work, and keep those of "
-    "this work, in ~/.cache/regraft.  [default: yes]",
+    help="Of files that did not change since earlier work, take the digests that it kept, and keep "
+    "those of this work, in ~/.cache/regraft or $REGRAFT_CACHE.  [default: digest-cache]",
 )
 
 max_memory = click.option(

@@ -81,7 +81,7 @@ def make_room(plan: Plan, folder: OutputFolder, options: MergeOptions) -> Reuse:
 
     Raises:
         DiskSpaceError: fewer bytes are free than are needed.
-        UnsupportedError: blocks cannot be shared, and the options say that they always shall be.
+        EnvironmentShortfall: blocks cannot be shared, and the options ask for it.
     """
     reuse = reuse_of(plan.stored, folder, options)
     folder.check_space(plan.disk_bytes - (shared_bytes(plan) if reuse.share else 0))
@@ -92,7 +92,7 @@ def reuse_of(read: Checkpoint, folder: OutputFolder, options: MergeOptions) -> R
     """Return what need not be done again of a model whose files are read.
 
     Raises:
-        UnsupportedError: blocks cannot be shared, and the options say that they always shall be.
+        EnvironmentShortfall: blocks cannot be shared, and the options ask for it.
     """
     share = folder.shares([shard.path for shard in read.shards], options.reflink)
     return Reuse(share, KnownDigests.of_user(wanted=options.digest_cache))

@@ -17,7 +17,7 @@ import regraft
 from merging import toys
 from merging.processes import errors, regraft_command
 from mounting import mounted
-from regraft.errors import DiskSpaceError, UnsupportedError, UsageError
+from regraft.errors import DiskSpaceError, EnvironmentShortfall, UsageError
 from regraft.formats.safetensors import read_header
 from regraft.merging.files import direct_io
 from regraft.system import sharing
@@ -181,9 +181,9 @@ def test_where_blocks_cannot_be_shared_always_refuses(tmp_path: Path) -> None:
     if sharing.shares_with(tmp_path / "base" / "model.safetensors", tmp_path):
         pytest.skip("temporary files lie where blocks are shared")
     arguments = (tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    with pytest.raises(UnsupportedError, match="blocks of the disk cannot be shared") as caught:
+    with pytest.raises(EnvironmentShortfall, match="blocks of the disk cannot be shared") as caught:
         regraft.merge(*arguments, reflink="always")
-    assert "1 of 1 input files" in str(caught.value)
+    assert "model.safetensors" in str(caught.value)
     with pytest.raises(UsageError, match="auto, never, always"):
         regraft.merge(*arguments, reflink="sometimes")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "other"}
@@ -198,7 +198,7 @@ def test_the_command_line_says_where_it_cannot(tmp_path: Path) -> None:
         pytest.skip("temporary files lie where blocks are shared")
     inputs = (tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out")
     done = regraft_command("merge", *inputs, "--reflink", "always", "--json")
-    assert done.returncode == 3
+    assert done.returncode == 4
     assert "XFS" in errors(done)["problems"][0]["expected"]
 
 

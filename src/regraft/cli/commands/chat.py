@@ -178,7 +178,7 @@ class Chat:
         """List the commands."""
         del rest
         for word, (_, arguments, what) in COMMANDS.items():
-            self.output.note(f"{f'{word} {arguments}':<36}{what}")
+            self.output.note(f"{f'{word} {arguments}':<42}{what}")
 
     def quit(self, rest: str) -> None:
         """End."""

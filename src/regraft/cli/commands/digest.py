@@ -7,6 +7,11 @@ import click
 from regraft.cli import options
 from regraft.cli.output import Output
 
+NOT_KEPT = (
+    "the digests were not kept: there is no folder for them (REGRAFT_CACHE), it cannot be written "
+    "to, or the model lies on a file system that does not number its files for good"
+)
+
 
 @click.command(short_help="Hash a model's tensors once, for all later work.")
 @click.argument("base", metavar="MODEL")
@@ -34,7 +39,9 @@ def command(base: str, threads: int | None, token: str | None, as_json: bool, qu
 
     with output.progress() as progress:
         report = digesting.digest(base, threads=threads, token=token, progress=progress)
-    known = f", of which {report.known} were known" if report.known else ""
+    if not report.kept:
+        output.warn([NOT_KEPT])
+    known = f"; {report.known} digests were known" if report.known else ""
     rows = [
         ("model", report.source),
         ("tensors", f"{plural(len(report.tensors), 'tensor')}, {size(report.nbytes)}{known}"),

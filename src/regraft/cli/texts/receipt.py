@@ -41,6 +41,7 @@ def _overview(receipt: Receipt, cap: int) -> str:
         ("survived", _survived(totals)),
         ("base gap", _gap(totals)),
         ("size", _sizes(receipt)),
+        ("digests", _known(receipt)),
         ("undo", _undo(receipt)),
         ("time", speed(totals.bytes_written, totals.seconds, totals.threads)),
         ("memory", peak(totals.peak_memory, cap)),
@@ -96,6 +97,11 @@ def _sizes(receipt: Receipt) -> str:
     return (
         f"{count(totals.parameters)} parameters, {written} in {plural(files, 'file')}, {read} read"
     )
+
+
+def _known(receipt: Receipt) -> str:
+    known = sum(record.known for record in receipt.tensors)
+    return f"{known} of {len(receipt.tensors)} known from earlier work" if known else ""
 
 
 def _undo(receipt: Receipt) -> str:

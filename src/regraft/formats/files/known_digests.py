@@ -92,23 +92,28 @@ class KnownDigests:
             return {}
         return _parsed(content, stamp, path)
 
-    def remember(self, path: Path, digests: Mapping[Range, str]) -> None:
+    def remember(self, path: Path, digests: Mapping[Range, str]) -> bool:
         """Keep digests of a file's tensors, beside those that are known of it.
 
         Args:
             path: the file; it was opened before it was read, or is closed since it was written.
             digests: blake3 (hex) by place.
+
+        Returns:
+            Whether they are known from now on: not, if there is no folder or it cannot be written
+            to, and on file systems whose files have no numbers that last.
         """
-        if self._folder is None or not digests:
-            return
-        with contextlib.suppress(OSError):  # a folder that cannot be written to keeps nothing
+        if self._folder is None:
+            return False
+        with contextlib.suppress(OSError):
             stamp = settled_stamp(path)
             if has_inodes(stamp.device):
                 known = self._read(path, self._folder)
                 if digests.items() - known.items():
-                    _write(
-                        _list_of(self._folder, stamp), _content(path, stamp, {**known, **digests})
-                    )
+                    both = {**known, **digests}
+                    _write(_list_of(self._folder, stamp), _content(path, stamp, both))
+                return True
+        return False
 
 
 def _list_of(folder: Path, stamp: Stamp) -> Path:
@@ -118,7 +123,7 @@ def _list_of(folder: Path, stamp: Stamp) -> Path:
 def _content(path: Path, stamp: Stamp, digests: Mapping[Range, str]) -> bytes:
     ranges = [[*place, digest] for place, digest in sorted(digests.items())]
     told = {
-        "layout": LAYOUT, "file": str(path), "stamp": astuple(stamp), "hub": _hub_digest(path),
+        "layout": LAYOUT, "stamp": astuple(stamp), "hub": _hub_digest(path),
         "ranges": ranges,
     }  # fmt: skip
     text = json.dumps(told, separators=(",", ":")).encode()

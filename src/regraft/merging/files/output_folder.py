@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.errors import UnsupportedError
+from regraft.errors import EnvironmentShortfall
 from regraft.merging.files.publish import (
     SLACK_BYTES,
     Kind,
@@ -76,7 +76,7 @@ class OutputFolder:
                 ``auto`` for any.
 
         Raises:
-            UnsupportedError: blocks cannot be shared, and always shall be.
+            EnvironmentShortfall: blocks cannot be shared, and always shall be.
         """
         if reflink == "never":
             return False
@@ -84,10 +84,11 @@ class OutputFolder:
         found = {path: _shares(path, there) for path in paths}
         alone = [path for path in found if not found[path]]
         if alone and reflink == "always":
-            raise UnsupportedError(
+            raise EnvironmentShortfall(
                 "blocks of the disk cannot be shared", where=str(there),
                 expected="a file system with reflinks (XFS, btrfs) that inputs and output lie on",
-                found=f"{len(alone)} of {len(found)} input files cannot, such as {alone[0]}",
+                found=f"another disk, or no reflinks, for {alone[0]}"
+                + f" and {len(alone) - 1} more" * (len(alone) > 1),
                 hint="Choose another folder, or leave --reflink out: the bytes are written then",
             )  # fmt: skip
         return len(alone) < len(found)
