@@ -52,7 +52,7 @@ def merge(
     undo: bool | None = None,
     keep_adapter: bool = True,
     reflink: str = "auto",
-    digest_cache: bool = True,
+    digest_cache: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -90,7 +90,8 @@ def merge(
             time and no room: ``"auto"`` where the file system can (XFS, btrfs), ``"never"``, or
             ``"always"``, which refuses where it cannot. The bytes are the same.
         digest_cache: take the digests of tensors whose file is as it was from earlier work, and
-            keep those of this work; the receipt says which were known. False reads and hashes all.
+            keep those of this work; the receipt says which were known. By default all is read and
+            hashed: the times of a file do not tell of every change.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
         command: how the receipt and the card say it was made.

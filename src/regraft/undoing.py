@@ -71,7 +71,7 @@ def unmerge(
     threads: int | None = None,
     overwrite: bool = False,
     reflink: str = "auto",
-    digest_cache: bool = True,
+    digest_cache: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> UnmergeReport:
@@ -159,7 +159,7 @@ def swap(
     undo: bool | None = None,
     keep_adapter: bool = True,
     reflink: str = "auto",
-    digest_cache: bool = True,
+    digest_cache: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,

@@ -63,7 +63,7 @@ def test_merge_passes_everything_on_as_it_was_typed(run: Run, fake_api: FakeApi)
         "undo": None,
         "keep_adapter": True,
         "reflink": "auto",
-        "digest_cache": True,
+        "digest_cache": False,
         "token": "hf_secret",
         "progress": None,
         "command": "regraft merge org/base a=0.5 b --out out --dtype float16 --shard-size 5GB "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,36 @@ from blake3 import blake3
 
 import regraft
 from merging import toys
-from merging.processes import regraft_command
+from merging.processes import command_here
 from mounting import mounted
 from regraft.errors import MismatchError
 from regraft.formats.files import known_digests
 from regraft.formats.files.known_digests import KnownDigests
 from regraft.formats.files.reading import FilePool
 from regraft.formats.safetensors import read_header
+from regraft.system.times import dates_changes, kinds_of
 from regraft.tensors import TensorSpec
+from temp_root import on_disk
 
 WEIGHTS = "model.safetensors"
+merge, unmerge, swap = (
+    partial(verb, digest_cache=True) for verb in (regraft.merge, regraft.unmerge, regraft.swap)
+)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder on the disk: times of files in memory are not believed."""
+    with on_disk() as folder:
+        if not dates_changes(folder.stat().st_dev):
+            pytest.skip("times are not believed where temporary files lie")
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _not_young(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have files that were just written count as old."""
+    monkeypatch.setattr(known_digests, "YOUNG", 0)
 
 
 @pytest.fixture
@@ -70,19 +91,19 @@ def check_digests(receipt: regraft.Receipt, base: Path) -> None:
 def test_what_a_merge_has_read_the_next_one_knows(
     lists: Path, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    first = regraft.merge(base, adapter, tmp_path / "first")
+    first = merge(base, adapter, tmp_path / "first")
     assert known_of(first) == {False}
     assert lists.stat().st_mode & 0o777 == 0o700
-    second = regraft.merge(base, adapter, tmp_path / "second", threads=2)
+    second = merge(base, adapter, tmp_path / "second", threads=2)
     assert known_of(second) == {True}
-    third = regraft.merge(base, adapter, tmp_path / "third", digest_cache=False, threads=2)
+    third = merge(base, adapter, tmp_path / "third", digest_cache=False, threads=2)
     assert known_of(third) == {False}
     assert told(second) == told(third)
     check_digests(second, base)
     files = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("first", "second", "third")]
     assert files[0] == files[1] == files[2]
     assert regraft.verify(tmp_path / "second", base=base, adapters=adapter).ok
-    regraft.unmerge(tmp_path / "second", tmp_path / "back")
+    unmerge(tmp_path / "second", tmp_path / "back")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (base / WEIGHTS).read_bytes()
 
 
@@ -112,9 +133,9 @@ def replaced(path: Path) -> None:
 def test_a_file_that_was_changed_is_read_again(
     base: Path, adapter: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
-    regraft.merge(base, adapter, tmp_path / "first")
+    merge(base, adapter, tmp_path / "first")
     change(base / WEIGHTS)
-    receipt = regraft.merge(base, adapter, tmp_path / "second")
+    receipt = merge(base, adapter, tmp_path / "second")
     assert known_of(receipt) == {False}
     check_digests(receipt, base)
 
@@ -158,9 +179,9 @@ def test_a_list_that_is_not_ours_or_not_whole_counts_for_nothing(
     regraft.digest(base)
     for path in lists.iterdir():
         damage(path)
-    assert known_of(regraft.merge(base, adapter, tmp_path / "out")) == {False}
+    assert known_of(merge(base, adapter, tmp_path / "out")) == {False}
     if damage is not a_folder:  # it is made anew
-        assert known_of(regraft.merge(base, adapter, tmp_path / "again")) == {True}
+        assert known_of(merge(base, adapter, tmp_path / "again")) == {True}
 
 
 def test_a_folder_that_cannot_be_written_to_keeps_nothing(
@@ -169,7 +190,7 @@ def test_a_folder_that_cannot_be_written_to_keeps_nothing(
     (tmp_path / "file").touch()
     monkeypatch.setenv(known_digests.PLACE, str(tmp_path / "file" / "below"))
     for name in ("first", "second"):
-        assert known_of(regraft.merge(base, adapter, tmp_path / name)) == {False}
+        assert known_of(merge(base, adapter, tmp_path / name)) == {False}
 
 
 def test_digest_says_if_they_are_not_kept(
@@ -178,10 +199,39 @@ def test_digest_says_if_they_are_not_kept(
     (tmp_path / "file").touch()
     for place in ("", tmp_path / "file" / "below"):
         monkeypatch.setenv(known_digests.PLACE, str(place))
-        done = regraft_command("digest", base)
+        done = command_here("digest", base)
         assert done.returncode == 0
         assert "the digests were not kept" in done.stderr
     assert not regraft.digest(base).kept
+
+
+@pytest.mark.usefixtures("lists")
+@pytest.mark.parametrize("what", ["young", "another start", "in memory"])
+def test_times_are_not_believed_of_every_file(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "young":
+        monkeypatch.setattr(known_digests, "YOUNG", 60 * 10**9)
+    elif what == "in memory":
+        monkeypatch.setattr(known_digests, "dates_changes", lambda _: False)
+    assert regraft.digest(base).kept == (what == "another start")
+    if what == "another start":
+        monkeypatch.setattr(known_digests, "boot", lambda: "another")
+    receipt = merge(base, adapter, tmp_path / "out")
+    assert known_of(receipt) == {False}
+    check_digests(receipt, base)
+    if what == "young":  # what this work has written, nobody else is writing
+        assert known_of(swap(tmp_path / "out", adapter, tmp_path / "again")) == {False, True}
+
+
+def test_kinds_of_file_systems_are_told_by_the_mounts() -> None:
+    line = "36 35 {} /a /b rw - {} /dev/x rw\n"
+    mounts = line.format("8:1", "ext4") + line.format("0:40", "tmpfs") + line.format("8:1", "ext4")
+    assert kinds_of(os.makedev(8, 1), mounts) == {"ext4"}
+    assert kinds_of(os.makedev(0, 40), mounts) == {"tmpfs"}
+    assert kinds_of(os.makedev(9, 9), mounts) == set()
+    if Path("/dev/shm").is_dir() and Path("/proc/self/mountinfo").exists():
+        assert not dates_changes(Path("/dev/shm").stat().st_dev)
 
 
 def test_no_folder_is_made_where_none_is_wanted(
@@ -189,18 +239,18 @@ def test_no_folder_is_made_where_none_is_wanted(
 ) -> None:
     monkeypatch.setenv(known_digests.PLACE, "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    regraft.merge(base, adapter, tmp_path / "first")
+    merge(base, adapter, tmp_path / "first")
     monkeypatch.delenv(known_digests.PLACE)
-    regraft.merge(base, adapter, tmp_path / "second", digest_cache=False)
+    merge(base, adapter, tmp_path / "second", digest_cache=False)
     assert not (tmp_path / "cache").exists()
-    regraft.merge(base, adapter, tmp_path / "third")
+    merge(base, adapter, tmp_path / "third")
     assert list((tmp_path / "cache" / "regraft" / "digests").iterdir())
 
 
 @pytest.mark.usefixtures("lists")
 def test_digest_tells_and_keeps_them(base: Path, adapter: Path, tmp_path: Path) -> None:
     first, second = regraft.digest(base), regraft.digest(str(base))
-    receipt = regraft.merge(base, adapter, tmp_path / "out")
+    receipt = merge(base, adapter, tmp_path / "out")
     assert known_of(receipt) == {True}
     assert first.tensors == second.tensors == receipt.base.tensors
     assert (first.known, second.known) == (0, len(first.tensors))
@@ -210,12 +260,12 @@ def test_digest_tells_and_keeps_them(base: Path, adapter: Path, tmp_path: Path) 
 def test_the_command_line_digests_and_does_without(
     base: Path, adapter: Path, tmp_path: Path, lists: Path
 ) -> None:
-    done = regraft_command("digest", base)
+    done = command_here("digest", base)
     assert done.returncode == 0, done.stderr
     assert "21 tensors" in done.stdout
     for option, known in (("--digest-cache", True), ("--no-digest-cache", False)):
         out = tmp_path / option.strip("-")
-        done = regraft_command("merge", base, adapter, "-o", out, option)
+        done = command_here("merge", base, adapter, "-o", out, option)
         assert done.returncode == 0, done.stderr
         records = toys.read_json(out / "regraft" / "receipt.json")["tensors"]
         assert {record["known"] for record in records} == {known}
@@ -258,13 +308,13 @@ def test_bytes_that_rotted_since_are_found(
 ) -> None:
     """What a list says is believed by a merge, and by nobody who is asked to look."""
     name = "model.norm.weight"
-    regraft.merge(base, adapter, tmp_path / "sound")
+    merge(base, adapter, tmp_path / "sound")
     put_wrong(lists, tmp_path / "sound" / WEIGHTS, name)
     with pytest.raises(MismatchError, match=name):
-        regraft.unmerge(tmp_path / "sound", tmp_path / "back")
-    regraft.unmerge(tmp_path / "sound", tmp_path / "back", digest_cache=False)
+        unmerge(tmp_path / "sound", tmp_path / "back")
+    unmerge(tmp_path / "sound", tmp_path / "back", digest_cache=False)
     put_wrong(lists, base / WEIGHTS, name)
-    regraft.merge(base, adapter, tmp_path / "out")
+    merge(base, adapter, tmp_path / "out")
     assert not regraft.verify(tmp_path / "out").ok
 
 
@@ -291,12 +341,12 @@ def test_what_is_known_and_shared_is_not_even_read(
         usual(self, spec, offset, buffer)
 
     monkeypatch.setattr(FilePool, "read_into", counted)
-    regraft.merge(base, adapter, xfs / "merged")
+    merge(base, adapter, xfs / "merged")
     assert sum(read) == 4 * 999 * 257
     for work in (
-        lambda: regraft.merge(base, adapter, xfs / "again"),
-        lambda: regraft.swap(xfs / "again", adapter, xfs / "swapped"),
-        lambda: regraft.unmerge(xfs / "merged", xfs / "back"),
+        lambda: merge(base, adapter, xfs / "again"),
+        lambda: swap(xfs / "again", adapter, xfs / "swapped"),
+        lambda: unmerge(xfs / "merged", xfs / "back"),
     ):
         read.clear()
         work()

@@ -156,9 +156,9 @@ reflink = click.option(
 
 digest_cache = click.option(
     "--digest-cache/--no-digest-cache",
-    default=True,
-    help="Of files that did not change since earlier work, take the digests that it kept, and keep "
-    "those of this work, in ~/.cache/regraft or $REGRAFT_CACHE.  [default: digest-cache]",
+    default=False,
+    help="Of files that did not change since earlier work, by their times, take the digests that "
+    "it kept, and keep those of this work.  [default: no-digest-cache]",
 )
 
 max_memory = click.option(

@@ -112,8 +112,9 @@ def _remember(task: Task, outcome: Outcome, out: Path) -> None:
     for keep in task.keeps if task.open_source is None else ():
         spec = keep.original
         found[spec.path][spec.start, spec.nbytes] = outcome.kept_digests[spec.name]
+    made = {out / target.name for target in task.targets}
     for path, digests in found.items():
-        task.reuse.known.remember(path, digests)
+        task.reuse.known.remember(path, digests, own=path in made)
 
 
 def deciding_files(plan: Plan) -> list[Path]:

@@ -59,7 +59,7 @@ class MergeOptions:
     undo: bool | None = False
     keep_adapter: bool = False
     reflink: str = "auto"
-    digest_cache: bool = True
+    digest_cache: bool = False
 
     @classmethod
     def of(

@@ -48,6 +48,37 @@ def changed_ns(found: os.stat_result) -> int:
     return found.st_ctime_ns
 
 
+_DATED = ("ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs")
+"""File systems that date a change whoever makes it and however: through a mapping, too. Those in
+memory do not, and images that are made to be alike have the same dates."""
+
+
+def dates_changes(device: int) -> bool:
+    """Whether a file of a device that has the number, size and times it had is what it was; not,
+    where the system does not say what the device is."""
+    return _kinds(device) <= {*_DATED} and bool(_kinds(device))
+
+
+def boot() -> str:
+    """Return what tells this start of the system from others; "" where nothing does.
+
+    After a power cut a file may have new bytes and old times.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _kinds(device: int) -> set[str]:
+    """Return the kinds of file system that a device is mounted as."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
+    except OSError:
+        return set()
+    return kinds_of(device, mounts)
+
+
 def has_inodes(device: int, mounts: str | None = None) -> bool:
     """Whether files of a device keep their inode's number for as long as nobody replaces them.
 
@@ -62,8 +93,12 @@ def has_inodes(device: int, mounts: str | None = None) -> bool:
             mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
         except OSError:
             return True
+    return not any(kind.startswith(_WITHOUT_INODES) for kind in kinds_of(device, mounts))
+
+
+def kinds_of(device: int, mounts: str) -> set[str]:
+    """Return the kinds of file system that a device is, by ``/proc/self/mountinfo``."""
     system: Any = os  # which has these wherever there is such a file
     number = f"{system.major(device)}:{system.minor(device)}"
     lines = (line.partition(" - ") for line in mounts.splitlines())
-    kinds = {rest.split()[0] for mount, _, rest in lines if mount.split()[2:3] == [number] and rest}
-    return not any(kind.startswith(_WITHOUT_INODES) for kind in kinds)
+    return {rest.split()[0] for mount, _, rest in lines if mount.split()[2:3] == [number] and rest}

@@ -6,6 +6,11 @@ stamp is taken before anything of the file is read, and so late that any change 
 another date. So a list whose stamp is the file's is of the bytes that are in it, as far as the file
 system tells.
 
+Times are not believed everywhere: not on file systems in memory, in images and on networks
+(:func:`regraft.system.times.dates_changes`), not after the system was started again, as a power cut
+may leave new bytes with old times, and not of a file that was changed a moment ago, as a long write
+is dated by its beginning. And the lists are used only where they are asked for.
+
 What cannot be read, or was not written by this user, counts as not there, and so does a list of a
 file in the Hub's cache that the Hub gave another digest than then.
 """
@@ -18,6 +23,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
@@ -28,7 +34,7 @@ from blake3 import blake3
 from regraft.formats.files.watching import Stamp, first_seen, settled_stamp
 from regraft.system.opening import open_if_regular
 from regraft.system.owners import is_own, is_shared, make_folder
-from regraft.system.times import has_inodes
+from regraft.system.times import boot, dates_changes
 from regraft.tensors import TensorSpec
 
 PLACE = "REGRAFT_CACHE"
@@ -41,6 +47,9 @@ LAYOUT = 1
 MOST_LISTS = 4096
 """Lists that are kept; of more, those that were written first are removed."""
 
+YOUNG = 60 * 10**9
+"""A file that others changed so many ns ago, or less, may be being written to."""
+
 _MOST_BYTES = 2**28
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -51,12 +60,12 @@ Range = tuple[int, int]
 def cache_folder() -> Path | None:
     """Return the folder for what is kept between runs; None if none is wanted."""
     named = os.environ.get(PLACE)
-    if named is not None:
-        return Path(named).expanduser() if named else None
     above = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
+        if named is not None:
+            return Path(named).expanduser() if named else None
         return Path(above).expanduser() / "regraft"
-    except RuntimeError:  # there is no home
+    except RuntimeError:  # there is no such home
         return None
 
 
@@ -87,27 +96,29 @@ class KnownDigests:
     def _read(self, path: Path, folder: Path) -> dict[Range, str]:
         try:
             stamp = first_seen(path)
-            content = _own_content(_list_of(folder, stamp)) if has_inodes(stamp.device) else b""
+            content = _own_content(_list_of(folder, stamp)) if dates_changes(stamp.device) else b""
         except OSError:
             return {}
         return _parsed(content, stamp, path)
 
-    def remember(self, path: Path, digests: Mapping[Range, str]) -> bool:
+    def remember(self, path: Path, digests: Mapping[Range, str], *, own: bool = False) -> bool:
         """Keep digests of a file's tensors, beside those that are known of it.
 
         Args:
             path: the file; it was opened before it was read, or is closed since it was written.
             digests: blake3 (hex) by place.
+            own: whether it was written by this work, and by nobody else.
 
         Returns:
             Whether they are known from now on: not, if there is no folder or it cannot be written
-            to, and on file systems whose files have no numbers that last.
+            to, if times are not believed on the file's file system, and if it is too young.
         """
         if self._folder is None:
             return False
         with contextlib.suppress(OSError):
             stamp = settled_stamp(path)
-            if has_inodes(stamp.device):
+            old = own or max(stamp.modified, stamp.changed) + YOUNG <= time.time_ns()
+            if old and dates_changes(stamp.device):
                 known = self._read(path, self._folder)
                 if digests.items() - known.items():
                     both = {**known, **digests}
@@ -123,7 +134,7 @@ def _list_of(folder: Path, stamp: Stamp) -> Path:
 def _content(path: Path, stamp: Stamp, digests: Mapping[Range, str]) -> bytes:
     ranges = [[*place, digest] for place, digest in sorted(digests.items())]
     told = {
-        "layout": LAYOUT, "stamp": astuple(stamp), "hub": _hub_digest(path),
+        "layout": LAYOUT, "boot": boot(), "stamp": astuple(stamp), "hub": _hub_digest(path),
         "ranges": ranges,
     }  # fmt: skip
     text = json.dumps(told, separators=(",", ":")).encode()
@@ -136,7 +147,9 @@ def _parsed(content: bytes, stamp: Stamp, path: Path) -> dict[Range, str]:
     if not text or digest != blake3(text).hexdigest().encode():
         return {}
     told: dict[str, Any] = json.loads(text)
-    due = {"layout": LAYOUT, "stamp": list(astuple(stamp)), "hub": _hub_digest(path)}
+    due = {
+        "layout": LAYOUT, "boot": boot(), "stamp": list(astuple(stamp)), "hub": _hub_digest(path),
+    }  # fmt: skip
     if any(told.get(key) != value for key, value in due.items()):
         return {}
     return {(start, size): digest for start, size, digest in told["ranges"]}
