@@ -12,6 +12,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
+from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import Located, locate
@@ -210,12 +211,13 @@ def swap(
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, options)
         base, quantization = undone.seen_as(options.dtype)
+        base, unsure = _with_config(base, found)
         options = settled(options, quantization)
         made = make_plan(base, read, options, output.path, undone.steps, quantization=quantization)
         restored = _opener(undone, found)(files, FactorStore(files, FACTOR_CACHE))
         notes = notes_of_another_base(read, base, quantization, restored)
         warn(notes, stacklevel=3)
-        made = replace(made, warnings=(*made.warnings, *notes))
+        made = replace(made, warnings=(*made.warnings, *unsure, *notes))
         output.check_space(made.disk_bytes)
         called = command or merge_call("swap", found.located.source, made)
         return build(
@@ -403,6 +405,21 @@ def _undone(
         steps, kept, found.merged.tensors, source.tensors, old.rounding or "stochastic", old.seed
     )
     return _Undone(base, quantization, steps, recipe)
+
+
+def _with_config(base: Checkpoint, found: _MergedModel) -> tuple[Checkpoint, list[str]]:
+    """Return a base that was one file with the merged model's config, and what to say of that.
+
+    The config lay beside that file and is none of the base's own, so an undo does not keep it.
+    """
+    path = found.folder / "config.json"
+    if base.config is not None or not found.manifest.single_file or not path.is_file():
+        return base, []
+    note = (
+        "config.json is the merged model's: of a base that is one file none is kept. If the "
+        "adapters that were merged changed it (another vocabulary or head), correct it"
+    )
+    return replace(base, config=read_json_object(path)), [note]
 
 
 def _check_merged(found: _MergedModel, made: Plan) -> None:

@@ -413,3 +413,17 @@ def test_a_merge_planned_otherwise_is_not_guessed_at(
 def test_a_base_without_config_comes_back(adapter: Path, tmp_path: Path) -> None:
     folder = write_base(tmp_path / "base", config=None)
     assert_restores(folder, merged(tmp_path, folder, adapter), tmp_path)
+
+
+def test_a_swap_of_a_base_that_was_one_file_has_a_config(tmp_path: Path) -> None:
+    base = toys.write_base(tmp_path / "base") / "model.safetensors"
+    one, two = (
+        toys.write_adapter(tmp_path / n, toys.attention(seed=i)) for i, n in enumerate(("1", "2"))
+    )
+    regraft.merge(base, one, tmp_path / "merged")
+    receipt = regraft.swap(tmp_path / "merged", two, tmp_path / "swapped")
+    regraft.merge(base, two, tmp_path / "expected")
+    for name in ("config.json", "model.safetensors"):
+        found, expected = ((tmp_path / n / name).read_bytes() for n in ("swapped", "expected"))
+        assert found == expected
+    assert any("config.json is the merged model's" in note for note in receipt.warnings)

@@ -25,7 +25,7 @@ from regraft.verifying.inputs import (
     not_of_receipt,
 )
 from regraft.verifying.receipts import ReceiptCheck, check_receipt
-from regraft.verifying.report import Difference, TensorVerdict, VerifyReport, overall
+from regraft.verifying.report import FINE, Difference, TensorVerdict, VerifyReport, overall
 
 if TYPE_CHECKING:
     from regraft.merging.files.receipt import Receipt
@@ -306,6 +306,8 @@ def _report(
         from regraft.verifying.summary import conclude
 
         tensors, said = conclude(judged.tensors, judged.touched)
+        if any(tensor.verdict not in FINE for tensor in tensors):
+            sentences, inputs = [*sentences, *filter(None, [inputs])], ""  # what explains the rest
         sentences += said
         differences += tuple(Difference("config.json", "", what) for what in judged.config)
         warnings += judged.warnings + judged.another_base
