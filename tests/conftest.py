@@ -74,7 +74,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Remove stale kernels, and let files be flushed without waiting for the disk."""
     sys.meta_path.insert(0, _AsWritten)
     os.fsync = os.fstat  # fails for what is no open file, too; nobody cuts the power meanwhile
-    _keep_bytecode()
     _remove_stale_kernels()
     processes = len(getattr(config.option, "tx", None) or ())
     if processes > 1:  # in the process that starts the workers of pytest-xdist
@@ -126,15 +125,6 @@ def _what_is_there_is_frozen() -> None:
     """Leave out of all garbage collections what is there by now: some libraries ask for many."""
     gc.collect()
     gc.freeze()
-
-
-def _keep_bytecode() -> None:
-    """Have Python keep what it compiles, as numba does, whatever the environment says.
-
-    Each process that tests start would compile all of regraft anew, and each run all tests.
-    """
-    sys.dont_write_bytecode = False
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def _remove_stale_kernels() -> None:

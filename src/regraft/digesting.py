@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from blake3 import blake3
-
-from regraft.concurrency import for_each
-from regraft.deltas.kernels.weights import Bytes
+from regraft.concurrency import default_threads, for_each
 from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.files.known_digests import KnownDigests, Range
 from regraft.formats.files.reading import FilePool
@@ -25,11 +20,6 @@ from regraft.formats.hub import locate
 from regraft.merging.options import MergeOptions
 from regraft.progress import Progress, ProgressMeter, tell
 from regraft.tensors import TensorSpec
-
-_PIECE = 4 * 2**20
-"""Bytes of a tensor that a thread reads at a time."""
-
-_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -67,13 +57,14 @@ def digest(
 ) -> DigestReport:
     """Return the blake3 of every tensor of a model, and keep them for later work.
 
-    A later merge, or other work that copies tensors of a file that is as it is now, takes their
-    digests from here. They are kept in ``~/.cache/regraft``, or where ``REGRAFT_CACHE`` says.
+    A later merge, or other work, that is told to use them (``digest_cache``) takes them from here
+    for files that are then as they are now. They are kept in ``~/.cache/regraft``, or where
+    ``REGRAFT_CACHE`` says.
 
     Args:
         base: a folder, a single weights file, or a Hub id ``org/name[@revision]``; plain or
             quantized.
-        threads: worker threads; by default 4.
+        threads: worker threads; by default three more than there are cores at hand.
         token: Hub token; by default the one the machine is logged in with.
         progress: called as work proceeds.
 
@@ -81,7 +72,7 @@ def digest(
         RegraftError: it cannot be opened or read, or was changed meanwhile.
     """
     started = time.perf_counter()
-    count = MergeOptions.of(threads=threads).threads or _THREADS
+    count = MergeOptions.of(threads=threads).threads or default_threads()
     tell(progress, "read", 0)
     stored = open_checkpoint(locate(base, kind="base", token=token))
     known, specs = KnownDigests.of_user(), list(stored.tensors.values())
@@ -107,20 +98,9 @@ def _hashed(specs: list[TensorSpec], threads: int, told: ProgressMeter) -> dict[
     found: dict[str, str] = {}
     with FilePool() as files:
 
-        def work(spec: TensorSpec, memory: Bytes) -> None:
-            hasher = blake3()
-            for at, size in _pieces(spec.nbytes):
-                piece = memory[:size]
-                files.read_into(spec, at, piece.data)
-                hasher.update(piece.data)
-                told.add(size)
-            found[spec.name] = hasher.hexdigest()  # one thread's, and a name of its own: no lock
-            told.add(0, spec.name)
+        def work(spec: TensorSpec, _: None) -> None:
+            found[spec.name] = files.digest(spec)  # one thread's, and a name of its own: no lock
+            told.add(spec.nbytes, spec.name)
 
-        for_each(specs, work, threads, memory=lambda: np.empty(_PIECE, np.uint8))
+        for_each(specs, work, threads, memory=lambda: None)
     return found
-
-
-def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    for at in range(0, nbytes, _PIECE):
-        yield at, min(_PIECE, nbytes - at)

@@ -15,7 +15,6 @@ from blake3 import blake3
 import regraft
 from merging import toys
 from merging.processes import command_here
-from mounting import mounted
 from regraft.errors import MismatchError
 from regraft.formats.files import known_digests
 from regraft.formats.files.known_digests import KnownDigests
@@ -51,16 +50,6 @@ def lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the lists, where there is none yet."""
     monkeypatch.setenv(known_digests.PLACE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "digests"
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return toys.write_base(tmp_path / "base")
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return toys.write_adapter(tmp_path / "adapter")
 
 
 def known_of(receipt: regraft.Receipt) -> set[bool]:
@@ -316,12 +305,6 @@ def test_bytes_that_rotted_since_are_found(
     put_wrong(lists, base / WEIGHTS, name)
     merge(base, adapter, tmp_path / "out")
     assert not regraft.verify(tmp_path / "out").ok
-
-
-@pytest.fixture(scope="module")
-def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with mounted(["mkfs.xfs", "-q"], tmp_path_factory.mktemp("xfs"), 400 * 2**20) as place:
-        yield place
 
 
 @pytest.mark.usefixtures("lists")

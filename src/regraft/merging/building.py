@@ -107,7 +107,7 @@ def _remember(task: Task, outcome: Outcome, out: Path) -> None:
             record = next(records)
             found[out / target.name][offset, step.nbytes] = record.blake3
             if task.open_source is None and is_stored(step) and not record.known:
-                spec = step.source if step.coded is None else step.coded.codes
+                spec = step.stored
                 found[spec.path][spec.start, spec.nbytes] = record.source_blake3
     for keep in task.keeps if task.open_source is None else ():
         spec = keep.original

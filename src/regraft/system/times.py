@@ -56,7 +56,8 @@ memory do not, and images that are made to be alike have the same dates."""
 def dates_changes(device: int) -> bool:
     """Whether a file of a device that has the number, size and times it had is what it was; not,
     where the system does not say what the device is."""
-    return _kinds(device) <= {*_DATED} and bool(_kinds(device))
+    kinds = kinds_of(device, _mounts() or "")
+    return bool(kinds) and kinds <= {*_DATED}
 
 
 def boot() -> str:
@@ -70,13 +71,12 @@ def boot() -> str:
         return ""
 
 
-def _kinds(device: int) -> set[str]:
-    """Return the kinds of file system that a device is mounted as."""
+def _mounts() -> str | None:
+    """Return what is mounted here; None where the system does not say."""
     try:
-        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
+        return Path("/proc/self/mountinfo").read_text(errors="replace")
     except OSError:
-        return set()
-    return kinds_of(device, mounts)
+        return None
 
 
 def has_inodes(device: int, mounts: str | None = None) -> bool:
@@ -88,11 +88,9 @@ def has_inodes(device: int, mounts: str | None = None) -> bool:
         device: ``st_dev`` of a file.
         mounts: what ``/proc/self/mountinfo`` says, by default now; without it they are taken to.
     """
+    mounts = _mounts() if mounts is None else mounts
     if mounts is None:
-        try:
-            mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
-        except OSError:
-            return True
+        return True
     return not any(kind.startswith(_WITHOUT_INODES) for kind in kinds_of(device, mounts))
 
 

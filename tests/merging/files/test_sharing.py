@@ -16,25 +16,14 @@ from safetensors.numpy import save_file
 import regraft
 from merging import toys
 from merging.processes import errors, regraft_command
-from mounting import mounted
 from regraft.errors import DiskSpaceError, EnvironmentShortfall, UsageError
 from regraft.formats.safetensors import read_header
 from regraft.merging.files import direct_io
 from regraft.system import sharing
 
 MIB = 2**20
-SIZE = 400 * MIB
-"""XFS asks for 300 MiB or more; the file that it lies in has holes."""
-
 MERGED, KEPT = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.table"
 ROWS, WIDTH = 300, 256
-
-
-@pytest.fixture(scope="module")
-def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system that shares blocks."""
-    with mounted(["mkfs.xfs", "-q"], tmp_path_factory.mktemp("xfs"), SIZE) as place:
-        yield place
 
 
 @pytest.fixture

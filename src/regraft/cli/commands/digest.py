@@ -9,7 +9,7 @@ from regraft.cli.output import Output
 
 NOT_KEPT = (
     "the digests were not kept: there is no folder for them (REGRAFT_CACHE), it cannot be written "
-    "to, or the model lies on a file system that does not number its files for good"
+    "to, a file was changed in the last minute, or lies where times are not believed (as in memory)"
 )
 
 
@@ -24,8 +24,8 @@ def command(base: str, threads: int | None, token: str | None, as_json: bool, qu
 
     A receipt has the digest of everything that was read. Of files that are as they were (by device,
     inode, size and the times of their last changes) merge, unmerge, swap, convert, quantize and
-    dequantize take it from here, and from each other. The lists lie in ~/.cache/regraft, or where
-    the variable REGRAFT_CACHE says; they may be removed at any time.
+    dequantize with --digest-cache take it from here, and from each other. The lists lie in
+    ~/.cache/regraft, or where the variable REGRAFT_CACHE says; they may be removed at any time.
 
     \b
     Examples:

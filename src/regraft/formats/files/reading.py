@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from blake3 import blake3
+
 from regraft.errors import AccessError, FormatError, InputError
 from regraft.formats.files.watching import Watch, current
 from regraft.formats.problems import quoted
@@ -174,6 +176,18 @@ class FilePool:
         content = bytearray(spec.nbytes)
         self.read_into(spec, 0, content)
         return bytes(content)
+
+    def digest(self, spec: TensorSpec, piece: int = 2**20) -> str:
+        """Return the blake3 (hex) of a tensor's bytes; ``piece`` of them are in memory at a time.
+
+        Raises as :meth:`read_into` does.
+        """
+        digest, buffer = blake3(), bytearray(min(piece, spec.nbytes))
+        for start in range(0, spec.nbytes, piece):
+            part = memoryview(buffer)[: spec.nbytes - start]
+            self.read_into(spec, start, part)
+            digest.update(part)
+        return digest.hexdigest()
 
     def _fill(self, spec: TensorSpec, position: int, view: memoryview) -> None:
         fd = self._descriptor(spec.path)

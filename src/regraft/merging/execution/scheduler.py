@@ -195,9 +195,8 @@ def _copied(shared: _Shared, step: Step, source: Source) -> Copied:
     """Return what is known of the stored bytes of a step's source."""
     if not is_stored(step):
         return Copied(shared.files)
-    spec = source.origin(step.source) if step.coded is None else None
-    stored = shared.stored.origin(step.coded.codes) if step.coded is not None else spec
-    digest = shared.task.reuse.known.of(stored) if stored is not None else None
+    spec = (source if step.coded is None else shared.stored).origin(step.stored)
+    digest = shared.task.reuse.known.of(spec) if spec is not None else None
     return Copied(shared.files, spec, digest)
 
 

@@ -116,8 +116,9 @@ class StepRun:
 
     def _to_write(self, tile: Tile, at: int) -> list[tuple[int, int]]:
         """Share what can be of a tile; return the ranges of its bytes that have to be written."""
-        size, place = tile.write, self._copied.place(tile.read_at)
-        if place is None or not (self.step.is_copy and self._file.shares):
+        size, shares = tile.write, self.step.is_copy and self._file.shares
+        place = self._copied.place(tile.read_at) if shares else None
+        if place is None:
             return [(0, size)]
         first, last = self._file.share(at, size, place)
         return [part for part in ((0, first), (last, size)) if part[0] < part[1]]
@@ -185,7 +186,7 @@ class StepRun:
             dtype=step.dtype,
             shape=step.shape,
             source=kept_name(step),
-            source_dtype=step.source.dtype if step.coded is None else step.coded.codes.dtype,
+            source_dtype=step.stored.dtype,
             source_blake3=source,
             blake3=source if same_bytes else self._result_hash.hexdigest(),
             features=step.features,

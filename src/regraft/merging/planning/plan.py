@@ -119,6 +119,11 @@ class Step:
         return not (computed or self.source.is_virtual) and self.source.dtype == self.dtype
 
     @property
+    def stored(self) -> TensorSpec:
+        """The stored tensor that it is made from: of a weight that stays quantized, its codes."""
+        return self.source if self.coded is None else self.coded.codes
+
+    @property
     def codes_of(self) -> QuantizedWeight | None:
         """The weight whose codes the result is, kept or made; None if it is none."""
         if self.made is not None:
@@ -194,7 +199,7 @@ SCALE_BYTES = 20
 
 def kept_name(step: Step) -> str:
     """Return the base's tensor that a step is made from, as receipt and patch call it."""
-    return step.coded.codes.name if step.coded is not None else step.source.name
+    return step.stored.name
 
 
 _FACTORIZATIONS = {"pissa": (46, 28), "olora": (40, 0)}

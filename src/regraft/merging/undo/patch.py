@@ -153,15 +153,10 @@ class PatchWriter:
 
 def digest_of(files: FilePool, spec: TensorSpec, piece: int = 2**20) -> str | None:
     """Return the blake3 (hex) of a tensor's bytes; None if the file ends before they do."""
-    digest, buffer = blake3(), np.empty(min(piece, max(spec.nbytes, 1)), np.uint8)
     try:
-        for start in range(0, spec.nbytes, piece):
-            part = buffer[: min(piece, spec.nbytes - start)]
-            files.read_into(spec, start, part.data)
-            digest.update(part.data)
+        return files.digest(spec, piece)
     except FormatError:
         return None
-    return digest.hexdigest()
 
 
 class PatchReader:
