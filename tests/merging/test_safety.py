@@ -176,7 +176,8 @@ def test_an_exception_of_the_callers_own_passes(
             raise error
 
     with pytest.raises(type(error)):
-        regraft.merge(base, adapter, tmp_path / "out", progress=progress)
+        # One thread: what is done is then surely the first tensor, which the work is kept for.
+        regraft.merge(base, adapter, tmp_path / "out", progress=progress, threads=1)
     if stage == "read" or isinstance(error, ValueError):
         assert tree(tmp_path) == before
     else:  # not the work's fault: it can be gone on with
