@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -147,3 +149,31 @@ def test_whoever_listens_is_told_before_a_function_is_compiled(cache: Path) -> N
         path.unlink()
     run(cache)
     assert told == ["compiling"]  # nobody listens any more
+
+
+LOADS = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("doubling", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from numba import njit
+print(module.double(21), sum(module.double.stats.cache_hits.values()))
+print("numba.cpython.setobj" in sys.modules)
+
+@njit
+def fourfold(x):
+    return module_double(module_double(x))
+
+module_double = module.double
+print(fourfold(5))
+"""
+
+
+def test_what_is_loaded_needs_none_of_what_compiling_needs_and_may_be_compiled_against(
+    cache: Path,
+) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", LOADS, str(cache.parent / "doubling.py")]
+    for found in (["42", "0", "True", "20"], ["42", "1", "False", "20"]):
+        told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert told.stdout.split() == found
