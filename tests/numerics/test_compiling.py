@@ -152,19 +152,16 @@ def test_whoever_listens_is_told_before_a_function_is_compiled(cache: Path) -> N
 
 
 LOADS = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("doubling", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+import sys
+from doubling import double
 from numba import njit
-print(module.double(21), sum(module.double.stats.cache_hits.values()))
+print(double(21), sum(double.stats.cache_hits.values()))
 print("numba.cpython.setobj" in sys.modules)
 
 @njit
 def fourfold(x):
-    return module_double(module_double(x))
+    return double(double(x))
 
-module_double = module.double
 print(fourfold(5))
 """
 
@@ -172,8 +169,9 @@ print(fourfold(5))
 def test_what_is_loaded_needs_none_of_what_compiling_needs_and_may_be_compiled_against(
     cache: Path,
 ) -> None:
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-c", LOADS, str(cache.parent / "doubling.py")]
+    path = os.pathsep.join([str(cache.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": path}
+    command = [sys.executable, "-c", LOADS]
     for found in (["42", "0", "True", "20"], ["42", "1", "False", "20"]):
         told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert told.stdout.split() == found
+        assert (told.stdout.split(), told.stderr) == (found, "")
