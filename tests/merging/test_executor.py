@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from regraft.concurrency import Sequencer
-from regraft.merging.execution.executor import Run, execute_runs
+from regraft.merging.execution.executor import BATCH_BYTES, Run, execute_runs
 
 SHORT = 0.001
 """Seconds in which another thread comes along."""
@@ -36,8 +36,11 @@ class Log:
 class Word(Run[int, list[str]]):
     """A job that puts together a word, letter by letter and in order."""
 
-    def __init__(self, log: Log, word: str, cost: int = 1, broken: int | None = None) -> None:
+    def __init__(
+        self, log: Log, word: str, cost: int = 1, broken: int | None = None, size: int = BATCH_BYTES
+    ) -> None:
         self._log, self._word, self._cost, self._broken = log, word, cost, broken
+        self._size = size
         self._order, self.written = Sequencer(), ""
         log.begun.append(word)
 
@@ -48,6 +51,10 @@ class Word(Run[int, list[str]]):
     @property
     def cost(self) -> int:
         return self._cost
+
+    def size(self, tile: int) -> int:
+        del tile
+        return self._size
 
     def work(self, tile: int, memory: list[str]) -> None:
         memory.append(self._word[tile])
@@ -118,6 +125,19 @@ def test_the_jobs_under_way_keep_to_the_room() -> None:
     log = Log()
     run(Word(log, word, cost=number % 4) for number, word in enumerate(WORDS))
     assert log.most == 3
+    assert log.taken == 0
+
+
+@pytest.mark.parametrize("size", [1, BATCH_BYTES // 5, BATCH_BYTES])
+@pytest.mark.parametrize("costs", [(0,), (3,), (0, 3), (0, 0, 0, 2, 3), (1, 0, 3)])
+def test_small_tiles_that_are_done_by_one_thread_keep_nobody_waiting(
+    costs: tuple[int, ...], size: int
+) -> None:
+    log = Log()
+    words = (Word(log, w, cost=costs[n % len(costs)], size=size) for n, w in enumerate(WORDS))
+    run(words)
+    assert (sorted(log.ended), log.begun) == (WORDS, WORDS)
+    assert log.most == max(costs)
     assert log.taken == 0
 
 

@@ -200,8 +200,12 @@ def entry_trouble(name: str, entry: Any) -> tuple[str, str, str] | None:
 
 
 def _are_sizes(value: Any) -> bool:
-    # bool is an int to isinstance, but not to the format
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < _LIMIT for n in value)
+    if not isinstance(value, list):
+        return False
+    for n in value:  # noqa: SIM110  # a generator takes twice as long, a hundred thousand times
+        if type(n) is not int or not 0 <= n < _LIMIT:  # bool is an int to isinstance
+            return False
+    return True
 
 
 def _size_trouble(dtype: str, shape: list[int], offsets: list[int]) -> tuple[str, str, str] | None:

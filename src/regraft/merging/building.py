@@ -67,7 +67,7 @@ def build(
         _remember(task, outcome, place.out)
         tell(progress, "finish", plan.nbytes)
         return write_rest(
-            plan, outcome, place.out, command,
+            plan, task.targets, outcome, place.out, command,
             lambda: (time.perf_counter() - started, peak_memory(), plan.threads),
             sides, patch, keeping,
         )  # fmt: skip
@@ -101,6 +101,8 @@ def reuse_of(read: Checkpoint, folder: OutputFolder, options: MergeOptions) -> R
 
 def _remember(task: Task, outcome: Outcome, out: Path) -> None:
     """Keep the digests of the base's files, where these were read, and of those that were made."""
+    if not task.reuse.known.are_wanted:
+        return
     found = defaultdict[Path, dict[Range, str]](dict)
     records = iter(outcome.records)
     for target in task.targets:

@@ -136,6 +136,11 @@ class NameMap:
         """Return the names of an experts module's parameters as registered, () when unknown."""
         return self._facts.experts.get(template(module), (None, ()))[1]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is known to keep stacks of experts' matrices."""
+        return bool(self._facts.experts)
+
     def is_transposed(self, module: str) -> bool | None:
         """Return whether an experts module stores (in, out) matrices; None when unknown."""
         return self._facts.experts.get(template(module), (None, ()))[0]

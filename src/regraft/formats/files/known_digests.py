@@ -84,6 +84,11 @@ class KnownDigests:
         folder = cache_folder() if wanted else None
         return cls(folder / "digests" if folder is not None else None)
 
+    @property
+    def are_wanted(self) -> bool:
+        """Whether there is a folder to keep them in."""
+        return self._folder is not None
+
     def of(self, spec: TensorSpec) -> str | None:
         """Return the blake3 (hex) of a stored tensor's bytes; None if it is not known."""
         if self._folder is None or spec.is_virtual:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
-from regraft.concurrency import MemoryGate, for_each
+from regraft.concurrency import Abandoned, MemoryGate, for_each
 
 Tile = TypeVar("Tile")
 Memory = TypeVar("Memory")
+
+BATCH_BYTES = 256 * 2**10
+"""A thread takes tiles until they are of so many bytes: one that is large, or many small ones."""
 
 
 class Run(ABC, Generic[Tile, Memory]):
@@ -29,7 +32,11 @@ class Run(ABC, Generic[Tile, Memory]):
     @property
     @abstractmethod
     def cost(self) -> int:
-        """Bytes of memory that it takes from its first tile to its end."""
+        """Bytes of memory that it takes from its first tile to its end; 0 waits for nobody."""
+
+    @abstractmethod
+    def size(self, tile: Tile) -> int:
+        """Bytes of a tile: small ones are handed out several at a time."""
 
     @abstractmethod
     def work(self, tile: Tile, memory: Memory) -> None:
@@ -55,6 +62,10 @@ class Run(ABC, Generic[Tile, Memory]):
         """Wake whoever waits in :meth:`work`: somebody failed. May be called more than once."""
 
 
+Part: TypeAlias = tuple[Run[Tile, Memory], Tile]
+"""A job, and a tile of it."""
+
+
 def execute_runs(
     runs: Iterable[Run[Tile, Memory]], threads: int, *, room: int, memory: Callable[[], Memory],
     stop: Callable[[], None],
@@ -73,7 +84,7 @@ def execute_runs(
         BaseException: the first error of any thread, once all threads have ended.
     """
     execution = _Execution[Tile, Memory](room, stop)
-    for_each(execution.parts(runs), execution.work, threads, memory=memory, stop=execution.stop)
+    for_each(execution.batches(runs), execution.work, threads, memory=memory, stop=execution.stop)
 
 
 class _Execution(Generic[Tile, Memory]):
@@ -82,26 +93,44 @@ class _Execution(Generic[Tile, Memory]):
     def __init__(self, room: int, stop: Callable[[], None]) -> None:
         self._gate, self._stop = MemoryGate(room), stop
         self._left: dict[Run[Tile, Memory], int] = {}
+        self._stopped = False
         self._lock = threading.Lock()  # over ``_left``, and every ``account``; never while waiting
 
-    def parts(
-        self, runs: Iterable[Run[Tile, Memory]]
-    ) -> Iterator[tuple[Run[Tile, Memory], Tile, bool]]:
-        """Yield jobs with their tiles, and whether a tile is a job's first."""
+    def batches(self, runs: Iterable[Run[Tile, Memory]]) -> Iterator[list[Part[Tile, Memory]]]:
+        """Yield jobs' tiles, as many at a time as make :data:`BATCH_BYTES`.
+
+        Threads that each do one small tile after the other spend their time on handing over.
+        """
+        batch, size = list[Part[Tile, Memory]](), 0
         for run in runs:
+            if run.cost:
+                if batch:  # what is inside may be in it
+                    yield batch
+                    batch, size = [], 0
+                # Jobs enter in their order. Those inside were all handed out, and need nothing of
+                # this one, nor of any later one, to end: so the wait ends.
+                self._gate.enter(run.cost)
             tiles = run.tiles
             with self._lock:  # before any of its tiles is out, so that ``stop`` knows of it
                 self._left[run] = len(tiles)
-            for number, tile in enumerate(tiles):
-                yield run, tile, number == 0
+            for tile in tiles:
+                batch.append((run, tile))
+                size += run.size(tile)
+                if size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
 
-    def work(self, part: tuple[Run[Tile, Memory], Tile, bool], memory: Memory) -> None:
+    def work(self, batch: list[Part[Tile, Memory]], memory: Memory) -> None:
+        """Do tiles one after the other, so that none waits for a later one of its batch."""
+        for run, tile in batch:
+            if self._stopped:
+                raise Abandoned
+            self._work(run, tile, memory)
+
+    def _work(self, run: Run[Tile, Memory], tile: Tile, memory: Memory) -> None:
         """Do a tile; with the last one, end its job."""
-        run, tile, first = part
-        if first:
-            # The jobs inside were begun before, and need nothing of this one to end: their tiles
-            # are all handed out. So the wait ends.
-            self._gate.enter(run.cost)
         run.work(tile, memory)
         with self._lock:
             self._left[run] -= 1
@@ -111,10 +140,12 @@ class _Execution(Generic[Tile, Memory]):
             run.finish()
             with self._lock:
                 del self._left[run]
-            self._gate.leave(run.cost)
+            if run.cost:
+                self._gate.leave(run.cost)
 
     def stop(self) -> None:
-        """Wake all who wait."""
+        """Begin nothing more, and wake all who wait."""
+        self._stopped = True
         self._gate.fail()
         self._stop()
         with self._lock:

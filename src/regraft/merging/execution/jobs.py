@@ -75,6 +75,11 @@ class Done:
     adapter: tuple[tuple[str, str, str], ...]
     sections: tuple[Written, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what the journal says of it; its sections are told by whoever wrote them."""
+        record = None if self.record is None else vars(self.record)
+        return {**vars(self), "record": record, "sections": []}
+
     @classmethod
     def read(cls, entry: dict[str, Any]) -> Done | None:
         """Return a journal's entry; None if it is none."""

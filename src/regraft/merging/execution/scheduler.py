@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from regraft.errors import RegraftError
 from regraft.formats.files.known_digests import KnownDigests
@@ -144,6 +144,10 @@ class _JobRun(Run[Tile, TileMemory]):
         """Memory that its factors take."""
         return self._doing.cost
 
+    def size(self, tile: Tile) -> int:
+        """What a tile reads, and what it writes."""
+        return tile.read + tile.write
+
     def work(self, tile: Tile, memory: TileMemory) -> None:
         """Do a tile, and leave what is kept of it in the log."""
         payload = self._doing.work(tile, memory)
@@ -160,7 +164,7 @@ class _JobRun(Run[Tile, TileMemory]):
     def _close(self, done: Done, sections: Sequence[tuple[str, bytes]]) -> None:
         """Leave the job's end in the log."""
         self._shared.done[done.name] = done  # one thread's, and a name of its own: no lock
-        entry = {k: v for k, v in asdict(done).items() if k != "sections"}
+        entry = done.to_json()
         self._shared.log.close_job(self._number, Closing(len(self._tiles), entry, sections))
 
 

@@ -43,6 +43,7 @@ KEPT = "the work so far is kept: the same command goes on from there, `regraft c
 _TRIES = 20
 _INTERRUPTIONS = (KeyboardInterrupt, SystemExit, EnvironmentShortfall, OSError, MemoryError)
 _DIGEST = 16
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 """Characters of the digest at the front of a journal's line."""
 
 
@@ -103,7 +104,7 @@ class Workplace:
         It is not flushed to the disk: what it says is held against the files when it is read.
         """
         if self._journal is not None:
-            content = json.dumps(entry, separators=(",", ":")).encode()
+            content = _ENCODER.encode(entry).encode()
             line = _digest_of(content) + b" " + content + b"\n"
             while line:
                 line = line[os.write(self._journal, line) :]

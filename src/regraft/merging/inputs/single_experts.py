@@ -59,7 +59,7 @@ def as_slice(names: NameMap, name: str) -> Piece | None:
         names: of the model, which has to be known to keep such a stack.
         name: the tensor's.
     """
-    for stack, expert in stacks_of(name):
+    for stack, expert in stacks_of(name) if names.has_experts else ():
         module, _, leaf = stack.rpartition(".")
         if leaf in names.expert_parameters(module):
             return piece_of(Piece(stack), expert, names.is_transposed(module))

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ class Step:
     coded: QuantizedWeight | None = None
     made: Made | None = None
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the result."""
         return nbytes_of(self.dtype, self.shape)
@@ -145,7 +146,7 @@ class Step:
         edges = [edge for segment in self.segments for edge in segment.rows if edge != height]
         return Units.of(height, width, edges)
 
-    @property
+    @cached_property
     def deltas(self) -> tuple[Delta, ...]:
         """Every delta of every segment."""
         return tuple(delta for segment in self.segments for delta in segment.deltas)
@@ -169,9 +170,11 @@ class Step:
     def _distinct(self) -> tuple[tuple[int, float], ...]:
         return tuple(dict.fromkeys((delta.adapter, delta.scale) for delta in self.deltas))
 
-    @property
+    @cached_property
     def factor_bytes(self) -> int:
         """Upper bound of the memory its factors take while it is worked on."""
+        if not (self.segments or self.patches or self.made):
+            return 0
         views = {(v.spec.path, v.spec.name): v.spec for v in self._views() if v.spec is not None}
         widest = max((_packed_bytes(segment) for segment in self.segments), default=0)
         scales = self.made.scale_bytes if self.made is not None else 0
@@ -230,7 +233,7 @@ class OutputShard:
     name: str
     steps: tuple[Step, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
         return sum(step.nbytes for step in self.steps)
@@ -275,7 +278,7 @@ class Plan:
         """The base as it is on disk."""
         return self.base if self.quantization is None else self.quantization.stored
 
-    @property
+    @cached_property
     def steps(self) -> tuple[Step, ...]:
         """Every step, in the order of the output's files."""
         return tuple(step for shard in self.shards for step in shard.steps)

@@ -13,6 +13,8 @@ from regraft.merging.files.direct_io import BLOCK
 from regraft.merging.planning.plan import OutputShard, Plan, Step
 from regraft.quant.weight import QuantizedWeight
 
+_ENCODER = json.JSONEncoder(default=str)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -83,7 +85,7 @@ def plan_digest(plan: Plan) -> str:
     steps = sorted(plan.steps, key=lambda step: step.name)
     digest = hashlib.sha256()
     for step in steps:
-        digest.update(json.dumps(_step(step), default=str).encode())
+        digest.update(_ENCODER.encode(_step(step)).encode())
     return digest.hexdigest()
 
 
