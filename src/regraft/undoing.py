@@ -33,7 +33,7 @@ from regraft.merging.options import MergeOptions, parse_dtype
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import fit_memory, make_plan, settled
 from regraft.merging.planning.report import UnmergeReport
-from regraft.merging.planning.targets import plan_digest
+from regraft.merging.planning.targets import Target, merge_targets, plan_digest, shared_bytes
 from regraft.merging.undo.corrections import corrections_of
 from regraft.merging.undo.keeping import (
     UndoSettings,
@@ -56,7 +56,7 @@ from regraft.progress import Progress, tell
 from regraft.system.memory import peak_memory
 
 if TYPE_CHECKING:
-    from regraft.merging.execution.scheduler import OpenSource
+    from regraft.merging.execution.scheduler import OpenSource, Reuse
     from regraft.merging.undo.restore import Restoration
 
 RECEIPT = "regraft/receipt.json"
@@ -111,12 +111,14 @@ def unmerge(
     from regraft.merging.building import rebuild, reuse_of
 
     reuse = reuse_of(found.merged, output, options)
-    output.check_space(sum(file.size for file in found.manifest.files))
+    if not reuse.share:
+        output.check_space(found.base_bytes)
 
     with output.work() as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, options)
         targets = base_targets(undone.stored, found.manifest, patch)
+        output.check_space(found.base_bytes - _shared(targets, undone, reuse))
         shards = base_shards(targets)
         steps = [step for target in targets for step in target.steps]
         count, tile, memory = fit_memory(steps, options, undone.steps)
@@ -206,7 +208,8 @@ def swap(
     from regraft.merging.compute.factors import FactorStore
 
     reuse = reuse_of(found.merged, output, options)
-    output.check_space(sum(file.size for file in found.manifest.files))
+    if not reuse.share:
+        output.check_space(found.base_bytes)
     with output.work() as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, options)
@@ -218,7 +221,7 @@ def swap(
         notes = notes_of_another_base(read, base, quantization, restored)
         warn(notes, stacklevel=3)
         made = replace(made, warnings=(*made.warnings, *unsure, *notes))
-        output.check_space(made.disk_bytes)
+        output.check_space(made.disk_bytes - _shared(merge_targets(made), undone, reuse))
         called = command or merge_call("swap", found.located.source, made)
         return build(
             made, work, [*found.files, *adapter_files(read)], called, started,
@@ -269,6 +272,11 @@ class _MergedModel:
     def inputs(self) -> list[Path]:
         """The folders that are read."""
         return [self.folder, *(Path(adapter.root) for adapter in self.adapters)]
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base's weight files."""
+        return sum(file.size for file in self.manifest.files)
 
     @property
     def files(self) -> list[Path]:
@@ -405,6 +413,11 @@ def _undone(
         steps, kept, found.merged.tensors, source.tensors, old.rounding or "stochastic", old.seed
     )
     return _Undone(base, quantization, steps, recipe)
+
+
+def _shared(targets: Sequence[Target], undone: _Undone, reuse: Reuse) -> int:
+    """Return the bytes of files to be made that are to share blocks with the merged model's."""
+    return shared_bytes(targets, undone.recipe.origin) if reuse.share else 0
 
 
 def _with_config(base: Checkpoint, found: _MergedModel) -> tuple[Checkpoint, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from regraft.formats.safetensors import build_header
 from regraft.merging.files.direct_io import BLOCK
 from regraft.merging.planning.plan import OutputShard, Plan, Step
 from regraft.quant.weight import QuantizedWeight
+from regraft.tensors import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,36 @@ def _beginning(shard: OutputShard) -> dict[str, int]:
     return {} if best is None or best % 8 else {"align": BLOCK, "remainder": best}
 
 
-def shared_bytes(plan: Plan) -> int:
-    """Return how many bytes of a plan's output lie in blocks as they do in the base's files."""
-    return sum(
-        step.nbytes
-        for target in merge_targets(plan)
-        for step, offset in zip(target.steps, target.offsets, strict=True)
-        if step.is_copy and not (step.source.start - offset) % BLOCK
-    )
+Origin = Callable[[TensorSpec], TensorSpec | None]
+"""Gives the tensor of a file whose bytes are those of a base's tensor; None where there is none."""
+
+
+def as_it_is(spec: TensorSpec) -> TensorSpec | None:
+    """Return a tensor of a base that is read from its own files."""
+    return spec
+
+
+def shared_bytes(targets: Iterable[Target], origin: Origin = as_it_is) -> int:
+    """Return how many bytes of files to be made are whole blocks of files that are there.
+
+    Args:
+        targets: the files to be made.
+        origin: where the bytes of the base's tensors are; an adapter's are in its own file.
+    """
+    total = 0
+    for target in targets:
+        for step, offset in zip(target.steps, target.offsets, strict=True):
+            if step.is_copy:
+                spec = origin(step.source) if step.source_adapter is None else step.source
+                total += _whole_blocks(offset, step.nbytes, spec)
+    return total
+
+
+def _whole_blocks(offset: int, nbytes: int, spec: TensorSpec | None) -> int:
+    """Return the bytes of a tensor that fill blocks, if they do so in the other file as well."""
+    if spec is None or (spec.start - offset) % BLOCK:
+        return 0
+    return max((offset + nbytes) // BLOCK - -(-offset // BLOCK), 0) * BLOCK
 
 
 def plan_digest(plan: Plan) -> str:
