@@ -54,6 +54,7 @@ from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weigh
 from regraft.merging.undo.patch import PatchReader
 from regraft.progress import Progress, tell
 from regraft.system.memory import peak_memory
+from regraft.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from regraft.merging.execution.scheduler import OpenSource, Reuse
@@ -417,7 +418,12 @@ def _undone(
 
 def _shared(targets: Sequence[Target], undone: _Undone, reuse: Reuse) -> int:
     """Return the bytes of files to be made that are to share blocks with the merged model's."""
-    return shared_bytes(targets, undone.recipe.origin) if reuse.share else 0
+
+    def origin(step: Step) -> TensorSpec | None:
+        own = step.source_adapter is not None
+        return step.source if own else undone.recipe.origin(step.source)
+
+    return shared_bytes(targets, origin) if reuse.share else 0
 
 
 def _with_config(base: Checkpoint, found: _MergedModel) -> tuple[Checkpoint, list[str]]:

@@ -148,6 +148,8 @@ def test_a_system_that_stops_sharing_is_written_to(
         return len(asked) == 1 and sharing.share_blocks(*arguments)
 
     monkeypatch.setattr(direct_io, "share_blocks", once)
+    after = {"model.layers.1.mlp.table.weight": toys.draw(8 * ROWS, WIDTH)}
+    toys.write_base(place / "base", base_tensors() | after)  # the merged tensor parts two ranges
     regraft.merge(place / "base", place / "adapter", place / "out", threads=1)
     assert len(asked) == 2
     monkeypatch.undo()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.formats.safetensors import build_header
-from regraft.merging.files.direct_io import BLOCK
+from regraft.merging.files.direct_io import BLOCK, whole_blocks
 from regraft.merging.planning.plan import OutputShard, Plan, Step
 from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import TensorSpec
@@ -70,36 +70,59 @@ def _beginning(shard: OutputShard) -> dict[str, int]:
     return {} if best is None or best % 8 else {"align": BLOCK, "remainder": best}
 
 
-Origin = Callable[[TensorSpec], TensorSpec | None]
-"""Gives the tensor of a file whose bytes are those of a base's tensor; None where there is none."""
+OriginOf = Callable[[Step], TensorSpec | None]
+"""Gives the tensor of a file that has the bytes a step copies; None where these are computed."""
 
 
-def as_it_is(spec: TensorSpec) -> TensorSpec | None:
-    """Return a tensor of a base that is read from its own files."""
-    return spec
+@dataclass(frozen=True)
+class Alike:
+    """Bytes of a file to be made that lie in another file just so, with no other between them.
 
-
-def shared_bytes(targets: Iterable[Target], origin: Origin = as_it_is) -> int:
-    """Return how many bytes of files to be made are whole blocks of files that are there.
-
-    Args:
-        targets: the files to be made.
-        origin: where the bytes of the base's tensors are; an adapter's are in its own file.
+    Attributes:
+        offset: where they begin in the file to be made.
+        nbytes: how many.
+        first: the tensor of the other file that they begin with.
     """
-    total = 0
-    for target in targets:
-        for step, offset in zip(target.steps, target.offsets, strict=True):
-            if step.is_copy:
-                spec = origin(step.source) if step.source_adapter is None else step.source
-                total += _whole_blocks(offset, step.nbytes, spec)
-    return total
+
+    offset: int
+    nbytes: int
+    first: TensorSpec
 
 
-def _whole_blocks(offset: int, nbytes: int, spec: TensorSpec | None) -> int:
-    """Return the bytes of a tensor that fill blocks, if they do so in the other file as well."""
-    if spec is None or (spec.start - offset) % BLOCK:
-        return 0
-    return max((offset + nbytes) // BLOCK - -(-offset // BLOCK), 0) * BLOCK
+def own_source(step: Step) -> TensorSpec | None:
+    """Return a step's source, where sources are read from their own files."""
+    return step.source
+
+
+def alike_ranges(target: Target, origin: OriginOf) -> list[Alike]:
+    """Return what of a file lies in blocks as it does in files that are there, in order.
+
+    Tensors that follow each other in both files are one range: a block that holds the end of one
+    and the beginning of the next lies alike, too.
+    """
+    found: list[Alike] = []
+    for step, offset in zip(target.steps, target.offsets, strict=True):
+        spec = origin(step) if step.is_copy else None
+        if spec is None or (spec.start - offset) % BLOCK:
+            continue
+        if found and _follows(found[-1], offset, spec):
+            last = found.pop()
+            found.append(Alike(last.offset, last.nbytes + step.nbytes, last.first))
+        else:
+            found.append(Alike(offset, step.nbytes, spec))
+    return found
+
+
+def _follows(last: Alike, offset: int, spec: TensorSpec) -> bool:
+    """Whether a tensor comes right after a range, here and there."""
+    there = last.first.path == spec.path and last.first.start + last.nbytes == spec.start
+    return there and last.offset + last.nbytes == offset
+
+
+def shared_bytes(targets: Iterable[Target], origin: OriginOf = own_source) -> int:
+    """Return how many bytes of files to be made are whole blocks of files that are there."""
+    alike = [each for target in targets for each in alike_ranges(target, origin)]
+    return sum(last - first for first, last in (whole_blocks(a.offset, a.nbytes) for a in alike))
 
 
 def plan_digest(plan: Plan) -> str:
