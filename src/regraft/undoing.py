@@ -447,12 +447,12 @@ def _check_merged(found: _MergedModel, made: Plan) -> None:
     Raises:
         MismatchError: they do; lists every tensor.
     """
-    problems = []
+    problems, known = [], made.base.tensors.keys() | made.stored.tensors.keys()
     for step in made.steps:
         there = found.merged.tensors.get(step.name)
         expected = f"{step.dtype} {list(step.shape)}"
         has = f"{there.dtype} {list(there.shape)}" if there is not None else "nothing"
-        if step.name in {**made.base.tensors, **made.stored.tensors} and has != expected:
+        if step.name in known and has != expected:
             what = "the merged weights are not those that the patch was made for"
             problems.append(Problem(what, f"tensor {step.name!r}", expected, has))
     if problems:
