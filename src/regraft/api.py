@@ -190,7 +190,7 @@ def _shared(made: Plan, folder: OutputFolder, reflink: str) -> int:
 
 
 def _said_of_sides(made: Plan) -> tuple[str, ...]:
-    from regraft.merging.finalize import sides_of
+    from regraft.merging.planning.sides import sides_of
 
     return sides_of(made).warnings
 

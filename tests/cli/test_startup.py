@@ -72,6 +72,13 @@ def test_inspecting_local_files_loads_no_numpy_and_no_hub(
     assert loaded_by(launch, "inspect", base, adapter) & HEAVY == set()
 
 
+@pytest.mark.parametrize("arguments", [["check"], ["merge", "--dry-run"]])
+def test_a_plan_needs_no_compiled_code(
+    launch: Launch, base: Path, adapter: Path, arguments: list[str]
+) -> None:
+    assert loaded_by(launch, *arguments, base, adapter) & {"numba", "llvmlite", "torch"} == set()
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
 def test_help_works_without_torch(launch: Launch, arguments: list[str]) -> None:
     result = launch("-c", WITHOUT_TORCH, *arguments)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -147,3 +149,29 @@ def test_whoever_listens_is_told_before_a_function_is_compiled(cache: Path) -> N
         path.unlink()
     run(cache)
     assert told == ["compiling"]  # nobody listens any more
+
+
+LOADS = """
+import sys
+from doubling import double
+from numba import njit
+print(double(21), sum(double.stats.cache_hits.values()))
+print("numba.cpython.setobj" in sys.modules)
+
+@njit
+def fourfold(x):
+    return double(double(x))
+
+print(fourfold(5))
+"""
+
+
+def test_what_is_loaded_needs_none_of_what_compiling_needs_and_may_be_compiled_against(
+    cache: Path,
+) -> None:
+    path = os.pathsep.join([str(cache.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": path}
+    command = [sys.executable, "-c", LOADS]
+    for found in (["42", "0", "True", "20"], ["42", "1", "False", "20"]):
+        told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert (told.stdout.split(), told.stderr) == (found, "")

@@ -17,9 +17,10 @@ from regraft.merging.execution.scheduler import OpenSource, Reuse, Task, execute
 from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.files.receipt import Receipt
 from regraft.merging.files.staging import Workplace
-from regraft.merging.finalize import sides_of, write_rest
+from regraft.merging.finalize import write_rest
 from regraft.merging.options import MergeOptions
 from regraft.merging.planning.plan import Plan
+from regraft.merging.planning.sides import sides_of
 from regraft.merging.planning.targets import Target, merge_targets, shared_bytes
 from regraft.merging.undo.corrections import corrections_of, digests_only
 from regraft.merging.undo.keeping import UndoSettings, section_names

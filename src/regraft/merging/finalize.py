@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,11 @@ from typing import Any
 from blake3 import blake3
 
 from regraft._version import __version__
-from regraft.errors import InputError, redacted
+from regraft.errors import redacted
 from regraft.formats.checkpoint import INDEX_STEMS
-from regraft.formats.files.inside import refuse_outside
-from regraft.formats.files.reading import open_regular, typed_os_errors
 from regraft.formats.files.text import plain_text, spelled
-from regraft.formats.layout import ADAPTER_CONFIG
 from regraft.merging.execution.outcome import Outcome, is_stored
 from regraft.merging.files.card import auto_class_of, model_card
-from regraft.merging.files.front_matter import read_metadata
 from regraft.merging.files.publish import copy_file, write_file
 from regraft.merging.files.receipt import (
     InputRecord,
@@ -32,9 +27,10 @@ from regraft.merging.files.receipt import (
     lost_warning,
     receipt_bytes,
 )
-from regraft.merging.files.side_files import CARD, json_bytes, plan_side_files, updated_config
+from regraft.merging.files.side_files import CARD, json_bytes, updated_config
 from regraft.merging.planning.base_drift import warning as gap_warning
 from regraft.merging.planning.plan import Plan
+from regraft.merging.planning.sides import Sides
 from regraft.merging.planning.targets import merge_targets
 from regraft.merging.undo.keeping import UndoSettings, keep_base
 from regraft.merging.undo.merged_adapters import check_copies
@@ -117,61 +113,6 @@ def _header_digests(plan: Plan) -> dict[str, str]:
     """Return the digests of the weight files' headers, made again as they were for writing."""
     targets = merge_targets(plan)
     return {t.name: blake3(content).hexdigest() for t in targets for _, content in t.pieces}
-
-
-@dataclass(frozen=True)
-class Sides:
-    """What lies beside the weights of the inputs and goes along, as it is before the work.
-
-    Attributes:
-        files: what is copied: name in the output to path.
-        metadata: what the base's card says of licence and language.
-        warnings: what is left out, one sentence each.
-    """
-
-    files: Mapping[str, Path]
-    metadata: Mapping[str, Any]
-    warnings: tuple[str, ...]
-
-
-def sides_of(plan: Plan) -> Sides:
-    """Read what is not copied as it is, and refuse what may not be read, before there is any work.
-
-    Raises:
-        AccessError: a file may not be read.
-        InputError: a config is a link to outside of its folder, a weights file's name cannot be
-            written down, or a file that is parsed cannot be.
-    """
-    _check_names(plan)
-    roots = [Path(adapter.root) for adapter in plan.adapters]
-    for root in roots:
-        refuse_outside(root, ADAPTER_CONFIG)
-    refuse_outside(plan.base.root, "config.json")
-    if plan.base.single_file:
-        return Sides({}, {}, ())
-    coded = bool(updated_config(plan.base.config or {}, plan.config_updates).get("auto_map"))
-    found = plan_side_files(plan.base.root, roots, code=coded)
-    for path in found.files.values():
-        with typed_os_errors(path):
-            os.close(open_regular(path))
-    card = read_metadata(plan.base.root)
-    return Sides(found.files, card.fields, (*found.left_out, *filter(None, [card.trouble])))
-
-
-def _check_names(plan: Plan) -> None:
-    """Refuse weight files whose names neither an index nor a receipt can hold.
-
-    Raises:
-        InputError: there are such.
-    """
-    paths = [shard.path for shard in plan.stored.shards]
-    names = [shard.name for shard in plan.shards]
-    odd = [name for name in [*names, *(p.name for p in paths)] if plain_text(name) != name]
-    if odd:
-        raise InputError(
-            "the name of a weights file is not UTF-8", where=plain_text(str(plan.base.root)),
-            found=plain_text(odd[0]), hint="Rename the file, and its entry in the index",
-        )  # fmt: skip
 
 
 def _index_name(plan: Plan) -> str:

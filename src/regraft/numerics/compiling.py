@@ -17,6 +17,7 @@ from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.runtime.nrt import rtsys
 
 from regraft.numerics.listeners import tell_compiling
 
@@ -72,13 +73,24 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            found = super().load_overload(sig, target_context)
+            found = self._load(sig, target_context)
         except Exception as error:  # whatever numba's parts raise of what they find
             _say(f"{_AGAIN}: {type(error).__name__}: {error}")
             found = None
         if found is None:
             tell_compiling()
         return found
+
+    def _load(self, sig: Any, target_context: Any) -> Any:
+        """Load as numba does, but without all that only compiling needs, which takes longest.
+
+        numba imports and registers what it knows about every type before it loads a function, and
+        again before it compiles one. Machine code is linked with numba's runtime and with C's
+        functions only; the latter are known since the context was made.
+        """
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from regraft.deltas.kernels.weights import Bytes
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
 from regraft.merging.inputs.base_index import BaseIndex, StoredPart, overlap
 from regraft.merging.planning.plan import Step
 from regraft.names import NameMap, Piece
+from regraft.numerics.arrays import Bytes
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 
 

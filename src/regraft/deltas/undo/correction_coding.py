@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from regraft.deltas.kernels.weights import Bytes
 from regraft.deltas.undo import compression
+from regraft.numerics.arrays import Bytes
 
 CHUNK = 65536
 """Elements that are compressed together."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from regraft.deltas.kernels.streams import PLAIN
-from regraft.deltas.kernels.weights import Bytes
 from regraft.deltas.matrix_units import Offsets, Units
 from regraft.deltas.undo.units import Counts, Lengths, TileCorrection
+from regraft.numerics.arrays import Bytes
 
 ITEM = 1
 """Bytes of a code, as the table of units counts them."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from regraft.deltas.kernels.weights import Bytes
 from regraft.merging.files.staging import Workplace
 from regraft.merging.undo.patch import PatchWriter, Written
+from regraft.numerics.arrays import Bytes
 
 WAITING_BYTES = 16 * 2**20
 """What may wait for its turn in memory."""

@@ -13,7 +13,6 @@ from typing import Self
 
 import numpy as np
 
-from regraft.deltas.kernels.weights import Bytes, Sums
 from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.context import FACTOR_CACHE, PlanContext, largest_tile
 from regraft.merging.compute.factors import FactorStore
@@ -21,6 +20,7 @@ from regraft.merging.compute.tile_work import TileMemory, TileWork, overflow
 from regraft.merging.inputs.source import FileSource
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.tiles import Tile
+from regraft.numerics.arrays import Bytes, Sums
 
 
 class MemoryMerge:

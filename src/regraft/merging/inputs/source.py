@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from regraft.deltas.kernels.weights import Bytes
 from regraft.formats.files.reading import FilePool
+from regraft.numerics.arrays import Bytes
 from regraft.tensors import TensorSpec
 
 

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from regraft.deltas.kernels.weights import Bytes
 from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.inputs.dequantized_view import Quantization, Stack, room_of
 from regraft.merging.inputs.source import Source
+from regraft.numerics.arrays import Bytes
 from regraft.tensors import TensorSpec
 
 Words = npt.NDArray[np.unsignedinteger]

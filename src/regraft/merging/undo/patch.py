@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from regraft.deltas.kernels.weights import Bytes, Floats
 from regraft.deltas.undo import compression
 from regraft.errors import FormatError
 from regraft.formats.files.reading import FilePool
 from regraft.formats.safetensors import read_header
 from regraft.merging.files.direct_io import sync_or_empty, write_error
+from regraft.numerics.arrays import Bytes, Floats
 from regraft.system.opening import open_to_write
 from regraft.tensors import TensorSpec
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.deltas.kernels.weights import Bytes
 from regraft.errors import FormatError
 from regraft.merging.inputs.source import WholeSource
+from regraft.numerics.arrays import Bytes
 from regraft.quant.formats.bitsandbytes import FourBit, Nested
 from regraft.quant.formats.int8 import Int8
 from regraft.quant.weight import Codec, QuantizedWeight

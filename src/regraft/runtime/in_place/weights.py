@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from regraft.deltas.kernels.weights import Bytes
 from regraft.errors import UnsupportedError
+from regraft.numerics.arrays import Bytes
 
 
 def bytes_of(tensor: torch.Tensor) -> Bytes:
