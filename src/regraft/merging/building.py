@@ -69,7 +69,7 @@ def build(
         return write_rest(
             plan, outcome, place.out, command,
             lambda: (time.perf_counter() - started, peak_memory(), plan.threads),
-            sides, patch, keeping,
+            sides, task.targets, patch, keeping,
         )  # fmt: skip
     except BaseException:
         if patch is not None:

@@ -31,7 +31,7 @@ from regraft.merging.files.side_files import CARD, json_bytes, updated_config
 from regraft.merging.planning.base_drift import warning as gap_warning
 from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.sides import Sides
-from regraft.merging.planning.targets import merge_targets
+from regraft.merging.planning.targets import Target
 from regraft.merging.undo.keeping import UndoSettings, keep_base
 from regraft.merging.undo.merged_adapters import check_copies
 from regraft.merging.undo.patch import PatchWriter
@@ -42,7 +42,8 @@ Used = Callable[[], tuple[float, int, int]]
 
 def write_rest(
     plan: Plan, outcome: Outcome, folder: Path, command: str, used: Used,
-    sides: Sides, patch: PatchWriter | None = None, keeping: UndoSettings | None = None,
+    sides: Sides, targets: Sequence[Target], patch: PatchWriter | None = None,
+    keeping: UndoSettings | None = None,
 ) -> Receipt:  # fmt: skip
     """Write everything but the weights into ``folder``; the receipt is last.
 
@@ -53,6 +54,7 @@ def write_rest(
         command: how it was called.
         used: asks for time, memory and threads.
         sides: what lies beside the inputs' weights.
+        targets: the weight files that were made.
         patch: the undo patch with all tensors' sections; it is completed and closed.
         keeping: what else is kept for an undo.
 
@@ -81,7 +83,7 @@ def write_rest(
         rest.digests |= kept
         if keeping.adapters:
             check_copies(folder, receipt, [Path(adapter.root) for adapter in plan.adapters])
-    receipt = replace(receipt, files=rest.digests, headers=_header_digests(plan))
+    receipt = replace(receipt, files=rest.digests, headers=_header_digests(targets))
     receipt = _with_usage(receipt, used)
     write_file(folder / "regraft" / "receipt.json", receipt_bytes(receipt))
     return receipt
@@ -109,9 +111,8 @@ class _Rest:
         self.digests[file_key(name)] = copy_file(path, self._folder / name)
 
 
-def _header_digests(plan: Plan) -> dict[str, str]:
-    """Return the digests of the weight files' headers, made again as they were for writing."""
-    targets = merge_targets(plan)
+def _header_digests(targets: Sequence[Target]) -> dict[str, str]:
+    """Return the digests of the weight files' headers."""
     return {t.name: blake3(content).hexdigest() for t in targets for _, content in t.pieces}
 
 
