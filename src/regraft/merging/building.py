@@ -67,9 +67,9 @@ def build(
         _remember(task, outcome, place.out)
         tell(progress, "finish", plan.nbytes)
         return write_rest(
-            plan, outcome, place.out, command,
+            plan, task.targets, outcome, place.out, command,
             lambda: (time.perf_counter() - started, peak_memory(), plan.threads),
-            sides, task.targets, patch, keeping,
+            sides, patch, keeping,
         )  # fmt: skip
     except BaseException:
         if patch is not None:

@@ -17,7 +17,7 @@ from regraft.formats.checkpoint import INDEX_STEMS
 from regraft.formats.files.text import plain_text, spelled
 from regraft.merging.execution.outcome import Outcome, is_stored
 from regraft.merging.files.card import auto_class_of, model_card
-from regraft.merging.files.publish import copy_file, write_file
+from regraft.merging.files.publish import copy_file, write_file, write_pieces
 from regraft.merging.files.receipt import (
     InputRecord,
     Receipt,
@@ -25,7 +25,7 @@ from regraft.merging.files.receipt import (
     Totals,
     file_key,
     lost_warning,
-    receipt_bytes,
+    receipt_pieces,
 )
 from regraft.merging.files.side_files import CARD, json_bytes, updated_config
 from regraft.merging.planning.base_drift import warning as gap_warning
@@ -41,20 +41,19 @@ Used = Callable[[], tuple[float, int, int]]
 
 
 def write_rest(
-    plan: Plan, outcome: Outcome, folder: Path, command: str, used: Used,
-    sides: Sides, targets: Sequence[Target], patch: PatchWriter | None = None,
-    keeping: UndoSettings | None = None,
+    plan: Plan, targets: Sequence[Target], outcome: Outcome, folder: Path, command: str, used: Used,
+    sides: Sides, patch: PatchWriter | None = None, keeping: UndoSettings | None = None,
 ) -> Receipt:  # fmt: skip
     """Write everything but the weights into ``folder``; the receipt is last.
 
     Args:
         plan: the merge.
+        targets: its weight files, as they were written.
         outcome: what it left.
         folder: the output.
         command: how it was called.
         used: asks for time, memory and threads.
         sides: what lies beside the inputs' weights.
-        targets: the weight files that were made.
         patch: the undo patch with all tensors' sections; it is completed and closed.
         keeping: what else is kept for an undo.
 
@@ -85,7 +84,7 @@ def write_rest(
             check_copies(folder, receipt, [Path(adapter.root) for adapter in plan.adapters])
     receipt = replace(receipt, files=rest.digests, headers=_header_digests(targets))
     receipt = _with_usage(receipt, used)
-    write_file(folder / "regraft" / "receipt.json", receipt_bytes(receipt))
+    write_pieces(folder / "regraft" / "receipt.json", receipt_pieces(receipt))
     return receipt
 
 
