@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast check bench bench-quantized bench-qlora bench-live practice torture mutants digests arm docs clean help
+.PHONY: demo test test-fast check bench bench-huge bench-quantized bench-qlora bench-live practice torture mutants digests arm docs clean help
 
 help:
 	@echo "make demo    train two adapters on a real model, switch, merge, take back (under 3 minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-fast  one case of each test that is quick: under two minutes on two cores"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make bench   measure against PEFT and a plain copy; writes docs/benchmarks.md"
+	@echo "make bench-huge  a merge into a trillion parameters, on XFS (root, a loop device); writes its page"
 	@echo "make bench-quantized  work on 4-bit models against PEFT and bitsandbytes; writes its page"
 	@echo "make bench-qlora      what survives of a QLoRA adapter, on a real model; writes its page"
 	@echo "make bench-live       adapters on a running model against PEFT; writes its page"
@@ -50,6 +51,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PY) -m benchmarks.merge
+
+bench-huge: $(VENV)/.dev
+	$(PY) -m benchmarks.huge
 
 bench-quantized: $(VENV)/.dev
 	$(PY) -m benchmarks.quantized

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from benchmarks.merge.disk import Raw, Shared
 from benchmarks.merge.measure import Pairs, Undos
 from benchmarks.shared.figures import Figure, cpu, mib, peak, runs, seconds_of, spread
 from benchmarks.shared.page import BEGIN, END
@@ -12,6 +13,9 @@ from benchmarks.shared.process import Sample
 
 COPY_LIMIT = 1.0
 PATCH_LIMIT = 0.02
+RAW_LIMIT = 1.3
+SHARED_LIMIT, DISK_LIMIT = 0.25, 1.1
+REFLINK = "merge of q and v, on XFS: new disk, of what changes"
 PEFT_LIMIT = 10.0
 PEAK_LIMIT = 400 * 2**20
 HELP_LIMIT, TINY_LIMIT, COMPILE_LIMIT, CHECK_LIMIT = 0.25, 1.0, 3.0, 1.0
@@ -29,6 +33,58 @@ def copy_figure(pairs: Pairs) -> Figure:
     )
     name = "merge against `cp -r` and a sync of the copy, median ratio"
     return Figure(name, value, f"{value:.2f} x", "at most 1.0 x", value <= COPY_LIMIT, detail)
+
+
+def raw_figure(found: Raw) -> Figure:
+    """Compare each merge with the raw write of its pair."""
+    writes, merges = seconds_of(found.writes), seconds_of(found.merges)
+    ratios = [merge / write for merge, write in zip(merges, writes, strict=True)]
+    value = median(ratios)
+    detail = (
+        f"merge {spread(merges)}, raw write {spread(writes)}; ratios {min(ratios):.2f} to "
+        f"{max(ratios):.2f}; {runs(len(ratios), 'pair')}"
+    )
+    name = "merge against a raw write of as many bytes (`O_DIRECT`, room set aside), median ratio"
+    return Figure(
+        name, value, f"{value:.2f} x", f"at most {RAW_LIMIT:g} x", value <= RAW_LIMIT, detail
+    )
+
+
+def shared_figures(found: Shared) -> list[Figure]:
+    """Compare work that shares blocks with a copy that shares none, and with what changes."""
+    figures = []
+    for name, samples in found.samples.items():
+        figures += [_shared_time(found, name, samples), _shared_disk(found, name)]
+    return figures
+
+
+def _shared_time(found: Shared, name: str, samples: Sequence[Sample]) -> Figure:
+    copies, values = seconds_of(found.copies), seconds_of(samples)
+    value = median(values) / median(copies)
+    detail = (
+        f"{spread(values)} against {spread(copies)}; CPU time {cpu(samples)} against "
+        f"{cpu(found.copies)}; {runs(len(values), 'round')}"
+    )
+    label = f"{_on_xfs(name)}, against `cp -r --reflink=never` and a sync"
+    passed = value <= SHARED_LIMIT
+    return Figure(label, value, f"{value:.2f} x", f"at most {SHARED_LIMIT:g} x", passed, detail)
+
+
+def _on_xfs(name: str) -> str:
+    verb, comma, how = name.partition(",")
+    return f"{verb} of q and v, on XFS{comma}{how}"
+
+
+def _shared_disk(found: Shared, name: str) -> Figure:
+    taken = median(found.disk[name])
+    value = taken / found.changed
+    detail = (
+        f"{taken / 1e6:.1f} MB for {found.changed / 1e6:.1f} MB of {found.nbytes / 1e9:.2f} GB; "
+        f"the disk's free bytes before and after; {runs(len(found.disk[name]), 'round')}"
+    )
+    label = f"{_on_xfs(name)}: new disk, of what changes"
+    passed = value <= DISK_LIMIT
+    return Figure(label, value, f"{value:.2f} x", f"at most {DISK_LIMIT:g} x", passed, detail)
 
 
 def undo_figures(undos: Undos) -> list[Figure]:
@@ -114,6 +170,13 @@ and the flush to the disk. The base is a checkpoint of random weights in the sha
   the folder; the merge flushes the same before it ends. The base is in the page cache for both.
   Removing OUT, and a sync after that, is not timed. The figure is the median of the ratios within
   each pair.
+- **Against the disk.** As many bytes as the model has are written straight to the disk, in blocks
+  of 4 MiB past the page cache, room set aside before, and flushed; in turns with the merge. No work
+  that leaves as many bytes can be faster.
+- **On XFS**, on a loop device, an adapter of rank 8 on q and v shares what it does not touch. A
+  copy that shares nothing, a merge, an un-merge and a swap take turns; what they read is in memory.
+  Then the same with digests that `regraft digest` has kept (`--digest-cache`). New disk is what the
+  file system has less of afterwards, everything counted.
 - **Undo.** A merge without a patch, one with it and an un-merge take turns; ratios are taken
   within each round. Every other line of the table is with a patch, as that is the default.
 - **Against PEFT.** `from_pretrained` in bfloat16, `merge_and_unload`, `save_pretrained`; PEFT

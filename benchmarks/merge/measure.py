@@ -110,6 +110,16 @@ def measure_tiny(work: Path, count: int) -> list[Sample]:
     return [once(merge_command(model, out), model, out) for _ in range(count + 1)][1:]
 
 
+def warm_up(work: Path) -> None:
+    """Do once what is compiled when it is done first, for the processor that is compiled for."""
+    model = make_model(work / "tiny", "--shape", "tiny")
+    out, back = work / "out", work / "back"
+    for command in (merge_command(model, out), regraft("unmerge", out, "-o", back)):
+        measured(command)
+    remove(out)
+    remove(back)
+
+
 def measure_compile(work: Path, count: int) -> list[tuple[Sample, Sample]]:
     """Measure (first, second) run of the tiny merge with an empty cache of compiled code."""
     model = make_model(work / "tiny", "--shape", "tiny")

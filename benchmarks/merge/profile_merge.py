@@ -1,12 +1,13 @@
 """Say where the time of a merge goes.
 
-    python benchmarks/merge/profile_merge.py BASE ADAPTER OUT [--threads N] [--disk] [--json]
+    python -m benchmarks.merge.profile_merge BASE ADAPTER OUT [--threads N] [--quantize FORMAT]
+        [--digest-cache] [--no-undo] [--disk] [--json]
 
 Wraps the functions of each phase and adds up, over all threads, the wall time spent in them and
 the CPU time; of phases inside each other, each counts only what is its own. A phase with much wall
 time and little CPU time waits: for the disk, for a lock, or for a core that another thread has.
 ``--disk`` also writes as many bytes straight to the disk and through the page cache, which no merge
-can beat. OUT must not exist, and is left behind.
+that shares no blocks can beat. OUT must not exist, and is left behind.
 """
 
 from __future__ import annotations
@@ -25,32 +26,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shared.raw_write import write
+
 PROBES = (
-    ("plan", "regraft.api:plan"),
-    ("check space", "regraft.api:check_space"),
-    ("create files", "regraft.merging.files.direct_io:OutputFile.__init__"),
+    ("open", "regraft.api:open_named"),
+    ("plan", "regraft.api:_plan"),
+    ("make room", "regraft.merging.building:make_room"),
+    ("begin work", "regraft.merging.files.staging:Workplace.begin"),
+    ("create files", "regraft.merging.execution.outputs:Outputs._create"),
     ("begin tensors", "regraft.merging.execution.scheduler:_StepJob.__init__"),
     ("account for tiles", "regraft.merging.execution.scheduler:_JobRun.account"),
     ("end tensors", "regraft.merging.execution.scheduler:_StepJob.finish"),
     ("wait for a turn", "threading:Condition.wait_for"),
     ("read", "regraft.formats.files.reading:FilePool._fill"),
     ("adapter tensors", "regraft.merging.compute.factors:FactorStore._read"),
-    ("pack factors", "regraft.merging.compute.step_math:StepMath._pack"),
-    ("compute", "regraft.deltas.kernels.merge:merge_rows"),
-    ("compute", "regraft.deltas.kernels.merge:convert"),
-    ("compute", "regraft.deltas.kernels.merge:square_sums"),
+    ("pack factors", "regraft.merging.compute.factors:SegmentFactors.of"),
+    ("compute", "regraft.merging.compute.step_math:StepMath.run"),
     ("hash", "regraft.merging.execution.step_run:StepRun._hash"),
     ("write, direct", "regraft.merging.files.direct_io:OutputFile._write_direct"),
     ("write, edges", "regraft.merging.files.direct_io:OutputFile.write"),
+    ("journal", "regraft.merging.execution.commit_log:Ledger.note"),
     ("flush", "regraft.merging.files.direct_io:OutputFile.close"),
-    ("finalize", "regraft.merging.finalize:write_rest"),
-    ("publish", "regraft.merging.files.publish:_publish"),
-    ("execute, the rest", "regraft.merging.execution.scheduler:execute"),
+    ("finalize", "regraft.merging.building:write_rest"),
+    ("publish", "regraft.merging.files.staging:Workplace.publish"),
+    ("execute, the rest", "regraft.merging.building:execute"),
     ("tile, the rest", "regraft.merging.execution.step_run:StepRun.work"),
 )
 """Phase and function; several functions may be one phase."""
-
-BLOCK_BYTES = 4 * 2**20
 
 
 @dataclass
@@ -114,16 +116,27 @@ class Clock:
         return timed
 
 
+def resolve(place: str) -> tuple[Any, str]:
+    """Return what has a probed function, and the function's name in it.
+
+    Raises:
+        ImportError, AttributeError: it is not there (any more).
+    """
+    module_name, _, path = place.partition(":")
+    owner = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    getattr(owner, name)
+    return owner, name
+
+
 def install(clock: Clock) -> list[str]:
     """Wrap every probed function; return those that are not there (any more)."""
     missing = []
     for phase, place in PROBES:
-        module_name, _, path = place.partition(":")
         try:
-            owner = importlib.import_module(module_name)
-            *parents, name = path.split(".")
-            for parent in parents:
-                owner = getattr(owner, parent)
+            owner, name = resolve(place)
             setattr(owner, name, clock.wrap(phase, getattr(owner, name)))
         except (ImportError, AttributeError):
             missing.append(place)
@@ -137,7 +150,7 @@ def seconds_since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
-def profile(base: Path, adapter: Path, out: Path, threads: int | None) -> dict[str, Any]:
+def profile(base: Path, adapter: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Merge with the probes in place; return times, phases and what could not be probed."""
     clock = Clock()
     interpreter = seconds_since_start()
@@ -148,7 +161,7 @@ def profile(base: Path, adapter: Path, out: Path, threads: int | None) -> dict[s
     missing = install(clock)  # imports numba and the kernels
     ready = time.perf_counter()
     compile_times = watch_compiler()
-    receipt = api.merge(base, [adapter], out, threads=threads)
+    receipt = api.merge(base, [adapter], out, **options)
     ended = time.perf_counter()
     return {
         "start": {
@@ -188,35 +201,21 @@ def watch_compiler() -> list[tuple[str, float]]:
 
 
 def disk_floor(folder: Path, nbytes: int) -> dict[str, float]:
-    """Return the seconds to write and flush ``nbytes``, past the page cache and through it.
-
-    The bytes are random: some virtual disks do not store zeros.
-    """
-    direct = getattr(os, "O_DIRECT", 0)
+    """Return the seconds to write and flush ``nbytes``, past the page cache and through it."""
+    path = folder / "floor.tmp"
     return {
-        "direct": _write_file(folder / "floor.tmp", nbytes, direct),
-        "cached": _write_file(folder / "floor.tmp", nbytes, 0),
+        name: _seconds_to_write(path, nbytes, name == "cached") for name in ("direct", "cached")
     }
 
 
-def _write_file(path: Path, nbytes: int, flag: int) -> float:
-    import mmap
-
-    block = mmap.mmap(-1, BLOCK_BYTES)
-    block.write(os.urandom(BLOCK_BYTES))
+def _seconds_to_write(path: Path, nbytes: int, cached: bool) -> float:
     os.sync()
     started = time.perf_counter()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-        for offset in range(0, nbytes - BLOCK_BYTES + 1, BLOCK_BYTES):
-            os.pwrite(fd, block, offset)
-        os.fsync(fd)
-        return time.perf_counter() - started
-    finally:
-        os.close(fd)
-        path.unlink()
-        os.sync()
+    write(str(path), nbytes, cached=cached)
+    seconds = time.perf_counter() - started
+    path.unlink()
+    os.sync()
+    return seconds
 
 
 def render(found: dict[str, Any]) -> str:
@@ -253,10 +252,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("adapter", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--threads", type=int, help="worker threads")
+    parser.add_argument("--quantize", help="as for regraft merge")
+    parser.add_argument("--digest-cache", action="store_true", help="as for regraft merge")
+    parser.add_argument("--no-undo", action="store_true", help="as for regraft merge")
     parser.add_argument("--disk", action="store_true", help="also measure the disk alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    found = profile(options.base, options.adapter, options.out, options.threads)
+    found = profile(
+        options.base, options.adapter, options.out, threads=options.threads,
+        quantize=options.quantize, digest_cache=options.digest_cache,
+        undo=False if options.no_undo else None,
+    )  # fmt: skip
     if options.disk:
         found["disk"] = disk_floor(options.out.absolute().parent, found["written"])
     print(json.dumps(found, indent=2) if options.json else render(found))

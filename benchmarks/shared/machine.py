@@ -15,12 +15,45 @@ def describe(work: Path) -> dict[str, str]:
     """Return what a reader has to know to judge the figures; ``work`` is where the files lay."""
     return {
         "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores at hand",
+        "instruction set": instruction_set(),
         "memory": f"{_field('/proc/meminfo', 'MemTotal', 1024) / 2**30:.0f} GiB",
         "disk": f"{_filesystem(work)} on {_disk_model(work)}",
         "system": f"Linux {_kernel()}, Python {platform.python_version()}",
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+SETS = (
+    ("avx512", ("avx512f",)), ("avx2", ("avx2",)), ("avx", ("avx",)),
+    ("sse4", ("sse4.2", "sse4_2")), ("neon", ("asimd", "neon")),
+)  # fmt: skip
+"""The widest instructions first, and what LLVM or the kernel calls them."""
+
+
+def instruction_set() -> str:
+    """Return the widest vector instructions that compiled loops may use, and what narrows them.
+
+    ``NUMBA_CPU_NAME`` is the processor that numba compiles for, ``NUMBA_CPU_FEATURES`` what it has
+    (``+avx2,+fma``); without them it is this machine's.
+    """
+    name, said = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
+    if name is None and said is None:
+        return _widest(_flags())
+    features = {word[1:] for word in (said or "").split(",") if word.startswith("+")}
+    found = _widest(features) if said is not None else "what that has"
+    return f"{found} (narrowed: NUMBA_CPU_NAME={name or ''}, NUMBA_CPU_FEATURES={said or ''})"
+
+
+def _widest(features: set[str]) -> str:
+    return next((name for name, told in SETS if features & {*told}), "the oldest of its kind")
+
+
+def _flags() -> set[str]:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.partition(":")[2].split())
+    return set()
 
 
 def commit() -> str:

@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
+_UNIT = 512
+"""Bytes that the kernel counts as a block of ``ru_inblock`` and ``ru_oublock``."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -23,11 +26,15 @@ class Sample:
         seconds: wall time.
         cpu_seconds: user and system time of all its threads.
         peak_bytes: largest resident memory, mapped files included.
+        read_bytes, written_bytes: what went from and to the disk. What was in memory does not
+            count, nor what is flushed by others.
     """
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    read_bytes: int = 0
+    written_bytes: int = 0
 
 
 class ProcessFailedError(RuntimeError):
@@ -52,7 +59,10 @@ def measured(command: Sequence[str], env: Mapping[str, str] | None = None) -> Sa
         child.returncode = os.waitstatus_to_exitcode(status)  # it is gone: nothing left to reap
         if child.returncode:
             raise ProcessFailedError(_failure(command, child.returncode, log))
-    return Sample(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Sample(
+        seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024,
+        usage.ru_inblock * _UNIT, usage.ru_oublock * _UNIT,
+    )  # fmt: skip
 
 
 def _failure(command: Sequence[str], code: int, log: IO[bytes]) -> str:

@@ -1,7 +1,7 @@
 """Make synthetic checkpoints and adapters of a real model's shape, for measuring merges.
 
     python benchmarks/shared/synthetic.py --out DIR [--shape NAME] [--scale N] [--rank N]
-        [--headers N]
+        [--targets LAYER...] [--headers N]
 
 writes ``DIR/base``, a Qwen2.5-1.5B-shaped checkpoint in shards of about 1 GB (with ``--scale 4``,
 four times its layers), and ``DIR/adapter``, a PEFT LoRA adapter on all linear layers. With
@@ -105,11 +105,19 @@ def _layer_tensors(shape: ModelShape, prefix: str) -> Iterator[TensorShape]:
         yield f"{prefix}.{norm}.weight", (shape.hidden,)
 
 
-def adapter_tensors(shape: ModelShape, rank: int) -> list[TensorShape]:
-    """Return the tensors of a LoRA adapter on all linear layers: A (rank, in), B (out, rank)."""
+def adapter_tensors(shape: ModelShape, rank: int, targets: Sequence[str] = ()) -> list[TensorShape]:
+    """Return the tensors of a LoRA adapter on linear layers: A (rank, in), B (out, rank).
+
+    Args:
+        shape: the base's.
+        rank: the adapter's.
+        targets: names of layers, such as ``"q_proj"``; none for all.
+    """
     tensors: list[TensorShape] = []
     for layer in range(shape.layers):
         for name, (rows, columns) in linear_shapes(shape).items():
+            if targets and name.rpartition(".")[2] not in targets:
+                continue
             prefix = f"base_model.model.model.layers.{layer}.{name}"
             tensors.append((f"{prefix}.lora_A.weight", (rank, columns)))
             tensors.append((f"{prefix}.lora_B.weight", (rows, rank)))
@@ -139,8 +147,8 @@ def model_config(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def adapter_config(rank: int, alpha: int) -> dict[str, Any]:
-    """Return an ``adapter_config.json`` for LoRA on all linear layers."""
+def adapter_config(rank: int, alpha: int, targets: Sequence[str] = ()) -> dict[str, Any]:
+    """Return an ``adapter_config.json`` for LoRA on linear layers; by default on all."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -151,8 +159,12 @@ def adapter_config(rank: int, alpha: int) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": [name.rpartition(".")[2] for name in linear_shapes(TINY)],
+        "target_modules": list(targets) or _names_of_layers(),
     }
+
+
+def _names_of_layers() -> list[str]:
+    return [name.rpartition(".")[2] for name in linear_shapes(TINY)]
 
 
 class RandomSource:
@@ -191,14 +203,15 @@ def write_model(folder: Path, shape: ModelShape, *, shard_bytes: int = 10**9) ->
 
 
 def write_adapter(
-    folder: Path, shape: ModelShape, *, rank: int = 16, alpha: int = 4, dtype: str = "BF16"
-) -> None:
-    """Write a PEFT adapter of random factors on all linear layers."""
+    folder: Path, shape: ModelShape, *, rank: int = 16, alpha: int = 4, dtype: str = "BF16",
+    targets: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Write a PEFT adapter of random factors on linear layers; by default on all."""
     folder.mkdir(parents=True)
     source = RandomSource(dtype, FACTOR_STD, seed=1, elements=2**20)
-    tensors = sorted(adapter_tensors(shape, rank))
+    tensors = sorted(adapter_tensors(shape, rank, targets))
     write_tensors(folder / "adapter_model.safetensors", tensors, dtype, source)
-    write_json(folder / "adapter_config.json", adapter_config(rank, alpha))
+    write_json(folder / "adapter_config.json", adapter_config(rank, alpha, targets))
 
 
 def write_tensors(
@@ -292,7 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     write_model(options.out / "base", shape)
     dtype = options.adapter_dtype
-    write_adapter(options.out / "adapter", shape, rank=rank, alpha=alpha, dtype=dtype)
+    write_adapter(
+        options.out / "adapter", shape, rank=rank, alpha=alpha, dtype=dtype,
+        targets=options.targets,
+    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -300,6 +316,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder to make base/, adapter/ in")
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b", help="model to imitate")
     parser.add_argument("--scale", type=int, default=1, help="times the model's layers")
+    parser.add_argument(
+        "--targets", nargs="+", default=(), choices=_names_of_layers(), metavar="LAYER",
+        help="linear layers of the adapter (all)",
+    )  # fmt: skip
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
     parser.add_argument(
         "--alpha", type=int, default=4, help="lora_alpha; 4 at rank 16 makes |delta|/|W| 0.5%%"

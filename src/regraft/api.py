@@ -12,6 +12,7 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.errors import Problem, RegraftError
 from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.files.reading import is_there
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
 from regraft.merging.another_base import notes_of_another_base, warn
@@ -26,6 +27,7 @@ from regraft.merging.planning.base_drift import TrainedOn
 from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.planner import make_plan, settled
 from regraft.merging.planning.report import CheckReport
+from regraft.merging.planning.targets import merge_targets, shared_bytes
 from regraft.progress import Progress, tell
 
 if TYPE_CHECKING:
@@ -149,12 +151,14 @@ def plan(
     double_quant: bool = False,
     peft_version: str | None = None,
     undo: bool | None = None,
+    reflink: str = "auto",
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Return what :func:`merge` would do, from headers alone; nothing is written.
 
-    Of a base on the Hub too, only headers are read. Disk space is reported, not asked for.
+    Of a base on the Hub too, only headers are read. Disk space is reported, not asked for: what
+    shares blocks of the disk with the base (``reflink``) takes none.
 
     Raises:
         RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
@@ -162,14 +166,27 @@ def plan(
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
-        peft_version=peft_version, undo=undo,
+        peft_version=peft_version, undo=undo, reflink=reflink,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     checkpoint, opened = open_named(base, wanted, token, peft_version, headers_only=True)
     folder = OutputFolder(out_path(out), overwrite) if out is not None else None
     made = _plan(checkpoint, opened, options, folder)
+    if folder is not None:
+        made = replace(made, disk=folder.disk(made.disk_bytes - _shared(made, folder, reflink)))
     return replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
+
+
+def _shared(made: Plan, folder: OutputFolder, reflink: str) -> int:
+    """Return the bytes of an output that are to share blocks with files that are here.
+
+    Raises:
+        EnvironmentShortfall: blocks cannot be shared, and always shall be.
+    """
+    here = [shard.path for shard in made.stored.shards if is_there(shard.path)]
+    share = bool(here) and folder.shares(here, reflink)
+    return shared_bytes(merge_targets(made)) if share else 0
 
 
 def _said_of_sides(made: Plan) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from regraft.merging.options import MergeOptions, parse_dtype
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import fit_memory, make_plan, settled
 from regraft.merging.planning.report import UnmergeReport
-from regraft.merging.planning.targets import plan_digest
+from regraft.merging.planning.targets import Target, merge_targets, plan_digest, shared_bytes
 from regraft.merging.undo.corrections import corrections_of
 from regraft.merging.undo.keeping import (
     UndoSettings,
@@ -54,9 +54,10 @@ from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weigh
 from regraft.merging.undo.patch import PatchReader
 from regraft.progress import Progress, tell
 from regraft.system.memory import peak_memory
+from regraft.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from regraft.merging.execution.scheduler import OpenSource
+    from regraft.merging.execution.scheduler import OpenSource, Reuse
     from regraft.merging.undo.restore import Restoration
 
 RECEIPT = "regraft/receipt.json"
@@ -111,12 +112,14 @@ def unmerge(
     from regraft.merging.building import rebuild, reuse_of
 
     reuse = reuse_of(found.merged, output, options)
-    output.check_space(sum(file.size for file in found.manifest.files))
+    if not reuse.share:
+        output.check_space(found.base_bytes)
 
     with output.work() as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, options)
         targets = base_targets(undone.stored, found.manifest, patch)
+        output.check_space(found.base_bytes - _shared(targets, undone, reuse))
         shards = base_shards(targets)
         steps = [step for target in targets for step in target.steps]
         count, tile, memory = fit_memory(steps, options, undone.steps)
@@ -206,7 +209,8 @@ def swap(
     from regraft.merging.compute.factors import FactorStore
 
     reuse = reuse_of(found.merged, output, options)
-    output.check_space(sum(file.size for file in found.manifest.files))
+    if not reuse.share:
+        output.check_space(found.base_bytes)
     with output.work() as work, FilePool() as files:
         patch = PatchReader(found.folder / UNDO / PATCH, files)
         undone = _undone(found, work, patch, options)
@@ -218,7 +222,7 @@ def swap(
         notes = notes_of_another_base(read, base, quantization, restored)
         warn(notes, stacklevel=3)
         made = replace(made, warnings=(*made.warnings, *unsure, *notes))
-        output.check_space(made.disk_bytes)
+        output.check_space(made.disk_bytes - _shared(merge_targets(made), undone, reuse))
         called = command or merge_call("swap", found.located.source, made)
         return build(
             made, work, [*found.files, *adapter_files(read)], called, started,
@@ -269,6 +273,11 @@ class _MergedModel:
     def inputs(self) -> list[Path]:
         """The folders that are read."""
         return [self.folder, *(Path(adapter.root) for adapter in self.adapters)]
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base's weight files."""
+        return sum(file.size for file in self.manifest.files)
 
     @property
     def files(self) -> list[Path]:
@@ -407,6 +416,16 @@ def _undone(
     return _Undone(base, quantization, steps, recipe)
 
 
+def _shared(targets: Sequence[Target], undone: _Undone, reuse: Reuse) -> int:
+    """Return the bytes of files to be made that are to share blocks with the merged model's."""
+
+    def origin(step: Step) -> TensorSpec | None:
+        own = step.source_adapter is not None
+        return step.source if own else undone.recipe.origin(step.source)
+
+    return shared_bytes(targets, origin) if reuse.share else 0
+
+
 def _with_config(base: Checkpoint, found: _MergedModel) -> tuple[Checkpoint, list[str]]:
     """Return a base that was one file with the merged model's config, and what to say of that.
 
@@ -428,12 +447,12 @@ def _check_merged(found: _MergedModel, made: Plan) -> None:
     Raises:
         MismatchError: they do; lists every tensor.
     """
-    problems = []
+    problems, known = [], made.base.tensors.keys() | made.stored.tensors.keys()
     for step in made.steps:
         there = found.merged.tensors.get(step.name)
         expected = f"{step.dtype} {list(step.shape)}"
         has = f"{there.dtype} {list(there.shape)}" if there is not None else "nothing"
-        if step.name in {**made.base.tensors, **made.stored.tensors} and has != expected:
+        if step.name in known and has != expected:
             what = "the merged weights are not those that the patch was made for"
             problems.append(Problem(what, f"tensor {step.name!r}", expected, has))
     if problems:

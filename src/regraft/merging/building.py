@@ -85,7 +85,7 @@ def make_room(plan: Plan, folder: OutputFolder, options: MergeOptions) -> Reuse:
         EnvironmentShortfall: blocks cannot be shared, and the options ask for it.
     """
     reuse = reuse_of(plan.stored, folder, options)
-    folder.check_space(plan.disk_bytes - (shared_bytes(plan) if reuse.share else 0))
+    folder.check_space(plan.disk_bytes - (shared_bytes(merge_targets(plan)) if reuse.share else 0))
     return reuse
 
 

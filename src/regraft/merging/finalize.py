@@ -17,7 +17,7 @@ from regraft.formats.checkpoint import INDEX_STEMS
 from regraft.formats.files.text import plain_text, spelled
 from regraft.merging.execution.outcome import Outcome, is_stored
 from regraft.merging.files.card import auto_class_of, model_card
-from regraft.merging.files.publish import copy_file, write_file
+from regraft.merging.files.publish import copy_file, write_file, write_pieces
 from regraft.merging.files.receipt import (
     InputRecord,
     Receipt,
@@ -25,7 +25,7 @@ from regraft.merging.files.receipt import (
     Totals,
     file_key,
     lost_warning,
-    receipt_bytes,
+    receipt_pieces,
 )
 from regraft.merging.files.side_files import CARD, json_bytes, updated_config
 from regraft.merging.planning.base_drift import warning as gap_warning
@@ -84,7 +84,7 @@ def write_rest(
             check_copies(folder, receipt, [Path(adapter.root) for adapter in plan.adapters])
     receipt = replace(receipt, files=rest.digests, headers=_header_digests(targets))
     receipt = _with_usage(receipt, used)
-    write_file(folder / "regraft" / "receipt.json", receipt_bytes(receipt))
+    write_pieces(folder / "regraft" / "receipt.json", receipt_pieces(receipt))
     return receipt
 
 

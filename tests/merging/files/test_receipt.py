@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from merging.toys import (
     write_adapter,
     write_base,
 )
-from regraft.merging.files.receipt import read_receipt, receipt_bytes
+from regraft.merging.files.receipt import read_receipt, receipt_bytes, sealed
 from regraft.merging.files.side_files import json_bytes
 
 RECEIPT = Path("regraft") / "receipt.json"
@@ -357,3 +358,17 @@ def test_one_quiet_adapter_of_two_is_not_a_quiet_merge(
 ) -> None:
     both = [untrained(tmp_path / "untrained"), adapter]
     assert not regraft.merge(base, both, tmp_path / "out").quiet
+
+
+def test_a_receipt_of_many_tensors_is_the_json_of_all_and_a_digest(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """It is written some records at a time; its bytes are those of one piece."""
+    receipt = regraft.merge(base, adapter, tmp_path / "out")
+    names = [f'tensor \u00e9 {number} "x"\n' for number in range(300)]
+    records = [replace(each, name=name) for name in names for each in receipt.tensors]
+    for tensors in ((), receipt.tensors[:1], tuple(records)):
+        made = replace(receipt, tensors=tensors)
+        assert receipt_bytes(made) == sealed(json_bytes(made.to_json()))
+    told = json.loads(receipt_bytes(made))["digest"]
+    assert told == blake3(json_bytes(made.to_json())).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from merging.processes import errors, regraft_command
 from regraft.errors import DiskSpaceError, EnvironmentShortfall, UsageError
 from regraft.formats.safetensors import read_header
 from regraft.merging.files import direct_io
+from regraft.merging.files.publish import SLACK_BYTES
 from regraft.system import sharing
 
 MIB = 2**20
@@ -146,6 +148,8 @@ def test_a_system_that_stops_sharing_is_written_to(
         return len(asked) == 1 and sharing.share_blocks(*arguments)
 
     monkeypatch.setattr(direct_io, "share_blocks", once)
+    after = {"model.layers.1.mlp.table.weight": toys.draw(8 * ROWS, WIDTH)}
+    toys.write_base(place / "base", base_tensors() | after)  # the merged tensor parts two ranges
     regraft.merge(place / "base", place / "adapter", place / "out", threads=1)
     assert len(asked) == 2
     monkeypatch.undo()
@@ -155,13 +159,65 @@ def test_a_system_that_stops_sharing_is_written_to(
 
 def test_what_is_shared_needs_no_room(place: Path) -> None:
     arguments = (place / "base", place / "adapter", place / "out")
-    needed = regraft.plan(*arguments).disk["needed"]
-    with (place / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, _free(place) - needed + ALL // 2)
+    needed = regraft.plan(*arguments, reflink="never").disk["needed"]
+    leave_free(place, needed - ALL // 2)
     with pytest.raises(DiskSpaceError):
         regraft.merge(*arguments, reflink="never")
     regraft.merge(*arguments)
     assert regraft.verify(place / "out").ok
+
+
+def leave_free(place: Path, nbytes: int) -> None:
+    """Fill a disk until so many bytes are free."""
+    with (place / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, _free(place) - nbytes)
+
+
+def test_a_plan_asks_for_the_room_of_what_changes(place: Path) -> None:
+    arguments = (place / "base", place / "adapter", place / "out")
+    whole = regraft.plan(*arguments, reflink="never").disk["needed"]
+    shared = ALL - CHANGED
+    for reflink in ("auto", "always"):
+        needed = regraft.plan(*arguments, reflink=reflink).disk["needed"]
+        assert shared - SMALL <= whole - needed <= shared
+    done = regraft_command("merge", *arguments[:2], "-o", arguments[2], "--dry-run", "--json")
+    assert json.loads(done.stdout)["disk"]["needed"] == needed
+    assert not arguments[2].exists()
+
+
+def test_a_plan_refuses_what_cannot_be_shared_and_shall_be(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    if sharing.shares_with(tmp_path / "base" / "model.safetensors", tmp_path):
+        pytest.skip("temporary files lie where blocks are shared")
+    arguments = (tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(EnvironmentShortfall, match="blocks of the disk cannot be shared"):
+        regraft.plan(*arguments, reflink="always")
+    assert regraft.plan(*arguments).disk["needed"] > ALL
+    assert not regraft.plan(*arguments[:2], reflink="always").disk  # of no output nothing is known
+
+
+def test_the_way_back_and_the_way_over_need_the_room_of_what_changes(place: Path) -> None:
+    regraft.merge(place / "base", place / "adapter", place / "merged")
+    back = (place / "merged", place / "back")
+    over = (place / "merged", place / "other", place / "swapped")
+    leave_free(place, SLACK_BYTES + ALL // 2)
+    for work in (lambda **o: regraft.unmerge(*back, **o), lambda **o: regraft.swap(*over, **o)):
+        with pytest.raises(DiskSpaceError, match="not enough disk space"):
+            work(reflink="never")
+        work()
+    assert weights(place / "back") == weights(place / "base")
+    assert regraft.verify(place / "swapped").ok
+
+
+def test_too_little_room_for_what_changes_is_refused_and_leaves_nothing(place: Path) -> None:
+    regraft.merge(place / "base", place / "adapter", place / "merged")
+    before = {path.name for path in place.iterdir()}
+    leave_free(place, SLACK_BYTES + CHANGED // 2)
+    with pytest.raises(DiskSpaceError, match="not enough disk space"):
+        regraft.unmerge(place / "merged", place / "back")
+    with pytest.raises(DiskSpaceError, match="not enough disk space"):
+        regraft.swap(place / "merged", place / "other", place / "swapped")
+    assert {path.name for path in place.iterdir()} == before | {"filler"}
 
 
 def test_where_blocks_cannot_be_shared_always_refuses(tmp_path: Path) -> None:

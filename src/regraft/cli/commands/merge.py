@@ -81,7 +81,7 @@ def _dry_run(output: Output, verbose: bool, chosen: dict[str, Any]) -> None:
     from regraft.cli.texts import plan as plan_text
 
     output.mute_repeated()
-    unplanned = ("keep_adapter", "trained_on", "reflink", "digest_cache")
+    unplanned = ("keep_adapter", "trained_on", "digest_cache")
     asked = {name: value for name, value in chosen.items() if name not in unplanned}
     plan = api.plan(**_arguments(output, asked)).to_json()
     output.warn(plan["warnings"])

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from regraft.merging.files.direct_io import OutputFile
+from regraft.merging.files.direct_io import Origin, OutputFile
 from regraft.merging.planning.targets import Target
+
+SharedParts = Callable[[Target], Iterable[tuple[int, int, Origin]]]
+"""Gives offset, size and origin of the bytes of a file that other files have, in file order."""
 
 
 class Outputs:
     """The files that are made; safe to use from several threads, of which one opens them."""
 
-    def __init__(self, folder: Path, targets: Sequence[Target], *, share: bool) -> None:
+    def __init__(self, folder: Path, targets: Sequence[Target], shared: SharedParts | None) -> None:
         """Take the folder and the files, none of which is made yet.
 
         Args:
             folder: where they go.
             targets: the files.
-            share: whether tensors that are only copied may share blocks of the disk with their
-                origin.
+            shared: gives what of a file may share blocks of the disk with files that have the same
+                bytes; None where nothing may.
         """
-        self._folder, self._targets, self._share = folder, targets, share
+        self._folder, self._targets, self._shared = folder, targets, shared
         self._open: dict[str, OutputFile] = {}
         self._unfinished = {target.name: len(target.steps) for target in targets}
         self._lock = threading.Lock()  # over both tables; files are written and closed without it
@@ -38,8 +41,15 @@ class Outputs:
                 self._create(target).close(sync=True)
 
     def _create(self, target: Target) -> OutputFile:
-        path = self._folder / target.name
-        return OutputFile(path, target.size, target.pieces, share=self._share)
+        path, shared = self._folder / target.name, self._shared
+        output = OutputFile(path, target.size, target.pieces, share=shared is not None)
+        try:
+            for offset, size, origin in shared(target) if shared is not None else ():
+                output.share(offset, size, origin)
+        except BaseException:
+            output.close(sync=False)
+            raise
+        return output
 
     def open(self, target: Target) -> OutputFile:
         """Return a file to write to, made if it is not open; one thread at a time may ask."""

@@ -27,15 +27,17 @@ from regraft.merging.execution.executor import Run, execute_runs
 from regraft.merging.execution.jobs import Done, jobs_of
 from regraft.merging.execution.outcome import Outcome, check_read, is_stored, outcome_of
 from regraft.merging.execution.outputs import Outputs
-from regraft.merging.execution.step_run import Copied, Other, StepRun
+from regraft.merging.execution.step_run import Other, StepRun
+from regraft.merging.files.direct_io import Origin, OutputFile
 from regraft.merging.files.staging import Workplace
 from regraft.merging.inputs.source import FileSource, Source
 from regraft.merging.planning.plan import Plan, Step
-from regraft.merging.planning.targets import Target
-from regraft.merging.planning.tiles import Tile
+from regraft.merging.planning.targets import Target, alike_ranges
+from regraft.merging.planning.tiles import Tile, whole_tile
 from regraft.merging.undo.corrections import Correction, CorrectionRun, correction_tiles
 from regraft.merging.undo.patch import PatchWriter
 from regraft.progress import Progress, ProgressMeter
+from regraft.tensors import TensorSpec
 
 OpenSource = Callable[[FilePool, FactorStore], Source]
 """Gives what the base is read from, for the time of an execution."""
@@ -89,7 +91,8 @@ class _Shared:
         self.stored: Source = opener(files, self.store) if opener else plain
         self.context = PlanContext(task.plan, files, self.store, self.stored)
         self.trained_on = there and seen_through(there.quantization, plain)
-        self.outputs = Outputs(place.out, task.targets, share=task.reuse.share)
+        shared = self._shared_parts if task.reuse.share else None
+        self.outputs = Outputs(place.out, task.targets, shared)
         self.log = Ledger(len(done), place, patch, self.outputs.flush)
         self.done: dict[str, Done] = {}
         self._first = len(done)
@@ -106,6 +109,22 @@ class _Shared:
                 self.outputs.skip(job.target)
                 written += job.step.nbytes
         return written
+
+    def _shared_parts(self, target: Target) -> Iterator[tuple[int, int, Origin]]:
+        """Yield what of a file may share blocks of the disk with files that have the same bytes."""
+        for alike in alike_ranges(target, self._origin_of):
+            yield alike.offset, alike.nbytes, self.files.place(alike.first, 0)
+
+    def _origin_of(self, step: Step) -> TensorSpec | None:
+        return self.context.source_of(step).origin(step.source)
+
+    def known_of(self, step: Step) -> str | None:
+        """Return the digest of the stored bytes of a step's source, if they were read before."""
+        if not is_stored(step):
+            return None
+        source = self.context.source_of(step) if step.coded is None else self.stored
+        spec = source.origin(step.stored)
+        return self.task.reuse.known.of(spec) if spec is not None else None
 
     def runs(self) -> Iterator[_JobRun]:
         """Yield what is left to be done, each job begun when it is asked for."""
@@ -178,11 +197,19 @@ class _StepJob(_JobRun):
         self._step, self._target, context = job.step, job.target, shared.context
         source = context.source_of(job.step)
         work = context.work_of(job.step, keeps=shared.keeping and job.step.is_invertible)
-        self._run = StepRun(
-            work, shared.outputs.open(job.target), job.offset, source,
-            _copied(shared, job.step, source), _other(shared, job.step),
-        )  # fmt: skip
-        super().__init__(shared, number, self._run, context.tiles_of(job.step))
+        file, known = shared.outputs.open(job.target), shared.known_of(job.step)
+        self._run = StepRun(work, file, job.offset, source, known, _other(shared, job.step))
+        super().__init__(shared, number, self._run, self._cut(file, job.offset, known, context))
+
+    def _cut(
+        self, file: OutputFile, offset: int, known: str | None, context: PlanContext
+    ) -> Iterable[Tile]:
+        """Return the step's tiles; one, where no more than that is left to be done."""
+        if known is not None and self._step.is_copy:
+            parts = file.unshared(offset, self._step.nbytes)
+            if sum(last - first for first, last in parts) <= context.tile_bytes:
+                return [whole_tile(self._step)]
+        return context.tiles_of(self._step)
 
     def finish(self) -> None:
         """Leave the tensor's record, let go of its memory, and close its file after the last."""
@@ -193,15 +220,6 @@ class _StepJob(_JobRun):
         self._run.release()
         self._shared.context.finish(self._step)
         self._shared.outputs.finish(self._target)
-
-
-def _copied(shared: _Shared, step: Step, source: Source) -> Copied:
-    """Return what is known of the stored bytes of a step's source."""
-    if not is_stored(step):
-        return Copied(shared.files)
-    spec = (source if step.coded is None else shared.stored).origin(step.stored)
-    digest = shared.task.reuse.known.of(spec) if spec is not None else None
-    return Copied(shared.files, spec, digest)
 
 
 def _other(shared: _Shared, step: Step) -> Other | None:

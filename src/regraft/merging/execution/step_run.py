@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from blake3 import blake3
 
 from regraft.concurrency import Sequencer
 from regraft.deltas.kernels.weights import Bytes, Sums, Weights
 from regraft.deltas.undo.units import Counts, Lengths
-from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.tile_work import Computed, TileMemory, TileWork, overflow
-from regraft.merging.files.direct_io import Origin, OutputFile
+from regraft.merging.files.direct_io import OutputFile
 from regraft.merging.files.receipt import TensorRecord
 from regraft.merging.inputs.source import Source
 from regraft.merging.planning.base_drift import gap_square
@@ -21,26 +18,6 @@ from regraft.merging.planning.tiles import Tile
 from regraft.merging.undo.patch import FACTORS, STREAMS, UNITS, packed, section
 from regraft.quant.rounding import NOISE, SURVIVED
 from regraft.tensors import TensorSpec
-
-
-@dataclass(frozen=True)
-class Copied:
-    """What is known of the bytes of a step's source, as they are stored.
-
-    Attributes:
-        files: the open files.
-        spec: the tensor of a file that has them; None of bytes that are computed.
-        digest: their blake3 (hex), if they were read before.
-    """
-
-    files: FilePool
-    spec: TensorSpec | None = None
-    digest: str | None = None
-
-    def place(self, offset: int) -> Origin | None:
-        """Return where a byte of them lies in a file."""
-        return None if self.spec is None else self.files.place(self.spec, offset)
-
 
 Other = tuple[TensorSpec, Source]
 """A tensor of another base, and what it is read from."""
@@ -55,7 +32,7 @@ class StepRun:
 
     def __init__(
         self, work: TileWork, file: OutputFile, offset: int, source: Source,
-        copied: Copied, other: Other | None = None,
+        known: str | None = None, other: Other | None = None,
     ) -> None:  # fmt: skip
         """Take what does a step's tiles, and where its result goes.
 
@@ -63,11 +40,11 @@ class StepRun:
             work: does them.
             file, offset: where the result begins.
             source: what its source is read from.
-            copied: what is known of the bytes of its source, as they are stored.
+            known: blake3 (hex) of the stored bytes of its source, if they were read before.
             other: the tensor that its source is compared with, and what that is read from.
         """
         self.step, self._work, self._source = work.step, work, source
-        self._file, self._offset, self._copied = file, offset, copied
+        self._file, self._offset, self._known = file, offset, known
         self._source_hash, self._result_hash = blake3(), blake3()
         self._sums: Sums = np.zeros(4, np.float64)
         self._coded: Sums = np.zeros(2, np.float64)
@@ -88,7 +65,7 @@ class StepRun:
             Abandoned: another thread failed.
         """
         at = self._offset + tile.write_at
-        if self.step.is_copy and self._copied.digest is not None:
+        if self.step.is_copy and self._known is not None:
             self._move(tile, at, memory)
             return _NOTHING
         result = memory.take("result", tile.write, at - at % self._work.alignment)
@@ -101,31 +78,22 @@ class StepRun:
         with self._order.turn(tile.number):
             self._hash(done, result)
             self._gap += gap
-        for first, last in self._to_write(tile, at):
+        for first, last in self._file.unshared(at, tile.write):
             part = result[first:last]
             self._file.write(at + first, part.data, part.ctypes.data)
         return payload
 
     def _move(self, tile: Tile, at: int, memory: TileMemory) -> None:
         """Copy a tile whose digest is known: what is shared need not even be read."""
-        for first, last in self._to_write(tile, at):
+        for first, last in self._file.unshared(at, tile.write):
             begin = at + first
             part = memory.take("result", last - first, begin - begin % self._work.alignment)
             self._source.read(self.step.source, tile.read_at + first, part)
             self._file.write(begin, part.data, part.ctypes.data)
 
-    def _to_write(self, tile: Tile, at: int) -> list[tuple[int, int]]:
-        """Share what can be of a tile; return the ranges of its bytes that have to be written."""
-        size, shares = tile.write, self.step.is_copy and self._file.shares
-        place = self._copied.place(tile.read_at) if shares else None
-        if place is None:
-            return [(0, size)]
-        first, last = self._file.share(at, size, place)
-        return [part for part in ((0, first), (last, size)) if part[0] < part[1]]
-
     def _hash(self, done: Computed, result: Bytes) -> None:
         """Add a tile to digests and sums, in its turn."""
-        if self._copied.digest is None:
+        if self._known is None:
             self._source_hash.update(done.stored.data)
         if done.stored is not result:  # else it is a copy, and both digests are one
             self._result_hash.update(result.data)
@@ -178,7 +146,7 @@ class StepRun:
         step, sums = self.step, self._sums
         plain = not (step.segments or step.patches) and step.codes_of is None
         same_bytes = plain and (step.source.dtype == step.dtype or step.made is not None)
-        source = self._copied.digest or self._source_hash.hexdigest()
+        source = self._known or self._source_hash.hexdigest()
         return TensorRecord(
             name=step.name,
             file=file_name,
@@ -199,7 +167,7 @@ class StepRun:
             codes=step.source.numel if step.codes_of is not None else 0,
             noise=self._noise,
             base_gap=_norm(self._gap) if self._other is not None else None,
-            known=self._copied.digest is not None,
+            known=self._known is not None,
         )
 
     @property

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def sync_or_empty(fd: int) -> None:
         raise
 
 
+def whole_blocks(offset: int, nbytes: int, block: int = BLOCK) -> tuple[int, int]:
+    """Return where the first whole block of a range of a file begins, and the last one ends; the
+    beginning of the range, twice, where it has none."""
+    first, last = -(-offset // block) * block, (offset + nbytes) // block * block
+    return (first, last) if first < last else (offset, offset)
+
+
+def _last(part: tuple[int, int]) -> int:
+    return part[1]
+
+
 class OutputFile:
     """A weight file being made: what is no tensor first, tensors in any order, then ``close``."""
 
@@ -84,6 +96,7 @@ class OutputFile:
         self.path = path
         self._opened: list[int] = []
         self._edges: list[tuple[int, bytes]] = []
+        self._shared: list[tuple[int, int]] = []  # in file order
         # ``_lock`` guards the edges. ``_ending`` guards the descriptors: nothing is written to one
         # that was closed, as its number may be another file's by then.
         self._lock, self._ending = threading.Lock(), threading.Lock()
@@ -106,40 +119,48 @@ class OutputFile:
         while self._opened:
             os.close(self._opened.pop())
 
-    @property
-    def shares(self) -> bool:
-        """Whether blocks of other files may become blocks of this one."""
-        return self._block > 0
+    def share(self, offset: int, size: int, origin: Origin) -> None:
+        """Have whole blocks of another file be blocks of this one, where the system can.
 
-    def share(self, offset: int, size: int, origin: Origin) -> tuple[int, int]:
-        """Have whole blocks of another file be blocks of this one.
+        Nothing may have been written there, or it is written again. One thread may ask, before
+        others write.
 
         Args:
             offset: where in this file bytes begin that the other has, too.
             size: how many.
             origin: where they lie in the other file.
 
-        Returns:
-            The first and the last of the bytes that are there now, half open. What lies before and
-            after them is to be written: all, if the blocks do not meet, or cannot be shared.
-
         Raises:
             DiskSpaceError, AccessError: the system refused.
         """
-        block = self._block
-        if not block or (origin[1] - offset) % block:
-            return size, size
-        first, last = -offset % block, (offset + size) // block * block - offset
-        if first >= last:
-            return size, size
-        fd, position = origin
+        block, (fd, position) = self._block, origin
+        if not block or (position - offset) % block:
+            return
+        first, last = whole_blocks(offset, size, block)
+        if first == last:
+            return
         try:
-            done = share_blocks(fd, position + first, self._fd, offset + first, last - first)
+            done = share_blocks(fd, position + first - offset, self._fd, first, last - first)
         except OSError as error:
             raise write_error(self.path, error) from error
-        if not done:
-            self._block = 0  # others may ask once more, and be refused as well
-        return (first, last) if done else (size, size)
+        if done:
+            self._shared.append((first, last))
+        else:
+            self._block = 0
+
+    def unshared(self, offset: int, size: int) -> list[tuple[int, int]]:
+        """Return the parts of a range of the file that have to be written: what is not shared.
+
+        Returns:
+            First and last of their bytes, half open, counted from ``offset``.
+        """
+        parts, at, end = [], offset, offset + size
+        for first, last in self._shared[bisect_right(self._shared, at, key=_last) :]:
+            if first >= end:
+                break
+            parts.append((at - offset, first - offset))
+            at = min(last, end)
+        return [part for part in [*parts, (at - offset, size)] if part[0] < part[1]]
 
     def write(self, offset: int, data: memoryview, address: int) -> None:
         """Write ``data``, which lies at ``address`` in memory, at a byte offset of the file.

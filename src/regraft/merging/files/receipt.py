@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -258,15 +260,63 @@ def file_key(name: str) -> str:
 
 
 def receipt_bytes(receipt: Receipt) -> bytes:
-    """Return a receipt as it is written: JSON whose last key is a digest of all the rest."""
-    return sealed(json_bytes(receipt.to_json()))
+    """Return a receipt as it is written; see :func:`receipt_pieces`."""
+    return b"".join(receipt_pieces(receipt))
 
 
-def sealed(document: bytes) -> bytes:
-    """Return a JSON object's bytes with one more key, ``digest``, the blake3 of those bytes."""
-    end = b"\n}\n"
-    digest = blake3(document).hexdigest().encode()
-    return document.removesuffix(end) + b',\n  "digest": "' + digest + b'"' + end
+def receipt_pieces(receipt: Receipt) -> Iterator[bytes]:
+    """Yield a receipt as it is written: JSON whose last key is a digest of all the rest.
+
+    Of the records of many tensors few are JSON at a time, as all would take more memory than the
+    merge itself.
+    """
+    few = json_bytes(replace(receipt, tensors=()).to_json())
+    head, _, tail = few.partition(_NO_TENSORS)
+    if not receipt.tensors:
+        yield sealed(few)
+        return
+    digest = blake3()
+    for piece in chain([head + b'\n  "tensors": ['], _record_pieces(receipt.tensors)):
+        digest.update(piece)
+        yield piece
+    yield sealed(b"\n  ]" + tail, digest)
+
+
+_NO_TENSORS = b'\n  "tensors": []'
+_RECORDS_AT_ONCE = 256
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _record_pieces(records: Sequence[TensorRecord]) -> Iterator[bytes]:
+    """Yield records as they stand in a receipt, some at a time."""
+    for start in range(0, len(records), _RECORDS_AT_ONCE):
+        part = records[start : start + _RECORDS_AT_ONCE]
+        yield ("," * bool(start) + ",".join(map(_record_json, part))).encode()
+
+
+def _record_json(record: TensorRecord) -> str:
+    """Return a record as :func:`json_bytes` would write it in its place, with a line of its own."""
+    lines = []
+    for name, value in vars(record).items():
+        if isinstance(value, tuple) and value:
+            items = ",\n        ".join(map(_encode, value))
+            lines.append(f'      "{name}": [\n        {items}\n      ]')
+        else:
+            lines.append(f'      "{name}": {_encode(value)}')
+    return "\n    {\n" + ",\n".join(lines) + "\n    }"
+
+
+def sealed(document: bytes, begun: Any = None) -> bytes:
+    """Return a JSON object's bytes with one more key, ``digest``, the blake3 of those bytes.
+
+    Args:
+        document: the object, or the rest of it.
+        begun: the digest of what comes before.
+    """
+    end, digest = b"\n}\n", begun or blake3()
+    digest.update(document)
+    told = digest.hexdigest().encode()
+    return document.removesuffix(end) + b',\n  "digest": "' + told + b'"' + end
 
 
 def read_receipt(path: Path) -> Receipt:

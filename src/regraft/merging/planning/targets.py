@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from regraft.formats.safetensors import build_header
-from regraft.merging.files.direct_io import BLOCK
+from regraft.merging.files.direct_io import BLOCK, whole_blocks
 from regraft.merging.planning.plan import OutputShard, Plan, Step
 from regraft.quant.weight import QuantizedWeight
+from regraft.tensors import TensorSpec
 
 _ENCODER = json.JSONEncoder(default=str)
 
@@ -70,14 +72,59 @@ def _beginning(shard: OutputShard) -> dict[str, int]:
     return {} if best is None or best % 8 else {"align": BLOCK, "remainder": best}
 
 
-def shared_bytes(plan: Plan) -> int:
-    """Return how many bytes of a plan's output lie in blocks as they do in the base's files."""
-    return sum(
-        step.nbytes
-        for target in merge_targets(plan)
-        for step, offset in zip(target.steps, target.offsets, strict=True)
-        if step.is_copy and not (step.source.start - offset) % BLOCK
-    )
+OriginOf = Callable[[Step], TensorSpec | None]
+"""Gives the tensor of a file that has the bytes a step copies; None where these are computed."""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Bytes of a file to be made that lie in another file just so, with no other between them.
+
+    Attributes:
+        offset: where they begin in the file to be made.
+        nbytes: how many.
+        first: the tensor of the other file that they begin with.
+    """
+
+    offset: int
+    nbytes: int
+    first: TensorSpec
+
+
+def own_source(step: Step) -> TensorSpec | None:
+    """Return a step's source, where sources are read from their own files."""
+    return step.source
+
+
+def alike_ranges(target: Target, origin: OriginOf) -> list[Alike]:
+    """Return what of a file lies in blocks as it does in files that are there, in order.
+
+    Tensors that follow each other in both files are one range: a block that holds the end of one
+    and the beginning of the next lies alike, too.
+    """
+    found: list[Alike] = []
+    for step, offset in zip(target.steps, target.offsets, strict=True):
+        spec = origin(step) if step.is_copy else None
+        if spec is None or (spec.start - offset) % BLOCK:
+            continue
+        if found and _follows(found[-1], offset, spec):
+            last = found.pop()
+            found.append(Alike(last.offset, last.nbytes + step.nbytes, last.first))
+        else:
+            found.append(Alike(offset, step.nbytes, spec))
+    return found
+
+
+def _follows(last: Alike, offset: int, spec: TensorSpec) -> bool:
+    """Whether a tensor comes right after a range, here and there."""
+    there = last.first.path == spec.path and last.first.start + last.nbytes == spec.start
+    return there and last.offset + last.nbytes == offset
+
+
+def shared_bytes(targets: Iterable[Target], origin: OriginOf = own_source) -> int:
+    """Return how many bytes of files to be made are whole blocks of files that are there."""
+    alike = [each for target in targets for each in alike_ranges(target, origin)]
+    return sum(last - first for first, last in (whole_blocks(a.offset, a.nbytes) for a in alike))
 
 
 def plan_digest(plan: Plan) -> str:

@@ -57,6 +57,11 @@ def tiles_of(step: Step, tile_bytes: int, grain: int = 1) -> Iterator[Tile]:
         yield from _value_tiles(step, tile_bytes)
 
 
+def whole_tile(step: Step) -> Tile:
+    """Return one tile of all bytes of a step that copies them."""
+    return next(_byte_tiles(step.nbytes, max(step.nbytes, 1)))
+
+
 def _byte_tiles(total: int, tile_bytes: int) -> Iterator[Tile]:
     for number, start in enumerate(range(0, max(total, 1), tile_bytes)):
         length = min(tile_bytes, total - start)

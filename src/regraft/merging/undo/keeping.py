@@ -8,6 +8,7 @@ with everything but the tensors, holes in their place. It is opened and planned 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,7 +105,11 @@ def keep_base(
     Raises:
         RegraftError: a file of the base cannot be read, or something cannot be written.
     """
-    weights = [_keep_gaps(plan, shard.path, patch) for shard in plan.stored.shards]
+    of_file = defaultdict[Path, list[TensorSpec]](list)
+    for spec in plan.stored.tensors.values():
+        of_file[spec.path].append(spec)
+    paths = [shard.path for shard in plan.stored.shards]
+    weights = [_keep_gaps(plan, path, of_file[path], patch) for path in paths]
     patch.close()
     written: dict[str, str] = {}
 
@@ -149,8 +154,9 @@ def gaps_of(size: int, tensors: Sequence[TensorSpec]) -> list[tuple[int, int]]:
     return gaps + ([(at, size - at)] if size > at else [])
 
 
-def _keep_gaps(plan: Plan, path: Path, patch: PatchWriter) -> WeightFile:
-    tensors = [spec for spec in plan.stored.tensors.values() if spec.path == path]
+def _keep_gaps(
+    plan: Plan, path: Path, tensors: Sequence[TensorSpec], patch: PatchWriter
+) -> WeightFile:
     if plan.quantization is not None:  # small ones say what the large ones are: to plan, read them
         tensors = [spec for spec in tensors if spec.nbytes > SMALL_TENSOR]
     with os.fdopen(open_regular(path), "rb") as file:

@@ -48,6 +48,19 @@ class Restoration:
     rounding: str = "stochastic"
     seed: int = 0
 
+    def step(self, spec: TensorSpec) -> Step | None:
+        """Return the step that restores a tensor; one name can mean plain values and codes."""
+        step = self.steps.get(spec.name)
+        if step is None or (step.source.is_virtual and step.coded is None) != spec.is_virtual:
+            return None
+        return step
+
+    def origin(self, spec: TensorSpec) -> TensorSpec | None:
+        """Return the merged model's tensor, if that has the bytes as they are."""
+        if spec.is_virtual or self.step(spec) is not None or spec.name in self.keeps:
+            return None
+        return self.merged[spec.name]
+
 
 class RestoringSource:
     """Gives the bytes of a base that is not there; a ``Source`` of ``merging.inputs``."""
@@ -63,7 +76,7 @@ class RestoringSource:
 
     def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
         """Restore a range of a tensor's bytes."""
-        if self._step(spec) is not None:
+        if self._recipe.step(spec) is not None:
             self._restorer(spec).read(offset, buffer, self._scratch)
         elif spec.is_virtual:
             self._read_plain(spec, offset, buffer)
@@ -74,16 +87,7 @@ class RestoringSource:
 
     def origin(self, spec: TensorSpec) -> TensorSpec | None:
         """Return the merged model's tensor, if that has the bytes as they are."""
-        if spec.is_virtual or self._step(spec) is not None or spec.name in self._recipe.keeps:
-            return None
-        return self._recipe.merged[spec.name]
-
-    def _step(self, spec: TensorSpec) -> Step | None:
-        """Return the step that restores a tensor; one name can mean plain values and codes."""
-        step = self._recipe.steps.get(spec.name)
-        if step is None or (step.source.is_virtual and step.coded is None) != spec.is_virtual:
-            return None
-        return step
+        return self._recipe.origin(spec)
 
     def _read_plain(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
         """Read values of a quantized weight that no adapter changed from the merged model."""
@@ -95,12 +99,12 @@ class RestoringSource:
 
     def cost(self, spec: TensorSpec) -> int:
         """Return the bytes of the old merge's factors, and of the table of units."""
-        step = self._step(spec)
+        step = self._recipe.step(spec)
         return step.factor_bytes + 32 * step.units.count if step is not None else 0
 
     def grain(self, spec: TensorSpec) -> int:
         """Return the bytes of a unit of a merged tensor, of a chunk of one that is kept."""
-        step = self._step(spec)
+        step = self._recipe.step(spec)
         if step is not None and step.coded is not None:
             return _Coded.grain(step)
         if step is not None:

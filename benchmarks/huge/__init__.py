@@ -1,0 +1,1 @@
+"""A merge into a model of a trillion parameters: ``python -m benchmarks.huge``."""
