@@ -7,7 +7,7 @@ back, and one that the output does not have from nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +19,12 @@ from regraft.deltas.undo import correction_coding as planes
 from regraft.formats.files.reading import FilePool
 from regraft.merging.compute.requantize import ValuesOf, can_be_told, told_codes
 from regraft.merging.inputs.dequantize import DequantizingSource
+from regraft.merging.inputs.dequantized_view import as_stored
 from regraft.merging.inputs.source import Source
 from regraft.merging.options import KEEP
 from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.tiles import Tile
+from regraft.merging.undo.manifest import UNDO_FORMAT
 from regraft.merging.undo.patch import CHUNKS, PLANES, packed, section
 from regraft.quant.weight import Block, QuantizedWeight
 from regraft.tensors import DTYPES, TensorSpec
@@ -37,7 +39,8 @@ class Correction:
         adapter: the adapter's tensor that it is told from, if it is that.
         through: the dtype that the output has it in, if it is told from itself converted; of a
             ``coded`` one, if its values are.
-        coded: the quantized weight whose codes it holds, if they are told from plain values.
+        coded: the quantized weight whose codes it holds, as they lie, if they are told from plain
+            values.
     """
 
     original: TensorSpec
@@ -57,11 +60,16 @@ class Correction:
         return -(-self.original.nbytes // (planes.CHUNK * self.item))
 
 
-def corrections_of(plan: Plan) -> list[Correction]:
-    """Return the tensors of the base that have to be told from something, in their order."""
+def corrections_of(plan: Plan, layout: int = UNDO_FORMAT) -> list[Correction]:
+    """Return the tensors of the base that have to be told from something, in their order.
+
+    Args:
+        plan: the merge.
+        layout: that of the patch; see :func:`layout_of`.
+    """
     steps = {step.name: step for step in plan.steps}
     found = []
-    packed = _dequantized(plan)
+    packed = _dequantized(plan, layout)
     for name, original in plan.stored.tensors.items():
         step = steps.get(name)
         if name in packed:
@@ -78,7 +86,18 @@ def corrections_of(plan: Plan) -> list[Correction]:
     return found
 
 
-def _dequantized(plan: Plan) -> dict[str, Correction]:
+def layout_of(keeps: Iterable[Correction]) -> int:
+    """Return the lowest layout whose readers know how all of these are told."""
+    told = (keep.coded for keep in keeps)
+    return max((_layout_told(weight) for weight in told if weight is not None), default=1)
+
+
+def _layout_told(weight: QuantizedWeight) -> int:
+    """Return the first layout in which the codes of a weight are told from its values."""
+    return 1 if weight.codec.is_writable and not weight.codec.stores_transposed else 2
+
+
+def _dequantized(plan: Plan, layout: int = UNDO_FORMAT) -> dict[str, Correction]:
     """Return the stored tensors that the output has as plain values of a weight or a stack."""
     if plan.quantization is None or plan.options.get("quantize") == KEEP:
         return {}
@@ -96,10 +115,12 @@ def _dequantized(plan: Plan) -> dict[str, Correction]:
             and step.source.is_virtual
             and step.made is None
             and can_be_told(weight)
+            and _layout_told(weight) <= layout
         ):
             same = step.is_invertible or step.dtype in (weight.dtype, "F32")
             through = None if same else step.dtype
-            found[weight.codes.name] = Correction(weight.codes, through=through, coded=weight)
+            coded = as_stored(weight)
+            found[weight.codes.name] = Correction(weight.codes, through=through, coded=coded)
     return found
 
 

@@ -24,8 +24,12 @@ from regraft.merging.planning.plan import Step
 from regraft.merging.planning.tiles import Tile, row_grain
 from regraft.merging.undo.corrections import Correction, adapter_prediction, converted
 from regraft.merging.undo.patch import CHUNKS, FACTORS, PLANES, STREAMS, UNITS, PatchReader, section
+from regraft.merging.undo.turned_codes import TurnedCodes, is_turned
 from regraft.quant.weight import Block, QuantizedWeight, Read
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
+
+_RECENT = 16
+"""Chunks of kept tensors that stay at hand: of scales, 2 to 4 MiB."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Restoration:
         merged: the merged model's tensors.
         digests: blake3 (hex) of the base's tensors, as the receipt has them.
         rounding, seed: how values became codes, where they did.
+        room: memory for codes that lie transposed; see :mod:`regraft.merging.undo.turned_codes`.
     """
 
     steps: Mapping[str, Step]
@@ -47,6 +52,7 @@ class Restoration:
     digests: Mapping[str, str]
     rounding: str = "stochastic"
     seed: int = 0
+    room: int = 0
 
 
 class RestoringSource:
@@ -58,8 +64,10 @@ class RestoringSource:
         self._recipe, self._patch, self._files, self._store = recipe, patch, files, store
         self._open: dict[tuple[str, bool], _Restorer] = {}
         self._chunks: dict[str, Offsets] = {}
+        self._recent: dict[tuple[str, int], Bytes] = {}
         self._lock = threading.Lock()  # a tensor has one restorer, made by the first who asks
         self._scratch = threading.local()
+        self._turned = TurnedCodes(recipe.room, self._values, self.read)
 
     def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
         """Restore a range of a tensor's bytes."""
@@ -113,6 +121,8 @@ class RestoringSource:
         with self._lock:
             self._open.pop(_key(spec), None)
             self._chunks.pop(spec.name, None)
+        if not spec.is_virtual:
+            self._turned.release(spec.name)
 
     def expected(self, name: str) -> str | None:
         """Return the digest that the receipt has."""
@@ -132,21 +142,44 @@ class RestoringSource:
             return self._open[key]
 
     def _read_kept(self, keep: Correction, offset: int, buffer: Bytes) -> None:
-        """Restore a range of a kept tensor, whole chunks at a time."""
-        name, chunk = keep.original.name, planes.CHUNK * keep.item
+        """Restore a range of a kept tensor: whole chunks, where something was kept of them."""
+        chunk, end = planes.CHUNK * keep.item, offset + buffer.size
         ends = self._chunk_ends(keep)
-        for number in range(offset // chunk, -(-(offset + buffer.size) // chunk)):
+        for number in range(offset // chunk, -(-end // chunk)):
             begin = number * chunk
-            size = min(chunk, keep.original.nbytes - begin)
-            first = int(ends[number - 1]) if number else 0
-            kept = self._patch.part(section(name, PLANES), first, int(ends[number]))
-            prediction = self._prediction(keep, begin, size)
-            try:
-                values = planes.restore(kept.tobytes(), prediction, keep.item)
-            except ValueError as error:
-                raise self._patch.damaged(section(name, PLANES), "chunks", str(error)) from None
-            low, high = max(begin, offset), min(begin + size, offset + buffer.size)
-            buffer[low - offset : high - offset] = values[low - begin : high - begin]
+            low, high = max(begin, offset), min(begin + chunk, keep.original.nbytes, end)
+            first, last = int(ends[number - 1]) if number else 0, int(ends[number])
+            if first == last and keep.coded is not None:
+                buffer[low - offset : high - offset] = self._prediction(keep, low, high - low)
+            else:
+                values = self._restored(keep, begin, (first, last))
+                buffer[low - offset : high - offset] = values[low - begin : high - begin]
+
+    def _restored(self, keep: Correction, begin: int, kept: tuple[int, int]) -> Bytes:
+        """Return a chunk, given the bytes of the section that were kept of it.
+
+        Small tensors such as scales are asked for again and again by those who tell codes, a few
+        values at a time: the last chunks stay at hand.
+        """
+        key = (keep.original.name, begin)
+        with self._lock:
+            values = self._recent.pop(key, None)
+        if values is None:
+            values = self._restore_chunk(keep, begin, kept)
+        with self._lock:
+            self._recent[key] = values
+            while len(self._recent) > _RECENT:
+                self._recent.pop(next(iter(self._recent)))
+        return values
+
+    def _restore_chunk(self, keep: Correction, begin: int, kept: tuple[int, int]) -> Bytes:
+        size = min(planes.CHUNK * keep.item, keep.original.nbytes - begin)
+        name = section(keep.original.name, PLANES)
+        content = self._patch.part(name, *kept).tobytes()
+        try:
+            return planes.restore(content, self._prediction(keep, begin, size), keep.item)
+        except ValueError as error:
+            raise self._patch.damaged(name, "chunks", str(error)) from None
 
     def _chunk_ends(self, keep: Correction) -> Offsets:
         """Return where each chunk of a kept tensor ends; read once for all of its tiles."""
@@ -165,6 +198,10 @@ class RestoringSource:
     def _prediction(self, keep: Correction, begin: int, size: int) -> Bytes:
         if keep.adapter is not None:
             return adapter_prediction(keep, keep.adapter, begin, size, self._files)
+        if keep.coded is not None and is_turned(keep):
+            told = np.empty(size, np.uint8)
+            self._turned.read(keep.coded, begin, told)
+            return told
         if keep.coded is not None:
             return told_codes(keep.coded, begin, size, self._values(keep.coded), self.read)
         if keep.through is not None:
