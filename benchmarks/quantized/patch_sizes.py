@@ -4,7 +4,7 @@
 
 Bases of normal weights, one layer of a llama (23 million parameters) or four experts of gpt-oss;
 the adapter has rank 16 on each weight and moves weights by 0.5%, as that of the other figures. A
-line says what share of the output the patch is, and how much processor time merge and un-merge take.
+line says what share of the output the patch is, and what processor time merge and un-merge take.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     assert (folder / "back" / file.name).read_bytes() == file.read_bytes(), name
     size = sum(p.stat().st_size for p in (folder / "outTrue").glob("*.safetensors"))
     patch = (folder / "outTrue/regraft/undo/patch.safetensors").stat().st_size
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(times)]
     return {"format": name, "base": file.stat().st_size, "output": size, "patch": patch,
             "share": patch / size, "no undo": steps[0], "merge": steps[1],
             "unmerge": steps[2]}  # fmt: skip

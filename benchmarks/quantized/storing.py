@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[Any]
 Tensors = dict[str, Array]
 
 GROUP = 128
@@ -27,7 +27,8 @@ def words(codes: Array, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -> Ar
     """Return 4-bit codes in words along the last dimension."""
     eights = codes.reshape(*codes.shape[:-1], -1, 8)[..., list(order)].astype(np.uint32)
     shifts = 4 * np.arange(8, dtype=np.uint32)
-    return np.bitwise_or.reduce(eights << shifts, axis=-1).view(np.int32)
+    packed: Array = np.bitwise_or.reduce(eights << shifts, axis=-1).view(np.int32)
+    return packed
 
 
 def grouped(weight: Floats, groups: Array) -> tuple[Array, Array, Array]:
@@ -90,6 +91,11 @@ def _halves(values: Floats) -> Array:
     return np.ascontiguousarray(values, np.float16)[..., None].view(np.uint8)
 
 
+def _rounded(values: Floats) -> Floats:
+    """Return values as float16 has them."""
+    return values.astype(np.float16).astype(np.float32)
+
+
 def _ends(parts: Floats, top: int) -> tuple[Floats, Floats]:
     """Return step and lowest value (made positive) of each part."""
     low = parts.min(-1).clip(max=0)
@@ -105,7 +111,7 @@ def k4(weight: Floats, *, five: bool = False) -> Array:
     parts = weight.reshape(-1, 8, 32)
     top = 31 if five else 15
     step, low = _ends(parts, top)
-    d, m = (np.float16(x.max(-1) / 63).astype(np.float32) for x in (step, low))
+    d, m = (_rounded(x.max(-1) / 63) for x in (step, low))
     steps, lows = (np.rint(_over(x, y[:, None])).clip(0, 63) for x, y in ((step, d), (low, m)))
     scale, offset = (d[:, None] * steps)[..., None], (m[:, None] * lows)[..., None]
     codes = np.rint(_over(parts + offset, np.broadcast_to(scale, parts.shape))).clip(0, top)
@@ -127,7 +133,7 @@ def k6(weight: Floats) -> Array:
     far = np.take_along_axis(parts, np.abs(parts).argmax(-1)[..., None], -1)[..., 0]
     step = -far / 32
     largest = np.take_along_axis(step, np.abs(step).argmax(-1)[:, None], -1)[:, 0]
-    d = np.float16(-largest / 128).astype(np.float32)
+    d = _rounded(-largest / 128)
     scales = np.rint(_over(step, np.broadcast_to(d[:, None], step.shape))).clip(-128, 127)
     whole = np.broadcast_to((d[:, None] * scales)[..., None], parts.shape)
     codes = (np.rint(_over(parts, whole)).clip(-32, 31) + 32).astype(np.uint8)

@@ -12,10 +12,12 @@ import numpy as np
 from regraft.deltas.kernels.weights import Bytes, Floats, Weights
 from regraft.deltas.matrix_units import UNIT_COLUMNS, Offsets, Units
 from regraft.deltas.undo import correction_coding as planes
-from regraft.deltas.undo.compression import most_compressed
+from regraft.deltas.undo import signs_of_zero
+from regraft.deltas.undo.compression import decompress
 from regraft.deltas.undo.exceptions import ITEM, put_back
 from regraft.deltas.undo.units import Counts, Lengths, TileCorrection, are_possible, sizes_of
 from regraft.formats.files.reading import FilePool
+from regraft.merging.compute.block_telling import told_blocks
 from regraft.merging.compute.factors import FactorStore, Pair
 from regraft.merging.compute.requantize import Coder, ValuesOf, told_codes
 from regraft.merging.compute.step_inverse import Backwards
@@ -114,7 +116,7 @@ class RestoringSource:
         if step is not None:
             return step.units.rows * step.units.width * spec.itemsize
         keep = self._recipe.keeps.get(spec.name)
-        return planes.CHUNK * keep.item if keep is not None else 1
+        return keep.chunk_bytes if keep is not None else 1
 
     def release(self, spec: TensorSpec) -> None:
         """Let go of a tensor's factors and tables."""
@@ -143,7 +145,7 @@ class RestoringSource:
 
     def _read_kept(self, keep: Correction, offset: int, buffer: Bytes) -> None:
         """Restore a range of a kept tensor: whole chunks, where something was kept of them."""
-        chunk, end = planes.CHUNK * keep.item, offset + buffer.size
+        chunk, end = keep.chunk_bytes, offset + buffer.size
         ends = self._chunk_ends(keep)
         for number in range(offset // chunk, -(-end // chunk)):
             begin = number * chunk
@@ -173,11 +175,18 @@ class RestoringSource:
         return values
 
     def _restore_chunk(self, keep: Correction, begin: int, kept: tuple[int, int]) -> Bytes:
-        size = min(planes.CHUNK * keep.item, keep.original.nbytes - begin)
+        size = min(keep.chunk_bytes, keep.original.nbytes - begin)
         name = section(keep.original.name, PLANES)
         content = self._patch.part(name, *kept).tobytes()
         try:
-            return planes.restore(content, self._prediction(keep, begin, size), keep.item)
+            if keep.blocks is not None:
+                raw = decompress(content, size) if content else bytes(size)
+                differences = np.frombuffer(raw, np.uint8)
+                return told_blocks(keep.blocks, begin, differences, self._values(keep.blocks))
+            told = self._prediction(keep, begin, size)
+            if keep.zero_twice:
+                return signs_of_zero.restore(content, told)
+            return planes.restore(content, told, keep.item)
         except ValueError as error:
             raise self._patch.damaged(name, "chunks", str(error)) from None
 
@@ -188,7 +197,7 @@ class RestoringSource:
             if name not in self._chunks:
                 raw = self._patch.table(section(name, CHUNKS), 4 * keep.chunks)
                 lengths = np.frombuffer(raw, np.uint32).astype(np.int64)
-                most = most_compressed(planes.CHUNK * keep.item)
+                most = keep.most_kept
                 if lengths.max(initial=0) > most:
                     expected, found = f"chunks of at most {most} bytes", f"one of {lengths.max()}"
                     raise self._patch.damaged(section(name, CHUNKS), expected, found)
