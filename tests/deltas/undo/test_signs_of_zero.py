@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from zstandard import frame_content_size
 
 from regraft.deltas.undo import signs_of_zero
+from regraft.deltas.undo.compression import compress
 from regraft.numerics.arrays import Bytes
 
 SIZES = st.shared(st.integers(1, 40), key="size")
@@ -31,10 +33,11 @@ def test_signs_alone_take_a_bit_for_each_zero(stored: Bytes) -> None:
     told = np.where(lower == 8, 0, lower) | np.where(upper == 0x80, 0, upper)
     kept = signs_of_zero.compress(stored, told.astype(np.uint8))
     zeros = int(np.sum(told & 15 == 0) + np.sum(told & 0xF0 == 0))
-    assert len(kept) in (0, -(-zeros // 8))
+    assert not kept or frame_content_size(kept) == -(-zeros // 8) + stored.size
     assert len(kept) <= signs_of_zero.most(stored.size)
 
 
-def test_what_is_too_short_is_refused() -> None:
-    with pytest.raises(ValueError, match="where signs take 3"):
-        signs_of_zero.restore(b"\0\0", np.zeros(10, np.uint8))
+@pytest.mark.parametrize("kept", [b"\0\0", compress(bytes(12)), compress(bytes(14))])
+def test_what_is_not_as_long_as_it_should_be_is_refused(kept: bytes) -> None:
+    with pytest.raises(ValueError, match=r"13|content size"):
+        signs_of_zero.restore(kept, np.zeros(10, np.uint8))

@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 
 from regraft.deltas.kernels.weights import Bytes
-from regraft.deltas.undo import correction_coding as planes
+from regraft.deltas.undo import compression
 
 _SIGN = np.uint8(8)
 """The sign of a code of four bits; the others are its magnitude."""
 
 
 def compress(stored: Bytes, told: Bytes) -> bytes:
-    """Return what tells ``stored`` from ``told``, two codes to a byte."""
+    """Return what tells ``stored`` from ``told``, two codes a byte; nothing if equal."""
     places, codes = _zeros(told), _nibbles(stored).reshape(-1)
     signs = codes[places] == _SIGN
-    kept = planes.compress(stored, _signed(told, places, signs), 1)
-    return np.packbits(signs).tobytes() + kept if kept or signs.any() else b""
+    difference = stored - _signed(told, places, signs)
+    if not signs.any() and not difference.any():
+        return b""
+    return compression.compress(np.packbits(signs).tobytes() + difference.tobytes())
 
 
 def restore(kept: bytes, told: Bytes) -> Bytes:
@@ -35,15 +37,15 @@ def restore(kept: bytes, told: Bytes) -> Bytes:
         return told
     places = _zeros(told)
     size = -(-places.size // 8)
-    if len(kept) < size:
-        raise ValueError(f"{len(kept)} bytes, where signs take {size}")
-    signs = np.unpackbits(np.frombuffer(kept[:size], np.uint8), count=places.size).astype(bool)
-    return planes.restore(kept[size:], _signed(told, places, signs), 1)
+    raw = np.frombuffer(compression.decompress(kept, size + told.size), np.uint8)
+    signs = np.unpackbits(raw[:size], count=places.size).astype(bool)
+    restored: Bytes = _signed(told, places, signs) + raw[size:]
+    return restored
 
 
 def most(size: int) -> int:
-    """Return the most bytes that signs take of so many bytes of codes."""
-    return -(-size // 4)
+    """Return the most bytes that are kept of so many bytes of codes."""
+    return compression.most_compressed(size + -(-size // 4))
 
 
 def _nibbles(packed: Bytes) -> Bytes:

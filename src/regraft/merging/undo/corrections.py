@@ -81,8 +81,8 @@ class Correction:
     @property
     def most_kept(self) -> int:
         """The most bytes that are kept of a chunk."""
-        signs = signs_of_zero.most(self.chunk_bytes) if self.zero_twice else 0
-        return most_compressed(self.chunk_bytes) + signs
+        most = signs_of_zero.most if self.zero_twice else most_compressed
+        return most(self.chunk_bytes)
 
 
 def corrections_of(plan: Plan, layout: int = UNDO_FORMAT) -> list[Correction]:

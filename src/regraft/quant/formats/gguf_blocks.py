@@ -478,5 +478,6 @@ def restored(kind: str, kept: Bytes, values: Floats, dtype: str) -> Bytes:
 def _pieces(layout: Layout, values: Floats, dtype: str) -> Any:
     matrix, each = values.reshape(-1, layout.elements), max(_PIECE // layout.elements, 1)
     for low in range(0, len(matrix), each):
-        part = np.ascontiguousarray(matrix[low : low + each])
-        yield low, low + len(part), Values(part, KINDS[dtype])
+        part = matrix[low : low + each]
+        unsigned = np.where(part == 0, np.float32(0), part)  # an undo does not tell -0 from +0
+        yield low, low + len(part), Values(unsigned, KINDS[dtype])
