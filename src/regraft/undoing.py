@@ -122,7 +122,7 @@ def unmerge(
         output.check_space(found.base_bytes - _shared(targets, undone, reuse))
         shards = base_shards(targets)
         steps = [step for target in targets for step in target.steps]
-        count, tile, memory = fit_memory(steps, options, undone.steps)
+        count, tile, memory = fit_memory(steps, options, undone.steps, room=undone.recipe.room)
         made = Plan(
             undone.stored, (), shards, {}, {}, memory, count, tile, (), out=str(output.path)
         )
@@ -217,7 +217,10 @@ def swap(
         base, quantization = undone.seen_as(options.dtype)
         base, unsure = _with_config(base, found)
         options = settled(options, quantization)
-        made = make_plan(base, read, options, output.path, undone.steps, quantization=quantization)
+        made = make_plan(
+            base, read, options, output.path, undone.steps, quantization=quantization,
+            room=undone.recipe.room,
+        )  # fmt: skip
         restored = _opener(undone, found)(files, FactorStore(files, FACTOR_CACHE))
         notes = notes_of_another_base(read, base, quantization, restored)
         warn(notes, stacklevel=3)
@@ -387,6 +390,7 @@ def _undone(
         UnsupportedError: this version of regraft plans that merge in another way.
     """
     from regraft.merging.undo.restore import Restoration
+    from regraft.merging.undo.turned_codes import room_for
 
     folder = work.fresh_base()
     source = found.receipt.base
@@ -408,11 +412,12 @@ def _undone(
             hint=f"Run it with that version: pip install regraft=={found.receipt.regraft}",
         )  # fmt: skip
     steps = {step.name: step for step in made.steps if step.is_invertible}
-    kept = {keep.original.name: keep for keep in corrections_of(made)}
+    kept = {keep.original.name: keep for keep in corrections_of(made, found.manifest.format)}
     _check_merged(found, made)
     recipe = Restoration(
-        steps, kept, found.merged.tensors, source.tensors, old.rounding or "stochastic", old.seed
-    )
+        steps, kept, found.merged.tensors, source.tensors, old.rounding or "stochastic", old.seed,
+        room_for(kept.values(), options.max_memory),
+    )  # fmt: skip
     return _Undone(base, quantization, steps, recipe)
 
 

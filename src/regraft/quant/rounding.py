@@ -282,38 +282,64 @@ def _go_further(
 
 
 @njit(**INNER)
-def _count_below(values: Any, at: Any, n: Any, inverse: Any, zero: Any, m: Any, out: Any) -> None:
+def _scaled(values: Any, at: Any, n: Any, inverse: Any, zero: Any, x: Any) -> None:
+    """Set ``x`` to values in units of a scale that all of them share."""
+    for j in range(n):
+        x[j] = values[at + j] * inverse + zero
+
+
+@njit(**INNER)
+def _scaled_each(
+    values: Any, at: Any, n: Any, scales: Any, zeros: Any, line: Any, post: Any, x: Any
+) -> None:
+    """Set ``x`` to values in units of scales of their own."""
+    some = zeros.shape[0] > 0
+    for j in range(n):
+        scale = np.float32(scales[line + j] * post)
+        inverse = np.float32(0) if scale == 0 else np.float32(np.float32(1) / scale)
+        x[j] = values[at + j] * inverse + (zeros[line + j] if some else np.float32(0))
+
+
+@njit(**INNER)
+def _count_below(x: Any, n: Any, m: Any, out: Any, at: Any) -> None:
     """Set how many of 15 middles each value is above: all are looked at, and none is a branch."""
     m0, m1, m2, m3, m4, m5, m6, m7 = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]
     m8, m9, m10, m11, m12, m13, m14 = m[8], m[9], m[10], m[11], m[12], m[13], m[14]
     for j in range(n):
-        x = values[at + j] * inverse + zero
-        k = np.uint32(m0 < x) + np.uint32(m1 < x) + np.uint32(m2 < x) + np.uint32(m3 < x)
-        k += np.uint32(m4 < x) + np.uint32(m5 < x) + np.uint32(m6 < x) + np.uint32(m7 < x)
-        k += np.uint32(m8 < x) + np.uint32(m9 < x) + np.uint32(m10 < x) + np.uint32(m11 < x)
-        k += np.uint32(m12 < x) + np.uint32(m13 < x) + np.uint32(m14 < x)
+        y = x[j]
+        k = np.uint32(m0 < y) + np.uint32(m1 < y) + np.uint32(m2 < y) + np.uint32(m3 < y)
+        k += np.uint32(m4 < y) + np.uint32(m5 < y) + np.uint32(m6 < y) + np.uint32(m7 < y)
+        k += np.uint32(m8 < y) + np.uint32(m9 < y) + np.uint32(m10 < y) + np.uint32(m11 < y)
+        k += np.uint32(m12 < y) + np.uint32(m13 < y) + np.uint32(m14 < y)
         out[at + j] = np.uint8(k)
 
 
 @njit(**INNER)
-def _halve(
-    values: Any, at: Any, n: Any, inverse: Any, zero: Any, middles: Any, half: Any, order: Any,
-    out: Any, places: Any,
-) -> None:  # fmt: skip
-    """Set the codes of values by halving where they may lie, all of a block at a time."""
-    for begin in range(np.uintp(0), n, np.uintp(_BLOCK)):
-        count = min(np.uintp(_BLOCK), n - begin)
-        for j in range(count):
-            places[j] = np.uint32(0)
-        step = np.uint32(half)
-        while step > 0:
-            for j in range(count):
-                x = values[at + begin + j] * inverse + zero
-                below = middles[np.uintp(places[j] + step - np.uint32(1))] < x
-                places[j] = np.uint32(places[j] + step * np.uint32(below))
-            step = np.uint32(step >> np.uint32(1))
-        for j in range(count):
-            out[at + begin + j] = order[np.uintp(places[j])]
+def _halve(x: Any, n: Any, middles: Any, half: Any, places: Any, out: Any, at: Any) -> None:
+    """Set how many middles each value is above by halving where it may lie, all at a time."""
+    for j in range(n):
+        places[j] = np.uint32(0)
+    step = np.uint32(half)
+    while step > 0:
+        for j in range(n):
+            below = middles[np.uintp(places[j] + step - np.uint32(1))] < x[j]
+            places[j] = np.uint32(places[j] + step * np.uint32(below))
+        step = np.uint32(step >> np.uint32(1))
+    for j in range(n):
+        out[at + j] = np.uint8(places[j])
+
+
+@njit(**INNER)
+def _codes_of(
+    x: Any, n: Any, middles: Any, half: Any, order: Any, places: Any, out: Any, at: Any
+) -> None:
+    """Set the codes of scaled values."""
+    if middles.shape[0] == 15:
+        _count_below(x, n, middles, out, at)
+    else:
+        _halve(x, n, middles, half, places, out, at)
+    for j in range(n):
+        out[at + j] = order[np.uintp(out[at + j])]
 
 
 @njit(**ENTRY)
@@ -335,22 +361,26 @@ def nearest(
     """
     columns, run, first = np.uintp(column_count), np.uintp(run_), np.uintp(first_)
     has_zeros, half = zeros.shape[0] > 0, np.uintp((middles.shape[0] + 1) // 2)
-    places = np.empty(_BLOCK, np.uint32)
+    block, one = np.uintp(_BLOCK), np.uintp(1)
+    places, x = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.float32)
     for i in range(np.uintp(row_count)):
         line = np.uintp((np.int64(i) + first_row) // row_run) * np.uintp(scale_width)
-        for t in range((first + columns + run - np.uintp(1)) // run):
+        if run == one:
+            for low in range(np.uintp(0), columns, block):
+                n = min(block, columns - low)
+                _scaled_each(values, i * columns + low, n, scales, zeros, line + low, post, x)
+                _codes_of(x, n, middles, half, order, places, out, i * columns + low)
+            continue
+        for t in range((first + columns + run - one) // run):
             low = max(t * run, first) - first
-            high = min((t + np.uintp(1)) * run - first, columns)
+            high = min((t + one) * run - first, columns)
             zero = zeros[line + t] if has_zeros else np.float32(0)
             scale = np.float32(scales[line + t] * post)
             inverse = np.float32(0) if scale == 0 else np.float32(np.float32(1) / scale)
-            at, n = i * columns + low, high - low
-            if middles.shape[0] == 15:
-                _count_below(values, at, n, inverse, zero, middles, out)
-                for j in range(n):
-                    out[at + j] = order[out[at + j]]
-            else:
-                _halve(values, at, n, inverse, zero, middles, half, order, out, places)
+            for begin in range(low, high, block):
+                n, at = min(block, high - begin), i * columns + begin
+                _scaled(values, at, n, inverse, zero, x)
+                _codes_of(x, n, middles, half, order, places, out, at)
 
 
 @njit(**ENTRY)
@@ -382,7 +412,8 @@ def nearest_of_levels(
             inverse = np.float32(0) if full == 0 else np.float32(np.float32(1) / full)
             for c in range(np.uintp(16)):
                 values[c] = stored(value_of(levels[c], zero, scales[line + t], post), kind)
-            _count_below(values, np.uintp(0), np.uintp(16), inverse, zero, middles, near)
+            _scaled(values, np.uintp(0), np.uintp(16), inverse, zero, values)
+            _count_below(values, np.uintp(16), middles, near, np.uintp(0))
             for c in range(np.uintp(16)):
                 near[c] = order[near[c]]
             at = i * columns + low

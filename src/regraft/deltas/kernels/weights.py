@@ -49,6 +49,16 @@ class Weights:
         """The three arguments by which kernels take weights."""
         return self.x16, self.x32, self.kind
 
+    @property
+    def bits(self) -> npt.NDArray[Any]:
+        """The values' patterns, as unsigned integers; a view."""
+        return self.x32.view(np.uint32) if self.kind == kernels.F32 else self.x16
+
+    @property
+    def sign_bit(self) -> Any:
+        """The pattern of -0."""
+        return np.uint32(1 << 31) if self.kind == kernels.F32 else np.uint16(1 << 15)
+
     def cut(self, start: int, count: int) -> Weights:
         """View ``count`` elements from ``start``."""
         if self.kind == kernels.F32:

@@ -106,7 +106,7 @@ class PlanContext:
             )
         return PlainWork(
             step, self.store, partial(source.read, step.source), self.tile_bytes, keeps=keeps,
-            checks=self._checks, norms=self._norms,
+            checks=self._checks, norms=self._norms, zero_signs=not step.source.is_virtual,
         )  # fmt: skip
 
     def _gathering(self, made: Made) -> Gathering:

@@ -20,7 +20,7 @@ from regraft.merging.planning.tiles import Tile
 from regraft.numerics.conversions import KINDS
 from regraft.quant.grid import Codes, values_of
 from regraft.quant.rounding import codes_for, codes_of_levels, looks_up, nearest_codes
-from regraft.quant.weight import Block, QuantizedWeight, Read
+from regraft.quant.weight import Block, Decoder, QuantizedWeight, Read
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 
 Again = Callable[[Tile, Weights, Weights], None]
@@ -124,8 +124,8 @@ ValuesOf = Callable[[Block], Bytes]
 
 
 def can_be_told(weight: QuantizedWeight) -> bool:
-    """Whether codes can be told from values a few rows at a time: they lie in the same order."""
-    return weight.codec.is_writable and not weight.codec.stores_transposed
+    """Whether codes can be told from values: they are levels of a grid."""
+    return not isinstance(weight.codec, Decoder)
 
 
 def told_codes(
@@ -134,10 +134,27 @@ def told_codes(
     """Return the stored bytes of a weight that its values speak for.
 
     Args:
-        weight: the weight.
+        weight: the weight, as its codes lie.
         begin, size: the range of its stored codes, in bytes.
-        values: gives its values; None for those that its codes stand for.
+        values: gives its values, as its codes lie; None for those that its codes stand for.
         read: reads its other stored tensors; its codes are read only where values are not given.
+    """
+
+    at = rows_holding(weight, begin, size)
+    if values is None:
+        return _cut(weight, at, _told_of_itself(weight, at, read), begin, size)
+    codes = codes_near(weight, at, values(at), read)
+    return _cut(weight, at, codes, begin, size)
+
+
+def codes_near(weight: QuantizedWeight, at: Block, raw: Bytes, read: Read) -> Bytes:
+    """Return the codes of a block, uint8 row by row, that its values speak for.
+
+    Args:
+        weight: the weight, seen in either way.
+        at: the block.
+        raw: its values, as the bytes of the weight's dtype.
+        read: reads the other stored tensors; the codes are not read.
     """
 
     def read_rest(spec: TensorSpec, offset: int, buffer: Bytes) -> None:
@@ -146,13 +163,9 @@ def told_codes(
         else:
             read(spec, offset, buffer)
 
-    at = rows_holding(weight, begin, size)
-    if values is None:
-        return _cut(weight, at, _told_of_itself(weight, at, read), begin, size)
-    raw = values(at)
     block = weight.grid.block(weight, at, read_rest)
     floats = np.ascontiguousarray(Weights.of_bytes(raw, weight.dtype).floats())
-    return _cut(weight, at, nearest_codes(block, floats), begin, size)
+    return nearest_codes(block, floats)
 
 
 def _told_of_itself(weight: QuantizedWeight, at: Block, read: Read) -> Bytes:

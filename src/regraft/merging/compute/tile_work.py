@@ -134,7 +134,7 @@ class PlainWork(TileWork):
 
     def __init__(
         self, step: Step, store: FactorSource, read: ReadSource, tile_bytes: int, *,
-        keeps: bool = False, checks: bool = True, norms: bool = True,
+        keeps: bool = False, checks: bool = True, norms: bool = True, zero_signs: bool = True,
     ) -> None:  # fmt: skip
         """Take a step.
 
@@ -146,9 +146,10 @@ class PlainWork(TileWork):
             keeps: whether what takes tiles back is wanted.
             checks: whether an adapter's whole tensor is refused if it holds NaN or infinity.
             norms: whether the sums have those of weights and deltas.
+            zero_signs: whether what takes tiles back has to tell -0 from +0.
         """
         super().__init__(step, StepMath(step, store, read, tile_bytes, norms=norms), keeps=keeps)
-        self._read, self._checks = read, checks
+        self._read, self._checks, self._zero_signs = read, checks, zero_signs
 
     def run(self, tile: Tile, memory: TileMemory, into: Bytes) -> Computed:
         """Read and compute a tile."""
@@ -167,11 +168,35 @@ class PlainWork(TileWork):
         if tile.kind == "bytes":
             return Computed(raw, raw)
         weights = Weights.of_bytes(raw, self.step.source.dtype)
-        done = Computed(raw, raw, weights)
-        keeping = self._begin_keeping(tile, memory)
         merged = Weights.of_bytes(into, self.step.dtype)
+        keeping = self._begin_keeping(tile, memory)
+        if keeping is not None and not self._zero_signs:
+            done = self._without_signs(tile, raw, merged, keeping)
+            if done is not None:
+                return done
+            keeping = self._begin_keeping(tile, memory)
+        done = Computed(raw, raw, weights)
         self.math.run(tile, weights, merged, done.sums, keeping)
         return done if keeping is None else replace(done, kept=keeping.finish(raw))
+
+    def _without_signs(
+        self, tile: Tile, raw: Bytes, merged: Weights, keeping: Encoder
+    ) -> Computed | None:
+        """Compute a tile whose undo may give +0 for -0; None if it has to be computed with signs.
+
+        Each -0 would be an exception. As +0 it is merged to the same, but where the result is zero
+        as well: there signs count.
+        """
+        weights = Weights.of_bytes(raw, self.step.source.dtype)
+        negative = np.flatnonzero(weights.bits == weights.sign_bit)
+        if not negative.size:
+            return None
+        done = Computed(raw, raw, weights)
+        weights.bits[negative] = 0
+        self.math.run(tile, weights, merged, done.sums, keeping)
+        done = replace(done, kept=keeping.finish(raw))
+        weights.bits[negative] = weights.sign_bit
+        return done if np.all(merged.bits[negative] & ~merged.sign_bit) else None
 
     def _begin_keeping(self, tile: Tile, memory: TileMemory) -> Encoder | None:
         if self._units is None or tile.kind != "rows":

@@ -70,7 +70,7 @@ class DequantizingSource:
     def values(self, weight: QuantizedWeight, at: Block) -> Bytes:
         """Return a block's values as the bytes of the weight's dtype."""
         raw = np.empty(nbytes_of(weight.dtype, (at.height, at.width)), np.uint8)
-        self.decode(weight, at, raw)
+        self._fill(weight, at, raw)
         return raw
 
     def read_stored(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:

@@ -8,14 +8,12 @@ next ones are asked for. All threads that wait for it decode it together.
 from __future__ import annotations
 
 import math
-import mmap
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
+from regraft.merging.inputs.bands import Band, Bands, mapped
 from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.inputs.dequantized_view import Quantization, Stack, room_of
 from regraft.merging.inputs.source import Source
@@ -45,7 +43,7 @@ class StackingSource:
     def __init__(self, stacks: Mapping[str, Stack], plain: Source) -> None:
         """Take the stacks by name, and what their members are read from, as plain values."""
         self._stacks, self._plain = stacks, plain
-        self._bands = _Bands(room_of(stacks.values()))
+        self._bands = Bands[_Band](room_of(stacks.values()))
 
     def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
         """Fill a buffer with a range of a tensor's bytes; of a virtual one, whole elements."""
@@ -73,7 +71,7 @@ class StackingSource:
         if values.size <= _FEW:
             self._read_few(stack, number, first, part)
         elif values.size == rows * width:
-            _Band(stack, number, 0, values.reshape(rows, width)).fill(self._plain)
+            _Band(stack, number, 0, values.reshape(rows, width), self._plain).fill()
         else:
             each, done = stack.band_rows * width, 0
             while done < values.size:
@@ -82,8 +80,16 @@ class StackingSource:
 
     def _copy(self, stack: Stack, number: int, band: int, begin: int, values: Words) -> int:
         """Take values from a band, as many as it has; return how many these are."""
-        with self._bands.holding(stack, number, band) as held:
-            held.fill(self._plain)
+        size, name = stack.band_bytes, stack.spec.name
+
+        def make() -> _Band:
+            first, item = band * stack.band_rows, stack.spec.itemsize
+            shape = (min(stack.band_rows, stack.spec.shape[1] - first), stack.spec.shape[2])
+            values: Words = mapped(math.prod(shape) * item).view(f"u{item}").reshape(shape)
+            return _Band(stack, number, first, values, self._plain)
+
+        with self._bands.holding(name, (number, band), size, make) as held:
+            held.fill()
             there = held.values.reshape(-1)[begin : begin + values.size]
             values[: there.size] = there
             return there.size
@@ -124,20 +130,16 @@ class StackingSource:
         return self._plain.expected(name)
 
 
-class _Band:
+class _Band(Band[tuple[int, int]]):
     """Rows of one expert of a stack, decoded by all threads that wait for them."""
 
-    def __init__(self, stack: Stack, number: int, first: int, values: Words) -> None:
-        """Take the rows' place in the expert, and where their values go, (rows, width)."""
-        self.values, self.users = values, 0
-        self._member, self._dtype = stack.members[number], stack.spec.itemsize
+    def __init__(self, stack: Stack, number: int, first: int, values: Words, plain: Source) -> None:
+        """Take the rows' place in the expert, where their values go, (rows, width), and a source
+        that they are read from."""
+        self.values, self._plain = values, plain
+        self._member = stack.members[number]
         self._columns = (first, first + values.shape[0])
-        self._strips = self._cut()
-        self._left = 0
-        self._error: BaseException | None = None
-        # A strip is handed out and counted in ``_left`` in one step. So when none is left to hand
-        # out and ``_left`` is 0, the band is complete.
-        self._changed = threading.Condition()
+        super().__init__(self._cut(), values.nbytes)
 
     def _cut(self) -> Iterator[tuple[int, int]]:
         """Yield the rows of the member, some at a time."""
@@ -146,103 +148,11 @@ class _Band:
         for row in range(0, height, each):
             yield row, min(row + each, height)
 
-    def fill(self, plain: Source) -> None:
-        """Decode what nobody else does, and wait for the rest.
-
-        Raises:
-            RegraftError: something could not be read.
-        """
-        while (strip := self._next()) is not None:
-            error: BaseException | None = None
-            try:
-                self._decode(plain, *strip)
-            except BaseException as raised:
-                error = raised
-            self._note(error)
-        with self._changed:
-            self._changed.wait_for(lambda: not self._left or self._error is not None)
-            if self._error is not None:
-                raise self._error
-
-    def _next(self) -> tuple[int, int] | None:
-        with self._changed:
-            strip = None if self._error is not None else next(self._strips, None)
-            self._left += strip is not None
-            return strip
-
-    def _note(self, error: BaseException | None) -> None:
-        with self._changed:
-            self._left -= 1
-            self._error = self._error or error
-            self._changed.notify_all()
-
-    def _decode(self, plain: Source, low: int, high: int) -> None:
+    def compute(self, strip: tuple[int, int]) -> None:
+        """Decode rows of the member, and turn them."""
+        low, high = strip
         item, width = self._member.itemsize, self._member.shape[1]
         raw = np.empty((high - low) * width * item, np.uint8)
-        plain.read(self._member, low * width * item, raw)
+        self._plain.read(self._member, low * width * item, raw)
         rows: Words = raw.view(self.values.dtype).reshape(high - low, width)
         self.values[:, low:high] = rows[:, slice(*self._columns)].T
-
-
-_Key = tuple[str, int, int]
-
-
-class _Bands:
-    """The bands that are at hand, within a room; one that is in use stays."""
-
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._held: dict[_Key, _Band] = {}
-        # The bands held never take more than the room; one with users is not let go of. Whoever
-        # waits has no band, so those who have one always go on.
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def holding(self, stack: Stack, number: int, band: int) -> Iterator[_Band]:
-        """Give a band to be filled and used; wait for room where all others are in use."""
-        held = self._take(stack, number, band)
-        try:
-            yield held
-        finally:
-            with self._changed:
-                held.users -= 1
-                self._changed.notify_all()
-
-    def _take(self, stack: Stack, number: int, band: int) -> _Band:
-        key = (stack.spec.name, number, band)
-        first = band * stack.band_rows
-        shape = (min(stack.band_rows, stack.spec.shape[1] - first), stack.spec.shape[2])
-        with self._changed:
-            self._changed.wait_for(lambda: key in self._held or self._made_room(stack.band_bytes))
-            held = self._held.pop(key, None)
-            if held is None:
-                held = _Band(stack, number, first, _mapped(shape, stack.spec.itemsize))
-            self._held[key] = held  # behind those that were used before
-            held.users += 1
-            return held
-
-    def _made_room(self, size: int) -> bool:
-        """Let go of bands, the one first that was used least recently; whether there is room."""
-        for key in [key for key, band in self._held.items() if not band.users]:
-            if self._free >= size:
-                break
-            del self._held[key]
-        return self._free >= size
-
-    @property
-    def _free(self) -> int:
-        return self._room - sum(band.values.nbytes for band in self._held.values())
-
-    def release(self, name: str) -> None:
-        """Let go of the bands of a stack."""
-        with self._changed:
-            for key in [k for k, band in self._held.items() if k[0] == name and not band.users]:
-                del self._held[key]
-            self._changed.notify_all()
-
-
-def _mapped(shape: tuple[int, int], item: int) -> Words:
-    """Return memory that goes back to the system with the array: malloc would hold on to it."""
-    memory = mmap.mmap(-1, max(math.prod(shape) * item, 1))
-    values: Words = np.frombuffer(memory, f"u{item}", math.prod(shape)).reshape(shape)
-    return values

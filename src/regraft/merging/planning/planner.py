@@ -79,6 +79,7 @@ def make_plan(
     undone: Mapping[str, Step] | None = None,
     quantization: Quantization | None = None,
     trained_on: TrainedOn | None = None,
+    room: int = 0,
 ) -> Plan:
     """Return the plan of a merge, from headers alone.
 
@@ -90,6 +91,7 @@ def make_plan(
         undone: the steps of an earlier merge that are run backwards while the base is read.
         quantization: how the base is quantized, if it is.
         trained_on: the base that the adapters were trained on, if another one was named.
+        room: bytes that reading the base takes besides, however many threads do it.
 
     Raises:
         UnsupportedError: the output cannot be quantized as asked for.
@@ -126,7 +128,7 @@ def make_plan(
     if trained_on is not None:
         trained_on.check(steps)
     read = (quantization, trained_on and trained_on.quantization)
-    room = sum(room_of(each.stacks.values()) for each in read if each)
+    room += sum(room_of(each.stacks.values()) for each in read if each)
     threads, tile, memory = fit_memory(
         steps, options, undone, compare=trained_on is not None, room=room
     )

@@ -30,7 +30,7 @@ from regraft.merging.files.side_files import TEMPLATES, json_bytes
 from regraft.merging.inputs.base import open_base
 from regraft.merging.planning.plan import OutputShard, Plan, Step, kept_name
 from regraft.merging.planning.targets import Target, plan_digest
-from regraft.merging.undo.corrections import Correction
+from regraft.merging.undo.corrections import Correction, corrections_of, layout_of
 from regraft.merging.undo.manifest import (
     MANIFEST,
     PATCH,
@@ -137,8 +137,9 @@ def keep_base(
             written |= _copy_adapter(adapter, folder, place)
     single = plan.base.shards[0].name if plan.base.single_file else None
     manifest = Manifest(
-        plan_digest(plan), single, tuple(weights), tuple(side), tuple(left_out), tuple(adapters)
-    )
+        plan_digest(plan), single, tuple(weights), tuple(side), tuple(left_out), tuple(adapters),
+        layout_of(corrections_of(plan)),
+    )  # fmt: skip
     write(MANIFEST, json_bytes(asdict(manifest)))
     written[f"{UNDO}/{PATCH}"] = _digest_file(folder / UNDO / PATCH)
     return written

@@ -27,7 +27,9 @@ UNDO = "regraft/undo"
 """Where an output keeps what an undo needs."""
 
 MANIFEST, PATCH, SIDE_FILES = "undo.json", "patch.safetensors", "base"
-UNDO_FORMAT = 1
+UNDO_FORMAT = 2
+"""The newest layout; each one's readers know those before it. From 2 on codes that lie transposed
+are told from values, too; what needs no such thing is written in layout 1."""
 
 _READ_BYTES = 2**20
 _MOST_GAP_BYTES = 512 * 2**20
@@ -178,7 +180,7 @@ def read_manifest(folder: Path, receipt: Receipt) -> Manifest:
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(
             "the undo manifest cannot be read", where=str(path),
-            expected=f"layout {UNDO_FORMAT}, as regraft writes it", found=str(error),
+            expected=f"layout 1 to {UNDO_FORMAT}, as regraft writes it", found=str(error),
             hint="Take the merged model from where it was unchanged",
         ) from None  # fmt: skip
     if len(manifest.adapters) != len(receipt.adapters):
@@ -191,8 +193,9 @@ def read_manifest(folder: Path, receipt: Receipt) -> Manifest:
 
 
 def _manifest(value: dict[str, Any]) -> Manifest:
-    if value["format"] != UNDO_FORMAT:
-        raise ValueError(f"layout {value['format']!r}")
+    layout = value["format"]
+    if type(layout) is not int or not 1 <= layout <= UNDO_FORMAT:
+        raise ValueError(f"layout {layout!r}")
     files = tuple(
         WeightFile(_plain(f["name"]), size, _gaps(f["gaps"], size), str(f["blake3"]))
         for f in value["files"]
@@ -207,7 +210,7 @@ def _manifest(value: dict[str, Any]) -> Manifest:
     left_out = tuple(str(name) for name in value["left_out"])
     return Manifest(
         str(value["plan"]), None if single is None else _plain(single), files, side, left_out,
-        adapters,
+        adapters, layout,
     )  # fmt: skip
 
 

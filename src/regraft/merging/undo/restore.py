@@ -12,10 +12,12 @@ import numpy as np
 from regraft.deltas.kernels.weights import Bytes, Floats, Weights
 from regraft.deltas.matrix_units import UNIT_COLUMNS, Offsets, Units
 from regraft.deltas.undo import correction_coding as planes
-from regraft.deltas.undo.compression import most_compressed
+from regraft.deltas.undo import signs_of_zero
+from regraft.deltas.undo.compression import decompress
 from regraft.deltas.undo.exceptions import ITEM, put_back
 from regraft.deltas.undo.units import Counts, Lengths, TileCorrection, are_possible, sizes_of
 from regraft.formats.files.reading import FilePool
+from regraft.merging.compute.block_telling import told_blocks
 from regraft.merging.compute.factors import FactorStore, Pair
 from regraft.merging.compute.requantize import Coder, ValuesOf, told_codes
 from regraft.merging.compute.step_inverse import Backwards
@@ -24,8 +26,12 @@ from regraft.merging.planning.plan import Step
 from regraft.merging.planning.tiles import Tile, row_grain
 from regraft.merging.undo.corrections import Correction, adapter_prediction, converted
 from regraft.merging.undo.patch import CHUNKS, FACTORS, PLANES, STREAMS, UNITS, PatchReader, section
+from regraft.merging.undo.turned_codes import TurnedCodes, is_turned
 from regraft.quant.weight import Block, QuantizedWeight, Read
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
+
+_RECENT = 16
+"""Chunks of kept tensors that stay at hand: of scales, 2 to 4 MiB."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Restoration:
         merged: the merged model's tensors.
         digests: blake3 (hex) of the base's tensors, as the receipt has them.
         rounding, seed: how values became codes, where they did.
+        room: memory for codes that lie transposed; see :mod:`regraft.merging.undo.turned_codes`.
     """
 
     steps: Mapping[str, Step]
@@ -47,6 +54,7 @@ class Restoration:
     digests: Mapping[str, str]
     rounding: str = "stochastic"
     seed: int = 0
+    room: int = 0
 
     def step(self, spec: TensorSpec) -> Step | None:
         """Return the step that restores a tensor; one name can mean plain values and codes."""
@@ -71,8 +79,10 @@ class RestoringSource:
         self._recipe, self._patch, self._files, self._store = recipe, patch, files, store
         self._open: dict[tuple[str, bool], _Restorer] = {}
         self._chunks: dict[str, Offsets] = {}
+        self._recent: dict[tuple[str, int], Bytes] = {}
         self._lock = threading.Lock()  # a tensor has one restorer, made by the first who asks
         self._scratch = threading.local()
+        self._turned = TurnedCodes(recipe.room, self._values, self.read)
 
     def read(self, spec: TensorSpec, offset: int, buffer: Bytes) -> None:
         """Restore a range of a tensor's bytes."""
@@ -110,13 +120,15 @@ class RestoringSource:
         if step is not None:
             return step.units.rows * step.units.width * spec.itemsize
         keep = self._recipe.keeps.get(spec.name)
-        return planes.CHUNK * keep.item if keep is not None else 1
+        return keep.chunk_bytes if keep is not None else 1
 
     def release(self, spec: TensorSpec) -> None:
         """Let go of a tensor's factors and tables."""
         with self._lock:
             self._open.pop(_key(spec), None)
             self._chunks.pop(spec.name, None)
+        if not spec.is_virtual:
+            self._turned.release(spec.name)
 
     def expected(self, name: str) -> str | None:
         """Return the digest that the receipt has."""
@@ -136,21 +148,51 @@ class RestoringSource:
             return self._open[key]
 
     def _read_kept(self, keep: Correction, offset: int, buffer: Bytes) -> None:
-        """Restore a range of a kept tensor, whole chunks at a time."""
-        name, chunk = keep.original.name, planes.CHUNK * keep.item
+        """Restore a range of a kept tensor: whole chunks, where something was kept of them."""
+        chunk, end = keep.chunk_bytes, offset + buffer.size
         ends = self._chunk_ends(keep)
-        for number in range(offset // chunk, -(-(offset + buffer.size) // chunk)):
+        for number in range(offset // chunk, -(-end // chunk)):
             begin = number * chunk
-            size = min(chunk, keep.original.nbytes - begin)
-            first = int(ends[number - 1]) if number else 0
-            kept = self._patch.part(section(name, PLANES), first, int(ends[number]))
-            prediction = self._prediction(keep, begin, size)
-            try:
-                values = planes.restore(kept.tobytes(), prediction, keep.item)
-            except ValueError as error:
-                raise self._patch.damaged(section(name, PLANES), "chunks", str(error)) from None
-            low, high = max(begin, offset), min(begin + size, offset + buffer.size)
-            buffer[low - offset : high - offset] = values[low - begin : high - begin]
+            low, high = max(begin, offset), min(begin + chunk, keep.original.nbytes, end)
+            first, last = int(ends[number - 1]) if number else 0, int(ends[number])
+            if first == last and keep.coded is not None:
+                buffer[low - offset : high - offset] = self._prediction(keep, low, high - low)
+            else:
+                values = self._restored(keep, begin, (first, last))
+                buffer[low - offset : high - offset] = values[low - begin : high - begin]
+
+    def _restored(self, keep: Correction, begin: int, kept: tuple[int, int]) -> Bytes:
+        """Return a chunk, given the bytes of the section that were kept of it.
+
+        Small tensors such as scales are asked for again and again by those who tell codes, a few
+        values at a time: the last chunks stay at hand.
+        """
+        key = (keep.original.name, begin)
+        with self._lock:
+            values = self._recent.pop(key, None)
+        if values is None:
+            values = self._restore_chunk(keep, begin, kept)
+        with self._lock:
+            self._recent[key] = values
+            while len(self._recent) > _RECENT:
+                self._recent.pop(next(iter(self._recent)))
+        return values
+
+    def _restore_chunk(self, keep: Correction, begin: int, kept: tuple[int, int]) -> Bytes:
+        size = min(keep.chunk_bytes, keep.original.nbytes - begin)
+        name = section(keep.original.name, PLANES)
+        content = self._patch.part(name, *kept).tobytes()
+        try:
+            if keep.blocks is not None:
+                raw = decompress(content, size) if content else bytes(size)
+                differences = np.frombuffer(raw, np.uint8)
+                return told_blocks(keep.blocks, begin, differences, self._values(keep.blocks))
+            told = self._prediction(keep, begin, size)
+            if keep.zero_twice:
+                return signs_of_zero.restore(content, told)
+            return planes.restore(content, told, keep.item)
+        except ValueError as error:
+            raise self._patch.damaged(name, "chunks", str(error)) from None
 
     def _chunk_ends(self, keep: Correction) -> Offsets:
         """Return where each chunk of a kept tensor ends; read once for all of its tiles."""
@@ -159,7 +201,7 @@ class RestoringSource:
             if name not in self._chunks:
                 raw = self._patch.table(section(name, CHUNKS), 4 * keep.chunks)
                 lengths = np.frombuffer(raw, np.uint32).astype(np.int64)
-                most = most_compressed(planes.CHUNK * keep.item)
+                most = keep.most_kept
                 if lengths.max(initial=0) > most:
                     expected, found = f"chunks of at most {most} bytes", f"one of {lengths.max()}"
                     raise self._patch.damaged(section(name, CHUNKS), expected, found)
@@ -169,6 +211,10 @@ class RestoringSource:
     def _prediction(self, keep: Correction, begin: int, size: int) -> Bytes:
         if keep.adapter is not None:
             return adapter_prediction(keep, keep.adapter, begin, size, self._files)
+        if keep.coded is not None and is_turned(keep):
+            told = np.empty(size, np.uint8)
+            self._turned.read(keep.coded, begin, told)
+            return told
         if keep.coded is not None:
             return told_codes(keep.coded, begin, size, self._values(keep.coded), self.read)
         if keep.through is not None:
