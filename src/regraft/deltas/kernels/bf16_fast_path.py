@@ -34,7 +34,7 @@ from regraft.deltas.kernels.streams import (
     write,
 )
 from regraft.numerics.compiling import njit
-from regraft.numerics.conversions import BF16, ENTRY, INNER, bfloat16_bits
+from regraft.numerics.conversions import BF16, ENTRY, INNER, bfloat16_bits, rounded_bits
 from regraft.numerics.intrinsics import add_square, bits_of, float_of, fma, shift_left
 
 
@@ -83,7 +83,7 @@ def _finish(acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, sums: An
     for j in range(n):
         was = x16[at + j]
         merged = bits_of(fma(scale, acc[of + j], float_of(np.uint32(was) << np.uint32(16))))
-        now = np.uint16(_rounded(merged))
+        now = np.uint16(rounded_bits(merged))
         y16[at + j] = now
         changed = np.uint16(changed + np.uint16(was != now))  # a row has no more than BLOCK
         largest = max(largest, np.uint32(merged & np.uint32(0x7FFFFFFF)))
@@ -118,13 +118,6 @@ def _add_norms(acc: Any, of: Any, scale: Any, x16: Any, at: Any, sums: Any, n: A
         delta = add_square(delta, np.float64(fma(scale, acc[of + j], source) - source))
     sums[0] += weight
     sums[1] += delta
-
-
-@njit(inline="always")
-def _rounded(bits: Any) -> Any:
-    """Return the bfloat16 nearest to a float32 given by its bits; of a NaN, anything."""
-    half = np.uint32(np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    return np.uint32(np.uint32(bits + half) >> np.uint32(16))
 
 
 @njit(inline="always")
@@ -252,14 +245,14 @@ def _mark(
             merged = np.uint32(y16[at + j]) << np.uint32(16)
             predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
             wide = _is_far_coarser(predicted, merged)
-            expected = np.uint32(0) if wide else _rounded(predicted)
+            expected = np.uint32(0) if wide else rounded_bits(predicted)
             coarser = np.uint8(_is_coarser(predicted, merged)) & np.uint8(not wide)
             need[of + j] = np.uint8(expected != np.uint32(x16[at + j])) | coarser
         return
     for j in range(n):
         merged = np.uint32(y16[at + j]) << np.uint32(16)
         predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-        other = _rounded(predicted) != np.uint32(x16[at + j])
+        other = rounded_bits(predicted) != np.uint32(x16[at + j])
         need[of + j] = np.uint8(other) | np.uint8(_is_coarser(predicted, merged))
 
 
@@ -287,13 +280,13 @@ def _expect(
             merged = np.uint32(y16[at + j]) << np.uint32(16)
             predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
             wide = _is_far_coarser(predicted, merged)
-            x16[at + j] = np.uint16(np.uint32(0) if wide else _rounded(predicted))
+            x16[at + j] = np.uint16(np.uint32(0) if wide else rounded_bits(predicted))
             need[of + j] = np.uint8(_is_coarser(predicted, merged)) & np.uint8(not wide)
         return
     for j in range(n):
         merged = np.uint32(y16[at + j]) << np.uint32(16)
         predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-        x16[at + j] = np.uint16(_rounded(predicted))
+        x16[at + j] = np.uint16(rounded_bits(predicted))
         need[of + j] = np.uint8(_is_coarser(predicted, merged))
 
 
@@ -348,7 +341,7 @@ def merge_usual(
             # Past the last row its factors serve again; what they give is not stored.
             l0, l1 = (row0 + i) * rank, (row0 + min(i + ONE, last)) * rank
             l2, l3 = (row0 + min(i + TWO, last)) * rank, (row0 + min(i + THREE, last)) * rank
-            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, n)
+            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, ZERO, n)
             for q in range(min(np.uintp(ROWS), rows - i)):
                 at, of = (i + q) * columns + start, q * block
                 _finish(acc, of, scale, x16, y16, at, sums, n)
@@ -386,7 +379,7 @@ def restore_usual(
             # Past the last row its factors serve again; what they give is not stored.
             l0, l1 = (row0 + i) * rank, (row0 + min(i + ONE, last)) * rank
             l2, l3 = (row0 + min(i + TWO, last)) * rank, (row0 + min(i + THREE, last)) * rank
-            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, n)
+            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, ZERO, n)
             for q in range(min(np.uintp(ROWS), rows - i)):
                 at, of = (i + q) * columns + start, q * block
                 _expect(acc, of, scale, x16, y16, at, need, n, zeros)
