@@ -38,6 +38,7 @@ class Bench:
         self.load = os.getloadavg()[0]
         self.figures: list[Figure] = []
         self.samples: dict[str, list[Sample]] = {}
+        self.undo_speeds: dict[str, dict[str, list[float]]] = {}
 
     def run(self) -> None:
         """Measure everything, the short things first."""
@@ -78,10 +79,15 @@ class Bench:
         undos = measure.measure_undos(model, self.work, self.options.pairs)
         self.samples |= {"plain": undos.plains, "undo": undos.merges, "unmerge": undos.unmerges}
         found = [figures.copy_figure(pairs), self._peft(model), figures.peak_figure(pairs.merges)]
-        found += figures.undo_figures(undos)
+        found += figures.undo_figures(undos) + self._undo_kinds()
         if not self.options.keep:
             models.remove(model.folder)
         self.figures = [*found, self._growth(pairs.merges), *self.figures]
+
+    def _undo_kinds(self) -> list[Figure]:
+        say("kinds of merges, and their way back in memory")
+        self.undo_speeds = measure.measure_undo_speed(self.work, small=False)
+        return figures.undo_kind_figures(self.undo_speeds)
 
     def _peft(self, model: models.Model) -> Figure:
         if self.options.quick:
@@ -104,8 +110,10 @@ class Bench:
         return growth_figure(merges, large, SCALE)
 
     def json(self, machine: dict[str, str]) -> dict[str, object]:
-        runs = {name: [asdict(s) for s in samples] for name, samples in self.samples.items()}
-        return page.as_json(self.figures, machine, runs)
+        runs: dict[str, object] = {
+            name: [asdict(s) for s in samples] for name, samples in self.samples.items()
+        }
+        return page.as_json(self.figures, machine, runs | {"undo in memory": self.undo_speeds})
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

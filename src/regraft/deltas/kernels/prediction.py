@@ -375,6 +375,8 @@ def _foresight(keeping: bool) -> Any:
 
 
 foresee_to_keep, foresee_to_restore = _foresight(keeping=True), _foresight(keeping=False)
+mark_bf16_to_keep = _marking(BF16, keeping=True)
+"""One of those that :func:`_foresight` is made of, to be looked at alone."""
 
 
 # -- in float64, what is listed --------------------------------------------------------------------
