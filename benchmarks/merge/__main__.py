@@ -45,6 +45,7 @@ class Bench:
         self.load = os.getloadavg()[0]
         self.samples: dict[str, list[Sample]] = {}
         self._found: dict[str, list[Figure]] = {}
+        self.undo_speeds: dict[str, dict[str, list[float]]] = {}
 
     @property
     def figures(self) -> list[Figure]:
@@ -102,6 +103,11 @@ class Bench:
         self.samples |= {"plain": undos.plains, "undo": undos.merges, "unmerge": undos.unmerges}
         return figures.undo_figures(undos)
 
+    def kinds(self) -> list[Figure]:
+        say("kinds of merges, and their way back in memory")
+        self.undo_speeds = measure.measure_undo_speed(self.work, small=self.options.quick)
+        return figures.undo_kind_figures(self.undo_speeds)
+
     def peft(self) -> list[Figure]:
         if self.options.quick:
             name = "merge against PEFT, times faster"
@@ -146,18 +152,20 @@ class Bench:
         return self.samples["merge"]
 
     def json(self, machine: dict[str, str]) -> dict[str, object]:
-        runs = {name: [asdict(s) for s in samples] for name, samples in self.samples.items()}
-        return page.as_json(self.figures, machine, runs)
+        runs: dict[str, object] = {
+            name: [asdict(s) for s in samples] for name, samples in self.samples.items()
+        }
+        return page.as_json(self.figures, machine, runs | {"undo in memory": self.undo_speeds})
 
 
 PARTS = {
     "copy": Bench.copy, "raw": Bench.raw, "peft": Bench.peft, "undo": Bench.undo,
-    "growth": Bench.growth, "reflink": Bench.reflink, "startup": Bench.startup,
+    "kinds": Bench.kinds, "growth": Bench.growth, "reflink": Bench.reflink, "startup": Bench.startup,
     "check": Bench.check,
 }  # fmt: skip
 """What can be measured alone, in the order of the table."""
 
-RUN_ORDER = ("startup", "check", "copy", "raw", "undo", "peft", "growth", "reflink")
+RUN_ORDER = ("startup", "check", "copy", "raw", "undo", "kinds", "peft", "growth", "reflink")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

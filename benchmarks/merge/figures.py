@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from benchmarks.merge.disk import Raw, Shared
@@ -18,6 +18,7 @@ SHARED_LIMIT, DISK_LIMIT = 0.25, 1.1
 REFLINK = "merge of q and v, on XFS: new disk, of what changes"
 PEFT_LIMIT = 10.0
 PEAK_LIMIT = 400 * 2**20
+UNDO_KIND_LIMIT = 1.2
 HELP_LIMIT, TINY_LIMIT, COMPILE_LIMIT, CHECK_LIMIT = 0.25, 1.0, 3.0, 1.0
 
 
@@ -104,6 +105,33 @@ def undo_figures(undos: Undos) -> list[Figure]:
     ]
 
 
+def undo_kind_figures(passes: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Figure]:
+    """Compare what an element of each kind of merge takes with the usual kind, the first one."""
+    usual, *others = passes
+    return [_undo_kind_figure(name, passes[name], usual, passes[usual]) for name in others]
+
+
+def _undo_kind_figure(
+    name: str, passes: Mapping[str, Sequence[float]], usual: str,
+    usually: Mapping[str, Sequence[float]],
+) -> Figure:  # fmt: skip
+    def ratio(work: str) -> float:
+        return median(a / b for a, b in zip(passes[work], usually[work], strict=True))
+
+    def taken(work: str) -> str:
+        return f"{median(passes[work]):.2f} ns against {median(usually[work]):.2f}"
+
+    value = ratio("restore")
+    detail = (
+        f"of {usual}; back {taken('restore')}; merged with an undo patch {ratio('keep'):.2f} x, "
+        f"{taken('keep')}; {len(passes['keep'])} passes"
+    )
+    return Figure(
+        f"an element taken back in memory, {name}, against the usual case", value,
+        f"{value:.2f} x", f"at most {UNDO_KIND_LIMIT:g} x", value <= UNDO_KIND_LIMIT, detail,
+    )  # fmt: skip
+
+
 def _ratio_figure(
     name: str, samples: Sequence[Sample], plains: Sequence[float], limit: float
 ) -> Figure:
@@ -179,6 +207,9 @@ and the flush to the disk. The base is a checkpoint of random weights in the sha
   file system has less of afterwards, everything counted.
 - **Undo.** A merge without a patch, one with it and an un-merge take turns; ratios are taken
   within each round. Every other line of the table is with a patch, as that is the default.
+- **Kinds of merges.** A tile of 256 by 2048 weights is merged in memory on one thread, with its
+  undo kept, and taken back; rank 16 in all. The figure is CPU time of the way back over that of the
+  usual case, bfloat16 with one adapter: the median of the ratios within each round.
 - **Against PEFT.** `from_pretrained` in bfloat16, `merge_and_unload`, `save_pretrained`; PEFT
   does not flush what it wrote, and is not asked to.
 - **Memory** is the largest resident set the kernel saw (`ru_maxrss`); for PEFT that includes the

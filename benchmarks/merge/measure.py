@@ -142,3 +142,13 @@ def measure_check(work: Path, count: int) -> list[Sample]:
     model = make_model(work / "70b", "--shape", "llama-70b", "--headers", "30")
     command = regraft("check", model.base, model.adapter)
     return [measured(command) for _ in range(count + 1)][1:]
+
+
+def measure_undo_speed(work: Path, *, small: bool) -> dict[str, dict[str, list[float]]]:
+    """Measure merges of several kinds and their way back in memory: nanoseconds an element."""
+    out = work / "undo_speed.json"
+    options = ["--small"] if small else []
+    measured([sys.executable, str(HERE / "undo_speed.py"), str(out), *options])
+    found: dict[str, dict[str, list[float]]] = json.loads(out.read_text())
+    out.unlink()
+    return found

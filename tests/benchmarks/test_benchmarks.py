@@ -140,3 +140,21 @@ def test_live_models_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "| adapter cache: wrong answers | 0 | 0 | pass |" in text
     assert "| weights changed by 3 merges and un-merges | 0 | 0 | pass |" in text
     assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_benchmarks")
+def test_kinds_of_merges_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.merge import figures, measure
+
+    monkeypatch.setattr(measure, "measured", run_here)
+    passes = measure.measure_undo_speed(tmp_path, small=True)
+    usual, *others = passes
+    found = figures.undo_kind_figures(passes)
+    assert [usual not in figure.name for figure in found] == [True] * len(others)
+    doubled = {"a": {"keep": [1.0, 3.0], "restore": [2.0, 2.0]},
+               "b": {"keep": [2.0, 6.0], "restore": [3.0, 1.0]}}  # fmt: skip
+    (figure,) = figures.undo_kind_figures(doubled)
+    assert (figure.value, figure.passed) == (1.0, True)
+    assert "2.00 x, 4.00 ns against 2.00" in figure.detail
+    assert not list(tmp_path.iterdir())

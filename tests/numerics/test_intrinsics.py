@@ -1,4 +1,4 @@
-"""Conversions of float16 by integers, for processors that have no instruction for them."""
+"""What stands in for instructions that some processors lack: fused sums, float16 conversions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ import numba
 import numpy as np
 import pytest
 
+from deltas import reference
 from regraft.numerics import intrinsics
-from regraft.numerics.intrinsics import float_of, float_to_half, half_to_float, narrowed, widened
+from regraft.numerics.intrinsics import (
+    float_of,
+    float_to_half,
+    fma,
+    fused,
+    half_to_float,
+    narrowed,
+    widened,
+)
 
 ALL_HALVES = np.arange(2**16, dtype=np.uint16)
-_widened, _narrowed = numba.njit(widened), numba.njit(narrowed)
+_widened, _narrowed, _fused = numba.njit(widened), numba.njit(narrowed), numba.njit(fused)
 
 
 @numba.njit
@@ -30,6 +39,38 @@ def narrow_all(bits: Any, out: Any, other: Any) -> None:
     for i in range(bits.size):
         out[i] = _narrowed(float_of(bits[i]))
         other[i] = float_to_half(float_of(bits[i]))
+
+
+@numba.njit
+def add_all(a: Any, b: Any, c: Any, out: Any, other: Any) -> None:
+    for i in range(a.size):
+        out[i] = _fused(a[i], b[i], c[i])
+        other[i] = fma(a[i], b[i], c[i])
+
+
+def near_ties() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return factors and summands of which many sums lie at or beside a tie, of every size."""
+    rng = np.random.default_rng(0)
+    count = 2**18
+    ones = (1 + rng.integers(0, 2**12, (2, count)) * 2.0**-12).astype(np.float32)
+    a, b = np.ldexp(ones, rng.integers(-75, 63, (2, count))).astype(np.float32)
+    exact = np.float64(a) * np.float64(b)
+    with np.errstate(over="ignore"):
+        above = np.ldexp(1.0 + rng.integers(0, 2**23, count) * 2.0**-23, rng.integers(0, 60, count))
+        c = np.where(rng.random(count) < 0.5, exact * above, -exact / above).astype(np.float32)
+    return a, b, c
+
+
+def test_fused_sums_are_rounded_once() -> None:
+    odd = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1, -1, 2.0**-149, 3e38], np.float32)
+    a, b, c = (
+        np.concatenate([near, picked.ravel()])
+        for near, picked in zip(near_ties(), np.meshgrid(odd, odd, odd), strict=True)
+    )
+    out, other = np.empty_like(a), np.empty_like(a)
+    add_all(a, b, c, out, other)
+    reference.assert_same_bits(out, reference.fma(a, b, c))
+    reference.assert_same_bits(other, out)
 
 
 def test_every_float16_is_widened_as_numpy_and_the_processor_do_it() -> None:
@@ -63,11 +104,13 @@ def test_float32_is_narrowed_as_numpy_and_the_processor_do_it() -> None:
 def test_a_processor_without_the_instruction_converts_by_integers() -> None:
     code = (
         "import numba, numpy as np\n"
-        "from regraft.numerics.intrinsics import converts_halves, float_to_half, half_to_float\n"
+        "from regraft.numerics.intrinsics import converts_halves, float_to_half, fma\n"
+        "from regraft.numerics.intrinsics import half_to_float\n"
         "assert not converts_halves()\n"
         "@numba.njit\n"
         "def there_and_back(half):\n"
-        "    return float_to_half(half_to_float(half))\n"
+        "    value = half_to_float(half)\n"
+        "    return float_to_half(fma(value, np.float32(2), -value))\n"
         "print(there_and_back(np.uint16(0x3555)))\n"
     )
     env = os.environ | {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": ""}

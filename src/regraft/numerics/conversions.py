@@ -45,13 +45,22 @@ def decode(x16: Any, x32: Any, kind: int, at: Any, out: Any, to: Any, n: Any) ->
 
 
 @njit(inline="always")
+def rounded_bits(bits: Any) -> Any:
+    """Return the bfloat16 nearest to a float32 given by its bits; of a NaN, anything.
+
+    numba adds integers in 64 bits. Each sum is cut to 32, or half as many values were done at once.
+    """
+    half = np.uint32(np.uint32(0x7FFF) + np.uint32((bits >> np.uint32(16)) & np.uint32(1)))
+    return np.uint32(np.uint32(bits + half) >> np.uint32(16))
+
+
+@njit(inline="always")
 def bfloat16_bits(value: Any) -> Any:
     """Round to bfloat16, to nearest even; a NaN keeps its sign and stays a NaN."""
     u = bits_of(value)
-    rounded = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    nan = (u >> np.uint32(16)) | np.uint32(0x40)
-    is_nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.uint16(nan if is_nan else rounded)
+    nan = np.uint32((u >> np.uint32(16)) | np.uint32(0x40))
+    is_nan = np.uint32(u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16(nan if is_nan else rounded_bits(u))
 
 
 @njit(**INNER)

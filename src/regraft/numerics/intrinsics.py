@@ -1,9 +1,10 @@
 """Single IEEE operations that numba does not offer, as LLVM instructions.
 
 Each gives the same bits on every CPU, which is what fixes the bytes of a merge. A processor without
-fused multiply-add (x86-64 before v3) gets it from the C library. One that cannot convert float16
-would need functions that no library has for sure; there, integers do it (:func:`widened` and
-:func:`narrowed`).
+fused multiply-add (x86-64 before v3) would call the C library for each element; there, float64 does
+it (:func:`fused`). One that cannot convert float16 would need functions that no library has for
+sure; there, integers do it (:func:`widened` and :func:`narrowed`). None of the three has a branch,
+so that several elements are done at a time.
 """
 
 from __future__ import annotations
@@ -18,11 +19,44 @@ from numba.core import config
 from numba.extending import intrinsic
 
 
+def _has(feature: str) -> bool:
+    """Whether the processor that numba compiles for is known to have an instruction of x86.
+
+    Where ``NUMBA_CPU_NAME`` or ``NUMBA_CPU_FEATURES`` narrow it, only the features named count.
+    Other processors have what is asked for here.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if config.CPU_FEATURES is not None:
+        return f"+{feature}" in config.CPU_FEATURES.split(",")
+    return bool(binding.get_host_cpu_features().get(feature))
+
+
+def fused(a: Any, b: Any, c: Any) -> Any:
+    """Return ``a * b + c`` of float32 with one rounding, by means of float64.
+
+    The product is exact in float64. The sum is rounded to odd there (Boldo and Melquiond 2008,
+    "Emulation of FMA and correctly rounded sums"), so that float32 comes out as if rounded once.
+    """
+    product, other = np.float64(a) * np.float64(b), np.float64(c)
+    total = product + other
+    back = total - product
+    lost = (product - (total - back)) + (other - back)  # Knuth: total + lost is the exact sum
+    bits = double_bits(total)
+    inexact = (lost > 0.0) | (lost < 0.0)  # NaN is neither
+    outwards = (lost > 0.0) == (total > 0.0)
+    step = np.int64(1) if outwards else np.int64(-1)
+    odd = np.int64(bits) + (step if inexact & ((bits & np.uint64(1)) == 0) else np.int64(0))
+    return np.float32(double_of(np.uint64(odd)))
+
+
 @intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001
     """Return ``a * b + c`` with one rounding (float32)."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not _has("fma"):
+            return context.compile_internal(builder, fused, signature, args)
         return builder.fma(*args)
 
     return types.float32(types.float32, types.float32, types.float32), codegen
@@ -59,45 +93,37 @@ def shift_left(typingctx: Any, value: Any, count: Any) -> Any:  # noqa: ARG001
 
 
 def converts_halves() -> bool:
-    """Whether the processor that numba compiles for is known to convert float16 itself.
-
-    Where ``NUMBA_CPU_NAME`` or ``NUMBA_CPU_FEATURES`` narrow it, only the features named count.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    if config.CPU_FEATURES is not None:
-        return "+f16c" in config.CPU_FEATURES.split(",")
-    return bool(binding.get_host_cpu_features().get("f16c"))
+    """Whether the processor that numba compiles for is known to convert float16 itself."""
+    return _has("f16c")
 
 
 def widened(half: Any) -> Any:
     """Return the float32 equal to a float16, given as its bits; a NaN becomes a quiet one."""
-    sign = (np.uint32(half) & np.uint32(0x8000)) << np.uint32(16)
-    size = np.uint32(half) & np.uint32(0x7FFF)
-    if size < np.uint32(0x400):  # subnormal: a whole number of 2^-24
-        return float_of(sign | bits_of(np.float32(np.int32(size)) * np.float32(2.0**-24)))
-    if size < np.uint32(0x7C00):
-        return float_of(sign | ((size << np.uint32(13)) + np.uint32(112 << 23)))
+    sign = np.uint32((np.uint32(half) & np.uint32(0x8000)) << np.uint32(16))
+    size = np.uint32(np.uint32(half) & np.uint32(0x7FFF))
+    moved = np.uint32(size << np.uint32(13))
+    subnormal = bits_of(np.float32(np.int32(size)) * np.float32(2.0**-24))  # whole ones of 2^-24
+    normal = np.uint32(moved + np.uint32(112 << 23))
     quiet = np.uint32(0x400000) if size > np.uint32(0x7C00) else np.uint32(0)
-    return float_of(sign | np.uint32(0x7F800000) | (size << np.uint32(13)) | quiet)
+    special = np.uint32(moved | np.uint32(0x7F800000) | quiet)
+    finite = subnormal if size < np.uint32(0x400) else normal
+    return float_of(np.uint32(sign | (finite if size < np.uint32(0x7C00) else special)))
 
 
 def narrowed(value: Any) -> Any:
     """Return the bits of a float32 rounded to float16, to nearest even; a NaN stays a NaN."""
     bits = bits_of(value)
-    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
-    size = bits & np.uint32(0x7FFFFFFF)
-    if size > np.uint32(0x7F800000):
-        payload = (size >> np.uint32(13)) & np.uint32(0x3FF)
-        return np.uint16(sign | np.uint32(0x7E00) | payload)
-    if size >= np.uint32(0x47800000):  # 2^16 and above
-        return np.uint16(sign | np.uint32(0x7C00))
-    if size < np.uint32(0x38800000):  # below 2^-14; float32 from 1/2 on has the step of subnormals
-        moved = bits_of(float_of(size) + np.float32(0.5)) - np.uint32(0x3F000000)
-        return np.uint16(sign | moved)
-    odd = (size >> np.uint32(13)) & np.uint32(1)
-    rounded = (size - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
-    return np.uint16(sign | rounded)
+    sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+    size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    payload = np.uint32((size >> np.uint32(13)) & np.uint32(0x3FF))
+    nan = np.uint32(payload | np.uint32(0x7E00))
+    # Below 2^-14: float32 from 1/2 on has the step of subnormals.
+    small = np.uint32(bits_of(float_of(size) + np.float32(0.5)) - np.uint32(0x3F000000))
+    half = np.uint32(np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1)))
+    normal = np.uint32(np.uint32(np.uint32(size - np.uint32(112 << 23)) + half) >> np.uint32(13))
+    finite = small if size < np.uint32(0x38800000) else normal
+    large = nan if size > np.uint32(0x7F800000) else np.uint32(0x7C00)
+    return np.uint16(sign | (finite if size < np.uint32(0x47800000) else large))  # below 2^16
 
 
 @intrinsic

@@ -59,7 +59,7 @@ def _draws(rounding: int, key: Any, index: Any, drawn: Any, n: Any) -> None:
             drawn[j] = np.float32(0.5)
 
 
-@njit(**INNER)
+@njit(**INNER, forceinline=True)
 def _search(
     w: Any, code: Any, was: Any, order: Any, rank: Any, levels: Any, zero: Any, scale: Any,
     post: Any, kind: int, drawn: Any,
@@ -71,6 +71,10 @@ def _search(
     k = np.int64(rank[code])
     k = top - k if scale < 0 else k
     step = np.int64(1) if w > was else np.int64(-1)
+    end = top if step > 0 else np.int64(0)
+    last = _level(end, order, levels, zero, scale, post, kind)
+    if (last <= w) if step > 0 else (last >= w):  # beyond the grid: it need not be walked
+        return code if last == was else order[np.uintp(top - end if scale < 0 else end)]
     near, going = was, True
     while going and 0 <= k + step <= top:
         away = _level(k + step, order, levels, zero, scale, post, kind)
@@ -159,13 +163,13 @@ def _each_by_its_own(
         other = padded[np.uintp(rank[code]) + up + up]
         there = stored(value_of(levels[other], zero, scale, post), kind)
         part = np.float32(np.float32(w - was) / np.float32(there - was))
-        turned = scale < np.float32(0)
-        moves = (drawn[j] < part) & (not turned)
+        turned, stays = scale < np.float32(0), scale == np.float32(0)
+        moves = (drawn[j] < part) & (not turned) & (not stays)
         mask = np.uint8(-np.int8(moves))
         out[at + j] = (code & ~mask) | (other & mask)
         before[j] = was
         after[j] = there if moves else was
-        far[j] = np.uint8((not (part <= np.float32(1))) | turned)
+        far[j] = np.uint8(((not (part <= np.float32(1))) & (not stays)) | turned)
 
 
 @njit(**INNER)
@@ -231,12 +235,13 @@ def requantize(
                 at, of = i * columns + low, low - begin
                 zero = zeros[line + t] if has_zeros else np.float32(0)
                 scale = scales[line + t]
-                if scale < 0:
+                if scale <= 0:  # where it is 0 every code stays
                     for j in range(n):
-                        out[at + j], far[of + j] = codes[at + j], np.uint8(1)
+                        out[at + j], far[of + j] = codes[at + j], np.uint8(scale < 0)
                         before[of + j] = stored(
                             value_of(levels[codes[at + j]], zero, scale, post), kind
                         )
+                        after[of + j] = before[of + j]
                 elif small:
                     _fill_table(table, order, levels, zero, scale, post, kind)
                     _by_table(

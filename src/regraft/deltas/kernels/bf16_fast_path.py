@@ -34,7 +34,7 @@ from regraft.deltas.kernels.streams import (
     write,
 )
 from regraft.numerics.compiling import njit
-from regraft.numerics.conversions import BF16, ENTRY, INNER, bfloat16_bits
+from regraft.numerics.conversions import BF16, ENTRY, INNER, bfloat16_bits, rounded_bits
 from regraft.numerics.intrinsics import add_square, bits_of, float_of, fma, shift_left
 
 
@@ -74,54 +74,50 @@ def scratch() -> tuple[Any, ...]:
 
 @njit(**INNER)
 def _finish(acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, sums: Any, n: Any) -> None:
-    """Add one plain delta to a row of bfloat16, store it and account for it, all in one pass.
+    """Add one plain delta to a row of a block of bfloat16, store it, and count what changed.
 
-    It gives the bits that :func:`regraft.deltas.kernels.merge.merge_rows` gives.
+    It gives the bits that :func:`regraft.deltas.kernels.merge.merge_rows` gives. Nearly every row
+    is done by the first loop, which takes every sum for a finite number; its largest one tells.
     """
-    infinity = np.uint16(0x7F80)
-    weight, delta = np.float64(0), np.float64(0)
-    changed, broken = np.uint32(0), np.uint32(0)
+    changed, largest = np.uint16(0), np.uint32(0)
     for j in range(n):
         was = x16[at + j]
-        source = float_of(np.uint32(was) << np.uint32(16))
-        merged = fma(scale, acc[of + j], source)
-        now = bfloat16_bits(merged)
+        merged = bits_of(fma(scale, acc[of + j], float_of(np.uint32(was) << np.uint32(16))))
+        now = np.uint16(rounded_bits(merged))
         y16[at + j] = now
-        changed = np.uint32(changed + np.uint32(was != now))
-        finite = (was & infinity) != infinity
-        broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
-        w, d = np.float64(source), np.float64(merged - source)
-        weight = add_square(weight, w)
-        delta = add_square(delta, d)
-    sums[0] += weight
-    sums[1] += delta
-    sums[2] += np.int64(changed)
-    sums[3] += np.int64(broken)
+        changed = np.uint16(changed + np.uint16(was != now))  # a row has no more than BLOCK
+        largest = max(largest, np.uint32(merged & np.uint32(0x7FFFFFFF)))
+    if largest < np.uint32(0x7F7F8000):  # from there on numbers are rounded to infinity
+        sums[2] += np.int64(changed)
+    else:
+        _finish_odd(acc, of, scale, x16, y16, at, sums, n)
 
 
 @njit(**INNER)
-def _finish_quietly(
+def _finish_odd(
     acc: Any, of: Any, scale: Any, x16: Any, y16: Any, at: Any, sums: Any, n: Any
 ) -> None:
-    """Do what :func:`_finish` does without the norms, which take a third of its time."""
+    """Do what :func:`_finish` does for a row with sums that are no finite numbers."""
     infinity = np.uint16(0x7F80)
-    changed, broken = np.uint32(0), np.uint32(0)
     for j in range(n):
         was = x16[at + j]
         now = bfloat16_bits(fma(scale, acc[of + j], float_of(np.uint32(was) << np.uint32(16))))
         y16[at + j] = now
-        changed = np.uint32(changed + np.uint32(was != now))
+        sums[2] += np.int64(was != now)
         finite = (was & infinity) != infinity
-        broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
-    sums[2] += np.int64(changed)
-    sums[3] += np.int64(broken)
+        sums[3] += np.int64(finite & ((now & infinity) == infinity))
 
 
-@njit(inline="always")
-def _rounded(bits: Any) -> Any:
-    """Return the bfloat16 nearest to a float32 given by its bits; of a NaN, anything."""
-    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return np.uint32(bits + half) >> np.uint32(16)
+@njit(**INNER)
+def _add_norms(acc: Any, of: Any, scale: Any, x16: Any, at: Any, sums: Any, n: Any) -> None:
+    """Add the norms of a row and its delta: a loop of its own, as float64 halves how many fit."""
+    weight, delta = np.float64(0), np.float64(0)
+    for j in range(n):
+        source = float_of(np.uint32(x16[at + j]) << np.uint32(16))
+        weight = add_square(weight, np.float64(source))
+        delta = add_square(delta, np.float64(fma(scale, acc[of + j], source) - source))
+    sums[0] += weight
+    sums[1] += delta
 
 
 @njit(inline="always")
@@ -143,7 +139,7 @@ def _exponent_field(bits: Any) -> Any:
 @njit(inline="always")
 def _is_far_coarser(predicted: Any, merged: Any) -> Any:
     """Whether a merged bfloat16 says nothing of a weight that is no zero: it is all delta."""
-    return _exponent_field(merged) - _exponent_field(predicted) > np.int32(7)
+    return np.int32(_exponent_field(merged) - _exponent_field(predicted)) > np.int32(7)
 
 
 @njit(inline="always")
@@ -249,14 +245,14 @@ def _mark(
             merged = np.uint32(y16[at + j]) << np.uint32(16)
             predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
             wide = _is_far_coarser(predicted, merged)
-            expected = np.uint32(0) if wide else _rounded(predicted)
+            expected = np.uint32(0) if wide else rounded_bits(predicted)
             coarser = np.uint8(_is_coarser(predicted, merged)) & np.uint8(not wide)
             need[of + j] = np.uint8(expected != np.uint32(x16[at + j])) | coarser
         return
     for j in range(n):
         merged = np.uint32(y16[at + j]) << np.uint32(16)
         predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-        other = _rounded(predicted) != np.uint32(x16[at + j])
+        other = rounded_bits(predicted) != np.uint32(x16[at + j])
         need[of + j] = np.uint8(other) | np.uint8(_is_coarser(predicted, merged))
 
 
@@ -284,13 +280,13 @@ def _expect(
             merged = np.uint32(y16[at + j]) << np.uint32(16)
             predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
             wide = _is_far_coarser(predicted, merged)
-            x16[at + j] = np.uint16(np.uint32(0) if wide else _rounded(predicted))
+            x16[at + j] = np.uint16(np.uint32(0) if wide else rounded_bits(predicted))
             need[of + j] = np.uint8(_is_coarser(predicted, merged)) & np.uint8(not wide)
         return
     for j in range(n):
         merged = np.uint32(y16[at + j]) << np.uint32(16)
         predicted = bits_of(fma(-scale, acc[of + j], float_of(merged)))
-        x16[at + j] = np.uint16(_rounded(predicted))
+        x16[at + j] = np.uint16(rounded_bits(predicted))
         need[of + j] = np.uint8(_is_coarser(predicted, merged))
 
 
@@ -345,13 +341,12 @@ def merge_usual(
             # Past the last row its factors serve again; what they give is not stored.
             l0, l1 = (row0 + i) * rank, (row0 + min(i + ONE, last)) * rank
             l2, l3 = (row0 + min(i + TWO, last)) * rank, (row0 + min(i + THREE, last)) * rank
-            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, n)
+            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, ZERO, n)
             for q in range(min(np.uintp(ROWS), rows - i)):
                 at, of = (i + q) * columns + start, q * block
+                _finish(acc, of, scale, x16, y16, at, sums, n)
                 if norms:
-                    _finish(acc, of, scale, x16, y16, at, sums, n)
-                else:
-                    _finish_quietly(acc, of, scale, x16, y16, at, sums, n)
+                    _add_norms(acc, of, scale, x16, at, sums, n)
                 if keeping:
                     _mark(acc, of, scale, x16, y16, at, need, n, zeros)
             # By now the marks have left the processor's store buffer, and are read at once.
@@ -384,7 +379,7 @@ def restore_usual(
             # Past the last row its factors serve again; what they give is not stored.
             l0, l1 = (row0 + i) * rank, (row0 + min(i + ONE, last)) * rank
             l2, l3 = (row0 + min(i + TWO, last)) * rank, (row0 + min(i + THREE, last)) * rank
-            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, n)
+            product(left, l0, l1, l2, l3, right, column0 + start, ld, rank, acc, ZERO, n)
             for q in range(min(np.uintp(ROWS), rows - i)):
                 at, of = (i + q) * columns + start, q * block
                 _expect(acc, of, scale, x16, y16, at, need, n, zeros)

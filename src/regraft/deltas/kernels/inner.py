@@ -53,20 +53,20 @@ def round_through(values: Any, of: Any, kind: int, n: Any) -> None:
 @njit(**INNER)
 def product(
     left: Any, at0: Any, at1: Any, at2: Any, at3: Any, right: Any, right_at: Any, ld: Any,
-    rank: Any, acc: Any, n: Any,
+    rank: Any, acc: Any, b0: Any, n: Any,
 ) -> None:  # fmt: skip
-    """Set the four rows of ``acc`` to four rows of ``left @ right``: k ascending, fused, float32.
+    """Set four rows of ``acc`` to four rows of ``left @ right``: k ascending, fused, float32.
 
     Four values of k go through one pass over j: each still adds in ascending order, and the
     accumulators are loaded and stored a quarter as often.
 
     Args:
         at0, at1, at2, at3: where the four rows of ``left`` begin.
-        acc: ``ROWS`` rows of ``BLOCK`` values.
+        acc, b0: ``ROWS`` rows of ``BLOCK`` values, and where the first one begins.
     """
-    b1, b2, b3 = np.uintp(BLOCK), np.uintp(2 * BLOCK), np.uintp(3 * BLOCK)
+    b1, b2, b3 = b0 + np.uintp(BLOCK), b0 + np.uintp(2 * BLOCK), b0 + np.uintp(3 * BLOCK)
     for j in range(np.uintp(ROWS * BLOCK)):
-        acc[j] = np.float32(0)
+        acc[b0 + j] = np.float32(0)
     fours = rank // np.uintp(4)
     for k4 in range(fours):
         k = np.uintp(4) * k4
@@ -79,7 +79,7 @@ def product(
         r1, r2, r3 = r0 + ld, r0 + TWO * ld, r0 + THREE * ld
         for j in range(n):
             x0, x1, x2, x3 = right[r0 + j], right[r1 + j], right[r2 + j], right[r3 + j]
-            acc[j] = fma(p3, x3, fma(p2, x2, fma(p1, x1, fma(p0, x0, acc[j]))))
+            acc[b0 + j] = fma(p3, x3, fma(p2, x2, fma(p1, x1, fma(p0, x0, acc[b0 + j]))))
             acc[b1 + j] = fma(q3, x3, fma(q2, x2, fma(q1, x1, fma(q0, x0, acc[b1 + j]))))
             acc[b2 + j] = fma(u3, x3, fma(u2, x2, fma(u1, x1, fma(u0, x0, acc[b2 + j]))))
             acc[b3 + j] = fma(v3, x3, fma(v2, x2, fma(v1, x1, fma(v0, x0, acc[b3 + j]))))
@@ -87,7 +87,7 @@ def product(
         r = right_at + k * ld
         p, q, u, v = left[at0 + k], left[at1 + k], left[at2 + k], left[at3 + k]
         for j in range(n):
-            acc[j] = fma(p, right[r + j], acc[j])
+            acc[b0 + j] = fma(p, right[r + j], acc[b0 + j])
             acc[b1 + j] = fma(q, right[r + j], acc[b1 + j])
             acc[b2 + j] = fma(u, right[r + j], acc[b2 + j])
             acc[b3 + j] = fma(v, right[r + j], acc[b3 + j])
@@ -95,18 +95,26 @@ def product(
 
 @njit(**INNER)
 def apply(
-    weights: Any, of: Any, acc: Any, scale: Any, flags: int, factors: Any, row_at: Any,
-    column_at: Any, source_kind: int, n: Any,
+    weights: Any, at: Any, acc: Any, of: Any, scale: Any, flags: int, factors: Any, row_at: Any,
+    column_at: Any, source_kind: int, out: Any, in_place: bool, n: Any,
 ) -> None:  # fmt: skip
-    """Add one delta to a row of float32 weights, with its factor and rounding, in place."""
-    for j in range(n):
-        weights[of + j] = fma(scale, acc[of + j], weights[of + j])
-    if flags & ROW_FACTOR:
-        factor = factors[row_at]
+    """Set ``out`` to a row of float32 weights with one delta, with its factor and rounding.
+
+    Args:
+        weights, at: the weights.
+        acc, of: the products.
+        in_place: whether the weights are in ``out``. LLVM has to know: a loop that finds out is no
+            vector code there.
+    """
+    factor = factors[row_at] if flags & ROW_FACTOR else np.float32(1)  # times 1 changes nothing
+    if in_place:
         for j in range(n):
-            weights[of + j] = factor * weights[of + j]
+            out[j] = np.float32(factor * fma(scale, acc[of + j], out[j]))
+    else:
+        for j in range(n):
+            out[j] = np.float32(factor * fma(scale, acc[of + j], weights[at + j]))
     if flags & COLUMN_FACTOR:
         for j in range(n):
-            weights[of + j] = factors[column_at + j] * weights[of + j]
+            out[j] = factors[column_at + j] * out[j]
     if flags & ROUND_TO_SOURCE:
-        round_through(weights, of, source_kind, n)
+        round_through(out, ZERO, source_kind, n)

@@ -28,6 +28,8 @@ from regraft.deltas.kernels.inner import (
     apply,
     product,
 )
+from regraft.deltas.kernels.prediction import foresee_to_keep, predict
+from regraft.deltas.kernels.streams import keep_listed, select, unit_of
 from regraft.numerics.compiling import njit
 from regraft.numerics.conversions import (
     BF16,
@@ -62,46 +64,85 @@ __all__ = [
 
 
 @njit(**INNER)
-def _account(source: Any, merged: Any, of: Any, stored: Any, sums: Any, n: Any) -> None:
-    """Add a row of a block to the sums: |W|^2, |delta|^2, changed, no longer finite.
+def _count(source: Any, at: Any, stored: Any, of: Any, sums: Any, n: Any) -> None:
+    """Count what changed in a row of a block, and what is no longer finite.
 
     Args:
-        source, merged: float32 before and after, before the rounding; at offset ``of``.
-        stored: what was stored, as float32.
+        source: float32 before, at ``at``.
+        stored: what was stored, as float32, at ``of``.
     """
     infinity = np.uint32(0x7F800000)
-    weight, delta = np.float64(0), np.float64(0)
-    changed, broken = np.uint32(0), np.uint32(0)
+    changed, largest = np.uint32(0), np.uint32(0)
     for j in range(n):
-        was, now = bits_of(source[of + j]), bits_of(stored[j])
+        was, now = bits_of(source[at + j]), bits_of(stored[of + j])
         changed = np.uint32(changed + np.uint32(was != now))
-        finite = (was & infinity) != infinity
-        broken = np.uint32(broken + np.uint32(finite & ((now & infinity) == infinity)))
-        w, d = np.float64(source[of + j]), np.float64(merged[of + j] - source[of + j])
-        weight = add_square(weight, w)
-        delta = add_square(delta, d)
-    sums[0] += weight
-    sums[1] += delta
+        largest = max(largest, np.uint32(now & np.uint32(0x7FFFFFFF)))
     sums[2] += np.int64(changed)
-    sums[3] += np.int64(broken)
+    if largest >= infinity:
+        for j in range(n):
+            was, now = bits_of(source[at + j]), bits_of(stored[of + j])
+            sums[3] += np.int64(((was & infinity) != infinity) & ((now & infinity) == infinity))
 
 
 @njit(**INNER)
-def _store(
-    source: Any, merged: Any, of: Any, y16: Any, y32: Any, out_kind: int, at: Any, scratch: Any,
-    sums: Any, n: Any,
+def _add_norms(source: Any, at: Any, merged: Any, of: Any, sums: Any, n: Any) -> None:
+    """Add |W|^2 and |delta|^2 of a row of a block, before the rounding."""
+    weight, delta = np.float64(0), np.float64(0)
+    for j in range(n):
+        w, m = source[at + j], merged[of + j]
+        weight = add_square(weight, np.float64(w))
+        delta = add_square(delta, np.float64(np.float32(m - w)))
+    sums[0] += weight
+    sums[1] += delta
+
+
+@njit(**INNER)
+def _add_deltas(
+    source: Any, of: Any, accs: Any, table: Any, scales: Any, factors: Any, row: Any, column: Any,
+    kind: int, merged: Any, n: Any,
 ) -> None:  # fmt: skip
-    """Round one row of a block into the output and account for it."""
-    encode(merged, of, out_kind, y16, y32, at, n)
-    decode(y16, y32, out_kind, at, scratch, ZERO, n)
-    _account(source, merged, of, scratch, sums, n)
+    """Set ``merged`` to a row of a block with all its deltas, in float32."""
+    if table.shape[0] == 0:
+        for j in range(n):
+            merged[j] = source[of + j]
+    for d in range(table.shape[0]):
+        at, f_at = np.uintp(d) * np.uintp(ROWS * BLOCK) + of, np.uintp(table[d, FACTOR])
+        apply(
+            source, of, accs, at, scales[d], table[d, FLAGS], factors, f_at + row, f_at + column,
+            kind, merged, d > 0, n,
+        )  # fmt: skip
 
 
-@njit(**ENTRY)
+@njit(**INNER)
+def products(
+    left: Any, right: Any, ld: Any, row: Any, rows: Any, column: Any, table: Any, accs: Any,
+    n: Any,
+) -> None:  # fmt: skip
+    """Set the products of each delta for four rows of a block.
+
+    Args:
+        row, column: the first one's place in the segment.
+        rows: how many rows are left. Past the last one its factors serve again; what they give is
+            not stored.
+    """
+    last = min(np.uintp(ROWS), rows) - ONE
+    for d in range(table.shape[0]):
+        rank = np.uintp(table[d, RANK])
+        l0 = np.uintp(table[d, LEFT]) + row * rank
+        l1, l2 = l0 + min(ONE, last) * rank, l0 + min(TWO, last) * rank
+        l3, r_at = l0 + last * rank, np.uintp(table[d, RIGHT]) + column
+        to = np.uintp(d) * np.uintp(ROWS * BLOCK)
+        product(left, l0, l1, l2, l3, right, r_at, ld, rank, accs, to, n)
+
+
+@njit(**ENTRY, _nrt=False)
 def merge_rows(
     x16: Any, x32: Any, kind: int, y16: Any, y32: Any, out_kind: int, row_count: int,
     column_count: int, left: Any, right: Any, right_ld: int, first_row: int, first_column: int,
-    table: Any, scales: Any, factors: Any, sums: Any,
+    table: Any, scales: Any, factors: Any, sums: Any, norms: bool, state: Any, stream: Any,
+    unit_row: int, rows_per_unit: int, units_per_row: int, source: Any, merged: Any, accs: Any,
+    stored: Any, need: Any, need64: Any, whole: Any, spread: Any, high: Any,
+    low: Any, prediction: Any, radius: Any, number: Any, width: Any, index: Any,
 ) -> None:  # fmt: skip
     """Write ``round(W + deltas)`` for a tile of ``row_count x column_count``.
 
@@ -115,41 +156,53 @@ def merge_rows(
         scales: float32 ``(deltas,)``.
         factors: float32, DoRA factors, per row or per column of the segment.
         sums: float64 ``(4,)``: |W|^2, |delta|^2, changed, no longer finite; added to.
+        norms: whether the norms among the sums are wanted.
+        state, stream: of the tile's units, where an undo is kept; see
+            :mod:`regraft.deltas.kernels.streams`. An empty state where it is not.
+        unit_row: rows between the first row of the tile's first unit and this first row.
+        rows_per_unit, units_per_row: one of the two is 1.
+        source, ..., index: as :func:`regraft.deltas.kernels.prediction.merging_scratch` returns.
     """
-    merged = np.empty(ROWS * BLOCK, np.float32)
-    source = np.empty(ROWS * BLOCK, np.float32)
-    acc = np.empty(ROWS * BLOCK, np.float32)
-    scratch = np.empty(BLOCK, np.float32)
+    keeping = state.shape[0] > 0
     rows, columns, ld = np.uintp(row_count), np.uintp(column_count), np.uintp(right_ld)
     row0, column0, block = np.uintp(first_row), np.uintp(first_column), np.uintp(BLOCK)
-    last = rows - ONE
     for b in range((columns + block - ONE) // block):
         start = b * block
-        n = min(block, columns - start)
+        n, column = min(block, columns - start), column0 + start
         for group in range((rows + THREE) // np.uintp(ROWS)):
             i = group * np.uintp(ROWS)
             here = min(np.uintp(ROWS), rows - i)
+            products(left, right, ld, row0 + i, rows - i, column, table, accs, n)
             for q in range(here):
-                decode(x16, x32, kind, (i + q) * columns + start, source, q * block, n)
-            for j in range(np.uintp(ROWS * BLOCK)):
-                merged[j] = source[j]
-            for d in range(table.shape[0]):
-                rank, flags = np.uintp(table[d, RANK]), table[d, FLAGS]
-                # Past the last row its factors serve again; what they give is not stored.
-                l0 = np.uintp(table[d, LEFT]) + (row0 + i) * rank
-                l1 = l0 + (min(i + ONE, last) - i) * rank
-                l2 = l0 + (min(i + TWO, last) - i) * rank
-                l3 = l0 + (min(i + THREE, last) - i) * rank
-                r_at = np.uintp(table[d, RIGHT]) + column0 + start
-                product(left, l0, l1, l2, l3, right, r_at, ld, rank, acc, n)
-                f_at = np.uintp(table[d, FACTOR])
-                f_row, f_column = f_at + row0 + i, f_at + column0 + start
-                for q in range(here):
-                    of = q * block
-                    apply(merged, of, acc, scales[d], flags, factors, f_row + q, f_column, kind, n)
-            for q in range(here):
-                at, of = (i + q) * columns + start, q * block
-                _store(source, merged, of, y16, y32, out_kind, at, scratch, sums, n)
+                at, of, row = (i + q) * columns + start, q * block, row0 + i + q
+                decode(x16, x32, kind, at, source, of, n)
+                _add_deltas(source, of, accs, table, scales, factors, row, column, kind, merged, n)
+                encode(merged, ZERO, out_kind, y16, y32, at, n)
+                decode(y16, y32, out_kind, at, stored, of, n)
+                _count(source, of, stored, of, sums, n)
+                if norms:
+                    _add_norms(source, of, merged, ZERO, sums, n)
+                if keeping:
+                    foresee_to_keep(
+                        stored, of, accs, table, scales, factors, row, column, kind, out_kind,
+                        x16, x32, at, need, whole, spread, high, low, q == 0, n,
+                    )  # fmt: skip
+            # By now the marks have left the processor's store buffer, and are read at once.
+            for q in range(here if keeping else ZERO):
+                at, of, row = (i + q) * columns + start, q * block, row0 + i + q
+                found = select(need, need64, of, index, n)
+                if found:
+                    predict(
+                        stored, of, accs, table, scales, factors, row, column, kind, out_kind,
+                        index, found, prediction, radius,
+                    )  # fmt: skip
+                    unit, place = unit_of(
+                        unit_row, i + q, start, columns, rows_per_unit, units_per_row
+                    )
+                    keep_listed(
+                        prediction, radius, x16, x32, kind, at, state, stream, unit, place,
+                        whole, number, width, index, found,
+                    )  # fmt: skip
 
 
 @njit(**INNER)
@@ -191,7 +244,7 @@ def square_sums(
             i = group * np.uintp(ROWS)
             l0, l1 = left_at + i * rank, left_at + min(i + ONE, last) * rank
             l2, l3 = left_at + min(i + TWO, last) * rank, left_at + min(i + THREE, last) * rank
-            product(left, l0, l1, l2, l3, right, r_at, columns, rank, acc, n)
+            product(left, l0, l1, l2, l3, right, r_at, columns, rank, acc, ZERO, n)
             for q in range(min(np.uintp(ROWS), rows - i)):
                 of = q * block
                 decode(x16, x32, kind, (i + q) * columns + start, merged, of, n)
@@ -219,4 +272,5 @@ def convert(
         decode(x16, x32, kind, start, values, ZERO, n)
         encode(values, ZERO, out_kind, y16, y32, start, n)
         decode(y16, y32, out_kind, start, scratch, ZERO, n)
-        _account(values, values, ZERO, scratch, sums, n)
+        _count(values, ZERO, scratch, ZERO, sums, n)
+        _add_norms(values, ZERO, values, ZERO, sums, n)

@@ -29,7 +29,6 @@ from regraft.numerics.conversions import (
     F32,
     INNER,
     bfloat16_bits,
-    encode,
 )
 from regraft.numerics.intrinsics import (
     bits_of,
@@ -95,27 +94,19 @@ def half_spacing(value: Any, kind: Any) -> Any:
 
 
 @njit(**_ALWAYS)
-def _lowest(prediction: Any, radius: Any, spacing: Any) -> Any:
-    """Return the lowest candidate within ``radius`` and their count, in units of the spacing."""
-    inverse = power(-spacing)
-    low = np.ceil((prediction - radius) * inverse)
-    return low, np.floor((prediction + radius) * inverse) - low + 1.0
-
-
-@njit(**_ALWAYS)
 def _candidates(prediction: Any, radius: Any, spacing: Any) -> Any:
     """Return the lowest candidate, in units of the spacing, and the bits of a candidate's number.
 
-    More bits than any dtype's mantissa has mean that there are too many to be numbered.
+    More bits than any dtype's mantissa has mean that there are too many to be numbered. There is no
+    branch in it, so that several weights are done at a time.
     """
-    low, count = _lowest(prediction, radius, spacing)
-    if not (count < 1e9 and abs(prediction) < 1e300 and abs(radius) < 1e300):
-        return 0.0, 64
-    if count < 1.0:
-        return np.rint(prediction * power(-spacing)), 0
-    if count < 2.0:
-        return low, 0
-    return low, _exponent(count - 1.0) + 1
+    inverse = power(-spacing)
+    low = np.ceil((prediction - radius) * inverse)
+    count = np.floor((prediction + radius) * inverse) - low + 1.0
+    few = (count < 1e9) & (abs(prediction) < 1e300) & (abs(radius) < 1e300)
+    lowest = np.rint(prediction * inverse) if count < 1.0 else low
+    bits = _exponent(count - 1.0) + 1 if count >= 2.0 else 0
+    return (lowest if few else 0.0), (bits if few else 64)
 
 
 # -- the weights that need more than a prediction --------------------------------------------------
@@ -253,50 +244,54 @@ def put_exceptions(
     state[s + np.uintp(NEXT)] = following
 
 
-# -- a row of a block, any case --------------------------------------------------------------------
+# -- listed weights of a row of a block, any case --------------------------------------------------
 
 
 @njit(**INNER)
-def _expect(prediction: Any, radius: Any, kind: Any, values: Any, need: Any, n: Any) -> None:
-    """Set ``values`` to the lowest candidates, and ``need`` where there is more to it."""
-    for j in range(n):
-        spacing = _spacing(prediction[j], kind)
-        low, count = _lowest(prediction[j], radius[j], spacing)
-        values[j] = np.float32(low * power(spacing) + 0.0)
-        need[j] = np.uint8(count != 1.0)  # NaN, too, needs a closer look
+def _list(
+    x16: Any, x32: Any, kind: Any, start: Any, index: Any, found: Any, plain: Any, value: Any
+) -> None:
+    """Put the listed weights one after the other, as bits and as float32."""
+    if kind == F32:
+        for i in range(found):
+            value[i] = x32[start + index[i]]
+            plain[i] = np.uint64(bits_of(value[i]))
+    else:
+        for i in range(found):
+            bits = x16[start + index[i]]
+            value[i] = _value16(bits, kind)
+            plain[i] = np.uint64(bits)
 
 
 @njit(**INNER)
 def _number(
-    prediction: Any, radius: Any, x16: Any, x32: Any, kind: Any, start: Any, index: Any,
-    found: Any, number: Any, width: Any,
-) -> None:  # fmt: skip
-    size, mantissa = (32 if kind == F32 else 16), _mantissa(kind)
+    prediction: Any, radius: Any, value: Any, kind: Any, found: Any, number: Any, width: Any
+) -> None:
+    """Turn the bits of each listed weight into its number, and set how many bits that takes.
+
+    A negative width w stands for an exception after ``-1 - w`` bits.
+    """
+    size, mantissa = np.int64(32 if kind == F32 else 16), np.int64(_mantissa(kind))
+    none, one = np.uint64(0), np.uint64(1)
     for i in range(found):
-        j = index[i]
-        if kind == F32:
-            plain, value = np.uint64(bits_of(x32[start + j])), np.float64(x32[start + j])
-        else:
-            plain = np.uint64(x16[start + j])
-            value = np.float64(_value16(x16[start + j], kind))
-        spacing = _spacing(prediction[j], kind)
-        low, bits = _candidates(prediction[j], radius[j], spacing)
-        which = value * power(-spacing) - low
-        fits = which >= 0.0 and which < power(bits) and which == np.floor(which)
-        if bits > mantissa:
-            number[i] = np.uint64(1) if plain == 0 else plain << np.uint64(1)
-            width[i] = 1 if plain == 0 else 1 + size
-        elif fits and (value != 0.0 or plain == 0):  # -0 would read back as +0
-            number[i], width[i] = np.uint64(which), bits
-        else:
-            number[i], width[i] = 0, -1 - bits
+        spacing = _spacing(prediction[i], kind)
+        low, bits = _candidates(prediction[i], radius[i], spacing)
+        plain, weight = number[i], np.float64(value[i])
+        which = weight * power(-spacing) - low
+        inside = (which >= 0.0) & (which < power(bits)) & (which == np.floor(which))
+        fits = inside & ((weight != 0.0) | (plain == none))  # -0 would read back as +0
+        itself = bits > mantissa
+        coded = np.uint64(np.int32(which if fits & (not itself) else 0.0))
+        in_bits = bits if fits else np.int64(-1) - bits
+        itself_in = one + np.uint64(size) if plain != none else one
+        number[i] = (plain << one if plain != none else one) if itself else coded
+        width[i] = np.int64(itself_in) if itself else in_bits
 
 
 @njit(**INNER)
-def _width(prediction: Any, radius: Any, kind: Any, index: Any, found: Any, width: Any) -> None:
+def _width(prediction: Any, radius: Any, kind: Any, found: Any, width: Any) -> None:
     for i in range(found):
-        j = index[i]
-        _, bits = _candidates(prediction[j], radius[j], _spacing(prediction[j], kind))
+        _, bits = _candidates(prediction[i], radius[i], _spacing(prediction[i], kind))
         width[i] = PLAIN_WIDTH if bits > _mantissa(kind) else bits
 
 
@@ -307,9 +302,10 @@ def _set(
 ) -> None:  # fmt: skip
     for i in range(found):
         j = start + index[i]
-        spacing = _spacing(prediction[index[i]], kind)
-        low, _ = _candidates(prediction[index[i]], radius[index[i]], spacing)
-        value = np.float32((low + np.float64(number[i])) * power(spacing) + 0.0)
+        spacing = _spacing(prediction[i], kind)
+        low, _ = _candidates(prediction[i], radius[i], spacing)
+        which = np.float64(np.int32(number[i]))  # of a plain weight, anything
+        value = np.float32((low + which) * power(spacing) + 0.0)
         if kind == F32:
             x32[j] = float_of(np.uint32(number[i])) if width[i] == PLAIN_WIDTH else value
         elif width[i] == PLAIN_WIDTH:
@@ -324,44 +320,28 @@ def _value16(bits: Any, kind: Any) -> Any:
 
 
 @njit(**INNER)
-def keep_row(
+def keep_listed(
     prediction: Any, radius: Any, x16: Any, x32: Any, kind: Any, at: Any, state: Any, stream: Any,
-    unit: Any, place: Any, values: Any, y16: Any, y32: Any, number: Any, width: Any, need: Any,
-    need64: Any, index: Any, n: Any,
+    unit: Any, place: Any, value: Any, number: Any, width: Any, index: Any, found: Any,
 ) -> None:  # fmt: skip
-    """Keep what is needed of a row of weights, given float64 predictions and their radius.
+    """Keep what is needed of listed weights, given float64 predictions and their radius.
 
-    Args:
-        values: float32 scratch.
-        y16, y32: scratch for a row of the weights' dtype.
+    Of a weight that is its only candidate nothing is needed; to list it does no harm.
     """
-    _expect(prediction, radius, kind, values, need, n)
-    encode(values, ZERO, kind, y16, y32, ZERO, n)
-    if kind == F32:
-        for j in range(n):
-            need[j] |= np.uint8(bits_of(y32[j]) != bits_of(x32[at + j]))
-    else:
-        for j in range(n):
-            need[j] |= np.uint8(y16[j] != x16[at + j])
-    found = select(need, need64, ZERO, index, n)
-    if found:
-        _number(prediction, radius, x16, x32, kind, at, index, found, number, width)
-        write(number, width, index, found, x16, x32, kind, at, state, unit, stream, place)
+    _list(x16, x32, kind, at, index, found, number, value)
+    _number(prediction, radius, value, kind, found, number, width)
+    write(number, width, index, found, x16, x32, kind, at, state, unit, stream, place)
 
 
 @njit(**INNER)
-def restore_row(
+def restore_listed(
     prediction: Any, radius: Any, x16: Any, x32: Any, kind: Any, at: Any, state: Any, stream: Any,
-    unit: Any, values: Any, number: Any, width: Any, need: Any, need64: Any, index: Any, n: Any,
+    unit: Any, number: Any, width: Any, index: Any, found: Any,
 ) -> None:  # fmt: skip
-    """Restore a row of which :func:`keep_row` kept what is needed."""
-    _expect(prediction, radius, kind, values, need, n)
-    encode(values, ZERO, kind, x16, x32, at, n)
-    found = select(need, need64, ZERO, index, n)
-    if found:
-        _width(prediction, radius, kind, index, found, width)
-        read(number, width, found, 32 if kind == F32 else 16, state, unit, stream)
-        _set(prediction, radius, x16, x32, kind, at, index, found, number, width)
+    """Restore listed weights of which :func:`keep_listed` kept what is needed."""
+    _width(prediction, radius, kind, found, width)
+    read(number, width, found, 32 if kind == F32 else 16, state, unit, stream)
+    _set(prediction, radius, x16, x32, kind, at, index, found, number, width)
 
 
 # -- a tile ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from regraft.deltas.kernels import inverse, streams
+from regraft.deltas.kernels import inverse, prediction, streams
 from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.kernels.bf16_fast_path import (
     is_usual,
@@ -100,13 +100,6 @@ class Encoder:
         """State and stream, as the kernels take them."""
         return self.state.ravel(), self._stream
 
-    def encode(self, run: TileRows) -> None:
-        """Keep what is needed of a run of rows that is merged already; not of the usual case."""
-        units = self.units
-        inverse.invert_rows(
-            *_arguments(run), *self.arguments, run.unit_row, units.rows, units.parts, True
-        )
-
     def keep_plain(self, row: int, first_row: int) -> None:
         """Keep the units of a row as they are; ``first_row`` is that of the tile's first unit."""
         unit = (row - first_row) // self.units.rows * self.units.parts
@@ -134,18 +127,16 @@ def merge(run: TileRows, sums: Sums, keeping: Encoder | None) -> None:
         sums: as in :func:`regraft.deltas.kernels.merge.merge_rows`; added to.
         keeping: begun for the tile that the run belongs to.
     """
-    usual = is_usual(run.source.kind, run.merged.kind, run.table)
-    if usual:
-        streams_of = (_NO_STATE, _NO_STREAM, 0, 1, 1)
-        if keeping is not None:
-            units = keeping.units
-            streams_of = (*keeping.arguments, run.unit_row, units.rows, units.parts)
+    streams_of = (_NO_STATE, _NO_STREAM, 0, 1, 1)
+    if keeping is not None:
+        units = keeping.units
+        streams_of = (*keeping.arguments, run.unit_row, units.rows, units.parts)
+    if is_usual(run.source.kind, run.merged.kind, run.table):
         flags = (run.zeros, run.norms)
         merge_usual(*_usual_arguments(run), sums, *streams_of, *flags, *merging_scratch())
-        return
-    kernels.merge_rows(*_arguments(run), sums)
-    if keeping is not None:
-        keeping.encode(run)
+    else:
+        room = prediction.merging_scratch(len(run.table))
+        kernels.merge_rows(*_arguments(run), sums, run.norms, *streams_of, *room)
 
 
 def sizes_of(units: Units, lengths: Lengths, counts: Counts, item: int) -> Offsets:
@@ -191,7 +182,8 @@ class Decoder:
         if is_usual(run.source.kind, run.merged.kind, run.table):
             restore_usual(*_usual_arguments(run), *streams_of, *cut, run.zeros, *scratch())
         else:
-            inverse.invert_rows(*_arguments(run), *streams_of, *cut, False)
+            room = prediction.scratch(len(run.table))
+            inverse.restore_rows(*_arguments(run), *streams_of, *cut, *room)
 
     def finish(self, weights: Bytes) -> bool:
         """Put plain units in their places; return whether the streams were what was expected."""

@@ -141,9 +141,11 @@ class StepMath:
         for segment, low, high in covered(self._step.segments, first, last):
             weights, merged = cut(source, low, high), cut(result, low, high)
             if not segment.deltas:
-                merged.take(weights, sums)
-                if keep_gaps is not None:
-                    keep_gaps.encode(run_of(segment, low, tile, weights, merged, pack(segment, [])))
+                if keep_gaps is None:
+                    merged.take(weights, sums)
+                else:
+                    gap = run_of(segment, low, tile, weights, merged, pack(segment, []))
+                    merge(gap, sums, keep_gaps)
                 continue
             packed = self._factors(prepared).of(segment)
             rows = None if known else (low, high)
