@@ -230,8 +230,8 @@ def bytes_in_use(adapter: LiveAdapter, base: LiveBase) -> int:
     size = base.dtype.itemsize
     if size >= torch.float32.itemsize:
         return adapter.nbytes
-    floats = (t.numel() for t in adapter.tensors.values() if t.is_floating_point())
-    return adapter.nbytes + size * sum(floats)
+    floats = sum(t.numel() for t in adapter.tensors.values() if t.is_floating_point())
+    return adapter.nbytes + size * floats
 
 
 def warn_of(name: str, files: AdapterFiles, adapter: Adapter, base: LiveBase) -> None:

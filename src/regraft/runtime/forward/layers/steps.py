@@ -51,9 +51,9 @@ def can_be_changed(out: Tensor, *others: Tensor) -> bool:
     """Whether an output may be changed where it lies: nothing will ask for a gradient."""
     if torch.compiler.is_compiling():
         return False
-    if not torch.is_grad_enabled():
-        return out.is_floating_point()
-    return out.is_floating_point() and not any(t.requires_grad for t in (out, *others))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, *others)):
+        return False
+    return bool(out.is_floating_point())
 
 
 def usable(x: Tensor, a: Tensor) -> Tensor:
