@@ -37,6 +37,7 @@ from regraft.runtime.model.wrappers import check_trainable, unwrapped
 from regraft.runtime.store import loading
 from regraft.runtime.store.cache import AdapterCache
 from regraft.runtime.store.library import Chosen, Library, LoadedAdapter
+from regraft.runtime.training.counting import counts, sentence
 from regraft.runtime.training.optimizers import watch_optimizers
 from regraft.runtime.whole import Turns, whole
 
@@ -518,6 +519,18 @@ class Adapters(Handle):
         """Yield what is trained, for an optimizer."""
         for _, parameter in self.named_parameters():
             yield parameter
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return how many parameters are trained, and how many the model and its adapters have.
+
+        Adapters of a cache, which come and go, do not count.
+        """
+        adapters = self._library.resident()
+        return counts(self._base.model, (t for each in adapters for t in each.tensors.values()))
+
+    def print_trainable_parameters(self) -> None:
+        """Print these two numbers as PEFT does, with the share that is trained in percent."""
+        print(sentence(*self.get_nb_trainable_parameters()))
 
     def for_trainer(
         self, name: str | None = None, *, checkpoint: str | Path | None = None

@@ -56,7 +56,8 @@ def find(key: int) -> Any:
     if torch.compiler.is_compiling():
         scopes = getattr(_mirror, "scopes", None)
         return UNSET if scopes is None else scopes.get(key, UNSET)
-    return current().get(key, UNSET)
+    seldom = _of_backward or _closed_elsewhere
+    return (current() if seldom else _scopes.get()).get(key, UNSET)
 
 
 def current() -> Scopes:

@@ -17,7 +17,7 @@ from regraft.runtime.forward.hooks import tensors_in
 from regraft.runtime.forward.layers.grouped import GroupedLora
 from regraft.runtime.forward.layers.operations import Operations
 from regraft.runtime.forward.layers.quick import quick_dtype
-from regraft.runtime.forward.layers.steps import Dora, LowRank, Step, run, scaled
+from regraft.runtime.forward.layers.steps import Dora, LowRank, Step, scaled
 from regraft.runtime.forward.mixed_modules import by_name, prove, split_of
 from regraft.runtime.model.live_base import LiveBase
 from regraft.runtime.model.row_axes import (
@@ -49,7 +49,11 @@ class Selection:
     def after(self, path: str, module: nn.Module, x: Tensor, out: Tensor) -> Tensor | None:
         """Return a module's output with the adapters' steps done to it; None for none."""
         steps = self.operations.steps.get(path)
-        return None if steps is None else run(steps, module, x, out)
+        if steps is None:
+            return None
+        for step in steps:
+            out = step(module, x, out)
+        return out
 
     def instead(self, path: str) -> Callable[..., Any] | None:
         """Return what is called in the place of a module's forward pass, or None."""

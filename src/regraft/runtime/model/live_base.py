@@ -140,7 +140,8 @@ class LiveBase:
     @property
     def device(self) -> torch.device:
         """The device that most of the model's weights are on, for its adapters to begin on."""
-        there = (p for p in self.model.parameters() if p.device.type != "meta")
+        parameters = {id(parameter): parameter for _, parameter in _parameters(self.modules)}
+        there = (p for p in parameters.values() if p.device.type != "meta")
         found: torch.device | None = _of_most(there, "device")
         return found or torch.device("cpu")
 
@@ -187,6 +188,7 @@ class LiveIndex(BaseIndex):
 
     def __init__(self, base: Checkpoint, names: NameMap, live: LiveBase) -> None:
         self._live = live
+        self._found: dict[str, ResolvedName] = {}  # an adapter asks for a name many times
         super().__init__(base, names)
 
     def _pieces(self, name: str) -> tuple[Piece, ...]:
@@ -194,11 +196,13 @@ class LiveIndex(BaseIndex):
 
     def _exact(self, name: str) -> ResolvedName | None:
         spec = self.base.tensors.get(name)
-        return (
-            ResolvedName(Piece(name), (StoredPart(spec, Piece(name)),))
-            if spec is not None
-            else None
-        )
+        if spec is None:
+            return None
+        found = self._found.get(name)
+        if found is None:
+            piece = Piece(name)
+            found = self._found[name] = ResolvedName(piece, (StoredPart(spec, piece),))
+        return found
 
     def _absent_ties(self) -> dict[str, str]:
         return dict(self._live.tied)

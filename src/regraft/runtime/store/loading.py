@@ -224,12 +224,14 @@ def without_values(
 def bytes_in_use(adapter: LiveAdapter, base: LiveBase) -> int:
     """Return the bytes that an adapter takes while it is used, at most.
 
-    On a model in 16 bits, factors in float32 get a copy in 16 bits (see
+    On a model in 16 bits, factors get a copy in 16 bits (see
     :class:`regraft.runtime.forward.layers.quick.Quick`).
     """
-    wide = sum(t.nbytes for t in adapter.tensors.values() if t.dtype == torch.float32)
-    narrow = base.dtype.itemsize < torch.float32.itemsize
-    return adapter.nbytes + (wide // 2 if narrow else 0)
+    size = base.dtype.itemsize
+    if size >= torch.float32.itemsize:
+        return adapter.nbytes
+    floats = sum(t.numel() for t in adapter.tensors.values() if t.is_floating_point())
+    return adapter.nbytes + size * floats
 
 
 def warn_of(name: str, files: AdapterFiles, adapter: Adapter, base: LiveBase) -> None:

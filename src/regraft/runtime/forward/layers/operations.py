@@ -222,7 +222,10 @@ def _device_of(module: nn.Module) -> torch.device:
     device = getattr(hook, "execution_device", None)
     if device is not None:
         return torch.device(device)
-    found = next((t for t in (*module.parameters(), *module.buffers())), None)
+    own = (parameter for parameter in module._parameters.values() if parameter is not None)
+    found = next(own, None)
+    if found is None:
+        found = next((t for t in (*module.parameters(), *module.buffers())), None)
     return found.device if found is not None else torch.device("cpu")
 
 

@@ -6,7 +6,7 @@ answers as the merged one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ def can_be_changed(out: Tensor, *others: Tensor) -> bool:
     """Whether an output may be changed where it lies: nothing will ask for a gradient."""
     if torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and (out.requires_grad or any(t.requires_grad for t in others)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, *others)):
         return False
     return bool(out.is_floating_point())
 
@@ -82,8 +82,13 @@ class LowRank:
 
     def __call__(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Return the output with the delta added."""
+        drops, quick = self.dropout and module.training, self._quick
+        is_ready = quick is not None and not drops and quick.device == out.device
+        if quick is not None and is_ready and can_be_changed(out, x):
+            quick.add(x, out)
+            return out
         a, b = self.factors.on(out.device)
-        if self.dropout and module.training:
+        if drops:
             x = functional.dropout(usable(x, a), self.dropout)
         if self.kind.in_place and can_be_changed(out, x, a, b):
             self._quickly(a, b).add(x, out)
@@ -94,7 +99,7 @@ class LowRank:
     def _quickly(self, a: Tensor, b: Tensor) -> Quick:
         """Return what adds a pair in place: kept, unless the pair is being trained."""
         if self.factors.trained:
-            return Quick(a, b, self.scale, self.rows)
+            return Quick(a, b, self.scale, self.rows, is_kept=False)
         if self._quick is None or self._quick.device != a.device:
             self._quick = Quick(a, b, self.scale, self.rows)
         return self._quick
@@ -219,10 +224,3 @@ class TokenLogits:
 
 
 Step = LowRank | Dora | Shift | TokenRows | TokenLogits
-
-
-def run(steps: Sequence[Step], module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-    """Return an output after all steps."""
-    for step in steps:
-        out = step(module, x, out)
-    return out
