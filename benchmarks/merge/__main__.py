@@ -160,8 +160,8 @@ class Bench:
 
 PARTS = {
     "copy": Bench.copy, "raw": Bench.raw, "peft": Bench.peft, "undo": Bench.undo,
-    "kinds": Bench.kinds, "growth": Bench.growth, "reflink": Bench.reflink, "startup": Bench.startup,
-    "check": Bench.check,
+    "kinds": Bench.kinds, "growth": Bench.growth, "reflink": Bench.reflink,
+    "startup": Bench.startup, "check": Bench.check,
 }  # fmt: skip
 """What can be measured alone, in the order of the table."""
 
