@@ -7,7 +7,7 @@ import json
 import pytest
 
 from cli.kinds import Run
-from regraft.cli.app import COMMANDS
+from regraft.cli.app import COMMANDS, OTHER_WORDS
 
 
 def test_a_mistyped_command_is_answered_with_the_one_meant(run: Run) -> None:
@@ -15,6 +15,13 @@ def test_a_mistyped_command_is_answered_with_the_one_meant(run: Run) -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "did you mean 'merge'?" in result.stderr
+
+
+@pytest.mark.parametrize("word", OTHER_WORDS)
+def test_another_word_for_a_command_is_answered_with_its_name(run: Run, word: str) -> None:
+    assert word not in COMMANDS
+    assert OTHER_WORDS[word] in COMMANDS
+    assert f"did you mean '{OTHER_WORDS[word]}'?" in run(word, "a").stderr
 
 
 def test_an_unlikely_command_is_answered_with_all_of_them(run: Run) -> None:

@@ -40,6 +40,14 @@ COMMANDS = {
 """Every command, in the order of --help, and the module that has it as ``command``."""
 
 
+OTHER_WORDS = {
+    "undo": "unmerge", "revert": "unmerge", "restore": "unmerge", "info": "inspect",
+    "show": "inspect", "hash": "digest", "compare": "diff", "run": "generate",
+    "replace": "swap", "prune": "shrink",
+}  # fmt: skip
+"""What people call a command, and its name."""
+
+
 class LazyGroup(click.Group):
     """A group that imports a command's module only when the command is needed."""
 
@@ -98,6 +106,8 @@ class LazyGroup(click.Group):
 def _suggestion(name: str) -> str:
     from difflib import get_close_matches
 
+    if name in OTHER_WORDS:
+        return f"did you mean '{OTHER_WORDS[name]}'?"
     near = get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"there is: {', '.join(COMMANDS)}"
 
