@@ -789,15 +789,15 @@ def test_work_that_was_not_even_begun_leaves_what_is_kept(expected: dict[str, An
 def test_ctrl_c_twice_does_not_close_files_that_are_written_to(
     expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, real_wait = threading.Thread.join, threading.Condition.wait_for
+    real, real_wait = threading.Thread.is_alive, threading.Condition.wait_for
     interrupts, waits = 0, 0
 
-    def join(thread: threading.Thread, timeout: float | None = None) -> None:
+    def is_alive(thread: threading.Thread) -> bool:  # what is asked first of a thread to wait for
         nonlocal interrupts
         if thread.name.startswith("regraft") and not interrupts:
             interrupts += 1
             raise KeyboardInterrupt
-        real(thread, timeout)
+        return real(thread)
 
     def wait_for(changed: threading.Condition, *arguments: Any) -> bool:
         nonlocal interrupts, waits
@@ -809,7 +809,7 @@ def test_ctrl_c_twice_does_not_close_files_that_are_written_to(
         return bool(real_wait(changed, *arguments))
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "join", join)
+        patch.setattr(threading.Thread, "is_alive", is_alive)
         patch.setattr(threading.Condition, "wait_for", wait_for)
         with pytest.raises(KeyboardInterrupt):
             merge(threads=2)
