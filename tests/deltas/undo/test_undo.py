@@ -211,7 +211,7 @@ def test_a_truncated_stream_shows() -> None:
     assert not sound
 
 
-# -- the rule, written out plainly ------------------------------------------------------------------
+# -- the rule, written out plainly -----------------------------------------------------------------
 
 DIGITS = {"F32": (23, -126), "BF16": (7, -126), "F16": (10, -14)}
 
