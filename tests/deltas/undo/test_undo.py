@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from deltas import reference
 from regraft.deltas.kernels import merge as kernels
 from regraft.deltas.kernels.streams import PLAIN
 from regraft.deltas.kernels.weights import Weights
@@ -208,6 +209,102 @@ def test_a_truncated_stream_shows() -> None:
     shorter = TileCorrection(np.delete(kept.payload, int(lengths[0])), lengths, kept.counts)
     _, sound = restored(case, shorter)
     assert not sound
+
+
+# -- the rule, written out plainly -----------------------------------------------------------------
+
+DIGITS = {"F32": (23, -126), "BF16": (7, -126), "F16": (10, -14)}
+
+
+def spacing(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return s(x, dtype) of docs/arithmetic.md."""
+    digits, lowest = DIGITS[dtype]
+    exponents = np.frexp(values)[1] - 1
+    return np.maximum(np.where(values == 0, -1023, exponents), lowest) - digits
+
+
+def as_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
+    return Weights.of_bytes(raw, dtype).floats()
+
+
+def predicted(case: Case, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return predictions and radii of all weights."""
+    p = as_float32(case.result, case.merged).astype(np.float64).reshape(case.rows, case.columns)
+    radius = np.ldexp(1.0, spacing(p, case.merged) - 1)
+    for d in reversed(range(len(case.run.table))):
+        _, _, _, flags, at = case.run.table[d]
+        left = case.run.left[d * case.rows * rank :][: case.rows * rank].reshape(-1, rank)
+        right = case.run.right[d * case.columns * rank :][: case.columns * rank].reshape(rank, -1)
+        if flags & kernels.ROUND_TO_SOURCE:
+            radius = radius + np.ldexp(1.0, spacing(p, case.source) - 1)
+        if flags & kernels.ROW_FACTOR:
+            inverse = 1 / case.run.factors[at : at + case.rows].astype(np.float64)[:, None]
+            p, radius = p * inverse, radius * np.abs(inverse)
+        if flags & kernels.COLUMN_FACTOR:
+            inverse = 1 / case.run.factors[at : at + case.columns].astype(np.float64)
+            p, radius = p * inverse, radius * np.abs(inverse)
+        if flags or d < len(case.run.table) - 1:
+            radius = radius + np.abs(p) * 2.0**-24
+        p = p - np.float64(case.run.scales[d]) * reference.product(left, right).astype(np.float64)
+    return p, radius
+
+
+def number_of(weight: float, plain: int, p: float, radius: float, s: int, dtype: str) -> Any:
+    """Return what is written of one weight, in how many bits, and whether it is an exception."""
+    low = np.ceil((p - radius) / 2.0**s)
+    count = np.floor((p + radius) / 2.0**s) - low + 1
+    bits = int(count - 1).bit_length() if count < 1e9 else 64
+    if bits > DIGITS[dtype][0]:
+        return (1, 1, False) if plain == 0 else (plain << 1, 1 + 8 * SIZES[dtype], False)
+    low = low if count >= 1 else np.rint(p / 2.0**s)
+    which = weight / 2.0**s - low
+    fits = 0 <= which < 2**bits and which == int(which) and (weight != 0 or plain == 0)
+    return (int(which) if fits else 0), bits, not fits
+
+
+def stream(case: Case, rank: int) -> bytes:
+    """Return the stream of a matrix that is one unit, by the rule alone."""
+    p, radius = predicted(case, rank)
+    plain = case.raw.view(np.dtype(f"u{case.item}")).reshape(p.shape)
+    weights = as_float32(case.raw, case.source).astype(np.float64).reshape(p.shape)
+    s = spacing(p, case.source)
+    value = held = 0
+    exceptions = b""
+    for start in range(0, case.columns, 512):
+        for i in range(case.rows):
+            for j in range(start, min(start + 512, case.columns)):
+                at, bare = (i, j), int(plain[i, j])
+                number, bits, odd = number_of(
+                    float(weights[at]), bare, float(p[at]), float(radius[at]), int(s[at]),
+                    case.source,
+                )  # fmt: skip
+                value, held = value | number << held, held + bits
+                if odd:
+                    place = i * case.columns + j
+                    exceptions += place.to_bytes(2, "little") + bare.to_bytes(case.item, "little")
+    return value.to_bytes((held + 7) // 8, "little") + exceptions
+
+
+@pytest.mark.parametrize(
+    ("source", "merged", "flags"),
+    [
+        ("BF16", "BF16", (1,)), ("BF16", "BF16", (2,)), ("BF16", "BF16", (0, 0)),
+        ("BF16", "BF16", (1, 0, 1)), ("BF16", "BF16", (4, 0)), ("BF16", "F16", (0,)),
+        ("BF16", "F32", (0,)), ("BF16", "F32", (0, 0)), ("BF16", "F32", (1,)), ("F16", "F16", (0,)),
+        ("F16", "F16", (1, 2)), ("F16", "F32", (2,)), ("F16", "BF16", (0,)), ("F32", "F32", (0,)),
+        ("F32", "F32", (0, 0)), ("F32", "F32", (1,)), ("F32", "F16", (0,)), ("F32", "BF16", ()),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("relative", "size"), [(0.01, 0.02), (1.0, 0.02), (0.05, 3e-5)])
+def test_what_is_kept_is_what_the_rule_says(
+    source: str, merged: str, flags: tuple[int, ...], relative: float, size: float
+) -> None:
+    case = merged_case(4, 600, source, merged, flags=flags, relative=relative, size=size, seed=3)
+    kept, wanted = keep(case), stream(case, 3)
+    if len(wanted) > case.raw.size:
+        assert kept.lengths.tolist() == [PLAIN]
+    else:
+        assert kept.payload.tobytes() == wanted
 
 
 # -- differences -----------------------------------------------------------------------------------

@@ -86,9 +86,12 @@ class Step:
     coded: QuantizedWeight | None = None
     made: Made | None = None
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes of the result."""
+        source = self.source
+        if source.dtype == self.dtype and source.shape == self.shape:
+            return source.nbytes
         return nbytes_of(self.dtype, self.shape)
 
     @property
@@ -146,9 +149,11 @@ class Step:
         edges = [edge for segment in self.segments for edge in segment.rows if edge != height]
         return Units.of(height, width, edges)
 
-    @cached_property
+    @property
     def deltas(self) -> tuple[Delta, ...]:
         """Every delta of every segment."""
+        if not self.segments:
+            return ()
         return tuple(delta for segment in self.segments for delta in segment.deltas)
 
     @property
@@ -170,7 +175,7 @@ class Step:
     def _distinct(self) -> tuple[tuple[int, float], ...]:
         return tuple(dict.fromkeys((delta.adapter, delta.scale) for delta in self.deltas))
 
-    @cached_property
+    @property
     def factor_bytes(self) -> int:
         """Upper bound of the memory its factors take while it is worked on."""
         if not (self.segments or self.patches or self.made):
