@@ -51,6 +51,11 @@ class Levels:
         """The code that stands for zero."""
         return np.uint8(np.flatnonzero(self.values == 0)[0])
 
+    @property
+    def ascend(self) -> bool:
+        """Whether the codes of the levels in ascending order are 0, 1, 2 and so on."""
+        return bool(np.array_equal(self.order, np.arange(self.order.size)))
+
     @classmethod
     def of(cls, values: npt.ArrayLike, post: float = 1.0) -> Levels:
         """Sort a table of values; NaN and infinity are levels that nothing is rounded to."""

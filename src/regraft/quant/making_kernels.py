@@ -24,6 +24,9 @@ LUT_SIZE = 65536
 
 _LANES, _ROWS, _SUMS = 8, 4, 4
 
+_PIECE = 2048
+"""Elements that are scaled and then counted: they stay in the first cache."""
+
 
 @njit(**INNER)
 def _largest(values: Any, at: Any, n: Any) -> Any:
@@ -62,35 +65,36 @@ def magnitudes(
 
 
 @njit(**INNER)
-def _count_bounds(
-    values: Any, at: Any, n: Any, by: Any, divide: Any, b: Any, d: Any, out: Any
-) -> None:
-    """Set ``n`` codes: the first one and a step more for each bound that a value is not up to.
+def _scaled(values: Any, at: Any, n: Any, by: Any, divide: Any, out: Any, to: Any) -> None:
+    """Set ``out`` to values in units of their scale."""
+    if divide:
+        for j in range(n):
+            out[to + j] = np.float32(values[at + j] / by)
+    else:
+        for j in range(n):
+            out[to + j] = np.float32(values[at + j] * by)
 
-    Steps are of bytes and wrap, so that codes need not ascend as their levels do.
+
+@njit(**INNER)
+def _count_bounds(s: Any, n: Any, b: Any, counts: Any) -> None:
+    """Set how many bounds each of ``n`` values is above.
+
+    All are looked at, and none is a branch: two instructions for each, for a vector of values.
+    Counts are as wide as values are. LLVM would make bytes of each comparison, not of their sum.
     """
     b0, b1, b2, b3, b4, b5, b6, b7 = b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]
     b8, b9, b10, b11, b12, b13, b14 = b[8], b[9], b[10], b[11], b[12], b[13], b[14]
-    d0, d1, d2, d3, d4, d5, d6, d7 = d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]
-    d8, d9, d10, d11, d12, d13, d14, d15 = d[8], d[9], d[10], d[11], d[12], d[13], d[14], d[15]
-    zero = np.uint32(0)
     for j in range(n):
-        w = values[at + j]
-        s = np.float32(w / by) if divide else np.float32(w * by)
-        code = d0 + (zero if b0 >= s else d1) + (zero if b1 >= s else d2)
-        code += (zero if b2 >= s else d3) + (zero if b3 >= s else d4)
-        code += (zero if b4 >= s else d5) + (zero if b5 >= s else d6)
-        code += (zero if b6 >= s else d7) + (zero if b7 >= s else d8)
-        code += (zero if b8 >= s else d9) + (zero if b9 >= s else d10)
-        code += (zero if b10 >= s else d11) + (zero if b11 >= s else d12)
-        code += (zero if b12 >= s else d13) + (zero if b13 >= s else d14)
-        code += zero if b14 >= s else d15
-        out[at + j] = np.uint8(code)
+        x = s[j]
+        k = np.uint32(b0 < x) + np.uint32(b1 < x) + np.uint32(b2 < x) + np.uint32(b3 < x)
+        k += np.uint32(b4 < x) + np.uint32(b5 < x) + np.uint32(b6 < x) + np.uint32(b7 < x)
+        k += np.uint32(b8 < x) + np.uint32(b9 < x) + np.uint32(b10 < x) + np.uint32(b11 < x)
+        counts[j] = k + np.uint32(b12 < x) + np.uint32(b13 < x) + np.uint32(b14 < x)
 
 
-@njit(**ENTRY, _nrt=False)
+@njit(**ENTRY)
 def four_bit_codes(
-    values: Any, scales: Any, run_: int, first_: int, ragged: int, bounds: Any, steps: Any, out: Any
+    values: Any, scales: Any, run_: int, first_: int, ragged: int, bounds: Any, order: Any, out: Any
 ) -> None:
     """Set the codes of a flat range of a weight, as bitsandbytes' ``quantize_4bit`` has them.
 
@@ -98,24 +102,33 @@ def four_bit_codes(
     that is not full it is divided by the scale.
 
     Args:
-        values: float32 ``(n,)``.
+        values: float32 ``(n,)``, no NaN.
         scales: float32, of the blocks that the range reaches into.
         run_, first_: elements of a block, and how many of the first one lie before the range.
         ragged: element of the range at which a last block that is not full begins; ``n`` for none.
         bounds: float32 ``(15,)``, halfway between levels, ascending.
-        steps: uint32 ``(16,)``: the lowest level's code, and what each next one's adds to it.
+        order: uint8 ``(16,)``, codes in the order of their levels; empty where that is 0 to 15.
         out: uint8 ``(n,)``.
     """
     n, run, first, one = np.uintp(values.shape[0]), np.uintp(run_), np.uintp(first_), np.uintp(1)
-    for t in range((first + n + run - one) // run):
-        low = max(t * run, first) - first
-        high = min((t + one) * run - first, n)
-        scale = max(scales[t], np.float32(1e-38))
-        if low >= np.uintp(ragged):
-            _count_bounds(values, low, high - low, scale, True, bounds, steps, out)
+    piece = np.uintp(_PIECE)
+    scaled, counts = np.empty(_PIECE, np.float32), np.empty(_PIECE, np.uint32)
+    for begin in range(np.uintp(0), n, piece):
+        end = min(begin + piece, n)
+        for t in range((first + begin) // run, (first + end + run - one) // run):
+            low = max(t * run, first + begin) - first
+            high = min((t + one) * run - first, end)
+            scale = max(scales[t], np.float32(1e-38))
+            last = low >= np.uintp(ragged)
+            by = scale if last else np.float32(np.float32(1) / scale)
+            _scaled(values, low, high - low, by, last, scaled, low - begin)
+        _count_bounds(scaled, end - begin, bounds, counts)
+        if order.shape[0]:
+            for j in range(end - begin):
+                out[begin + j] = order[np.uintp(counts[j])]
         else:
-            by = np.float32(np.float32(1) / scale)
-            _count_bounds(values, low, high - low, by, False, bounds, steps, out)
+            for j in range(end - begin):
+                out[begin + j] = np.uint8(counts[j])
 
 
 # -- 8 bits ----------------------------------------------------------------------------------------

@@ -306,8 +306,11 @@ def _scaled_each(
 
 
 @njit(**INNER)
-def _count_below(x: Any, n: Any, m: Any, out: Any, at: Any) -> None:
-    """Set how many of 15 middles each value is above: all are looked at, and none is a branch."""
+def _count_below(x: Any, n: Any, m: Any, counts: Any) -> None:
+    """Set how many of 15 middles each value is above: all are looked at, and none is a branch.
+
+    Counts are as wide as values are. LLVM would make bytes of each comparison, not of their sum.
+    """
     m0, m1, m2, m3, m4, m5, m6, m7 = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]
     m8, m9, m10, m11, m12, m13, m14 = m[8], m[9], m[10], m[11], m[12], m[13], m[14]
     for j in range(n):
@@ -315,36 +318,37 @@ def _count_below(x: Any, n: Any, m: Any, out: Any, at: Any) -> None:
         k = np.uint32(m0 < y) + np.uint32(m1 < y) + np.uint32(m2 < y) + np.uint32(m3 < y)
         k += np.uint32(m4 < y) + np.uint32(m5 < y) + np.uint32(m6 < y) + np.uint32(m7 < y)
         k += np.uint32(m8 < y) + np.uint32(m9 < y) + np.uint32(m10 < y) + np.uint32(m11 < y)
-        k += np.uint32(m12 < y) + np.uint32(m13 < y) + np.uint32(m14 < y)
-        out[at + j] = np.uint8(k)
+        counts[j] = k + np.uint32(m12 < y) + np.uint32(m13 < y) + np.uint32(m14 < y)
 
 
 @njit(**INNER)
-def _halve(x: Any, n: Any, middles: Any, half: Any, places: Any, out: Any, at: Any) -> None:
+def _halve(x: Any, n: Any, middles: Any, half: Any, counts: Any) -> None:
     """Set how many middles each value is above by halving where it may lie, all at a time."""
     for j in range(n):
-        places[j] = np.uint32(0)
+        counts[j] = np.uint32(0)
     step = np.uint32(half)
     while step > 0:
         for j in range(n):
-            below = middles[np.uintp(places[j] + step - np.uint32(1))] < x[j]
-            places[j] = np.uint32(places[j] + step * np.uint32(below))
+            below = middles[np.uintp(counts[j] + step - np.uint32(1))] < x[j]
+            counts[j] = np.uint32(counts[j] + step * np.uint32(below))
         step = np.uint32(step >> np.uint32(1))
-    for j in range(n):
-        out[at + j] = np.uint8(places[j])
 
 
 @njit(**INNER)
 def _codes_of(
-    x: Any, n: Any, middles: Any, half: Any, order: Any, places: Any, out: Any, at: Any
+    x: Any, n: Any, middles: Any, half: Any, order: Any, counts: Any, out: Any, at: Any
 ) -> None:
-    """Set the codes of scaled values."""
+    """Set the codes of scaled values; ``order`` is empty where codes ascend with their levels."""
     if middles.shape[0] == 15:
-        _count_below(x, n, middles, out, at)
+        _count_below(x, n, middles, counts)
     else:
-        _halve(x, n, middles, half, places, out, at)
-    for j in range(n):
-        out[at + j] = order[np.uintp(out[at + j])]
+        _halve(x, n, middles, half, counts)
+    if order.shape[0]:
+        for j in range(n):
+            out[at + j] = order[np.uintp(counts[j])]
+    else:
+        for j in range(n):
+            out[at + j] = np.uint8(counts[j])
 
 
 @njit(**ENTRY)
@@ -360,21 +364,22 @@ def nearest(
 
     Args:
         row_count, ..., first_row: as :attr:`Codes.arguments`, without codes and levels.
-        order, middles: as in :class:`Levels`.
+        order: as in :class:`Levels`, or empty where it is 0, 1, 2 and so on.
+        middles: as there.
         values: float32.
         out: uint8, the codes.
     """
     columns, run, first = np.uintp(column_count), np.uintp(run_), np.uintp(first_)
     has_zeros, half = zeros.shape[0] > 0, np.uintp((middles.shape[0] + 1) // 2)
     block, one = np.uintp(_BLOCK), np.uintp(1)
-    places, x = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.float32)
+    counts, x = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.float32)
     for i in range(np.uintp(row_count)):
         line = np.uintp((np.int64(i) + first_row) // row_run) * np.uintp(scale_width)
         if run == one:
             for low in range(np.uintp(0), columns, block):
                 n = min(block, columns - low)
                 _scaled_each(values, i * columns + low, n, scales, zeros, line + low, post, x)
-                _codes_of(x, n, middles, half, order, places, out, i * columns + low)
+                _codes_of(x, n, middles, half, order, counts, out, i * columns + low)
             continue
         for t in range((first + columns + run - one) // run):
             low = max(t * run, first) - first
@@ -385,7 +390,7 @@ def nearest(
             for begin in range(low, high, block):
                 n, at = min(block, high - begin), i * columns + begin
                 _scaled(values, at, n, inverse, zero, x)
-                _codes_of(x, n, middles, half, order, places, out, at)
+                _codes_of(x, n, middles, half, order, counts, out, at)
 
 
 @njit(**ENTRY)
@@ -406,7 +411,7 @@ def nearest_of_levels(
     """
     columns, run, first = np.uintp(column_count), np.uintp(run_), np.uintp(first_)
     has_zeros, near = zeros.shape[0] > 0, np.empty(16, np.uint8)
-    values, one = np.empty(16, np.float32), np.uintp(1)
+    values, counts, one = np.empty(16, np.float32), np.empty(16, np.uint32), np.uintp(1)
     for i in range(np.uintp(row_count)):
         line = np.uintp((np.int64(i) + first_row) // row_run) * np.uintp(scale_width)
         for t in range((first + columns + run - one) // run):
@@ -418,12 +423,18 @@ def nearest_of_levels(
             for c in range(np.uintp(16)):
                 values[c] = stored(value_of(levels[c], zero, scales[line + t], post), kind)
             _scaled(values, np.uintp(0), np.uintp(16), inverse, zero, values)
-            _count_below(values, np.uintp(16), middles, near, np.uintp(0))
+            _count_below(values, np.uintp(16), middles, counts)
+            others = np.uint32(0)
             for c in range(np.uintp(16)):
-                near[c] = order[near[c]]
+                near[c] = order[np.uintp(counts[c])]
+                others += np.uint32(near[c] != c)
             at = i * columns + low
-            for j in range(high - low):
-                out[at + j] = near[codes[at + j] & np.uint8(15)]
+            if others:
+                for j in range(high - low):
+                    out[at + j] = near[codes[at + j] & np.uint8(15)]
+            else:
+                for j in range(high - low):
+                    out[at + j] = codes[at + j]
 
 
 def looks_up(block: Codes) -> bool:
@@ -446,8 +457,8 @@ def nearest_codes(block: Codes, values: Floats) -> Bytes:
     levels = block.levels
     nearest(
         block.rows, block.columns, np.float32(levels.post), block.scales, block.zeros,
-        block.scale_width, block.run, block.row_run, block.first, block.first_row, levels.order,
-        levels.middles, values, out,
+        block.scale_width, block.run, block.row_run, block.first, block.first_row,
+        levels.order[:0] if levels.ascend else levels.order, levels.middles, values, out,
     )  # fmt: skip
     return out
 

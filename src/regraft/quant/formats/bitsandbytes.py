@@ -30,7 +30,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from regraft.errors import Problem
 from regraft.numerics.arrays import Bytes, Floats
@@ -321,15 +320,17 @@ def _contradictions(stored: Stored, weights: list[QuantizedWeight]) -> list[Prob
 
 
 @cache
-def _bounds(kind: str) -> tuple[Floats, npt.NDArray[np.uint32]]:
-    """Return what lies halfway between levels, and the codes as steps from one to the next.
+def _bounds(kind: str) -> tuple[Floats, Bytes]:
+    """Return what lies halfway between levels, and the codes in the order of levels.
 
-    Of the two zeros of FP4 code 0 is the lower one.
+    Those of NF4 are in it, for which nothing is returned. Of the two zeros of FP4 code 0 is the
+    lower one.
     """
     values = LEVELS[kind].values
-    order = np.argsort(values, kind="stable").astype(np.uint32)
+    order = np.argsort(values, kind="stable").astype(np.uint8)
     bounds = (values[order[:-1]] + values[order[1:]]) / np.float32(2)
-    return bounds.astype(np.float32), np.diff(order, prepend=np.uint32(0))
+    same = np.array_equal(order, np.arange(16))
+    return bounds.astype(np.float32), order[:0] if same else order
 
 
 @cache
