@@ -109,7 +109,9 @@ disk's own time comes on top.
   cache, room set aside before, flushed; on the same file system.
 - **New disk** is what the file system has less of afterwards, all counted: weights, headers,
   edges, receipt, index, the copy of the adapter, the patch.
-- **Memory** is the largest resident set the kernel saw.
+- **Memory** is the largest resident set the kernel saw. A plan reckons with 4 KiB for each tensor,
+  so 139,644 of them do not fit under the default cap of 512 MiB; the merge says so before it
+  begins, and FP8 is measured with 1 GiB.
 
 {BEGIN}
 {END}

@@ -47,6 +47,10 @@ _NOT_READ = ("activation_scale", ".input_scale", ".input_scale_ub", ".qscale_act
              ".v_scale")  # fmt: skip
 """Ends of scales that are not of weights."""
 
+_PACKED = ("I8", "U8", "F4")
+_CODED = ("F8_E4M3", *_PACKED)
+"""Dtypes of tensors that may have scales beside them."""
+
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 _DAMAGED = "Download the model again, or name the 16-bit base"
 
@@ -149,6 +153,8 @@ def find(stored: Stored) -> FoundWeights:
     skipped = tuple(name for name in stored.tensors if name.endswith(_NOT_READ))
     block = _block_of(stored)
     for name, codes in stored.tensors.items():
+        if codes.dtype not in _CODED:
+            continue
         scales = scales_of(stored, name)
         problems += _several_scales(stored, name) if codes.dtype == "F8_E4M3" else []
         if codes.dtype == "F8_E4M3" and scales is not None:
@@ -160,7 +166,7 @@ def find(stored: Stored) -> FoundWeights:
                 weights.append(QuantizedWeight(name, codes.shape, dtype, Fp8(run), parts))
         elif codes.dtype == "F8_E4M3":
             problems.append(_no_scales(stored, name))
-        elif scales is not None and codes.dtype in ("I8", "U8", "F4"):
+        elif scales is not None and codes.dtype in _PACKED:
             problems.append(_packed(stored, codes))
     problems += _orphans(stored) if not problems else []
     return FoundWeights(tuple(weights), tuple(problems), skipped)
