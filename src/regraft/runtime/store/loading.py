@@ -227,7 +227,7 @@ def bytes_in_use(adapter: LiveAdapter, base: LiveBase) -> int:
     On a model in 16 bits, factors get a copy in 16 bits (see
     :class:`regraft.runtime.forward.layers.quick.Quick`).
     """
-    size = base.dtype.itemsize
+    size: int = base.dtype.itemsize
     if size >= torch.float32.itemsize:
         return adapter.nbytes
     floats = sum(t.numel() for t in adapter.tensors.values() if t.is_floating_point())
