@@ -230,7 +230,7 @@ def bytes_in_use(adapter: LiveAdapter, base: LiveBase) -> int:
     size: int = base.dtype.itemsize
     if size >= torch.float32.itemsize:
         return adapter.nbytes
-    floats = sum(t.numel() for t in adapter.tensors.values() if t.is_floating_point())
+    floats: int = sum(t.numel() for t in adapter.tensors.values() if t.is_floating_point())
     return adapter.nbytes + size * floats
 
 
