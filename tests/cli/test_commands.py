@@ -161,6 +161,7 @@ def test_a_dry_run_prints_the_plan_and_needs_no_output(run: Run, fake_api: FakeA
         "max_memory": "512MiB",
         "threads": None,
         "overwrite": False,
+        "reflink": "auto",
         "undo": None,
         "token": None,
     }

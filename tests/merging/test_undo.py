@@ -363,7 +363,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "a negative size": lambda m: m["files"][0].update(size=-1),
     "a size that is true": lambda m: m["files"][0].update(size=True),
     "an adapter elsewhere": lambda m: m.update(adapters=["../../adapter"]),
-    "another layout": lambda m: m.update(format=2),
+    "another layout": lambda m: m.update(format=3),
+    "a layout that is true": lambda m: m.update(format=True),
     "no files": lambda m: m.pop("files"),
     "files of another kind": lambda m: m.update(files={"a": 1}),
 }
