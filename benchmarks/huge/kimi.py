@@ -170,22 +170,6 @@ class Kimi:
         return config
 
 
-def adapter_config(rank: int, alpha: int) -> dict[str, Any]:
-    """Return the ``adapter_config.json`` of :meth:`Kimi.adapter`."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": list(ATTENTION),
-    }
-
-
 def _order(tensor: Tensor) -> tuple[int, str]:
     """Return where the safetensors library puts a tensor: wide dtypes first, then by name."""
     return -DTYPES[tensor.dtype].bits, tensor.name

@@ -22,7 +22,8 @@ import ml_dtypes
 import numpy as np
 from blake3 import blake3
 
-from benchmarks.huge.kimi import Kimi, Tensor, adapter_config
+from benchmarks.huge.kimi import ATTENTION, Kimi, Tensor
+from benchmarks.shared.synthetic import adapter_config
 from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.files.known_digests import KnownDigests
 from regraft.formats.files.reading import FilePool
@@ -120,7 +121,7 @@ def _lay_adapter(folder: Path, kimi: Kimi, rank: int) -> None:
         for tensor in tensors:
             factor = rng.standard_normal(tensor.shape, np.float32) * np.float32(FACTOR_STD)
             file.write(factor.astype(ml_dtypes.bfloat16).tobytes())
-    _write_json(folder / "adapter_config.json", adapter_config(rank, ALPHA))
+    _write_json(folder / "adapter_config.json", adapter_config(rank, ALPHA, ATTENTION))
 
 
 def _header(tensors: Sequence[Tensor]) -> bytes:

@@ -67,7 +67,7 @@ def build(
         _remember(task, outcome, place.out)
         tell(progress, "finish", plan.nbytes)
         return write_rest(
-            plan, task.targets, outcome, place.out, command,
+            task, outcome, place.out, command,
             lambda: (time.perf_counter() - started, peak_memory(), plan.threads),
             sides, patch, keeping,
         )  # fmt: skip

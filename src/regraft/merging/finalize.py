@@ -16,6 +16,7 @@ from regraft.errors import redacted
 from regraft.formats.checkpoint import INDEX_STEMS
 from regraft.formats.files.text import plain_text, spelled
 from regraft.merging.execution.outcome import Outcome, is_stored
+from regraft.merging.execution.scheduler import Task
 from regraft.merging.files.card import auto_class_of, model_card
 from regraft.merging.files.publish import copy_file, write_file, write_pieces
 from regraft.merging.files.receipt import (
@@ -41,14 +42,13 @@ Used = Callable[[], tuple[float, int, int]]
 
 
 def write_rest(
-    plan: Plan, targets: Sequence[Target], outcome: Outcome, folder: Path, command: str, used: Used,
-    sides: Sides, patch: PatchWriter | None = None, keeping: UndoSettings | None = None,
+    task: Task, outcome: Outcome, folder: Path, command: str, used: Used, sides: Sides,
+    patch: PatchWriter | None = None, keeping: UndoSettings | None = None,
 ) -> Receipt:  # fmt: skip
     """Write everything but the weights into ``folder``; the receipt is last.
 
     Args:
-        plan: the merge.
-        targets: its weight files, as they were written.
+        task: the merge, which is done.
         outcome: what it left.
         folder: the output.
         command: how it was called.
@@ -61,6 +61,7 @@ def write_rest(
         RegraftError: a side file cannot be read, or something cannot be written.
         ChangedError: an adapter that is kept is not the one that was merged.
     """
+    plan = task.plan
     config = updated_config(plan.base.config or {}, plan.config_updates)
     rest = _Rest(folder)
     for name, path in sides.files.items():
@@ -76,13 +77,13 @@ def write_rest(
     )  # fmt: skip
     rest.write(CARD, card.encode())
     if patch is not None and keeping is not None:
-        kept = keep_base(plan, patch, folder, rest.digests, keeping)
+        kept = keep_base(plan, task.keeps, patch, folder, rest.digests, keeping)
         totals = replace(receipt.totals, undo_bytes=patch.path.stat().st_size)
         receipt = replace(receipt, totals=totals)
         rest.digests |= kept
         if keeping.adapters:
             check_copies(folder, receipt, [Path(adapter.root) for adapter in plan.adapters])
-    receipt = replace(receipt, files=rest.digests, headers=_header_digests(targets))
+    receipt = replace(receipt, files=rest.digests, headers=_header_digests(task.targets))
     receipt = _with_usage(receipt, used)
     write_pieces(folder / "regraft" / "receipt.json", receipt_pieces(receipt))
     return receipt

@@ -103,13 +103,13 @@ class _Execution(Generic[Tile, Memory]):
         """
         batch, size = list[Part[Tile, Memory]](), 0
         for run in runs:
-            if run.cost:
+            if cost := run.cost:
                 if batch:  # what is inside may be in it
                     yield batch
                     batch, size = [], 0
                 # Jobs enter in their order. Those inside were all handed out, and need nothing of
                 # this one, nor of any later one, to end: so the wait ends.
-                self._gate.enter(run.cost)
+                self._gate.enter(cost)
             tiles = run.tiles
             with self._lock:  # before any of its tiles is out, so that ``stop`` knows of it
                 self._left[run] = len(tiles)
@@ -140,8 +140,8 @@ class _Execution(Generic[Tile, Memory]):
             run.finish()
             with self._lock:
                 del self._left[run]
-            if run.cost:
-                self._gate.leave(run.cost)
+            if cost := run.cost:
+                self._gate.leave(cost)
 
     def stop(self) -> None:
         """Begin nothing more, and wake all who wait."""

@@ -30,7 +30,7 @@ from regraft.merging.files.side_files import TEMPLATES, json_bytes
 from regraft.merging.inputs.base import open_base
 from regraft.merging.planning.plan import OutputShard, Plan, Step, kept_name
 from regraft.merging.planning.targets import Target, plan_digest
-from regraft.merging.undo.corrections import Correction, corrections_of, layout_of
+from regraft.merging.undo.corrections import Correction, layout_of
 from regraft.merging.undo.manifest import (
     MANIFEST,
     PATCH,
@@ -88,12 +88,14 @@ def section_names(plan: Plan, keeps: Sequence[Correction]) -> list[str]:
 
 
 def keep_base(
-    plan: Plan, patch: PatchWriter, folder: Path, files: Mapping[str, str], keeping: UndoSettings
-) -> dict[str, str]:
+    plan: Plan, keeps: Sequence[Correction], patch: PatchWriter, folder: Path,
+    files: Mapping[str, str], keeping: UndoSettings,
+) -> dict[str, str]:  # fmt: skip
     """Keep everything of a base but its tensors, and finish the patch.
 
     Args:
         plan: the merge.
+        keeps: the base's tensors that are kept by their difference.
         patch: with all tensors' sections; it is closed.
         folder: the output.
         files: blake3 (hex) of the output's other files, by name.
@@ -138,7 +140,7 @@ def keep_base(
     single = plan.base.shards[0].name if plan.base.single_file else None
     manifest = Manifest(
         plan_digest(plan), single, tuple(weights), tuple(side), tuple(left_out), tuple(adapters),
-        layout_of(corrections_of(plan)),
+        layout_of(keeps),
     )  # fmt: skip
     write(MANIFEST, json_bytes(asdict(manifest)))
     written[f"{UNDO}/{PATCH}"] = _digest_file(folder / UNDO / PATCH)
