@@ -1,4 +1,4 @@
-"""Measure regraft against its targets and write the table of docs/benchmarks.md.
+"""Measure regraft against its targets and write the table of a page in docs.
 
     python -m benchmarks.merge [--quick] [--only PART] [--json] [--pairs N] [--work DIR] [--keep]
 
@@ -8,6 +8,7 @@ loop device and xfsprogs, or are left out. It ends with 1 when a target is misse
 
 To measure as an older processor would, compile for it: ``NUMBA_CPU_NAME=nehalem
 NUMBA_CPU_FEATURES=+sse4.2 python -m benchmarks.merge --only copy``. The table says so.
+Processors with AVX-512 have their figures in docs/benchmarks.md, all others in benchmarks-avx2.md.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from benchmarks.merge import disk, figures, measure
 from benchmarks.shared import models, page
 from benchmarks.shared.figures import Figure, growth_figure, growth_name, missing
-from benchmarks.shared.machine import ROOT, describe
+from benchmarks.shared.machine import ROOT, describe, instruction_set
 from benchmarks.shared.process import Sample
 from benchmarks.shared.running import SCALE, clean, say, work_folder
 from benchmarks.shared.xfs import NoXfsError
@@ -32,7 +33,9 @@ from benchmarks.shared.xfs import NoXfsError
 MODEL = "scale1"
 """The folder of the model that most rows are measured on."""
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+WIDE, PLAIN = (ROOT / "docs" / f"benchmarks{kind}.md" for kind in ("", "-avx2"))
+"""The page of processors with AVX-512, and that of all others."""
+
 LARGE_BYTES = 23 * 10**9
 """Base and output at four times the layers."""
 
@@ -168,6 +171,11 @@ PARTS = {
 RUN_ORDER = ("startup", "check", "copy", "raw", "undo", "kinds", "peft", "growth", "reflink")
 
 
+def page_of(instructions: str) -> Path:
+    """Return the page of a processor's figures."""
+    return WIDE if instructions.startswith("avx512") else PLAIN
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure regraft against its targets.")
     parser.add_argument(
@@ -183,12 +191,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for the models (a fresh one in .bench)")
     parser.add_argument("--shape", help="model to imitate (qwen2.5-1.5b); others write no page")
     parser.add_argument("--keep", action="store_true", help="leave the models for the next run")
-    parser.add_argument("--page", type=Path, help=f"page to write (docs/{PAGE.name}, if whole)")
+    parser.add_argument("--page", type=Path, help="page to write (of the processor's, if whole)")
     options = parser.parse_args(arguments)
     options.pairs = options.pairs or (2 if options.quick else 7)
     options.shape = ("--shape", options.shape) if options.shape else ()
     partly = options.quick or options.only or options.shape
-    options.page = options.page or (None if partly else PAGE)
+    options.page = options.page or (None if partly else page_of(instruction_set()))
     return options
 
 
