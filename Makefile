@@ -47,6 +47,8 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --platform win32 src
+	$(VENV)/bin/mypy --platform darwin src
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.dev

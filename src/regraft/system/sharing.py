@@ -57,7 +57,7 @@ def block_of(fd: int) -> int:
     if not hasattr(os, "fstatvfs"):
         return 0
     found = os.fstatvfs(fd)
-    return max(found.f_bsize, found.f_frsize)
+    return int(max(found.f_bsize, found.f_frsize))
 
 
 def shares_with(path: Path, folder: Path) -> bool:
