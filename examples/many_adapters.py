@@ -33,4 +33,6 @@ def main(base: str, folder: str, memory: str = "2GiB") -> regraft.CacheStats:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

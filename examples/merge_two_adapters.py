@@ -27,4 +27,6 @@ def main(base: str, first: str, second: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -30,4 +30,6 @@ def main(base: str, first: str, second: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -8,8 +8,16 @@ from regraft.cli import options
 from regraft.cli.output import Output
 
 
+def _commands(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the commands that a word may become."""
+    del param
+    group = ctx.find_root().command
+    names = group.list_commands(ctx) if isinstance(group, click.Group) else []
+    return [name for name in names if name.startswith(incomplete)]
+
+
 @click.command(short_help="Explain a command, or list all of them.")
-@click.argument("name", metavar="[COMMAND]", required=False)
+@click.argument("name", metavar="[COMMAND]", required=False, shell_complete=_commands)
 @options.as_json
 @click.pass_context
 def command(ctx: click.Context, /, name: str | None, as_json: bool) -> None:

@@ -41,17 +41,19 @@ def check_size(ctx: click.Context, param: click.Parameter, value: str | None) ->
 def base_and_adapters(function: Function) -> Function:
     """Add the arguments ``[BASE] ADAPTER[=WEIGHT]...``; see :func:`base_named`."""
     function = click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1)(function)
-    return click.argument("base", metavar="[BASE]")(function)
+    return click.argument("base", metavar="[BASE]", required=False)(function)
 
 
 def base_named(
-    output: Output, base: str, adapters: tuple[str, ...], token: str | None
+    output: Output, base: str | None, adapters: tuple[str, ...], token: str | None
 ) -> tuple[str, tuple[str, ...]]:
     """Return base and adapters; of an adapter alone, the base that it names, which is said.
 
     Raises:
-        click.UsageError: a base alone was given.
+        click.UsageError: a base alone was given, or nothing.
     """
+    if base is None:
+        raise click.UsageError("Missing argument 'ADAPTER[=WEIGHT]...': what to merge.")
     if adapters:
         return base, adapters
     from regraft.formats.files.reading import expanded, is_there

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @options.as_json
 @click.pass_context
 def command(
-    ctx: click.Context, /, base: str, adapters: tuple[str, ...], as_json: bool, **chosen: Any
+    ctx: click.Context, /, base: str | None, adapters: tuple[str, ...], as_json: bool, **chosen: Any
 ) -> None:
     """Say whether adapters would merge into a base, and if not, everything that stands in the way.
 
@@ -40,8 +40,8 @@ def command(
 
     output = Output(as_json=as_json)
     output.mute_repeated()
-    base, adapters = options.base_named(output, base, adapters, chosen["token"])
-    report = api.check(base, list(adapters), **chosen)
+    found, adapters = options.base_named(output, base, adapters, chosen["token"])
+    report = api.check(found, list(adapters), **chosen)
     output.warn(report.warnings)
     output.data(report.to_json(), _render(report))
     ctx.exit(0 if report.ok else 1)

@@ -35,16 +35,18 @@ def command(base: str, threads: int | None, token: str | None, as_json: bool, qu
     output = Output(as_json=as_json, quiet=quiet)
     output.mute_downloads()
     from regraft import digesting
-    from regraft.cli.text import pairs, plural, size
+    from regraft.cli.text import pairs, size
 
     with output.progress() as progress:
         report = digesting.digest(base, threads=threads, token=token, progress=progress)
     if not report.kept:
         output.warn([NOT_KEPT])
     known = f"; {report.known} digests were known" if report.known else ""
+    kept = "for work with --digest-cache" if report.kept else "no"
     rows = [
         ("model", report.source),
-        ("tensors", f"{plural(len(report.tensors), 'tensor')}, {size(report.nbytes)}{known}"),
+        ("tensors", f"{len(report.tensors)}, {size(report.nbytes)}{known}"),
+        ("kept", kept),
         ("time", f"{report.seconds:.1f} s"),
     ]
     output.data(report.to_json(), pairs(rows))

@@ -71,7 +71,7 @@ def command(
     if dry_run:
         _dry_run(Output(as_json=as_json), verbose, chosen)
         return
-    if not chosen["out"]:
+    if not chosen["out"] and chosen["base"] is not None:
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
     _merge(Output(as_json=as_json, quiet=quiet), options.command_line(ctx), chosen)
 

@@ -28,7 +28,7 @@ def render(plan: Mapping[str, Any], *, verbose: bool) -> str:
 
 
 def _steps(steps: list[Step], *, verbose: bool) -> str:
-    rows = [("tensor", "action", "with x scale", "dtype", "shape", "bytes", "")]
+    rows = [("tensor", "action", "with x scale", "dtype", "shape", "bytes in all", "")]
     groups = [[step] for step in steps] if verbose else group(steps)
     return table(rows + [_row(members) for members in groups], "lllllrl")
 

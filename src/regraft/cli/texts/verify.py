@@ -60,7 +60,8 @@ def _prompts(report: PromptReport | None, *, verbose: bool) -> str:
         return ""
     rows: list[Sequence[str]] = [("answers to", "tokens", "same first", "KL mean", "KL max")]
     listed = report.prompts if verbose else (report.worst,)
-    rows += [_agreement(f"line {p.line}: {p.prompt}", p) for p in listed]
+    worst = "" if verbose or len(report.prompts) == 1 else "worst, "
+    rows += [_agreement(f"{worst}line {p.line}: {p.prompt}", p) for p in listed]
     rows.append(_agreement("all prompts", report))
     if report.base_kl_mean is not None and report.base_top1_agreement is not None:
         first = f"{report.base_top1_agreement:.1%}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -433,10 +434,15 @@ def fit_memory(
     raise MemoryCapError(
         "one step needs more memory than allowed",
         where=largest.name,
-        expected=f"at most {options.max_memory / 2**20:.0f} MiB (--max-memory)",
+        expected=f"at most {_in_mib(options.max_memory)} (--max-memory)",
         found=f"{math.ceil(needed / 2**20)} MiB",
         hint=f"Allow it: --max-memory {math.ceil(needed / 2**20)}MiB",
     )
+
+
+def _in_mib(nbytes: int) -> str:
+    """Return a cap in MiB; one below a MiB, which was meant otherwise, in bytes."""
+    return f"{nbytes / 2**20:.0f} MiB" if nbytes >= 2**20 else f"{nbytes} bytes"
 
 
 _QUANTIZED_NAME = re.compile(r"(?i)(^|[-_./])(bnb|4-?bit|8-?bit|nf4|gptq|awq|fp8|gguf)([-_./]|$)")
@@ -462,6 +468,13 @@ def _notes(adapters: Sequence[Adapter], ties: TieOutcome) -> list[str]:
             "the adapter gives the input and output embeddings different weights: both are "
             "written, and tie_word_embeddings is set to false"
         )
+    counts = Counter((adapter.label, adapter.weight) for adapter in adapters)
+    notes += [
+        f"{label} is named {number} times, and its delta is added as often: a weight "
+        "(ADAPTER=WEIGHT) says so in one"
+        for (label, _), number in counts.items()
+        if number > 1
+    ]
     for adapter in adapters:
         notes += adapter.notes
         notes += unknown_note(adapter.label, adapter.settings.unknown)
