@@ -39,7 +39,7 @@ def command(
     relative to X, the largest difference, and the largest distance in units in the last place.
     Of adapters the deltas are compared, scale * B * A of each module, also of different ranks,
     scales and dtypes: how far Y's is from X's, and the cosine between the two; --raw compares the
-    stored factors. Between folders the configs count too; other files are only told. Memory does
+    stored factors. Between folders the configs count too; other files are only named. Memory does
     not grow with the model. Exits with 0 when they are the same, 1 when not, and 3 when they cannot
     be compared.
 
