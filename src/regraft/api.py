@@ -214,7 +214,7 @@ def _plan(
     if folder is None:
         return made
     files = [shard.path for shard in base.shards] if base.single_file else [base.root]
-    folder.check_inputs([*files, *(Path(a.root) for a in read)])
+    folder.check_inputs([*files, *(adapter.inputs for adapter in read)])
     return replace(made, disk=folder.disk(made.disk_bytes))
 
 

@@ -19,7 +19,8 @@ from regraft.adapters.model import FINGERPRINT
 from regraft.adapters.settings import refusals
 from regraft.adapters.wrappers import plain_key
 from regraft.errors import AdapterError, FormatError, InputError, Problem
-from regraft.formats.adapter_files import AdapterFiles, adapter_folder, open_adapter, refuse_foreign
+from regraft.formats import foreign
+from regraft.formats.adapter_files import AdapterFiles, adapter_folder, layout_of
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import access_error
@@ -27,6 +28,7 @@ from regraft.formats.hub import Located, locate
 from regraft.formats.layout import ADAPTER_CONFIG, RECEIPT, looks_like
 from regraft.formats.problems import quoted
 from regraft.formats.remote import checkpoint_of, fetch_headers, is_whole
+from regraft.merging.inputs.any_dialect import dialect_at, open_adapter
 from regraft.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -246,9 +248,10 @@ def _inspect(located: Located, token: str | None) -> Inspection:
             found=quoted(below.path.name), hint=f"Inspect {below.source}",
         )  # fmt: skip
     looks = looks_like(located.path)
-    if looks in ("adapter", "mlx-adapter"):
+    if looks in ("adapter", "mlx-adapter") or dialect_at(located) is not None:
         return _of_adapter(open_adapter(located))
-    refuse_foreign(located.path)
+    if layout := layout_of(located):
+        raise foreign.refusal(*layout, located.path)
     if looks == "gguf":
         from regraft.merging.inputs.base import open_base
 

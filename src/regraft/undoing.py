@@ -202,7 +202,7 @@ def swap(
     found = _open_merged(merged, merged_adapters, token, "--merged-adapter")
     opened = open_adapters(wanted, token, peft_version)
     read = [read_adapter(files, weight) for files, weight in opened]
-    output.check_inputs([*found.inputs, *(Path(a.root) for a in read)])
+    output.check_inputs([*found.inputs, *(adapter.inputs for adapter in read)])
 
     from regraft.merging.building import adapter_files, build, reuse_of
     from regraft.merging.compute.context import FACTOR_CACHE
@@ -275,7 +275,7 @@ class _MergedModel:
     @property
     def inputs(self) -> list[Path]:
         """The folders that are read."""
-        return [self.folder, *(Path(adapter.root) for adapter in self.adapters)]
+        return [self.folder, *(adapter.inputs for adapter in self.adapters)]
 
     @property
     def base_bytes(self) -> int:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from merging.toys import adapter_config
 from regraft.adapters.settings import LoraSettings, read_settings
-from regraft.shrinking.config import patterns, with_ranks
+from regraft.adapters.pattern_making import patterns
+from regraft.shrinking.config import with_ranks
 
 NAMES = st.lists(
     st.text("ab._", min_size=1, max_size=6).filter(lambda name: not name.startswith(".")),

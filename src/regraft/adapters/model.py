@@ -91,6 +91,8 @@ class Adapter:
         notes: what the user should know of how it was found.
         fingerprint: of the base that it was trained on, if it carries one; see
             :mod:`regraft.adapters.fingerprint`.
+        origin: the folder or file that it was read from, where that is in another dialect than
+            PEFT's; None where it is in ``root``.
     """
 
     source: str
@@ -104,6 +106,12 @@ class Adapter:
     token_rows: tuple[TokenRows, ...]
     notes: tuple[str, ...] = ()
     fingerprint: str | None = None
+    origin: Path | None = None
+
+    @property
+    def inputs(self) -> Path:
+        """The folder or file of the user's that it was read from."""
+        return Path(self.root) if self.origin is None else self.origin
 
     @property
     def files(self) -> tuple[Path, Path]:

@@ -16,6 +16,7 @@ from regraft.formats.checkpoint import CONFIG_BYTES, open_weights, subfolder_hin
 from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import typed_os_errors
 from regraft.formats.files.watching import Stamp
+from regraft.formats.foreign import Layout
 from regraft.formats.hub import Located
 from regraft.formats.layout import (
     ADAPTER_CONFIG,
@@ -49,6 +50,8 @@ class AdapterFiles:
         metadata: the strings the safetensors header carries; empty for PyTorch's files.
         notes: what the user should know of how it was found.
         seen: what the weights file was when it was opened, where it is to be read much later.
+        dialect: what it was written in, such as ``"mlx"``; these files are in PEFT's format.
+        origin: the folder or file in that dialect; None where it was PEFT's.
     """
 
     root: Path
@@ -60,15 +63,21 @@ class AdapterFiles:
     metadata: dict[str, str]
     notes: tuple[str, ...] = ()
     seen: Stamp | None = None
+    dialect: str = "peft"
+    origin: Path | None = None
 
     @property
     def weights_shown(self) -> str:
         """How messages name its weights."""
+        if self.origin is not None:
+            return self.source
         return f"{self._folder_shown}/{self.weights_file}"
 
     @property
     def config_shown(self) -> str:
         """How messages name its config."""
+        if self.origin is not None:
+            return self.source
         return f"{self._folder_shown}/{ADAPTER_CONFIG}"
 
     @property
@@ -84,7 +93,7 @@ def open_adapter(located: Located) -> AdapterFiles:
         FormatError: a file is malformed.
         InputError: config or weights are missing, two weights files contradict each other, or
             this is not an adapter; the message says what it looks like.
-        UnsupportedError: an MLX adapter.
+        UnsupportedError: an adapter in another layout; says which.
         AccessError: the system refused to read a file.
     """
     with typed_os_errors(located.path):
@@ -96,9 +105,9 @@ def _open_adapter(located: Located) -> AdapterFiles:
     named_file = not located.path.is_dir()
     root = located.path.parent if named_file else located.path
     on_hub = located.repo_id is not None
-    whole = (root / ADAPTER_CONFIG).is_file() and _has_adapter_weights(located.path)
-    if not whole or (root / NEW_EMBEDDINGS).is_file():
-        refuse_foreign(located.path)
+    refuse_new_embeddings(root)
+    if found := layout_of(located):
+        raise foreign.refusal(*found, located.path)
     if on_hub and located.path.is_dir():
         _refuse_top_of_repository(located)
     _refuse_other_kinds(located.path, root, on_hub=on_hub)
@@ -115,6 +124,25 @@ def _open_adapter(located: Located) -> AdapterFiles:
         metadata=metadata,
         notes=notes,
     )
+
+
+def layout_of(located: Located) -> tuple[Layout, str] | None:
+    """Return the layout of an adapter that is not PEFT's, and the name that shows it.
+
+    None for PEFT's, for what is no adapter, and for what nobody knows. Where files have PEFT's
+    names, :func:`regraft.formats.foreign.of_tensors` tells by what is in them.
+
+    Raises:
+        AccessError: the system refused to look.
+    """
+    path = located.path
+    with typed_os_errors(path):
+        root = path if path.is_dir() else path.parent
+        if (root / ADAPTER_CONFIG).is_file() and _has_adapter_weights(path):
+            return None
+        if found := foreign.of_path(path):
+            return found
+        return (foreign.MLX, MLX_WEIGHTS) if looks_like(path) == "mlx-adapter" else None
 
 
 def adapter_folder(located: Located) -> tuple[Located, tuple[str, ...]]:
@@ -166,21 +194,19 @@ _NO_WEIGHTS = (".json", ".md", ".txt", ".jinja", ".model")
 """Endings of files that lie beside an adapter's weights."""
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raise where a folder or file is an adapter in another layout than PEFT's.
+def refuse_new_embeddings(root: Path) -> None:
+    """Raise where rows of added tokens lie beside an adapter.
 
     Raises:
-        UnsupportedError: it is; says which layout.
+        UnsupportedError: they do.
     """
-    if (path / NEW_EMBEDDINGS).is_file():
+    if (root / NEW_EMBEDDINGS).is_file():
         raise UnsupportedError(
             "the adapter has rows of added tokens in a file of their own, which regraft does not "
-            "read", where=str(path / NEW_EMBEDDINGS), expected="an adapter that has its embeddings "
+            "read", where=str(root / NEW_EMBEDDINGS), expected="an adapter that has its embeddings "
             "in adapter_model.safetensors", hint="Save it with PEFT and the embeddings in "
             "modules_to_save, or move the file away if the added tokens do not matter",
         )  # fmt: skip
-    if found := foreign.of_path(path):
-        raise foreign.refusal(*found, path)
 
 
 def _refuse_top_of_repository(located: Located) -> None:
@@ -203,8 +229,6 @@ def _refuse_top_of_repository(located: Located) -> None:
 def _refuse_other_kinds(path: Path, root: Path, *, on_hub: bool) -> None:
     """Raise where ``path`` is plainly something other than a PEFT adapter."""
     looks = looks_like(path)
-    if looks == "mlx-adapter":
-        raise foreign.refusal(foreign.MLX, MLX_WEIGHTS, path)
     if path.is_file() and path.suffix in _NO_WEIGHTS:
         raise InputError(
             "is not the weights file of an adapter", where=str(path), found=f"a {path.suffix} file",

@@ -24,10 +24,12 @@ class Layout:
     """A layout of adapters that is not PEFT's.
 
     Attributes:
+        key: its short name.
         name: what an adapter in it is called, such as ``"an MLX adapter"``.
         way_on: how to come from it to PEFT's format.
     """
 
+    key: str
     name: str
     way_on: str
 
@@ -35,53 +37,68 @@ class Layout:
 _PEFT = "PEFT's format (adapter_config.json and adapter_model.safetensors)"
 
 KOHYA = Layout(
+    "kohya",
     "an adapter in kohya's layout (sd-scripts)",
     f"Convert it with diffusers (load_lora_weights) and train or save it in {_PEFT}",
 )
 DIFFUSERS = Layout(
+    "diffusers",
     "an adapter in diffusers' layout",
     "Load it with the pipeline's load_lora_weights; for its parts call save_pretrained of PEFT, "
     f"which writes {_PEFT}",
 )
 GGUF = Layout(
+    "gguf",
     "a GGUF LoRA adapter, as llama.cpp loads it",
     "Give the adapter that it was converted from (convert_lora_to_gguf.py keeps no PEFT config)",
 )
-MLX = Layout("an MLX adapter", "Convert it to PEFT's format first, or fuse it with mlx_lm.fuse")
+MLX = Layout(
+    "mlx", "an MLX adapter", "Convert it to PEFT's format first, or fuse it with mlx_lm.fuse"
+)
 TINKER = Layout(
-    "an adapter in Tinker's layout", "Convert it to PEFT's format with tinker-cookbook first"
+    "tinker",
+    "an adapter in Tinker's layout",
+    "Convert it to PEFT's format with tinker-cookbook first",
 )
 TORCHTUNE = Layout(
+    "torchtune",
     "an adapter in torchtune's layout",
     "Save it with adapter_config.json and adapter_model.safetensors: torchtune's checkpointer for "
     "Hugging Face models writes PEFT's format too",
 )
 LITGPT = Layout(
+    "litgpt",
     "an adapter in LitGPT's layout",
     "Merge it with litgpt merge_lora, or convert its tensors to PEFT's names",
 )
 MISTRAL = Layout(
+    "mistral",
     "an adapter in mistral-finetune's layout",
     "Convert its tensors to the names of the Hugging Face model, in PEFT's format, first",
 )
 AUTOMODEL = Layout(
+    "automodel",
     "an adapter of grouped experts, as NeMo Automodel saved it",
     "Export it with a current NeMo Automodel, which writes PEFT's format expert by expert",
 )
 MEGATRON = Layout(
+    "megatron",
     "an adapter in Megatron's layout (NeMo)",
     "Export it to PEFT's format with Megatron Bridge or NeMo's exporter first",
 )
 FSDP = Layout(
+    "fsdp",
     "shards of an FSDP run",
     "Gather them into one file first (accelerate merge-weights), or save with a full state dict",
 )
 DEEPSPEED = Layout(
+    "deepspeed",
     "shards of a DeepSpeed run",
     "Gather them into one file first (zero_to_fp32.py in that folder), or save on all ranks with "
     "stage3_gather_16bit_weights_on_model_save",
 )
 SHARDED = Layout(
+    "sharded",
     "an adapter in several files with an index",
     "Load it with PEFT and save it with a larger max_shard_size, or join its files into one "
     "adapter_model.safetensors",

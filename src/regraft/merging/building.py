@@ -134,12 +134,12 @@ def deciding_files(plan: Plan) -> list[Path]:
 
 
 def adapter_files(adapters: Sequence[Adapter]) -> list[Path]:
-    """Return every file beside adapters' weights, and these."""
-    return [path for adapter in adapters for path in _files_in(Path(adapter.root))]
+    """Return every file beside adapters' weights, and these, as the user gave them."""
+    return [path for adapter in adapters for path in _files_in(adapter.inputs)]
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file()]
+def _files_in(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.is_file()] if place.is_dir() else [place]
 
 
 def rebuild(

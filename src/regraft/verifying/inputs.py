@@ -78,7 +78,7 @@ def find_inputs(
     receipt = receipt_in(folder)
     version = peft_version or (receipt.options.get("peft_version") if receipt else None)
     checkpoint = open_base(locate(base, kind="base", token=token)) if base is not None else None
-    named = open_adapters(adapters, token, version)
+    named = open_adapters(adapters, token, version, checkpoint)
     if checkpoint is not None and named:
         return Inputs((checkpoint, read_adapters(named)), files=_files(named), receipt=receipt)
     if receipt is None or not receipt.adapters:

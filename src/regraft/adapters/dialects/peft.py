@@ -71,6 +71,7 @@ def read_adapter(files: AdapterFiles, weight: float = 1.0) -> Adapter:
     return Adapter(
         files.source, files.revision, str(files.root), files.weights_file, weight, settings,
         targets, whole, tokens, files.notes, files.metadata.get(KEY),
+        files.origin,
     )  # fmt: skip
 
 

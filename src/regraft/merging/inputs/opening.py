@@ -9,13 +9,14 @@ from typing import Any
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.model import Adapter
 from regraft.errors import InputError, UsageError
-from regraft.formats.adapter_files import AdapterFiles, open_adapter
+from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import expanded, is_there
 from regraft.formats.hub import locate
 from regraft.formats.layout import looks_like
 from regraft.formats.problems import of_each, quoted
 from regraft.formats.reference import parse_reference
+from regraft.merging.inputs.any_dialect import open_adapter
 from regraft.merging.inputs.base import open_base, open_base_headers
 from regraft.merging.inputs.expert_stacks import with_version
 
@@ -82,7 +83,10 @@ def _weight(value: float | str, where: str) -> float:
 
 
 def open_adapters(
-    adapters: Sequence[tuple[str, float]], token: str | None, peft_version: str | None = None
+    adapters: Sequence[tuple[str, float]],
+    token: str | None,
+    peft_version: str | None = None,
+    base: Checkpoint | None = None,
 ) -> list[tuple[AdapterFiles, float]]:
     """Open adapters, all of them before any is read.
 
@@ -90,10 +94,11 @@ def open_adapters(
         adapters: sources and weights.
         token: Hub token.
         peft_version: the release of PEFT that trained those whose config does not say it.
+        base: the model they are for, where it is open: some dialects cannot be read without.
     """
 
     def opened(adapter: tuple[str, float]) -> tuple[AdapterFiles, float]:
-        files = open_adapter(locate(adapter[0], kind="adapter", token=token))
+        files = open_adapter(locate(adapter[0], kind="adapter", token=token), base)
         return with_version(files, peft_version), adapter[1]
 
     return of_each(opened, adapters)
@@ -128,8 +133,14 @@ def open_named(
             return open_base_headers(named, token)
         return open_base(locate(named, kind="base", token=token))
 
+    held = list[Checkpoint]()
+
+    def base_first() -> Checkpoint:
+        held.append(opened())
+        return held[0]
+
     openers: tuple[Callable[[], Any], ...] = (
-        opened, lambda: open_adapters(adapters, token, peft_version),
+        base_first, lambda: open_adapters(adapters, token, peft_version, *held),
     )  # fmt: skip
     checkpoint, files = of_each(lambda opener: opener(), openers)
     return checkpoint, files

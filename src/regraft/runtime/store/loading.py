@@ -15,11 +15,12 @@ from regraft.adapters.known_settings import unknown_note
 from regraft.adapters.lora_config import VELORA
 from regraft.adapters.model import Adapter
 from regraft.errors import BaseMismatchWarning, ChangedError, UnsupportedError, redacted
-from regraft.formats.adapter_files import AdapterFiles, open_adapter
+from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import Stamp, watched
 from regraft.formats.hub import locate
 from regraft.merging.compute.factors import not_finite
+from regraft.merging.inputs.any_dialect import open_adapter
 from regraft.merging.inputs.expert_stacks import check_version, with_version
 from regraft.merging.options import parse_dtype
 from regraft.merging.planning.match import prefix_changes

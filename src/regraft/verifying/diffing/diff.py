@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.concurrency import default_threads
 from regraft.errors import AdapterError, InputError, UnsupportedError, UsageError
-from regraft.formats.adapter_files import AdapterFiles, open_adapter
+from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.files.reading import typed_os_errors
 from regraft.formats.files.watching import watched
@@ -21,6 +21,7 @@ from regraft.formats.layout import ADAPTER_CONFIG, TORCH_SUFFIXES, looks_like
 from regraft.formats.problems import quoted
 from regraft.formats.safetensors import read_header
 from regraft.formats.torch_zip import read_torch_file
+from regraft.merging.inputs.any_dialect import dialect_at, open_adapter
 from regraft.progress import Progress, ProgressEvent
 from regraft.tensors import TensorSpec
 from regraft.verifying.diffing.folders import config_changes, file_changes
@@ -145,7 +146,7 @@ def _open(source: str | Path, token: str | None) -> _Opened:
     located = locate(source, kind="adapter", token=token)  # fetches all but a model's weights
     with typed_os_errors(located.path):
         looks = looks_like(located.path)
-        if looks in ("adapter", "mlx-adapter"):
+        if looks in ("adapter", "mlx-adapter") or dialect_at(located) is not None:
             return _open_adapter(located)
     if located.repo_id is not None:
         located = locate(source, kind="base", token=token)

@@ -1,0 +1,98 @@
+"""The dialects of adapters: who reads and writes each. A new one is a module and a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from regraft.adapters.dialects.form import NewFile, PlainAdapter
+from regraft.formats import foreign
+from regraft.formats.checkpoint import Checkpoint
+
+
+class Reader(Protocol):
+    """What a dialect's module has that reads it."""
+
+    def read(self, path: Path, base: Checkpoint | None) -> PlainAdapter:
+        """Read an adapter, from headers and configs.
+
+        Args:
+            path: its folder, or its weights file.
+            base: the model it is for, where that is known: quantized weights are seen as plain.
+
+        Raises:
+            UnsupportedError: something in it has no counterpart in PEFT's format.
+            AdapterError: it contradicts itself, or the base; all that is wrong at once.
+            UsageError: it cannot be told without the base, and there is none.
+            RegraftError: a file cannot be opened.
+        """
+
+
+class Writer(Protocol):
+    """What a dialect's module has that writes it."""
+
+    def write(self, adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]:
+        """Return the files of an adapter in this dialect.
+
+        Args:
+            adapter: the adapter.
+            base: the model it is for, where it is known; quantized weights are seen as plain.
+
+        Raises:
+            UnsupportedError: the dialect cannot say something that the adapter has; each such
+                tensor is named, with what can.
+            UsageError: it takes the base, and there is none.
+        """
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A way to write an adapter down.
+
+    Attributes:
+        name: how ``--to`` and ``--from`` call it.
+        shown: what an adapter in it is called, such as ``"an MLX adapter"``.
+        module: the module that reads or writes it.
+        reads, writes: whether it does.
+        uniform: whether it has one rank and one scale for all modules.
+        notes: what to say to whoever writes it.
+    """
+
+    name: str
+    shown: str
+    module: str
+    reads: bool = True
+    writes: bool = True
+    uniform: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reader(self) -> Callable[[Path, Checkpoint | None], PlainAdapter]:
+        """What reads it."""
+        return cast(Reader, import_module(self.module)).read
+
+    @property
+    def writer(self) -> Callable[[PlainAdapter, Checkpoint | None], tuple[NewFile, ...]]:
+        """What writes it."""
+        return cast(Writer, import_module(self.module)).write
+
+
+_HERE = "regraft.adapters.dialects"
+
+DIALECTS: dict[str, Dialect] = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect("peft", "an adapter in PEFT's format", f"{_HERE}.as_peft", reads=False),
+        Dialect("mlx", foreign.MLX.name, f"{_HERE}.mlx", uniform=True),
+    )
+}
+"""Every dialect that is read or written, by name."""
+
+
+def dialect_of(layout: foreign.Layout) -> Dialect | None:
+    """Return the dialect of a layout that files show, None where it is not read."""
+    found = DIALECTS.get(layout.key)
+    return found if found is not None and found.reads else None

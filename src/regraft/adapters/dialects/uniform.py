@@ -1,0 +1,86 @@
+"""The uniform form: one rank, one scale, for engines that know no other.
+
+Scales are multiplied into B in float64, and B is stored in its own dtype where that holds every
+product exactly, else in float32. Ranks are filled up with zeros, which add nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from regraft.adapters.dialects.form import Bits, LoraModule, Moved, PlainAdapter
+from regraft.deltas.rounding import decode, encode
+from regraft.formats.files.reading import FilePool
+from regraft.tensors import DTYPES
+
+
+class UniformError(ValueError):
+    """An adapter has no uniform form; the message says why."""
+
+
+def uniform_form(adapter: PlainAdapter) -> tuple[PlainAdapter, float]:
+    """Return an adapter with one rank and the scale 1 for all modules, and its relative error.
+
+    The error is that of B, in the Frobenius norm: 0 where every product is exact, else the
+    rounding to float32.
+
+    Raises:
+        UniformError: the adapter has none, such as with DoRA's magnitudes for stacks.
+        FormatError, InputError, AccessError: a tensor cannot be read.
+    """
+    rank = max((module.rank for module in adapter.modules), default=1)
+    made, errors, norms = [], 0.0, 0.0
+    with FilePool() as files:
+        for module in adapter.modules:
+            new, error, norm = _folded(module, rank, files)
+            made.append(new)
+            errors, norms = errors + error, norms + norm
+    return replace(adapter, modules=tuple(made)), (errors / norms) ** 0.5 if norms else 0.0
+
+
+def _folded(module: LoraModule, rank: int, files: FilePool) -> tuple[LoraModule, float, float]:
+    scale = module.scale
+    values = _values(module.b, files)
+    exact = values.astype(np.float64) * scale
+    dtype = module.b.dtype if _holds(exact, module.b.dtype) else "F32"
+    stored = decode(encode(exact.astype(np.float32).ravel(), dtype), dtype).astype(np.float64)
+    error = float(np.sum((stored - exact.ravel()) ** 2))
+    b = _scaled(module.b, scale, dtype)
+    bias = None if module.bias is None else _scaled(module.bias, scale, "F32")
+    axis = 0 if module.kind != "experts" else 1
+    a = _filled(module.a, axis, rank)
+    b = _filled(b, 1 if module.kind != "experts" else 2, rank)
+    folded = replace(module, rank=rank, scale=1.0, a=a, b=b, bias=bias)
+    return folded, error, float(np.sum(exact**2))
+
+
+def _values(tensor: Moved, files: FilePool) -> np.ndarray:
+    return decode(tensor.bits(files).reshape(-1).view(np.uint8), tensor.dtype).reshape(tensor.shape)
+
+
+def _holds(exact: np.ndarray, dtype: str) -> bool:
+    with np.errstate(over="ignore"):
+        there = decode(encode(exact.astype(np.float32).ravel(), dtype), dtype)
+    return bool(np.array_equal(there.astype(np.float64), exact.ravel()))
+
+
+def _scaled(tensor: Moved, scale: float, dtype: str) -> Moved:
+    def times(bits: Bits) -> Bits:
+        raw = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+        values = decode(raw, tensor.dtype).astype(np.float64) * scale
+        unsigned = f"<u{DTYPES[dtype].bits // 8}"
+        return encode(values.astype(np.float32), dtype).view(unsigned).reshape(tensor.shape)
+
+    made = tensor.then(tensor.shape, times)
+    return replace(made, dtype=dtype)
+
+
+def _filled(tensor: Moved, axis: int, rank: int) -> Moved:
+    missing = rank - tensor.shape[axis]
+    if not missing:
+        return tensor
+    widths = [(0, missing if each == axis else 0) for each in range(len(tensor.shape))]
+    shape = tuple(rank if each == axis else size for each, size in enumerate(tensor.shape))
+    return tensor.then(shape, lambda bits: np.pad(bits, widths))

@@ -1,0 +1,139 @@
+"""Adapters of every dialect, opened as PEFT's files.
+
+What another program wrote in its own layout is written down once more in PEFT's, in a folder of
+this process, and opened there. All that follows, from a check to an undo, knows one format, and a
+merge of such an adapter is a merge of what ``regraft convert --to peft`` makes of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+from regraft.adapters.dialects.as_peft import write
+from regraft.adapters.dialects.form import NewFile, PlainAdapter
+from regraft.adapters.dialects.registry import DIALECTS, Dialect, dialect_of
+from regraft.errors import UsageError
+from regraft.formats import adapter_files
+from regraft.formats.adapter_files import AdapterFiles, adapter_folder, layout_of
+from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.files.reading import FilePool
+from regraft.formats.foreign import Layout, of_tensors
+from regraft.formats.hub import Located
+from regraft.formats.layout import ADAPTER_SAFE
+from regraft.formats.safetensors import read_header
+from regraft.merging.files.publish import copy_file, write_pieces
+from regraft.merging.files.side_files import adapter_side_files
+from regraft.merging.inputs.base import see
+
+
+def open_adapter(
+    located: Located, base: Checkpoint | None = None, dialect: str | None = None
+) -> AdapterFiles:
+    """Open an adapter in any dialect that is read.
+
+    Args:
+        located: where it is.
+        base: the model it is for; some dialects cannot be read without.
+        dialect: what it is written in; None for what its files show.
+
+    Raises:
+        UnsupportedError: a layout that is not read; says how to come to one that is.
+        UsageError: it takes the base to read it, or there is no such dialect.
+        RegraftError: it cannot be opened, or contradicts itself.
+    """
+    found, notes = adapter_folder(located)
+    if dialect is None and layout_of(found) is None:
+        opened = adapter_files.open_adapter(located)
+        layout = of_tensors({name: spec.shape for name, spec in opened.tensors.items()})
+        shown = None if layout is None else dialect_of(layout[0])
+        if shown is None:
+            return opened
+    elif (shown := dialect_at(found, dialect)) is None:
+        return adapter_files.open_adapter(located)
+    plain = shown.reader(found.path, None if base is None else see(base, None)[0])
+    return _opened_as_peft(found, shown, plain, (*notes, *plain.notes))
+
+
+def dialect_at(located: Located, asked: str | None = None) -> Dialect | None:
+    """Return the dialect that an adapter is in; None for PEFT's, and for what nobody reads.
+
+    Args:
+        located: where it is.
+        asked: its name, where that was said.
+
+    Raises:
+        UsageError: there is no such dialect.
+        AccessError: the system refused to look.
+    """
+    if asked is not None:
+        if asked == "peft":
+            return None
+        if asked not in DIALECTS or not DIALECTS[asked].reads:
+            known = ["peft", *(name for name, each in DIALECTS.items() if each.reads)]
+            raise UsageError("there is no such dialect of adapters to read", where="from",
+                             expected=", ".join(known), found=asked)  # fmt: skip
+        return DIALECTS[asked]
+    layout = layout_of(located) or _by_tensors(located)
+    return None if layout is None else dialect_of(layout[0])
+
+
+def _by_tensors(located: Located) -> tuple[Layout, str] | None:
+    """Return what the tensors show where the files have PEFT's names."""
+    path = located.path / ADAPTER_SAFE if located.path.is_dir() else located.path
+    if path.name != ADAPTER_SAFE or not path.is_file():
+        return None
+    tensors = read_header(path).tensors
+    return of_tensors({name: spec.shape for name, spec in tensors.items()})
+
+
+def _opened_as_peft(
+    located: Located, dialect: Dialect, plain: PlainAdapter, notes: tuple[str, ...]
+) -> AdapterFiles:
+    folder = Path(tempfile.mkdtemp(dir=_scratch()))
+    with FilePool() as files:
+        write_files(folder, write(plain), files)
+    root = located.path if located.path.is_dir() else located.path.parent
+    for name, path in adapter_side_files(root).files.items():
+        copy_file(path, folder / name)
+    opened = adapter_files.open_adapter(replace(located, path=folder))
+    note = f"{located.source} is {dialect.shown}: it is read as one in PEFT's format"
+    return replace(
+        opened, dialect=dialect.name, origin=located.path, notes=(note, *notes, *opened.notes)
+    )
+
+
+def write_files(folder: Path, new: tuple[NewFile, ...], files: FilePool) -> None:
+    """Write an adapter's files into a folder.
+
+    Raises:
+        RegraftError: a tensor cannot be read, or a file not be written.
+    """
+    for file in new:
+        write_pieces(folder / file.name, file.pieces(files))
+
+
+# -- the folder of this process --------------------------------------------------------------------
+
+_lock = threading.Lock()
+_folders: dict[int, str] = {}
+"""The folder of each process: one that was forked has its parent's in here, which is not its own
+to remove."""
+
+
+def _scratch() -> str:
+    with _lock:
+        if (own := _folders.get(os.getpid())) is None:
+            own = _folders[os.getpid()] = tempfile.mkdtemp(prefix="regraft-adapters-")
+            atexit.register(_remove, os.getpid())
+        return own
+
+
+def _remove(pid: int) -> None:
+    if pid == os.getpid():
+        shutil.rmtree(_folders[pid], ignore_errors=True)

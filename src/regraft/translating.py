@@ -1,0 +1,217 @@
+"""The verb that writes an adapter in another dialect, or in the form that engines take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.dialects.form import Bits, LoraModule, PlainAdapter, as_stored
+from regraft.adapters.dialects.peft import read_adapter
+from regraft.adapters.dialects.registry import DIALECTS, Dialect
+from regraft.adapters.dialects.uniform import UniformError, uniform_form
+from regraft.adapters.model import Adapter
+from regraft.errors import Problem, UnsupportedError, UsageError
+from regraft.formats.adapter_files import AdapterFiles
+from regraft.formats.files.reading import FilePool
+from regraft.formats.files.watching import watched
+from regraft.formats.hub import locate
+from regraft.formats.problems import capped
+from regraft.merging.files.output_folder import OutputFolder
+from regraft.merging.files.publish import copy_file, write_pieces
+from regraft.merging.files.side_files import CARD, adapter_side_files
+from regraft.merging.inputs.any_dialect import open_adapter
+from regraft.merging.inputs.base import open_base, see
+from regraft.progress import Progress, ProgressMeter, tell
+from regraft.shrinking.targets import Pair, read_pairs
+
+
+@dataclass(frozen=True)
+class AdapterConversion:
+    """What :func:`convert_adapter` did.
+
+    Attributes:
+        adapter: as the user named it.
+        output: the folder that was made.
+        dialect: what the adapter was written in.
+        to: what it is written in now.
+        modules: how many modules it adapts.
+        tensors: how many tensors it has, of each.
+        uniform: whether scales were multiplied into B, and ranks filled up.
+        error: relative error of the deltas, 0 where they are the same to the last bit.
+        files: the files that were written.
+        notes: what the user should know.
+        seconds: how long it took.
+    """
+
+    adapter: str
+    output: str
+    dialect: str
+    to: str
+    modules: int
+    tensors: int
+    uniform: bool
+    error: float
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
+
+@watched()
+def convert_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    to: str = "peft",
+    base: str | Path | None = None,
+    dialect: str | None = None,
+    uniform: bool = False,
+    overwrite: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> AdapterConversion:
+    """Write an adapter in another dialect; every value stays, to the last bit.
+
+    Where the dialect has one rank and one scale for all modules, an adapter that has several is
+    written in the uniform form: scales are multiplied into B, and ranks filled up with zeros.
+
+    Args:
+        adapter: a folder or file in any dialect that is read, or a Hub id.
+        out: the folder to make; it appears whole or not at all.
+        to: the dialect to write, of :data:`regraft.adapters.dialects.registry.DIALECTS`.
+        base: the model that it is for; some dialects cannot be read or written without.
+        dialect: what the adapter is written in; None for what its files show.
+        uniform: write the uniform form in any case.
+        overwrite: replace ``out``, once the new one is complete, if it holds an adapter.
+        token: Hub token.
+        progress: called as work proceeds.
+
+    Raises:
+        UnsupportedError: the dialect cannot say what the adapter has; each tensor is named.
+        UsageError: there is no such dialect, or the base is needed.
+        RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
+    """
+    started = time.perf_counter()
+    target = _target(to)
+    folder = OutputFolder.asked_for(out, adapter, base, overwrite=overwrite, kind="adapter")
+    tell(progress, "read", 0)
+    model = open_base(locate(base, kind="base", token=token)) if base is not None else None
+    opened = open_adapter(locate(adapter, kind="adapter", token=token), model, dialect)
+    read = read_adapter(opened)
+    plain, error = plain_adapter(opened, read), 0.0
+    is_folded = uniform or (target.uniform and not _is_uniform(plain))
+    if is_folded:
+        plain, error = _folded(plain, opened)
+    new = target.writer(plain, None if model is None else see(model, None)[0])
+    folder.check_inputs([read.inputs, *([model.root] if model is not None else [])])
+    sides = adapter_side_files(opened.root).files
+    folder.check_space(sum(f.nbytes for f in new) + sum(p.stat().st_size for p in sides.values()))
+    told = ProgressMeter(progress, "convert", sum(file.nbytes for file in new))
+    with FilePool() as files, folder.work() as work:
+        work.begin("convert")
+        work.keep_only(())
+        for file in new:
+            write_pieces(work.out / file.name, _counted(file.pieces(files), told))
+        for name, path in sides.items():
+            if name != CARD:
+                copy_file(path, work.out / name)
+        tell(progress, "finish", 0)
+    return AdapterConversion(
+        opened.source, str(folder.path), opened.dialect, to, len(plain.modules),
+        sum(len(module.tensors) for module in plain.modules) + len(plain.whole)
+        + len(plain.token_rows),
+        is_folded, error, tuple(file.name for file in new), (*opened.notes, *target.notes),
+        time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _counted(pieces: Any, told: ProgressMeter) -> Iterator[bytes]:
+    for piece in pieces:
+        yield piece
+        told.add(len(piece))
+
+
+def _target(name: str) -> Dialect:
+    found = DIALECTS.get(name)
+    if found is None or not found.writes:
+        known = ", ".join(name for name, dialect in DIALECTS.items() if dialect.writes)
+        raise UsageError("there is no such dialect of adapters to write", where="to",
+                         expected=known, found=name)  # fmt: skip
+    return found
+
+
+def _is_uniform(plain: PlainAdapter) -> bool:
+    return len({(module.rank, module.scale) for module in plain.modules}) <= 1
+
+
+def _folded(plain: PlainAdapter, opened: AdapterFiles) -> tuple[PlainAdapter, float]:
+    try:
+        return uniform_form(plain)
+    except UniformError as error:
+        raise UnsupportedError(
+            f"the adapter has no uniform form: {error}", where=opened.weights_shown,
+            hint="Merge it (`regraft merge`), and serve the merged model",
+        ) from None  # fmt: skip
+
+
+# -- PEFT's files as plain modules -----------------------------------------------------------------
+
+
+def plain_adapter(files: AdapterFiles, adapter: Adapter) -> PlainAdapter:
+    """Return an adapter in PEFT's format without its dialect.
+
+    Raises:
+        AdapterError: factors contradict each other or the config.
+        UnsupportedError: what it means cannot be said by modules with a rank and a scale.
+    """
+    settings = adapter.settings
+    problems = []
+    if settings.begins_with_base:
+        problems.append(
+            Problem(f"init_lora_weights {settings.init_lora_weights!r} changes the base",
+                    files.config_shown, hint="Convert it with PEFT (save_pretrained with "
+                    "path_initial_model_for_weight_conversion) first")
+        )  # fmt: skip
+    if problems:
+        raise UnsupportedError(capped(problems, files.root))
+    return PlainAdapter(
+        modules=tuple(map(_module, read_pairs(adapter))),
+        whole={each.parameter: as_stored(each.spec) for each in adapter.whole},
+        token_rows={
+            each.module: (each.indices, as_stored(each.spec)) for each in adapter.token_rows
+        },
+        base=settings.base_model_name_or_path,
+        task_type=settings.task_type,
+        metadata={key: value for key, value in files.metadata.items() if key != "format"},
+    )
+
+
+def _module(pair: Pair) -> LoraModule:
+    target, sizes = pair.target, pair.sizes
+    a, b = as_stored(target.a), as_stored(target.b)
+    kind, name = pair.layer, target.module
+    if kind == "experts":
+        name = pair.name
+        a = a.reshaped((sizes.experts, sizes.rank, sizes.inputs))
+        b = b.then((sizes.experts, sizes.out, sizes.rank), _by_expert(pair))
+    bias = None if target.b_bias is None else as_stored(target.b_bias)
+    magnitude = None if target.magnitude is None else as_stored(target.magnitude)
+    return LoraModule(name, sizes.rank, pair.scale, a, b, kind, bias, magnitude)
+
+
+def _by_expert(pair: Pair) -> Any:
+    """Return the move from a stack's B, (out, r * experts), to (experts, out, r)."""
+    sizes = pair.sizes
+
+    def move(bits: Bits) -> Bits:
+        if sizes.by_expert:
+            return bits.reshape(sizes.out, sizes.experts, sizes.rank).transpose(1, 0, 2)
+        return bits.reshape(sizes.out, sizes.rank, sizes.experts).transpose(2, 0, 1)
+
+    return move
