@@ -118,8 +118,9 @@ def convert(
 ) -> Receipt | AdapterConversion:
     """Write an adapter in another dialect, or a model in another dtype or in other files.
 
-    A model becomes safetensors, also where it was ``.bin``. Of an adapter every value stays, to the last bit, but where the uniform form is made. Of a
-    model, tensors whose dtype stays keep their bytes; others are rounded to the nearest value.
+    A model becomes safetensors, also where it was ``.bin``. Of an adapter every value stays, to the
+    last bit, but where the uniform form is made. Of a model, tensors whose dtype stays keep their
+    bytes; others are rounded to the nearest value.
 
     Args:
         source: a model: a folder, a single weights file, or a Hub id ``org/name[@revision]``. Or an

@@ -14,9 +14,8 @@ import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from regraft.adapters.dialects.as_peft import config_of, tensors_of, write
-from regraft.adapters.dialects.form import NewFile, PlainAdapter
 from regraft.adapters.dialects.registry import DIALECTS, Dialect, dialect_of
 from regraft.errors import UsageError
 from regraft.formats import adapter_files
@@ -29,8 +28,10 @@ from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
 from regraft.formats.safetensors import read_header
 from regraft.merging.files.publish import copy_file, write_pieces
 from regraft.merging.files.side_files import adapter_side_files
-from regraft.merging.inputs.base import see
 from regraft.tensors import VIRTUAL, TensorSpec
+
+if TYPE_CHECKING:  # to look at an adapter in PEFT's format takes no arrays
+    from regraft.adapters.dialects.form import NewFile, PlainAdapter
 
 
 def open_adapter(
@@ -63,6 +64,8 @@ def open_adapter(
             return opened
     elif (shown := dialect_at(found, dialect)) is None:
         return adapter_files.open_adapter(located)
+    from regraft.merging.inputs.base import see
+
     plain = shown.reader(found.path, None if base is None else see(base, None)[0])
     if described:
         return _described(found, shown, plain, notes)
@@ -80,6 +83,8 @@ def _described(
     located: Located, dialect: Dialect, plain: PlainAdapter, notes: tuple[str, ...]
 ) -> AdapterFiles:
     """Return an adapter's config and tensors in PEFT's names and shapes, with nothing written."""
+    from regraft.adapters.dialects.as_peft import config_of, tensors_of
+
     path = located.path
     root = path if path.is_dir() else path.parent
     moved = tensors_of(plain)
@@ -129,6 +134,8 @@ def _by_tensors(located: Located) -> tuple[Layout, str] | None:
 def _opened_as_peft(
     located: Located, dialect: Dialect, plain: PlainAdapter, notes: tuple[str, ...]
 ) -> AdapterFiles:
+    from regraft.adapters.dialects.as_peft import write
+
     folder = Path(tempfile.mkdtemp(dir=_scratch()))
     with FilePool() as files:
         write_files(folder, write(plain), files)
