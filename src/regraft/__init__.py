@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from regraft.runtime.store.cache import AdapterCache, CacheStats
     from regraft.shrinking.report import ShrinkReport
     from regraft.shrinking.verb import shrink
+    from regraft.translating import AdapterConversion
     from regraft.undoing import clean, swap, unmerge
     from regraft.verifying.diffing.diff import diff
     from regraft.verifying.diffing.report import DiffReport
@@ -71,6 +72,7 @@ _HOME = {
     "quantize": "regraft.converting",
     "digest": "regraft.digesting",
     "DigestReport": "regraft.digesting",
+    "AdapterConversion": "regraft.translating",
     "unmerge": "regraft.undoing",
     "swap": "regraft.undoing",
     "clean": "regraft.undoing",
@@ -136,6 +138,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "AdapterCache",
     "CacheStats",
     "save",
+    "AdapterConversion",
     "CheckReport",
     "DiffReport",
     "DigestReport",

@@ -155,6 +155,7 @@ class AdapterFacts:
         peft_version: version of PEFT that saved it.
         unknown_settings: settings that are switched on and that regraft does not know.
         fingerprint: of its base; None if it carries none.
+        dialect: what it is written in, such as ``"mlx"``; the rest is what that is in PEFT's words.
     """
 
     peft_type: str
@@ -181,6 +182,7 @@ class AdapterFacts:
     peft_version: str | None
     unknown_settings: tuple[str, ...]
     fingerprint: FingerprintFacts | None = None
+    dialect: str = "peft"
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def _inspect(located: Located, token: str | None) -> Inspection:
         )  # fmt: skip
     looks = looks_like(located.path)
     if looks in ("adapter", "mlx-adapter") or dialect_at(located) is not None:
-        return _of_adapter(open_adapter(located))
+        return _of_adapter(open_adapter(located, described=True))
     if layout := layout_of(located):
         raise foreign.refusal(*layout, located.path)
     if looks == "gguf":
@@ -436,6 +438,7 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         peft_version=config.text("peft_version"),
         unknown_settings=unknown_settings(adapter.config),
         fingerprint=_fingerprint_facts(adapter.metadata.get(FINGERPRINT)),
+        dialect=adapter.dialect,
     )
     config.raise_problems()
     return facts

@@ -27,6 +27,8 @@ from regraft.merging.inputs.base import open_base, see
 from regraft.progress import Progress, ProgressMeter, tell
 from regraft.shrinking.targets import Pair, read_pairs
 
+PEFT = "peft"
+
 
 @dataclass(frozen=True)
 class AdapterConversion:
@@ -40,7 +42,7 @@ class AdapterConversion:
         modules: how many modules it adapts.
         tensors: how many tensors it has, of each.
         uniform: whether scales were multiplied into B, and ranks filled up.
-        error: relative error of the deltas, 0 where they are the same to the last bit.
+        error: relative error of B, 0 where every value is the same to the last bit.
         files: the files that were written.
         notes: what the user should know.
         seconds: how long it took.
@@ -68,7 +70,7 @@ def convert_adapter(
     adapter: str | Path,
     out: str | Path,
     *,
-    to: str = "peft",
+    to: str | None = None,
     base: str | Path | None = None,
     dialect: str | None = None,
     uniform: bool = False,
@@ -84,7 +86,8 @@ def convert_adapter(
     Args:
         adapter: a folder or file in any dialect that is read, or a Hub id.
         out: the folder to make; it appears whole or not at all.
-        to: the dialect to write, of :data:`regraft.adapters.dialects.registry.DIALECTS`.
+        to: the dialect to write, of :data:`regraft.adapters.dialects.registry.DIALECTS`; PEFT's if
+            None.
         base: the model that it is for; some dialects cannot be read or written without.
         dialect: what the adapter is written in; None for what its files show.
         uniform: write the uniform form in any case.
@@ -98,11 +101,14 @@ def convert_adapter(
         RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
     """
     started = time.perf_counter()
-    target = _target(to)
+    target = _target(to or PEFT)
+    _refuse_file(out)
     folder = OutputFolder.asked_for(out, adapter, base, overwrite=overwrite, kind="adapter")
     tell(progress, "read", 0)
     model = open_base(locate(base, kind="base", token=token)) if base is not None else None
     opened = open_adapter(locate(adapter, kind="adapter", token=token), model, dialect)
+    if opened.dialect == PEFT and to is None and not uniform:
+        raise _nothing_to_do(opened)
     read = read_adapter(opened)
     plain, error = plain_adapter(opened, read), 0.0
     is_folded = uniform or (target.uniform and not _is_uniform(plain))
@@ -123,11 +129,33 @@ def convert_adapter(
                 copy_file(path, work.out / name)
         tell(progress, "finish", 0)
     return AdapterConversion(
-        opened.source, str(folder.path), opened.dialect, to, len(plain.modules),
+        opened.source, str(folder.path), opened.dialect, target.name, len(plain.modules),
         sum(len(module.tensors) for module in plain.modules) + len(plain.whole)
         + len(plain.token_rows),
         is_folded, error, tuple(file.name for file in new), (*opened.notes, *target.notes),
         time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _refuse_file(out: str | Path) -> None:
+    """Refuse the name of a file for the folder.
+
+    Raises:
+        UsageError: it is one.
+    """
+    suffix = Path(out).suffix
+    if suffix in (".gguf", ".safetensors", ".bin", ".pt"):
+        raise UsageError(
+            "OUT is a folder, and this is the name of a file", where="out", found=str(out),
+            expected="the name of a folder, in which the adapter's files are made",
+            hint=f"Write for example {str(out).removesuffix(suffix)}",
+        )  # fmt: skip
+
+
+def _nothing_to_do(opened: AdapterFiles) -> UnsupportedError:
+    return UnsupportedError(
+        "there is nothing to convert: the adapter is in PEFT's format already",
+        where=opened.weights_shown, hint="Say what to write it in, with --to, or give --uniform",
     )  # fmt: skip
 
 

@@ -200,7 +200,8 @@ def swap(
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     found = _open_merged(merged, merged_adapters, token, "--merged-adapter")
-    opened = open_adapters(wanted, token, peft_version)
+    # A merged model has its base's modules and sizes, which is all that a dialect needs to be read.
+    opened = open_adapters(wanted, token, peft_version, found.merged)
     read = [read_adapter(files, weight) for files, weight in opened]
     output.check_inputs([*found.inputs, *(adapter.inputs for adapter in read)])
 
@@ -326,8 +327,9 @@ def _open_merged(
     receipt = read_receipt(folder / RECEIPT)
     check_undo(folder, receipt.files)
     manifest = read_manifest(folder, receipt)
-    opened = _merged_adapters(folder, receipt, manifest, adapters, token, option)
-    return _MergedModel(located, folder, receipt, manifest, open_checkpoint(located), tuple(opened))
+    merged_now = open_checkpoint(located)
+    opened = _merged_adapters(folder, receipt, manifest, adapters, token, option, merged_now)
+    return _MergedModel(located, folder, receipt, manifest, merged_now, tuple(opened))
 
 
 def _check_is_model(folder: Path, source: str) -> None:
@@ -346,8 +348,12 @@ def _check_is_model(folder: Path, source: str) -> None:
 def _merged_adapters(
     folder: Path, receipt: Receipt, manifest: Manifest,
     given: AdapterArg | Sequence[AdapterArg] | None, token: str | None, option: str,
+    model: Checkpoint,
 ) -> list[Adapter]:  # fmt: skip
     """Return the adapters that were merged: the kept copies, or those that the call names.
+
+    Dialects that cannot be read without the base are read with the merged model, which has its
+    modules and sizes.
 
     Raises:
         UsageError: others are given, or with other weights.
@@ -362,7 +368,7 @@ def _merged_adapters(
             found = _listed(*zip(*pairs, strict=True))
             what = "these are not the adapters that were merged"
             raise UsageError(what, where=option, expected=merged, found=found)
-        opened = [files for files, _ in open_adapters(pairs, token)]
+        opened = [files for files, _ in open_adapters(pairs, token, base=model)]
     elif None in manifest.adapters:
         raise InputError(
             "the merge kept no copy of its adapters", where=str(folder / UNDO), expected=merged,

@@ -45,6 +45,7 @@ DESCRIBED = {
     "regraft.runtime.store.cache": ("CacheStats",),
     "regraft.runtime.in_place.merge": ("MergeReport",),
     "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
+    "regraft.translating": ("AdapterConversion",),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
     "regraft.verifying.prompting.report": ("PromptReport", "PromptAgreement"),
     "regraft.verifying.diffing.report": (
@@ -140,7 +141,7 @@ def test_every_documented_signature_has_all_parameters() -> None:
     text = read(DOCS / "reference-python.md")
     verbs = (
         *("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "shrink"),
-        *("clean", "save", "load_merged", "attach"),
+        *("clean", "save", "load_merged", "attach", "convert"),
     )
     for verb in verbs:
         match = re.search(rf"^regraft\.{verb}\((.*?)\) ->", text, re.M | re.DOTALL)

@@ -22,7 +22,6 @@ LONE = {
     "kohya": {f"lora_unet_{Q.replace('.', '_')}.lora_down.weight": A,
               f"lora_unet_{Q.replace('.', '_')}.lora_up.weight": B},
     "diffusers": {"unet.down.0.to_q.lora_A.weight": A, "unet.down.0.to_q.lora_B.weight": B},
-    "MLX": {f"{Q}.lora_a": B, f"{Q}.lora_b": A},
     "LitGPT": {"transformer.h.0.attn.attn.lora_A": A, "transformer.h.0.attn.attn.lora_B": B},
     "torchtune": {"layers.0.attn.q_proj.lora_a.weight": A, "layers.0.attn.q_proj.lora_b.weight": B},
     "mistral-finetune": {"layers.0.attention.wq.lora_A.weight": A,

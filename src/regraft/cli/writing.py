@@ -22,11 +22,16 @@ def write_model(
         arguments: what else it takes; ``max_memory`` is the cap that the summary speaks of.
         deltas: adapters were merged: the JSON names those that changed next to nothing.
     """
-    from regraft.cli.texts import receipt as receipt_text
-
     with output.progress() as progress:
         receipt = verb(**arguments, progress=progress)
+    tell_receipt(output, receipt, arguments["max_memory"], deltas=deltas)
+
+
+def tell_receipt(output: Output, receipt: Receipt, cap: str, *, deltas: bool = False) -> None:
+    """Print what became of a model; see :func:`write_model`."""
+    from regraft.cli.texts import receipt as receipt_text
+
     output.warn(receipt.warnings)
     more = {"quiet": receipt.quiet} if deltas else {}
-    text = receipt_text.render(receipt, cap=arguments["max_memory"])
+    text = receipt_text.render(receipt, cap=cap)
     output.data(receipt.to_json() | more, text)

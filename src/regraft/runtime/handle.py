@@ -153,7 +153,7 @@ class Adapters(Handle):
         """
         self._follow(thoroughly=True)
         self._library.check_new(name)
-        files = loading.open_files(source, token, peft_version)
+        files = loading.open_files(source, token, peft_version, self._base.plain)
         adapter = read_adapter(files)
         if self._library.cache is None or is_trainable:
             live = loading.load(name, files, adapter)

@@ -21,7 +21,7 @@ from regraft.adapters.model import Adapter
 from regraft.adapters.wrappers import plain_config
 from regraft.deltas.ranks.blas_threads import one_thread
 from regraft.errors import AdapterError, NumericError, Problem, UsageError
-from regraft.formats.adapter_files import AdapterFiles
+from regraft.formats.adapter_files import AdapterFiles, adapter_folder
 from regraft.formats.checkpoint import open_checkpoint
 from regraft.formats.files.inside import read_whole, refuse_outside
 from regraft.formats.files.reading import FilePool, typed_os_errors
@@ -32,7 +32,8 @@ from regraft.formats.problems import capped
 from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.files.publish import copy_file, write_file, write_pieces
 from regraft.merging.files.side_files import CARD, SideFiles, adapter_side_files, json_bytes
-from regraft.merging.inputs.any_dialect import open_adapter
+from regraft.merging.inputs.any_dialect import dialect_at, open_adapter
+from regraft.merging.inputs.base import open_base
 from regraft.merging.options import parse_dtype
 from regraft.progress import Progress, ProgressMeter, tell
 from regraft.shrinking.card import shrunk_card
@@ -230,7 +231,10 @@ def _opened(
     Raises:
         RegraftError: it cannot be read, or not be reduced.
     """
-    files = open_adapter(locate(adapter, kind="adapter", token=token))
+    located = locate(adapter, kind="adapter", token=token)
+    in_need = base is not None and dialect_at(adapter_folder(located)[0]) is not None
+    model = open_base(locate(str(base), kind="base", token=token)) if in_need else None
+    files = open_adapter(located, model)
     read = read_adapter(files)
     pairs = read_pairs(read)
     if choices.rank is not None or choices.energy is not None:

@@ -84,7 +84,7 @@ def find_inputs(
     if receipt is None or not receipt.adapters:
         return Inputs(None)
     try:
-        opened = named or _merged(folder, receipt, version, token)
+        opened = named or _merged(folder, receipt, version, token, checkpoint)
         found = checkpoint or _base_of(receipt, token)
         read = read_adapters(opened)
     except RegraftError as error:
@@ -127,8 +127,9 @@ def not_of_receipt(inputs: Inputs) -> list[str]:
 
 
 def _merged(
-    folder: Path, receipt: Receipt, version: str | None, token: str | None
-) -> list[tuple[AdapterFiles, float]]:
+    folder: Path, receipt: Receipt, version: str | None, token: str | None,
+    base: Checkpoint | None,
+) -> list[tuple[AdapterFiles, float]]:  # fmt: skip
     """Open the adapters of a receipt: the copies that were kept, or where they were.
 
     Raises:
@@ -143,7 +144,9 @@ def _merged(
     if None in names:
         sources = [unspelled(record.source) for record in receipt.adapters]
         _check_at_hand(sources, "adapter")
-        opened = [f for f, _ in open_adapters([*zip(sources, weights, strict=True)], token)]
+        model = base or _base_of(receipt, token)  # some dialects cannot be read without
+        pairs = [*zip(sources, weights, strict=True)]
+        opened = [f for f, _ in open_adapters(pairs, token, base=model)]
     else:
         opened = open_kept(folder, [str(name) for name in names], receipt)
     for files, record in zip(opened, receipt.adapters, strict=True):

@@ -168,6 +168,8 @@ class PlainAdapter:
         task_type: PEFT's word for what it was trained for, None for none.
         metadata: strings that travel with its tensors, such as the fingerprint of its base.
         notes: what a user should know of how it was read.
+        needs_base: why its tensors, or their names, cannot be told without the base, as a sentence;
+            "" where they can. All else of it holds, so that it can be described.
     """
 
     modules: tuple[LoraModule, ...]
@@ -177,6 +179,7 @@ class PlainAdapter:
     task_type: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    needs_base: str = ""
 
 
 @dataclass(frozen=True)

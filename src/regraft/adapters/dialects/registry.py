@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from regraft.adapters.dialects.form import NewFile, PlainAdapter
 from regraft.formats import foreign
 from regraft.formats.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # to say what a file is takes no arrays
+    from regraft.adapters.dialects.form import NewFile, PlainAdapter
 
 
 class Reader(Protocol):

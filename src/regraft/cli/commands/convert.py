@@ -1,4 +1,4 @@
-"""``regraft convert``: a model in another dtype, in other files, or as safetensors."""
+"""``regraft convert``: an adapter in another dialect, a model in another dtype or other files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,35 @@ import click
 
 from regraft.cli import options
 from regraft.cli.output import Output
-from regraft.cli.writing import write_model
+from regraft.cli.writing import tell_receipt
 
 
-@click.command(short_help="Write a model in another dtype, in other files, or as safetensors.")
-@click.argument("base", metavar="MODEL")
+@click.command(short_help="Write an adapter in another dialect, or a model in another dtype.")
+@click.argument("source", metavar="ADAPTER|MODEL")
 @options.out
+@click.option(
+    "--to",
+    metavar="DIALECT",
+    help="Of an adapter: what to write it in, such as mlx, gguf, kohya or diffusers.  "
+    "[default: peft]",
+)
+@click.option(
+    "--from",
+    "dialect",
+    metavar="DIALECT",
+    help="Of an adapter: what it is written in.  [default: what its files show]",
+)
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="Of an adapter: the model it is for. Some dialects cannot be read or written without.",
+)
+@click.option(
+    "--uniform",
+    is_flag=True,
+    help="Of an adapter: multiply every scale into B and give all modules one rank, for engines "
+    "that read no patterns and no rsLoRA (vLLM, llama.cpp).",
+)
 @options.dtype
 @options.shard_size
 @options.max_memory
@@ -26,21 +49,39 @@ from regraft.cli.writing import write_model
 @options.quiet
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, quiet: bool, **chosen: Any) -> None:
-    """Write a model in another dtype, in files of another size, or as safetensors.
+    """Write an adapter as another program reads it; or a model in another dtype, or in other files.
+
+    ADAPTER is a folder, a file or a Hub id, in any dialect that is read: PEFT's, MLX's, llama.cpp's
+    GGUF, kohya's, diffusers' and more; `regraft inspect` says which. OUT holds it in the dialect
+    that --to names. Every value stays, to the last bit, but where scales have to be multiplied into
+    B (--uniform, and dialects with one scale for all modules). What the dialect cannot say is
+    refused by name, and nothing is written.
 
     MODEL is a folder, a .safetensors or .bin file, or a Hub id such as org/name@revision; OUT holds
     safetensors. Tensors that keep their dtype keep their bytes. The config's dtype follows;
-    tokenizer and other files go along. For a quantized model use `regraft dequantize`, and to merge
-    adapters on the way `regraft merge`, which take the same options.
+    tokenizer and other files go along. --dtype, --shard-size, --max-memory, --threads, --reflink
+    and --digest-cache are for models. For a quantized model use `regraft dequantize`.
 
     \b
     Examples:
+      regraft convert ./adapter -o ./adapter-mlx --to mlx
+      regraft convert ./adapter -o ./adapter-gguf --to gguf --base ./base
+      regraft convert ./adapter-mlx -o ./adapter-peft
+      regraft convert ./adapter -o ./adapter-vllm --uniform
       regraft convert ./model -o ./model-bf16 --dtype bf16
       regraft convert org/model -o ./model --shard-size 2GB
-      regraft convert ./model-with-bin-files -o ./model
     """
     output = Output(as_json=as_json, quiet=quiet)
     output.mute_downloads()
     from regraft import converting
 
-    write_model(output, converting.convert, chosen | {"command": options.command_line(ctx)})
+    with output.progress() as progress:
+        done = converting.convert(**chosen, command=options.command_line(ctx), progress=progress)
+    from regraft.translating import AdapterConversion
+
+    if isinstance(done, AdapterConversion):
+        from regraft.cli.texts import convert as convert_text
+
+        output.data(done.to_json(), convert_text.render(done))
+    else:
+        tell_receipt(output, done, chosen["max_memory"])

@@ -86,6 +86,7 @@ def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
     revision = f" at {adapter.base_revision}" if adapter.base_revision else ""
     return [
         ("adapter", ", ".join(filter(None, [_kind(adapter), adapter.task_type or ""]))),
+        ("dialect", adapter.dialect if adapter.dialect != "peft" else ""),
         ("claims base", f"{adapter.base}{revision}" if adapter.base else "none"),
         ("fingerprint", _of_base(adapter)),
         ("rank", _rank(adapter)),

@@ -14,9 +14,8 @@ import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from regraft.adapters.dialects.as_peft import write
-from regraft.adapters.dialects.form import NewFile, PlainAdapter
 from regraft.adapters.dialects.registry import DIALECTS, Dialect, dialect_of
 from regraft.errors import UsageError
 from regraft.formats import adapter_files
@@ -25,15 +24,22 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
 from regraft.formats.foreign import Layout, of_tensors
 from regraft.formats.hub import Located
-from regraft.formats.layout import ADAPTER_SAFE
+from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
 from regraft.formats.safetensors import read_header
 from regraft.merging.files.publish import copy_file, write_pieces
 from regraft.merging.files.side_files import adapter_side_files
-from regraft.merging.inputs.base import see
+from regraft.tensors import VIRTUAL, TensorSpec
+
+if TYPE_CHECKING:  # to look at an adapter in PEFT's format takes no arrays
+    from regraft.adapters.dialects.form import NewFile, PlainAdapter
 
 
 def open_adapter(
-    located: Located, base: Checkpoint | None = None, dialect: str | None = None
+    located: Located,
+    base: Checkpoint | None = None,
+    dialect: str | None = None,
+    *,
+    described: bool = False,
 ) -> AdapterFiles:
     """Open an adapter in any dialect that is read.
 
@@ -41,6 +47,8 @@ def open_adapter(
         located: where it is.
         base: the model it is for; some dialects cannot be read without.
         dialect: what it is written in; None for what its files show.
+        described: it is looked at and not used: no tensor has a place to be read from, and the base
+            is not missed.
 
     Raises:
         UnsupportedError: a layout that is not read; says how to come to one that is.
@@ -56,8 +64,39 @@ def open_adapter(
             return opened
     elif (shown := dialect_at(found, dialect)) is None:
         return adapter_files.open_adapter(located)
+    from regraft.merging.inputs.base import see
+
     plain = shown.reader(found.path, None if base is None else see(base, None)[0])
+    if described:
+        return _described(found, shown, plain, notes)
+    if plain.needs_base:
+        raise UsageError(
+            f"{shown.shown} cannot be read without the model that it is for: {plain.needs_base}",
+            where=found.source, expected="the base", found="none",
+            hint="Name the base, where the command takes one; else write the adapter in PEFT's "
+            "format first: regraft convert ADAPTER -o OUT --base BASE",
+        )  # fmt: skip
     return _opened_as_peft(found, shown, plain, (*notes, *plain.notes))
+
+
+def _described(
+    located: Located, dialect: Dialect, plain: PlainAdapter, notes: tuple[str, ...]
+) -> AdapterFiles:
+    """Return an adapter's config and tensors in PEFT's names and shapes, with nothing written."""
+    from regraft.adapters.dialects.as_peft import config_of, tensors_of
+
+    path = located.path
+    root = path if path.is_dir() else path.parent
+    moved = tensors_of(plain)
+    tensors = {
+        name: TensorSpec(name, each.dtype, each.shape, path, VIRTUAL, each.nbytes)
+        for name, each in moved.items()
+    }
+    files = sorted({spec.path.name for each in moved.values() for spec in each.sources})
+    return AdapterFiles(
+        root, located.source, located.revision, config_of(plain), tensors, ", ".join(files),
+        dict(plain.metadata), (*notes, *plain.notes), dialect=dialect.name, origin=path,
+    )  # fmt: skip
 
 
 def dialect_at(located: Located, asked: str | None = None) -> Dialect | None:
@@ -95,17 +134,29 @@ def _by_tensors(located: Located) -> tuple[Layout, str] | None:
 def _opened_as_peft(
     located: Located, dialect: Dialect, plain: PlainAdapter, notes: tuple[str, ...]
 ) -> AdapterFiles:
+    from regraft.adapters.dialects.as_peft import write
+
     folder = Path(tempfile.mkdtemp(dir=_scratch()))
     with FilePool() as files:
         write_files(folder, write(plain), files)
-    root = located.path if located.path.is_dir() else located.path.parent
-    for name, path in adapter_side_files(root).files.items():
+    for name, path in _side_files(located.path).items():
         copy_file(path, folder / name)
     opened = adapter_files.open_adapter(replace(located, path=folder))
     note = f"{located.source} is {dialect.shown}: it is read as one in PEFT's format"
     return replace(
         opened, dialect=dialect.name, origin=located.path, notes=(note, *notes, *opened.notes)
     )
+
+
+def _side_files(path: Path) -> dict[str, Path]:
+    """Return the files that go along with an adapter; what lies beside a lone file need not be its.
+
+    A config of adapters beside it shows the folder to be that of one.
+    """
+    if path.is_dir():
+        return dict(adapter_side_files(path).files)
+    own = (path.parent / ADAPTER_CONFIG).is_file()
+    return dict(adapter_side_files(path.parent).files) if own else {}
 
 
 def write_files(folder: Path, new: tuple[NewFile, ...], files: FilePool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,12 @@ class LiveBase:
         if model is None:
             raise ReferenceError("the model is gone")
         return model
+
+    @property
+    def plain(self) -> Checkpoint:
+        """The parameters as a checkpoint of plain weights, which they are seen as."""
+        config = {k: v for k, v in (self.config or {}).items() if k != "quantization_config"}
+        return replace(self.checkpoint, config=config or None)
 
     def is_current(self) -> bool:
         """Whether modules and parameters still are what they were when this was looked at."""

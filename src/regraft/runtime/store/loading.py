@@ -16,6 +16,7 @@ from regraft.adapters.lora_config import VELORA
 from regraft.adapters.model import Adapter
 from regraft.errors import BaseMismatchWarning, ChangedError, UnsupportedError, redacted
 from regraft.formats.adapter_files import AdapterFiles
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import Stamp, watched
 from regraft.formats.hub import locate
@@ -31,7 +32,10 @@ from regraft.tensors import DTYPES, TensorSpec
 
 
 def open_files(
-    source: str | Path, token: str | None = None, peft_version: str | None = None
+    source: str | Path,
+    token: str | None = None,
+    peft_version: str | None = None,
+    base: Checkpoint | None = None,
 ) -> AdapterFiles:
     """Open an adapter's files: a folder, or a Hub id ``org/name[@revision]``.
 
@@ -39,6 +43,7 @@ def open_files(
         source: the folder or id.
         token: Hub token.
         peft_version: the release of PEFT that trained it, where its config does not say so.
+        base: the model it is for, seen as a checkpoint; some dialects cannot be read without.
 
     Raises:
         UsageError: ``peft_version`` is no release that tells anything.
@@ -47,7 +52,7 @@ def open_files(
     """
     check_version(peft_version)
     with watched(to_the_end=True) as watch:
-        files = open_adapter(locate(source, kind="adapter", token=token))
+        files = open_adapter(locate(source, kind="adapter", token=token), base)
     seen = watch.first(files.root / files.weights_file)
     return with_version(replace(files, seen=seen), peft_version)
 
