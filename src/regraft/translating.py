@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from regraft.adapters.dialects.uniform import UniformError, uniform_form
 from regraft.adapters.model import Adapter
 from regraft.errors import Problem, UnsupportedError, UsageError
 from regraft.formats.adapter_files import AdapterFiles
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
@@ -25,6 +26,7 @@ from regraft.merging.files.side_files import CARD, adapter_side_files
 from regraft.merging.inputs.any_dialect import open_adapter
 from regraft.merging.inputs.base import open_base, see
 from regraft.progress import Progress, ProgressMeter, tell
+from regraft.shrinking.copies import compare, copies_in
 from regraft.shrinking.targets import Pair, read_pairs
 
 PEFT = "peft"
@@ -110,11 +112,15 @@ def convert_adapter(
     if opened.dialect == PEFT and to is None and not uniform:
         raise _nothing_to_do(opened)
     read = read_adapter(opened)
+    seen = None if model is None else see(model, None)[0]
     plain, error = plain_adapter(opened, read), 0.0
+    left_out: tuple[str, ...] = ()
+    if to != "peft":
+        plain, left_out = _without_copies(plain, opened, read, seen)
     is_folded = uniform or (target.uniform and not _is_uniform(plain))
     if is_folded:
         plain, error = _folded(plain, opened)
-    new = target.writer(plain, None if model is None else see(model, None)[0])
+    new = target.writer(plain, seen)
     folder.check_inputs([read.inputs, *([model.root] if model is not None else [])])
     sides = adapter_side_files(opened.root).files
     folder.check_space(sum(f.nbytes for f in new) + sum(p.stat().st_size for p in sides.values()))
@@ -132,7 +138,8 @@ def convert_adapter(
         opened.source, str(folder.path), opened.dialect, target.name, len(plain.modules),
         sum(len(module.tensors) for module in plain.modules) + len(plain.whole)
         + len(plain.token_rows),
-        is_folded, error, tuple(file.name for file in new), (*opened.notes, *target.notes),
+        is_folded, error, tuple(file.name for file in new),
+        (*opened.notes, *left_out, *target.notes),
         time.perf_counter() - started,
     )  # fmt: skip
 
@@ -188,6 +195,20 @@ def _folded(plain: PlainAdapter, opened: AdapterFiles) -> tuple[PlainAdapter, fl
         ) from None  # fmt: skip
 
 
+def _without_copies(
+    plain: PlainAdapter, opened: AdapterFiles, read: Adapter, base: Checkpoint | None
+) -> tuple[PlainAdapter, tuple[str, ...]]:
+    """Return an adapter without the base's own embeddings, which PEFT saves along, and notes."""
+    copies = copies_in(opened, read) if base is not None else []
+    if base is None or not copies:
+        return plain, ()
+    outcomes = compare(copies, base)
+    equal = {c.parameter for c, how in zip(copies, outcomes, strict=True) if how == "dropped"}
+    whole = {name: tensor for name, tensor in plain.whole.items() if name not in equal}
+    notes = [f"{name} has the base's own values, and is left out" for name in sorted(equal)]
+    return replace(plain, whole=whole), tuple(notes)
+
+
 # -- PEFT's files as plain modules -----------------------------------------------------------------
 
 
@@ -217,6 +238,7 @@ def plain_adapter(files: AdapterFiles, adapter: Adapter) -> PlainAdapter:
         base=settings.base_model_name_or_path,
         task_type=settings.task_type,
         metadata={key: value for key, value in files.metadata.items() if key != "format"},
+        ensure_weight_tying=settings.ensure_weight_tying,
     )
 
 

@@ -66,7 +66,8 @@ def read_header(path: Path) -> Header:
     """
     raw, file_size = _raw_header(path)
     fields = _parse(path, raw)
-    metadata = fields.pop(METADATA_KEY, {})
+    metadata = fields.pop(METADATA_KEY, None)
+    metadata = {} if metadata is None else metadata  # null, which MLX writes, is none at all
     problems = _metadata_problems(path, metadata)
     problems += [p for name in fields for p in _tensor_problems(path, name, fields[name])]
     if problems:

@@ -64,6 +64,7 @@ def config_of(adapter: PlainAdapter) -> dict[str, Any]:
     return {
         "base_model_name_or_path": adapter.base,
         "bias": "all" if any(name.endswith(".bias") for name in adapter.whole) else "none",
+        **({"ensure_weight_tying": True} if adapter.ensure_weight_tying else {}),
         "exclude_modules": None,
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -167,6 +167,7 @@ class PlainAdapter:
         base: what it calls its base, None for nothing.
         task_type: PEFT's word for what it was trained for, None for none.
         metadata: strings that travel with its tensors, such as the fingerprint of its base.
+        ensure_weight_tying: whether what it adds to one side of tied embeddings is for both.
         notes: what a user should know of how it was read.
         needs_base: why its tensors, or their names, cannot be told without the base, as a sentence;
             "" where they can. All else of it holds, so that it can be described.
@@ -178,6 +179,7 @@ class PlainAdapter:
     base: str | None = None
     task_type: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
     notes: tuple[str, ...] = ()
     needs_base: str = ""
 

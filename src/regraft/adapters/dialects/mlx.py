@@ -1,21 +1,22 @@
 """MLX's dialect (mlx-lm): ``adapters.safetensors`` and an ``adapter_config.json`` of its own.
 
 ``X.lora_a`` is (in, r) and ``X.lora_b`` (r, out), stacks of experts (E, r, in) and (E, out, r); all
-modules have one rank and one scale, which is multiplied as it stands. Facts: mlx-lm 0.32,
-``mlx_lm/tuner`` (lora.py, dora.py, utils.py).
+modules have one rank and one scale, which is multiplied as it stands. A tied embedding is the
+output layer too, and so is what is added to it. Facts: mlx-lm 0.32, ``mlx_lm/tuner`` (lora.py,
+dora.py, utils.py) and ``sanitize`` of ``mlx_lm/models``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from regraft.adapters.dialects.base_facts import model_type, needed
+from regraft.adapters.dialects.experts import Stack, by_stack, leaf_of, single_experts
 from regraft.adapters.dialects.form import (
-    Kind,
     LoraModule,
     Moved,
     NewFile,
@@ -23,56 +24,72 @@ from regraft.adapters.dialects.form import (
     as_stored,
     stacked,
 )
+from regraft.adapters.dialects.gathering import Gathering, Parts
+from regraft.adapters.dialects.tied import EMBEDDINGS, as_one, as_two
 from regraft.adapters.dialects.writing import json_file, safetensors_file
 from regraft.errors import AdapterError, InputError, Problem, UnsupportedError
+from regraft.formats import foreign
 from regraft.formats.checkpoint import CONFIG_BYTES, Checkpoint
 from regraft.formats.files.json_file import read_json_object
 from regraft.formats.layout import ADAPTER_CONFIG, MLX_WEIGHTS
 from regraft.formats.problems import capped, quoted
 from regraft.formats.safetensors import read_header
-from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<what>lora_a|lora_b|m)")
-_SWITCH = re.compile(r"(?P<owner>.+)\.switch_mlp\.(?P<leaf>gate_proj|up_proj|down_proj)")
-_EXPERT = re.compile(r"(?P<owner>.+)\.experts\.(?P<number>\d+)\.(?P<leaf>\w+)")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
+_STACK = re.compile(r"(?P<owner>.+)\.(?P<stack>switch_mlp|experts)\.(?P<leaf>\w+)")
+_ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+_KINDS = ("lora", "dora")
+
+_STACK_IS_EXPERTS = ("Klear", "afmoe", "dots1")
+"""Model types whose stacks mlx-lm keeps under ``experts``; for others it is ``switch_mlp``."""
+
+_FUSED = ("gpt_oss", "llama4", "llama4_text")
+"""Those which it keeps there too, and whose published gate and up are one matrix."""
 
 
 def read(path: Path, base: Checkpoint | None) -> PlainAdapter:
     """Read an MLX adapter; see :class:`regraft.adapters.dialects.registry.Reader`."""
-    del base
     root = path if path.is_dir() else path.parent
     weights = root / MLX_WEIGHTS if path.is_dir() else path
     config = _config(root)
-    if config.get("fine_tune_type") == "full":
-        raise UnsupportedError(
-            "the folder holds whole weights, and no adapter", where=str(root),
-            found='fine_tune_type "full"', hint="Fuse it with mlx_lm.fuse to get a model",
-        )  # fmt: skip
+    _check_kind(root, config)
     scale = _scale(root, config)
-    parts, problems = _gathered(weights)
-    modules: list[LoraModule] = []
-    for name, found in parts.items():
-        trouble = _trouble(name, found, weights)
-        problems += trouble
-        if not trouble:
-            modules += _modules(name, found, scale)
-    if problems:
-        raise AdapterError(capped(problems, weights))
+    gathering = Gathering(weights)
+    found = gathering.parts(read_header(weights).tensors, _PART, "lora_a, lora_b or m")
+    for name, parts in found.items():
+        _add(gathering, name, parts, scale, base)
     named = config.get("model")
-    return PlainAdapter(
-        tuple(modules), base=named if isinstance(named, str) else None, task_type="CAUSAL_LM"
+    adapter = PlainAdapter(
+        gathering.done(), base=named if isinstance(named, str) else None, task_type="CAUSAL_LM"
     )
+    if any(module.name.rpartition(".")[2] == "lm_head" for module in adapter.modules):
+        return adapter  # mlx-lm has this module where the embeddings are not tied, and only there
+    return as_two(adapter, base)
 
 
 def _config(root: Path) -> dict[str, Any]:
     path = root / ADAPTER_CONFIG
     if not path.is_file():
         raise InputError(
-            f"{ADAPTER_CONFIG} is missing", where=str(root),
+            f"is {foreign.MLX.name}, and {ADAPTER_CONFIG} is missing", where=str(root),
             expected=f"mlx-lm's {ADAPTER_CONFIG} beside {MLX_WEIGHTS}: the scale stands in it",
         )  # fmt: skip
     return read_json_object(path, max_bytes=CONFIG_BYTES)
+
+
+def _check_kind(root: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("fine_tune_type", "lora")
+    if kind == "full":
+        raise UnsupportedError(
+            "the folder holds whole weights, and no adapter", where=str(root),
+            found='fine_tune_type "full"', hint="Fuse it with mlx_lm.fuse to get a model",
+        )  # fmt: skip
+    if kind not in _KINDS:
+        raise UnsupportedError(
+            "the adapter is of a kind that is not known", where=str(root / ADAPTER_CONFIG),
+            expected=f"fine_tune_type {' or '.join(_KINDS)}", found=quoted(kind),
+            hint="Fuse it with mlx_lm.fuse to get a model",
+        )  # fmt: skip
 
 
 def _scale(root: Path, config: Mapping[str, Any]) -> float:
@@ -86,49 +103,94 @@ def _scale(root: Path, config: Mapping[str, Any]) -> float:
     return float(scale)
 
 
-def _gathered(weights: Path) -> tuple[dict[str, dict[str, TensorSpec]], list[Problem]]:
-    parts: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
-    problems = []
-    for name, spec in read_header(weights).tensors.items():
-        match = _PART.fullmatch(name)
-        if match is None or spec.dtype not in WORKING_DTYPES:
-            problems.append(
-                Problem("not a tensor of an MLX adapter", f"{weights}, {name}",
-                        f"lora_a, lora_b or m, {' or '.join(WORKING_DTYPES)}", spec.dtype)
-            )  # fmt: skip
-        else:
-            parts[match["module"]][match["what"]] = spec
-    return parts, problems
-
-
-def _trouble(name: str, found: Mapping[str, TensorSpec], weights: Path) -> list[Problem]:
-    where = f"{weights}, {name}"
-    if "lora_a" not in found or "lora_b" not in found:
-        return [Problem("a module lacks a factor", where, "lora_a and lora_b", ", ".join(found))]
-    a, b = found["lora_a"].shape, found["lora_b"].shape
-    shown = f"lora_a {a}, lora_b {b}"
-    if len(a) != len(b) or len(a) not in (2, 3) or 0 in (*a, *b):
-        return [Problem("factors of odd shapes", where, "two matrices, or two stacks", shown)]
-    fit = a[1] == b[0] if len(a) == 2 else (a[0] == b[0] and a[1] == b[2])
-    if not fit:
-        return [Problem("factors do not fit each other", where, "one rank", shown)]
-    return []
-
-
-def _modules(name: str, found: Mapping[str, TensorSpec], scale: float) -> Iterator[LoraModule]:
-    a, b = as_stored(found["lora_a"]), as_stored(found["lora_b"])
-    magnitude = as_stored(found["m"]) if "m" in found else None
-    if len(a.shape) == 2:
-        kind: Kind = "embedding" if name.rpartition(".")[2] in _EMBEDDINGS else "linear"
-        rank = a.shape[1]
-        yield LoraModule(name, rank, scale, a.transposed, b.transposed, kind, None, magnitude)
+def _add(
+    gathering: Gathering, name: str, parts: Parts, scale: float, base: Checkpoint | None
+) -> None:
+    pair = gathering.pair(name, parts, ("lora_a", "lora_b"), (2, 3))
+    if pair is None:
         return
-    match = _SWITCH.fullmatch(name)
-    owner, leaf = (match["owner"], match["leaf"]) if match else name.rsplit(".", 1)
+    a, b = pair
+    if len(a.shape) == 3:
+        _add_stack(gathering, name, a, b, scale, base)
+        return
+    is_embedding = name.rpartition(".")[2] in EMBEDDINGS
+    if is_embedding and "m" in parts:
+        gathering.refuse("PEFT's magnitudes of an embedding are those of its columns, and mlx-lm's "
+                         "those of its rows: merge it with mlx_lm.fuse", f"{name}.m")  # fmt: skip
+        return
+    gathering.add(
+        _peft_name(name), a.transposed, b.transposed, scale, stored=name,
+        kind="embedding" if is_embedding else "linear",
+        magnitude=as_stored(parts["m"]) if "m" in parts else None,
+    )  # fmt: skip
+
+
+def _add_stack(
+    gathering: Gathering, name: str, a: Moved, b: Moved, scale: float, base: Checkpoint | None
+) -> None:
+    match = _STACK.fullmatch(name)
+    if match is None or match["leaf"] not in _ROLES:
+        gathering.refuse("stack of experts has a name that is not known", name,
+                         "switch_mlp with gate_proj, up_proj and down_proj")  # fmt: skip
+        return
+    if match["stack"] == "experts":
+        known = model_type(needed(base, f"it says how {name} lies"))
+        if known in _FUSED:
+            gathering.refuse(f"{known} has gate and up in one matrix, mlx-lm in two: merge it with "
+                             "mlx_lm.fuse", name)  # fmt: skip
+            return
+    if a.shape[0] != b.shape[0]:
+        gathering.refuse("factors are of different counts of experts", name, str(a.shape[0]),
+                         str(b.shape[0]))  # fmt: skip
+        return
+    owner = _peft_name(match["owner"])
+    leaf = leaf_of(owner, _ROLES[match["leaf"]], base)
     for expert in range(a.shape[0]):
-        yield LoraModule(
-            f"{owner}.experts.{expert}.{leaf}", a.shape[1], scale, a.at(expert), b.at(expert)
-        )
+        gathering.add(f"{owner}.experts.{expert}.{leaf}", a.at(expert), b.at(expert), scale,
+                      stored=name)  # fmt: skip
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+_TO_PEFT = tuple(
+    (re.compile(pattern), into)
+    for pattern, into in (
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head$", "lm_head"),
+        (r"^model\.h\.(?=\d+\.(attention\.(query_key_value|dense)|mlp\.dense_\w+)$)",
+         "gpt_neox.layers."),
+        (r"^model\.(?=embed_in$)", "gpt_neox."),
+        (r"^model\.(?=embed_out$)", ""),
+        (r"^model\.(?=h\.\d+\.|w[tp]e$)", "transformer."),
+    )
+)  # fmt: skip
+"""Beginnings of names in mlx-lm that transformers calls otherwise; the first one counts."""
+
+_FROM_PEFT = (
+    ("model.language_model.", "language_model.model."),
+    ("gpt_neox.layers.", "model.h."),
+    ("gpt_neox.embed_in", "model.embed_in"),
+    ("embed_out", "model.embed_out"),
+)
+_OF_GPT2 = ("gpt2", "gptj")
+"""Model types whose ``transformer`` is ``model``; those of others keep the name."""
+
+
+def _peft_name(name: str) -> str:
+    for pattern, into in _TO_PEFT:
+        if pattern.search(name):
+            return pattern.sub(into, name)
+    return name
+
+
+def _mlx_name(name: str, base: Checkpoint | None) -> str:
+    for before, after in _FROM_PEFT:
+        if name.startswith(before):
+            return after + name.removeprefix(before)
+    if name.startswith("transformer.h.") or name in ("transformer.wte", "transformer.wpe"):
+        known = model_type(needed(base, f"it says what mlx-lm calls {name}"))
+        return name.replace("transformer.", "model.", 1) if known in _OF_GPT2 else name
+    return name
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -136,63 +198,99 @@ def _modules(name: str, found: Mapping[str, TensorSpec], scale: float) -> Iterat
 
 def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]:
     """Return an adapter's files as mlx-lm reads them; all modules have one rank and scale."""
-    del base
-    problems = [_unsayable(module) for module in adapter.modules]
-    refused = [problem for problem in problems if problem is not None]
-    refused += [
-        Problem("mlx-lm has no place for a tensor that is replaced", name, hint=_MERGE)
-        for name in (*adapter.whole, *adapter.token_rows)
-    ]
     forms = {(module.rank, module.scale) for module in adapter.modules}
-    if len(forms) != 1:
+    if len(forms) > 1:
         raise ValueError("the form is not uniform")  # whoever calls makes it so first
-    if refused:
-        raise UnsupportedError(capped(refused, Path(MLX_WEIGHTS)))
-    (rank, scale), tensors = forms.pop(), dict[str, Moved]()
-    plain, experts = _by_stack(adapter)
+    _refuse(_unsayable(adapter))
+    single = as_one(single_experts(adapter, base), base)
+    plain, stacks, problems = by_stack(single.modules)
+    _refuse([*problems, *_unlike_dora(plain, stacks)])
+    tensors = dict[str, Moved]()
     for module in plain:
-        tensors[f"{module.name}.lora_a"] = module.a.transposed
-        tensors[f"{module.name}.lora_b"] = module.b.transposed
-        if module.magnitude is not None:
-            tensors[f"{module.name}.m"] = module.magnitude
-    for name, members in experts.items():
-        ordered = [members[number] for number in sorted(members)]
-        tensors[f"{name}.lora_a"] = stacked([member.a for member in ordered])
-        tensors[f"{name}.lora_b"] = stacked([member.b for member in ordered])
-    dora = any(module.magnitude is not None for module in adapter.modules)
-    keys = sorted({name.rpartition(".")[0] for name in tensors})
-    config = {
-        "fine_tune_type": "dora" if dora else "lora",
-        "model": adapter.base,
-        "num_layers": -1,
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
-    }
+        tensors |= _of_module(_mlx_name(module.name, base), module)
+    for stack in stacks:
+        tensors |= _of_stack(stack, base)
+    if any(name.startswith("language_model.") for name in tensors):
+        tensors = {
+            f"language_model.{name}" if name.startswith("lm_head.") else name: tensor
+            for name, tensor in tensors.items()
+        }
     weights = safetensors_file(MLX_WEIGHTS, tensors, {**adapter.metadata, "format": "mlx"})
-    return json_file(ADAPTER_CONFIG, config), weights
+    return json_file(ADAPTER_CONFIG, _new_config(adapter, forms.pop(), tensors)), weights
 
 
 _MERGE = "Merge it (`regraft merge`), and give mlx-lm the merged model"
 
 
-def _unsayable(module: LoraModule) -> Problem | None:
-    if module.kind in ("convolution", "experts"):
-        return Problem(f"mlx-lm has no LoRA for this kind of layer ({module.kind})", module.name,
-                       hint=_MERGE)  # fmt: skip
-    if module.bias is not None:
-        return Problem("mlx-lm's factors have no bias", module.name, hint=_MERGE)
-    return None
+def _new_config(
+    adapter: PlainAdapter, form: tuple[int, float], tensors: Mapping[str, Moved]
+) -> dict[str, Any]:
+    rank, scale = form
+    dora = any(module.magnitude is not None for module in adapter.modules)
+    keys = sorted({name.rpartition(".")[0] for name in tensors})
+    return {
+        "fine_tune_type": "dora" if dora else "lora",
+        "model": adapter.base,
+        "num_layers": -1,
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
+    }
 
 
-def _by_stack(
-    adapter: PlainAdapter,
-) -> tuple[list[LoraModule], dict[str, dict[int, LoraModule]]]:
-    """Return modules that stand alone, and those of experts by the name of their stack."""
-    plain, experts = [], defaultdict[str, dict[int, LoraModule]](dict)
+def _refuse(problems: list[Problem]) -> None:
+    if problems:
+        raise UnsupportedError(capped(problems, Path(MLX_WEIGHTS)))
+
+
+def _unsayable(adapter: PlainAdapter) -> list[Problem]:
+    problems = [
+        Problem("mlx-lm has no place for a tensor that is replaced", name, hint=_MERGE)
+        for name in (*adapter.whole, *adapter.token_rows)
+    ]
     for module in adapter.modules:
-        match = _EXPERT.fullmatch(module.name)
-        if match is None:
-            plain.append(module)
-        else:
-            stack = f"{match['owner']}.switch_mlp.{match['leaf']}"
-            experts[stack][int(match["number"])] = module
-    return plain, dict(experts)
+        if module.kind == "convolution":
+            problems.append(Problem("mlx-lm has no LoRA for this kind of layer (convolution)",
+                                    module.name, hint=_MERGE))  # fmt: skip
+        if module.bias is not None:
+            problems.append(Problem("mlx-lm's factors have no bias", module.name, hint=_MERGE))
+        if module.kind == "embedding" and module.magnitude is not None:
+            problems.append(Problem("mlx-lm's magnitudes of an embedding are those of its rows, "
+                                    "and PEFT's those of its columns", module.name,
+                                    hint=_MERGE))  # fmt: skip
+    if not adapter.modules and not problems:
+        problems.append(Problem("the adapter adapts no module", hint=_MERGE))
+    return problems
+
+
+def _unlike_dora(plain: Iterable[LoraModule], stacks: Iterable[Stack]) -> Iterator[Problem]:
+    """Yield the modules without magnitudes of an adapter that has some: mlx-lm gives them theirs.
+
+    Of each module with magnitudes it is a DoRA layer, and so is each without, with magnitudes that
+    are the norms of the base's rows. Such a layer does not compute what LoRA does.
+    """
+    modules = list(plain)
+    if all(module.magnitude is None for module in modules):
+        return
+    for module in modules:
+        if module.magnitude is None:
+            yield Problem("mlx-lm has DoRA for all modules or for none", module.name, hint=_MERGE)
+    for stack in stacks:
+        yield Problem("mlx-lm has no DoRA beside experts", f"{stack.owner}.experts", hint=_MERGE)
+
+
+def _of_module(name: str, module: LoraModule) -> dict[str, Moved]:
+    tensors = {f"{name}.lora_a": module.a.transposed, f"{name}.lora_b": module.b.transposed}
+    return tensors if module.magnitude is None else tensors | {f"{name}.m": module.magnitude}
+
+
+def _of_stack(stack: Stack, base: Checkpoint | None) -> dict[str, Moved]:
+    known = model_type(base)
+    where = "experts" if known in _STACK_IS_EXPERTS else "switch_mlp"
+    owner = stack.owner
+    if known in ("mixtral", "phimoe", "minimax"):  # whose module is mlp in transformers since 5
+        owner = re.sub(r"\.mlp$", ".block_sparse_moe", owner)
+    leaf = next(leaf for leaf, role in _ROLES.items() if role == stack.role)
+    name = f"{_mlx_name(owner, base)}.{where}.{leaf}"
+    return {
+        f"{name}.lora_a": stacked([member.a for member in stack.members]),
+        f"{name}.lora_b": stacked([member.b for member in stack.members]),
+    }
