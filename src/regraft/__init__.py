@@ -12,9 +12,10 @@ from regraft._version import __version__
 
 if TYPE_CHECKING:
     from regraft.adapters.lora_config import LoraConfig
-    from regraft.api import check, merge, plan
+    from regraft.api import merge, plan
     from regraft.converting import convert, dequantize, quantize
     from regraft.digesting import DigestReport, digest
+    from regraft.engines.checking import check
     from regraft.errors import (
         AccessError,
         AdapterError,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 _HOME = {
     "merge": "regraft.api",
     "plan": "regraft.api",
-    "check": "regraft.api",
+    "check": "regraft.engines.checking",
     "inspect": "regraft.inspection",
     "Inspection": "regraft.inspection",
     "ProgressEvent": "regraft.progress",

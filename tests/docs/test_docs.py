@@ -33,6 +33,7 @@ GENERATED = {DOCS / "benchmarks.md"}
 BEGIN, END = "<!-- cases: begin -->", "<!-- cases: end -->"
 
 DESCRIBED = {
+    "regraft.engines.report": ("EngineReport", "Finding"),
     "regraft.errors": ("Problem",),
     "regraft.inspection": (
         *("Inspection", "ModelFacts", "MergeFacts", "AdapterFacts", "DTypeShare", "FileFacts"),

@@ -19,11 +19,33 @@ if TYPE_CHECKING:
 @options.quantize
 @options.peft_version
 @options.max_memory
+@click.option(
+    "--for",
+    "engine",
+    metavar="ENGINE",
+    help="Say what an engine would leave out, refuse or apply otherwise: vllm, sglang, llama.cpp, "
+    "ollama, mlx, peft or diffusers; with a version, vllm==0.32.0.",
+)
+@click.option(
+    "--engine-option",
+    "engine_options",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    help="An option that the engine's server is started with, such as max_lora_rank=64. May be "
+    "given several times.",
+)
 @options.token
 @options.as_json
 @click.pass_context
 def command(
-    ctx: click.Context, /, base: str | None, adapters: tuple[str, ...], as_json: bool, **chosen: Any
+    ctx: click.Context,
+    /,
+    base: str | None,
+    adapters: tuple[str, ...],
+    engine: str | None,
+    engine_options: tuple[str, ...],
+    as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Say whether adapters would merge into a base, and if not, everything that stands in the way.
 
@@ -31,29 +53,54 @@ def command(
     adapter that regraft saved, a few values of the base tell whether it is the right one. Exits
     with 0 when it would merge, 1 when it would not, and 3 when a file cannot even be opened.
 
+    With --for, it says too what an engine would do with the adapter: each part that it would leave
+    out, refuse, or apply with another scale, and the way out. Exits with 1 if there is any.
+
     \b
     Examples:
       regraft check ./base ./adapter
       regraft check org/model ./adapter=0.5 ./other --json
+      regraft check ./base ./adapter --for vllm --engine-option max_lora_rank=64
     """
     from regraft import api
 
     output = Output(as_json=as_json)
     output.mute_repeated()
     found, adapters = options.base_named(output, base, adapters, chosen["token"])
-    report = api.check(found, list(adapters), **chosen)
+    if engine is None and not engine_options:
+        report = api.check(found, list(adapters), **chosen)
+    else:
+        report = _with_engine(found, adapters, engine, engine_options, chosen)
     output.warn(report.warnings)
     output.data(report.to_json(), _render(report))
     ctx.exit(0 if report.ok else 1)
 
 
+def _with_engine(
+    base: str,
+    adapters: tuple[str, ...],
+    engine: str | None,
+    given: tuple[str, ...],
+    chosen: dict[str, Any],
+) -> CheckReport:
+    from regraft.engines.checking import check
+
+    options = dict(option.partition("=")[::2] for option in given)
+    return check(base, list(adapters), engine=engine, engine_options=options, **chosen)
+
+
 def _render(report: CheckReport) -> str:
     from regraft.cli.text import plural
+    from regraft.cli.texts import engines
 
-    if report.ok:
-        return "ok: it would merge" + _counts(report.summary)
-    lines = [f"no: {plural(len(report.problems), 'problem')}"]
-    return "\n".join(lines + [f"  - {problem}" for problem in report.problems])
+    if report.problems:
+        lines = [f"no: {plural(len(report.problems), 'problem')}"]
+        lines += [f"  - {problem}" for problem in report.problems]
+    else:
+        lines = ["ok: it would merge" + _counts(report.summary)]
+    if report.engine is not None:
+        lines += ["", engines.render(report.engine)]
+    return "\n".join(lines)
 
 
 def _counts(summary: dict[str, Any]) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import Problem
+
+if TYPE_CHECKING:
+    from regraft.engines.report import EngineReport
 
 
 @dataclass(frozen=True)
@@ -13,25 +16,30 @@ class CheckReport:
     """The answer of :func:`regraft.check`.
 
     Attributes:
-        ok: whether the merge would go through, as far as headers can tell.
+        ok: whether the merge would go through, as far as headers can tell, and the engine that was
+            asked about would answer with the adapter as it was trained.
         problems: everything that stands in the way.
         warnings: what the user should know although it merges.
-        summary: counts of the plan (tensors by action, bytes, memory); empty when not ok.
+        summary: counts of the plan (tensors by action, bytes, memory); empty when it would not
+            merge.
+        engine: what the engine that was asked about would do; None where none was.
     """
 
     ok: bool
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
     summary: dict[str, Any] = field(default_factory=dict)
+    engine: EngineReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON-ready objects."""
-        return {
+        """Return the report as JSON-ready objects; ``engine`` is there if one was asked about."""
+        told = {
             "ok": self.ok,
             "problems": [problem.to_json() for problem in self.problems],
             "warnings": list(self.warnings),
             "summary": self.summary,
         }
+        return told if self.engine is None else told | {"engine": self.engine.to_json()}
 
 
 @dataclass(frozen=True)

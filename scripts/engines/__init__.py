@@ -1,0 +1,1 @@
+"""Runs each engine on small models: what it leaves out, and what `regraft check --for` says."""

