@@ -89,10 +89,9 @@ def digits() -> Any:
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, **settings: Any) -> None:
     """Save a tokenizer as transformers does."""
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>",
-        pad_token="<|endoftext|>", **settings,
-    )  # fmt: skip
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    special["pad_token"] = "<|endoftext|>" if "bos_token" not in settings else "<unk>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special | settings)
     fast.save_pretrained(folder)
 
 
