@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from regraft.exporting.report import ExportReport
+    from regraft.exporting.verb import export
     from regraft.inspection import Inspection, inspect
     from regraft.merging.files.leftovers import Leftover
     from regraft.merging.files.receipt import Receipt
@@ -79,6 +81,8 @@ _HOME = {
     "clean": "regraft.undoing",
     "verify": "regraft.verifying.verify",
     "diff": "regraft.verifying.diffing.diff",
+    "export": "regraft.exporting.verb",
+    "ExportReport": "regraft.exporting.report",
     "save": "regraft.runtime.saving.save",
     "LoraConfig": "regraft.adapters.lora_config",
     "shrink": "regraft.shrinking.verb",
@@ -130,6 +134,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "inspect",
     "diff",
     "shrink",
+    "export",
     "digest",
     "clean",
     "load_merged",
@@ -143,6 +148,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "CheckReport",
     "DiffReport",
     "DigestReport",
+    "ExportReport",
     "Inspection",
     "Leftover",
     "Plan",

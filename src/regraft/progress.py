@@ -13,7 +13,7 @@ class ProgressEvent:
 
     Attributes:
         stage: ``"read"`` (headers), ``"resume"`` (what an earlier try did is looked at),
-            ``"merge"``, ``"unmerge"``, ``"shrink"``, ``"verify"``, ``"compare"`` or
+            ``"merge"``, ``"unmerge"``, ``"shrink"``, ``"export"``, ``"verify"``, ``"compare"`` or
             ``"digest"`` (tensors), ``"prompts"`` (logits), or ``"finish"`` (flush and rename).
         done: bytes done so far.
         total: bytes in all; 0 while unknown.

@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": "regraft.cli.commands.inspect",
     "diff": "regraft.cli.commands.diff",
     "shrink": "regraft.cli.commands.shrink",
+    "export": "regraft.cli.commands.export",
     "digest": "regraft.cli.commands.digest",
     "generate": "regraft.cli.commands.generate",
     "chat": "regraft.cli.commands.chat",

@@ -231,7 +231,7 @@ def workplace(out: Path, *, overwrite: bool, kind: Kind = "model") -> Iterator[W
     folder = place_of(out)
     missing = [p for p in (folder.parent, *folder.parent.parents) if not os.path.lexists(p)]
     try:
-        with _locked(folder) as locked:
+        with locked_folder(folder) as locked:
             work, place = Workplace(folder), out.absolute()
             keep = False
             try:
@@ -273,7 +273,7 @@ def _is_put_back(work: Workplace, out: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[OpenFolder]:
+def locked_folder(folder: Path) -> Iterator[OpenFolder]:
     """Make a folder and hold a lock on it; one that is there has to be this user's alone."""
     tries = _TRIES
     while True:
