@@ -100,6 +100,10 @@ def test_a_folder_is_named_by_what_lies_in_it(
     place.write_text("{}")
     if with_config:
         toys.write_json(tmp_path / "a" / "adapter_config.json", toys.adapter_config())
+    if is_read(BY_FILE[file]):  # what is in the file, and beside it, is then found wanting
+        with pytest.raises(regraft.InputError, match=rf"{BY_FILE[file]}|{file}"):
+            regraft.check(base, tmp_path / "a")
+        return
     with pytest.raises(regraft.UnsupportedError, match=BY_FILE[file]):
         regraft.check(base, tmp_path / "a")
 

@@ -177,9 +177,5 @@ def _trouble(
                       f"experts 0 to {count - 1}", f"none for {', '.join(missing[:8])}",
                       _MERGE)  # fmt: skip
     first = ordered[0]
-    if any(
-        (m.a.shape, m.b.shape, m.a.dtype, m.b.dtype)
-        != (first.a.shape, first.b.shape, first.a.dtype, first.b.dtype)
-        for m in ordered
-    ):
-        yield Problem("the experts of a stack have to be of one size and dtype", where, hint=_MERGE)
+    if any((m.a.shape, m.b.shape) != (first.a.shape, first.b.shape) for m in ordered):
+        yield Problem("the experts of a stack have to be of one size", where, hint=_MERGE)
