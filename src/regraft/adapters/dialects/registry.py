@@ -98,6 +98,8 @@ DIALECTS: dict[str, Dialect] = {
         Dialect("mlx", foreign.MLX.name, f"{_HERE}.mlx", uniform=True),
         Dialect("torchtune", foreign.TORCHTUNE.name, f"{_HERE}.torchtune", uniform=True),
         Dialect("litgpt", foreign.LITGPT.name, f"{_HERE}.litgpt", uniform=True, notes=_LITGPT),
+        Dialect("tinker", foreign.TINKER.name, f"{_HERE}.tinker", uniform=True),
+        Dialect("automodel", foreign.AUTOMODEL.name, f"{_HERE}.automodel", uniform=True),
         Dialect("mistral", foreign.MISTRAL.name, f"{_HERE}.mistral", uniform=True, notes=_MISTRAL),
     )
 }
