@@ -140,6 +140,7 @@ _BY_TENSOR: tuple[tuple[re.Pattern[str], Layout], ...] = tuple(
 """Whole names of tensors, each with the layout that has them; the first one counts."""
 
 _TINKER_HEAD = re.compile(r"(.*\.)?unembed_tokens\.lora_[AB](\..*)?")
+_TINKER_SPLIT = re.compile(r".*\.in_proj_[qkv]\.lora_[AB](\..*)?")
 _TINKER_EXPERTS = re.compile(r".*\.experts\.w[123]\.lora_[AB](\..*)?")
 
 MOST_ENTRIES = 10_000
@@ -152,7 +153,8 @@ def of_tensors(shapes: Shapes) -> tuple[Layout, str] | None:
     None for PEFT's own names, and for names that nobody here knows.
     """
     for name, shape in shapes.items():
-        if _TINKER_HEAD.fullmatch(name) or (_TINKER_EXPERTS.fullmatch(name) and len(shape) == 3):
+        is_stack = _TINKER_EXPERTS.fullmatch(name) and len(shape) == 3
+        if is_stack or _TINKER_HEAD.fullmatch(name) or _TINKER_SPLIT.fullmatch(name):
             return TINKER, name
         for pattern, layout in _BY_TENSOR:
             if pattern.fullmatch(name):

@@ -71,10 +71,14 @@ class _Archive:
         return None if start < 0 else read_at(self.fd, self.path, start, size)
 
 
-def read_torch_file(path: Path) -> dict[str, TensorSpec]:
+def read_torch_file(path: Path, under: str | None = None) -> dict[str, TensorSpec]:
     """Return the tensors of a PyTorch zip file by name, in order of offset.
 
     Two tensors that share a storage get two specs over the same bytes.
+
+    Args:
+        path: the file.
+        under: the key of the tensors' dict, where another dict is around it.
 
     Raises:
         FormatError: it is not a sound zip of uncompressed records with a flat dict of dense,
@@ -86,7 +90,7 @@ def read_torch_file(path: Path) -> dict[str, TensorSpec]:
     fd = open_regular(path)
     try:
         archive = _open_archive(fd, path)
-        tensors = _state_dict(archive)
+        tensors = _state_dict(archive, under)
         placed = _place_all(archive, tensors)
     except _ZIP_TROUBLE as error:
         raise FormatError(
@@ -225,7 +229,7 @@ def _data_offset(fd: int, path: Path, entry: zipfile.ZipInfo) -> int:
     return start
 
 
-def _state_dict(archive: _Archive) -> dict[str, StoredTensor]:
+def _state_dict(archive: _Archive, under: str | None) -> dict[str, StoredTensor]:
     """Return the tensors that the pickle describes, by name.
 
     Raises:
@@ -244,6 +248,8 @@ def _state_dict(archive: _Archive) -> dict[str, StoredTensor]:
             found=quoted(str(error)),
             hint=f"{_SAVE_AGAIN}, if you trust its origin",
         ) from None
+    if under is not None and isinstance(value, dict) and isinstance(value.get(under), dict):
+        value = value[under]
     _check_flat(archive.path, value)
     return dict(value)
 

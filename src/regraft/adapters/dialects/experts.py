@@ -28,6 +28,9 @@ ROLES = {
 }  # fmt: skip
 """What the matrices of an expert are, by the names that checkpoints have."""
 
+_OTHER_EXPERT = re.compile(r"\.experts\.\w+\.\d+$|\.experts\.\d+\.")
+"""Other names of one expert's matrix, such as Unsloth's ``experts.gate_up_projs.3``."""
+
 _W = {"gate": "w1", "up": "w3", "down": "w2"}
 _PROJ = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _WITH_W = ("block_sparse_moe", "feed_forward")
@@ -142,18 +145,21 @@ def by_stack(
     modules: Iterable[LoraModule],
 ) -> tuple[list[LoraModule], list[Stack], list[Problem]]:
     """Return modules that are no experts, stacks of those that are, and what cannot be a stack."""
-    plain: list[LoraModule] = []
+    plain, problems = list[LoraModule](), list[Problem]()
     numbered: dict[tuple[str, str], dict[int, LoraModule]] = defaultdict(dict)
     for module in modules:
         match = EXPERT.fullmatch(module.name)
-        if match is None or match["leaf"] not in ROLES:
+        if match is None and not _OTHER_EXPERT.search(module.name):
             plain.append(module)
+        elif match is None or match["leaf"] not in ROLES:
+            problems.append(Problem("the experts have gate and up in one matrix, or names that are "
+                                    "not known", module.name, hint=_MERGE))  # fmt: skip
         else:
             numbered[match["owner"], ROLES[match["leaf"]]][int(match["number"])] = module
     counts = {owner: 0 for owner, _ in numbered}
     for (owner, _), members in numbered.items():
         counts[owner] = max(counts[owner], *(number + 1 for number in members))
-    stacks, problems = [], []
+    stacks = []
     for (owner, role), members in numbered.items():
         ordered = [members[number] for number in sorted(members)]
         trouble = list(_trouble(owner, role, members, counts[owner], ordered))
@@ -177,9 +183,5 @@ def _trouble(
                       f"experts 0 to {count - 1}", f"none for {', '.join(missing[:8])}",
                       _MERGE)  # fmt: skip
     first = ordered[0]
-    if any(
-        (m.a.shape, m.b.shape, m.a.dtype, m.b.dtype)
-        != (first.a.shape, first.b.shape, first.a.dtype, first.b.dtype)
-        for m in ordered
-    ):
-        yield Problem("the experts of a stack have to be of one size and dtype", where, hint=_MERGE)
+    if any((m.a.shape, m.b.shape) != (first.a.shape, first.b.shape) for m in ordered):
+        yield Problem("the experts of a stack have to be of one size", where, hint=_MERGE)

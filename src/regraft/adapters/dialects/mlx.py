@@ -26,6 +26,7 @@ from regraft.adapters.dialects.form import (
 )
 from regraft.adapters.dialects.gathering import Gathering, Parts
 from regraft.adapters.dialects.tied import EMBEDDINGS, as_one, as_two
+from regraft.adapters.dialects.widening import as_one_dtype
 from regraft.adapters.dialects.writing import json_file, safetensors_file
 from regraft.errors import AdapterError, InputError, Problem, UnsupportedError
 from regraft.formats import foreign
@@ -291,6 +292,6 @@ def _of_stack(stack: Stack, base: Checkpoint | None) -> dict[str, Moved]:
     leaf = next(leaf for leaf, role in _ROLES.items() if role == stack.role)
     name = f"{_mlx_name(owner, base)}.{where}.{leaf}"
     return {
-        f"{name}.lora_a": stacked([member.a for member in stack.members]),
-        f"{name}.lora_b": stacked([member.b for member in stack.members]),
+        f"{name}.lora_a": stacked(as_one_dtype([member.a for member in stack.members])),
+        f"{name}.lora_b": stacked(as_one_dtype([member.b for member in stack.members])),
     }

@@ -84,11 +84,25 @@ class Dialect:
 
 _HERE = "regraft.adapters.dialects"
 
+_LITGPT = (
+    "litgpt merge_lora wants model_config.yaml and the tokenizer of its base beside the adapter",
+    "and in hyperparameters.yaml, as checkpoint_dir, the path of that base",
+)
+
+_MISTRAL = (
+    "mistral-inference reads no params.json: call load_lora with scaling= its lora.scaling",
+)
+
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
         Dialect("peft", "an adapter in PEFT's format", f"{_HERE}.as_peft", reads=False),
         Dialect("mlx", foreign.MLX.name, f"{_HERE}.mlx", uniform=True),
+        Dialect("torchtune", foreign.TORCHTUNE.name, f"{_HERE}.torchtune", uniform=True),
+        Dialect("litgpt", foreign.LITGPT.name, f"{_HERE}.litgpt", uniform=True, notes=_LITGPT),
+        Dialect("tinker", foreign.TINKER.name, f"{_HERE}.tinker", uniform=True),
+        Dialect("automodel", foreign.AUTOMODEL.name, f"{_HERE}.automodel", uniform=True),
+        Dialect("mistral", foreign.MISTRAL.name, f"{_HERE}.mistral", uniform=True, notes=_MISTRAL),
     )
 }
 """Every dialect that is read or written, by name."""

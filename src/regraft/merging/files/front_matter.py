@@ -8,18 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from regraft.formats.files.inside import head_of, why_not
 from regraft.formats.files.reading import typed_os_errors
 from regraft.formats.files.text import plain_text
+from regraft.formats.files.yaml_file import LimitedLoader
 from regraft.formats.problems import quoted
 from regraft.merging.files.side_files import CARD
 
 _HEAD = 2**16
 """Bytes of a card in which its metadata has to end."""
 
-_MOST_LEVELS = 32
 _MOST_LETTERS, _MOST_ITEMS = 10_000, 1_000
 _KEPT = (
     "license",
@@ -95,30 +93,10 @@ def _is_plain(value: object) -> bool:
     )
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads YAML without aliases, which can stand for a million times their size.
-
-    ``no`` is a language, and no truth value; of two equal keys neither is believed.
-    """
+class _Loader(LimitedLoader):
+    """Reads YAML in which ``no`` is a language, and no truth value."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own way)
         first: [(tag, regex) for tag, regex in resolvers if not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        for first, resolvers in LimitedLoader.yaml_implicit_resolvers.items()
     }
-    _levels = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not read")
-        self._levels += 1
-        if self._levels > _MOST_LEVELS:
-            raise yaml.YAMLError(f"more than {_MOST_LEVELS} levels")
-        node = super().compose_node(parent, index)
-        self._levels -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(keys)) < len(keys):
-            raise yaml.YAMLError("a key occurs twice")
-        return super().construct_mapping(node, deep=deep)
