@@ -59,7 +59,8 @@ class Dialect:
         shown: what an adapter in it is called, such as ``"an MLX adapter"``.
         module: the module that reads or writes it.
         reads, writes: whether it does.
-        uniform: whether it has one rank and one scale for all modules.
+        uniform: whether it has one rank and one scale for all modules, or what its module calls
+            sayable (``is_sayable``).
         notes: what to say to whoever writes it.
     """
 
@@ -76,6 +77,14 @@ class Dialect:
         """What reads it."""
         return cast(Reader, import_module(self.module)).read
 
+    def takes(self, adapter: PlainAdapter) -> bool:
+        """Whether it can say an adapter's ranks and scales, as they are."""
+        own = getattr(import_module(self.module), "is_sayable", None)
+        if own is not None:
+            return bool(own(adapter))
+        forms = {(module.rank, module.scale) for module in adapter.modules}
+        return not self.uniform or len(forms) <= 1
+
     @property
     def writer(self) -> Callable[[PlainAdapter, Checkpoint | None], tuple[NewFile, ...]]:
         """What writes it."""
@@ -89,6 +98,7 @@ DIALECTS: dict[str, Dialect] = {
     for dialect in (
         Dialect("peft", "an adapter in PEFT's format", f"{_HERE}.as_peft", reads=False),
         Dialect("mlx", foreign.MLX.name, f"{_HERE}.mlx", uniform=True),
+        Dialect("gguf", foreign.GGUF.name, f"{_HERE}.gguf", uniform=True),
     )
 }
 """Every dialect that is read or written, by name."""
