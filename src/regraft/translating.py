@@ -115,13 +115,13 @@ def convert_adapter(
     seen = None if model is None else see(model, None)[0]
     plain, error = plain_adapter(opened, read), 0.0
     left_out: tuple[str, ...] = ()
-    if to != "peft":
+    if target.name != PEFT:
         plain, left_out = _without_copies(plain, opened, read, seen)
-    is_folded = uniform or (target.uniform and not _is_uniform(plain))
+    is_folded = uniform or not target.takes(plain)
     if is_folded:
         plain, error = _folded(plain, opened)
     new = target.writer(plain, seen)
-    folder.check_inputs([read.inputs, *([model.root] if model is not None else [])])
+    folder.check_inputs([read.inputs, *_files_of(model)])
     sides = adapter_side_files(opened.root).files
     folder.check_space(sum(f.nbytes for f in new) + sum(p.stat().st_size for p in sides.values()))
     told = ProgressMeter(progress, "convert", sum(file.nbytes for file in new))
@@ -142,6 +142,13 @@ def convert_adapter(
         (*opened.notes, *left_out, *target.notes),
         time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _files_of(model: Checkpoint | None) -> list[Path]:
+    """Return the folder of a model, or its files where these were named alone."""
+    if model is None:
+        return []
+    return [shard.path for shard in model.shards] if model.single_file else [model.root]
 
 
 def _refuse_file(out: str | Path) -> None:
@@ -179,10 +186,6 @@ def _target(name: str) -> Dialect:
         raise UsageError("there is no such dialect of adapters to write", where="to",
                          expected=known, found=name)  # fmt: skip
     return found
-
-
-def _is_uniform(plain: PlainAdapter) -> bool:
-    return len({(module.rank, module.scale) for module in plain.modules}) <= 1
 
 
 def _folded(plain: PlainAdapter, opened: AdapterFiles) -> tuple[PlainAdapter, float]:

@@ -211,7 +211,7 @@ def general_type(path: Path) -> str | None:
         try:
             header = _Header(fd, path)
             _, keys = header.counts()
-            found = _metadata(header, keys).get("general.type")
+            found = _first(header, keys, "general.type")
         finally:
             os.close(fd)
     except InputError:
@@ -377,6 +377,16 @@ def _metadata(header: _Header, count: int) -> dict[str, Value]:
             raise _malformed(header.path, "each key once", f"{quoted(key)} twice")
         metadata[key] = _value(header, key, header.number("I"))
     return metadata
+
+
+def _first(header: _Header, count: int, wanted: str) -> Value | None:
+    """Return the value of a key, and read no further than that; None if it is not there."""
+    for _ in range(count):
+        key = header.text("a key")
+        value = _value(header, key, header.number("I"))
+        if key == wanted:
+            return value
+    return None
 
 
 def _value(header: _Header, key: str, kind: int) -> Value:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from regraft.errors import RegraftError
 from regraft.formats.files.reading import open_regular
+from regraft.formats.gguf import general_type
 from regraft.formats.safetensors import read_header
 
 Looks = Literal[
@@ -62,10 +63,16 @@ def _folder_looks_like(path: Path, names: set[str]) -> Looks:
         (MLX_WEIGHTS in names, "mlx-adapter"),
         (weights, _weights_look_like(path, names)),
         (ADAPTER_CONFIG in names, "adapter"),
-        (any(name.endswith(".gguf") for name in names), "gguf"),
+        (any(name.endswith(".gguf") for name in names), _gguf_looks_like(path, names)),
         (bool(names & _TOKENIZER_FILES), "tokenizer"),
     )
     return next((looks for seen, looks in signs if seen), "unknown")
+
+
+def _gguf_looks_like(path: Path, names: set[str]) -> Looks:
+    files = [path / name for name in names if name.endswith(".gguf")]
+    adapters = [file for file in files if general_type(file) == "adapter"]
+    return "adapter" if adapters and len(adapters) == len(files) else "gguf"
 
 
 def _weights_look_like(path: Path, names: set[str]) -> Looks:
@@ -95,7 +102,7 @@ def _file_looks_like(path: Path) -> Looks:
     if path.name in by_name:
         return by_name[path.name]
     if is_gguf(path):
-        return "gguf"
+        return "adapter" if general_type(path) == "adapter" else "gguf"
     if path.suffix in TORCH_SUFFIXES:
         return "checkpoint"
     return _safetensors_looks_like(path) if path.suffix == ".safetensors" else "unknown"

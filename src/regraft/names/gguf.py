@@ -578,3 +578,36 @@ def window_note(family: GgufFamily, config: Mapping[str, Any]) -> str | None:
         f"the model looks back {window} tokens; llama.cpp lets it look back without a limit, so "
         "answers differ on longer texts"
     )
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """Return GGUF's name of the architecture of a model, by its config; None for one not known.
+
+    Of a model of images and text, that of its text model.
+    """
+    for level in (config, config.get("text_config")):
+        kind = level.get("model_type") if isinstance(level, Mapping) else None
+        for name, family in FAMILIES.items():
+            if kind is not None and kind in (family.model_type, *family.also):
+                return name
+    return None
+
+
+def heads_of(config: Mapping[str, Any], module: str) -> int:
+    """Return in how many heads the rows of a module of queries or keys lie, 0 where nothing tells.
+
+    Args:
+        config: as ``config.json`` has it.
+        module: name of the module, which ends with ``q_proj`` or ``k_proj``.
+    """
+    within = config.get("text_config") if "num_attention_heads" not in config else config
+    level = within if isinstance(within, Mapping) else {}
+    heads = level.get("num_attention_heads")
+    if module.endswith("k_proj"):
+        heads = level.get("num_key_value_heads") or heads
+    return heads if isinstance(heads, int) else 0
+
+
+def layer_of(name: str) -> int:
+    """Return the number of the layer that a tensor or module is of, -1 for none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

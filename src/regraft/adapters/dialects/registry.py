@@ -59,7 +59,8 @@ class Dialect:
         shown: what an adapter in it is called, such as ``"an MLX adapter"``.
         module: the module that reads or writes it.
         reads, writes: whether it does.
-        uniform: whether it has one rank and one scale for all modules.
+        uniform: whether it has one rank and one scale for all modules, or what its module calls
+            sayable (``is_sayable``).
         notes: what to say to whoever writes it.
     """
 
@@ -75,6 +76,14 @@ class Dialect:
     def reader(self) -> Callable[[Path, Checkpoint | None], PlainAdapter]:
         """What reads it."""
         return cast(Reader, import_module(self.module)).read
+
+    def takes(self, adapter: PlainAdapter) -> bool:
+        """Whether it can say an adapter's ranks and scales, as they are."""
+        own = getattr(import_module(self.module), "is_sayable", None)
+        if own is not None:
+            return bool(own(adapter))
+        forms = {(module.rank, module.scale) for module in adapter.modules}
+        return not self.uniform or len(forms) <= 1
 
     @property
     def writer(self) -> Callable[[PlainAdapter, Checkpoint | None], tuple[NewFile, ...]]:
@@ -103,6 +112,7 @@ DIALECTS: dict[str, Dialect] = {
         Dialect("tinker", foreign.TINKER.name, f"{_HERE}.tinker", uniform=True),
         Dialect("automodel", foreign.AUTOMODEL.name, f"{_HERE}.automodel", uniform=True),
         Dialect("mistral", foreign.MISTRAL.name, f"{_HERE}.mistral", uniform=True, notes=_MISTRAL),
+        Dialect("gguf", foreign.GGUF.name, f"{_HERE}.gguf", uniform=True),
     )
 }
 """Every dialect that is read or written, by name."""

@@ -37,7 +37,7 @@ Kind = Literal["model", "adapter"]
 
 _MAY_REPLACE: dict[Kind, tuple[Looks, ...]] = {
     "model": ("merged", "checkpoint", "empty", "tokenizer"),
-    "adapter": ("adapter", "empty"),
+    "adapter": ("adapter", "mlx-adapter", "empty"),
 }
 """What an output may take the place of, by what it is itself."""
 
