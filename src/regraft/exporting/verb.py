@@ -16,14 +16,17 @@ from regraft.exporting.mlx import (
     window_note,
     write_mlx,
 )
+from regraft.exporting.ollama import GGUF_NAME, MODELFILE, modelfile_of
 from regraft.exporting.output_file import OutputFile
 from regraft.exporting.report import ExportReport
 from regraft.exporting.tensors import parse_type
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import expanded
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import locate
 from regraft.merging.files.output_folder import OutputFolder
+from regraft.merging.files.publish import write_file
 from regraft.merging.inputs.base import open_base
 from regraft.merging.options import MergeOptions
 from regraft.progress import Progress, tell
@@ -80,8 +83,9 @@ def export(
             quantized model, what its codes stand for is exported to GGUF.
         out: what to make; it appears whole or not at all. For ``gguf`` a file with the suffix
             ``.gguf``, else a folder.
-        engine: ``"gguf"`` for llama.cpp and what is made of it; ``"mlx"`` for mlx-lm: the same
-            weights with the keys that it looks for in the config.
+        engine: ``"gguf"`` for llama.cpp and what is made of it; ``"ollama"`` for a folder with such
+            a file and a Modelfile; ``"mlx"`` for mlx-lm: the same weights with the keys that it
+            looks for in the config.
         type: type of the matrices in GGUF: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``,
             ``q5_0``, ``q4_1`` or ``q4_0``; by default the dtype that most values have.
         like: a GGUF file of the same model, whose tokenizer is taken instead of the folder's.
@@ -123,6 +127,30 @@ def _for_gguf(call: _Call, started: float) -> ExportReport:
     )  # fmt: skip
 
 
+def _for_ollama(call: _Call, started: float) -> ExportReport:
+    folder = OutputFolder.asked_for(
+        call.out, call.model, call.like, overwrite=call.overwrite, kind="gguf"
+    )
+    stored = call.opened()
+    made = plan_gguf(stored, call.type, call.like)
+    generation = stored.root / "generation_config.json"
+    said = read_json_object(generation) if generation.is_file() else {}
+    modelfile = modelfile_of(made.metadata, said)
+    folder.check_inputs([stored.root, *([call.like] if call.like else [])])
+    folder.check_space(made.nbytes)
+    with folder.work() as work:
+        work.begin("export")
+        work.keep_only(())
+        digest = write_gguf(made, work.out / GGUF_NAME, call.max_memory, call.progress)
+        write_file(work.out / MODELFILE, modelfile.text.encode())
+        tell(call.progress, "finish", made.nbytes)
+    return ExportReport(
+        stored.source, str(folder.path), "ollama", (MODELFILE, GGUF_NAME), made.nbytes,
+        made.architecture, made.types, made.tokenizer, digest,
+        notes=(*made.notes, *modelfile.notes), seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
 def _for_mlx(call: _Call, started: float) -> ExportReport:
     if call.type is not None or call.like is not None:
         raise UsageError("weights and tokenizer stay as they are for MLX",
@@ -160,5 +188,7 @@ def _changes(old: dict[str, object], new: dict[str, object]) -> tuple[str, ...]:
     return found
 
 
-ENGINES: dict[str, Callable[[_Call, float], ExportReport]] = {"gguf": _for_gguf, "mlx": _for_mlx}
+ENGINES: dict[str, Callable[[_Call, float], ExportReport]] = {
+    "gguf": _for_gguf, "ollama": _for_ollama, "mlx": _for_mlx,
+}  # fmt: skip
 """What a model can be written for."""

@@ -23,7 +23,7 @@ from regraft.cli.output import Output
 @click.option(
     "--for",
     "engine",
-    type=click.Choice(["gguf", "mlx"]),
+    type=click.Choice(["gguf", "ollama", "mlx"]),
     default="gguf",
     show_default=True,
     help="Program to write it for.",
@@ -55,14 +55,16 @@ def command(*, as_json: bool, quiet: bool, **chosen: Any) -> None:
     MODEL is a folder in the layout of transformers, such as a merged model, or a Hub id. GGUF,
     which llama.cpp reads, is one file with weights, hyperparameters and tokenizer; of a quantized
     model, with what its codes stand for. What llama.cpp would compute otherwise, and tokenizers
-    that it would not follow, are refused by name. For mlx the weights stay as they are, and the
-    config gets the keys that mlx-lm looks for.
+    that it would not follow, are refused by name. For ollama OUT is a folder with such a file and a
+    Modelfile. For mlx the weights stay as they are, and the config gets the keys that mlx-lm looks
+    for.
 
     \b
     Examples:
       regraft export ./merged -o merged.gguf
       regraft export ./merged -o merged.gguf --type q8_0
       regraft export ./merged -o merged.gguf --like base.gguf
+      regraft export ./merged -o ./merged-ollama --for ollama --type q8_0
       regraft export ./merged -o ./merged-mlx --for mlx
     """
     output = Output(as_json=as_json, quiet=quiet)
