@@ -15,6 +15,7 @@ _INSTALL = {
     "accelerate": "pip install accelerate",
     "bitsandbytes": "pip install bitsandbytes",
     "gguf": "pip install 'regraft[gguf]'",
+    "jinja2": "pip install 'regraft[gguf]'",
 }
 """How to install what the extra of torch does not bring."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def save_model(
 ) -> Path:
     """Save a small model with random values in every parameter, and a tokenizer; return it."""
     family = FAMILIES[architecture]
-    settings = {"model_type": family.model_type} | SIZES | OWN[architecture] | changes
+    settings = {"model_type": family.model_type} | SIZES | OWN[architecture] | deepcopy(changes)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)

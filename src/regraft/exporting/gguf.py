@@ -21,7 +21,16 @@ from regraft.merging.inputs.base import see
 from regraft.merging.inputs.dequantized_view import Quantization, check_scales
 from regraft.merging.inputs.source import FileSource, Source
 from regraft.merging.inputs.stacking import plain_values
-from regraft.names.gguf import FAMILIES, GgufFamily, family_of, metadata_of, unsaid, window_note
+from regraft.names.gguf import (
+    FAMILIES,
+    GgufFamily,
+    factors_of,
+    family_of,
+    metadata_of,
+    sizes_of,
+    unsaid,
+    window_note,
+)
 from regraft.progress import Progress, ProgressMeter
 from regraft.tensors import WORKING_DTYPES
 
@@ -168,7 +177,9 @@ def _check_config(stored: Checkpoint, family: GgufFamily, config: Mapping[str, A
         raise FormatError(capped(wrong, stored.root))
     try:
         found = unsaid(family, config)
-    except (TypeError, ValueError, AttributeError) as error:
+        if not found:  # what is made of it later has to be there, too
+            metadata_of(family, config), factors_of(family, config), sizes_of(family, config)
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise FormatError("the config does not describe the model", where=where, found=str(error),
                           hint="Download config.json again") from None  # fmt: skip
     if found:

@@ -23,7 +23,7 @@ from regraft.cli.output import Output
 @click.option(
     "--for",
     "engine",
-    type=click.Choice(["gguf"]),
+    type=click.Choice(["gguf", "ollama", "mlx"]),
     default="gguf",
     show_default=True,
     help="Program to write it for.",
@@ -40,6 +40,7 @@ from regraft.cli.output import Output
     help="GGUF file of the same model, whose tokenizer is taken instead of the folder's.",
 )
 @options.max_memory
+@options.reflink
 @click.option(
     "--overwrite",
     is_flag=True,
@@ -49,18 +50,22 @@ from regraft.cli.output import Output
 @options.as_json
 @options.quiet
 def command(*, as_json: bool, quiet: bool, **chosen: Any) -> None:
-    """Write a model as llama.cpp reads it: a GGUF file with its weights and its tokenizer.
+    """Write a model as another program reads it.
 
-    MODEL is a folder in the layout of transformers, such as a merged model, or a Hub id; of a
-    quantized one, what its codes stand for is exported. Names, orders of rows and hyperparameters
-    are llama.cpp's. What it would compute otherwise, and tokenizers that it would not follow, are
-    refused by name.
+    MODEL is a folder in the layout of transformers, such as a merged model, or a Hub id. GGUF,
+    which llama.cpp reads, is one file with weights, hyperparameters and tokenizer; of a quantized
+    model, with what its codes stand for. What llama.cpp would compute otherwise, and tokenizers
+    that it would not follow, are refused by name. For ollama OUT is a folder with such a file and a
+    Modelfile. For mlx the weights stay as they are, and the config gets the keys that mlx-lm looks
+    for.
 
     \b
     Examples:
       regraft export ./merged -o merged.gguf
       regraft export ./merged -o merged.gguf --type q8_0
       regraft export ./merged -o merged.gguf --like base.gguf
+      regraft export ./merged -o ./merged-ollama --for ollama --type q8_0
+      regraft export ./merged -o ./merged-mlx --for mlx
     """
     output = Output(as_json=as_json, quiet=quiet)
     output.mute_downloads()

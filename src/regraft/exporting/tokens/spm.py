@@ -1,9 +1,9 @@
 """SentencePiece's BPE as llama.cpp's ``llama`` tokenizer, of either file that has it.
 
-Both files have two neighbours joined at a time. A ``tokenizer.json`` takes the pair that is first in
-its list of merges, a ``tokenizer.model`` the pair whose joined piece has the highest score. These are
-the same where the list has every pair that makes up a piece, piece by piece, in the order of scores.
-That is checked, so scores can be told from the merges.
+Both files have two neighbours joined at a time. A ``tokenizer.json`` takes the pair that is first
+in its list of merges, a ``tokenizer.model`` the pair whose joined piece has the highest score. They
+do the same where the list has every pair that makes up a piece, piece by piece, in the order of
+scores. That is checked, so scores can be told from the merges.
 """
 
 from __future__ import annotations

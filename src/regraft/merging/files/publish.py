@@ -32,12 +32,13 @@ REPLACED = "replaced"
 """What lies beside a folder that takes another one's place, until it has."""
 
 
-Kind = Literal["model", "adapter"]
+Kind = Literal["model", "adapter", "gguf"]
 """What an output is."""
 
 _MAY_REPLACE: dict[Kind, tuple[Looks, ...]] = {
     "model": ("merged", "checkpoint", "empty", "tokenizer"),
     "adapter": ("adapter", "mlx-adapter", "empty"),
+    "gguf": ("gguf", "empty"),
 }
 """What an output may take the place of, by what it is itself."""
 
@@ -117,7 +118,7 @@ def _obstacle(out: Path, kind: Kind) -> tuple[str, str, str] | None:
     looks = looks_like(out)
     if looks in _MAY_REPLACE[kind]:
         return None
-    held = {"model": "a model", "adapter": "an adapter"}[kind]
+    held = {"model": "a model", "adapter": "an adapter", "gguf": "a GGUF model"}[kind]
     what = f"--overwrite replaces only folders that hold {held}"
     return what, DESCRIPTIONS[looks], "Give another -o, or remove it yourself"
 
