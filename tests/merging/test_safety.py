@@ -528,6 +528,31 @@ def test_a_parent_that_is_a_file_is_an_error_of_ours(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_an_out_below_a_link_to_a_folder_is_made(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    regraft.merge(base, adapter, tmp_path / "link" / "out")
+    assert (tmp_path / "there" / "out" / "config.json").is_file()
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["out"]
+
+
+def test_a_name_that_is_too_long_is_told_as_such(base: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(AccessError, match="too long") as caught:
+        regraft.merge(base, adapter, tmp_path / ("o" * 250))
+    assert "shorter -o" in str(caught.value)
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = 'cd gone && rmdir ../gone && exec "$0" -m regraft merge x y -o z'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable], cwd=tmp_path, capture_output=True, text=True,
+        check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert "the current folder was removed" in done.stderr
+
+
 def test_a_merge_reads_its_inputs_without_changing_them(tmp_path: Path) -> None:
     base, adapter = sharded(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

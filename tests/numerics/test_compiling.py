@@ -15,6 +15,7 @@ from types import ModuleType
 import numba
 import pytest
 
+from merging import toys
 from regraft.numerics import compiling
 from regraft.numerics.compiling import CompileCacheWarning
 from regraft.numerics.listeners import while_compiling
@@ -25,6 +26,10 @@ from regraft.numerics.compiling import njit
 @njit(cache=True, _nrt=False)
 def double(x):
     return 2 * x
+
+@njit(cache=True, _nrt=False)
+def triple(x):
+    return 3 * x
 """
 
 
@@ -74,6 +79,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "garbage": lambda path: path.write_bytes(b"\x00garbage" * 99),
     "one bit": flip,
     "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
 }
 
 
@@ -96,6 +102,33 @@ def test_a_damaged_cache_is_told_once_and_made_anew(
     if damage != "a folder":
         monkeypatch.setattr(compiling, "_said", set())
         assert run(cache) == (42, 1, [])
+
+
+def test_files_that_took_each_others_names_are_made_anew(cache: Path) -> None:
+    """The code of one function would run in the place of another."""
+    run(cache)
+    assert load(cache).triple(5) == 15
+    one, other = files(cache, "nbc")
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    value, hits, said = run(cache)
+    assert (value, hits, len(said)) == (42, 0, 1)
+
+
+@pytest.mark.parametrize("setting", ["NUMBA_DISABLE_JIT=1", "NUMBA_NUM_THREADS=0"])
+def test_settings_that_keep_numba_from_compiling_are_refused_by_name(
+    tmp_path: Path, setting: str
+) -> None:
+    base, adapter = toys.write_base(tmp_path / "base"), toys.write_adapter(tmp_path / "adapter")
+    name, _, value = setting.partition("=")
+    command = [sys.executable, "-m", "regraft", "merge", base, adapter, "-o", tmp_path / "out"]
+    done = subprocess.run(
+        command, env=os.environ | {name: value}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 4
+    assert name in done.stderr or "NUMBA_" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_cache_as_numba_alone_writes_it_is_made_anew(cache: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from regraft.errors import (
     UsageError,
     redacted,
 )
+from regraft.numerics.listeners import CompilerSettingsError
 
 DEBUG_VARIABLE = "REGRAFT_DEBUG"
 """Environment variable that shows the traceback of any error."""
@@ -119,10 +121,27 @@ _BY_ERRNO: dict[int, type[RegraftError]] = {
 }
 
 
+def _compiler(error: CompilerSettingsError) -> Failure:
+    return _regraft(EnvironmentShortfall(str(error)))
+
+
 def _system(error: OSError) -> Failure:
+    if error.errno == errno.ENOENT and not error.filename and _is_nowhere():
+        return _regraft(
+            InputError("the current folder was removed", hint="Go to one that is there")
+        )
     kind = _BY_ERRNO.get(error.errno or 0, EnvironmentShortfall)
     where = str(error.filename) if error.filename else ""
     return _regraft(kind(error.strerror or str(error) or type(error).__name__, where=where))
+
+
+def _is_nowhere() -> bool:
+    """Whether the current folder is gone."""
+    try:
+        Path.cwd()
+    except OSError:
+        return True
+    return False
 
 
 def _unexpected(error: Exception) -> Failure:
@@ -138,5 +157,6 @@ _EXPLANATIONS: tuple[tuple[type[Exception], Callable[[Any], Failure]], ...] = (
     (RegraftError, _regraft),
     (click.ClickException, _click),
     (MemoryError, _memory),
+    (CompilerSettingsError, _compiler),
     (OSError, _system),
 )

@@ -18,7 +18,7 @@ from regraft.merging.files.publish import check_space, out_path, place_of
 from regraft.merging.files.staging import BUILT, locked_folder
 from regraft.system.locks import is_lock, remove_all
 from regraft.system.renaming import move_to_absent
-from regraft.system.syncing import sync_folder
+from regraft.system.syncing import sync_place
 
 SUFFIX = ".gguf"
 
@@ -127,7 +127,7 @@ class OutputFile:
         if not move_to_absent(file, place):
             self.check_inputs([])
             file.replace(place)
-        sync_folder(place.parent)
+        sync_place(place.parent)
 
 
 def _clear(folder: Path) -> None:

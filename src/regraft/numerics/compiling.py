@@ -9,19 +9,26 @@ Where no folder can be written, functions are compiled in each process.
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numba
-from numba.core.caching import FunctionCache, IndexDataCacheFile
-from numba.core.runtime.nrt import rtsys
+from regraft.numerics.listeners import CompilerSettingsError, tell_compiling
 
-from regraft.numerics.listeners import tell_compiling
+try:
+    import numba
+    from numba.core.caching import FunctionCache, IndexDataCacheFile
+    from numba.core.runtime.nrt import rtsys
+except ValueError as refused:  # what a variable of the environment says
+    raise CompilerSettingsError(f"numba refuses its settings (NUMBA_...): {refused}") from refused
+if numba.config.DISABLE_JIT:
+    raise CompilerSettingsError("NUMBA_DISABLE_JIT is set, and nothing can be compiled: unset it")
 
-_MARK = b"regraft1"
+_MARK = b"regraft2"
 _DIGEST_BYTES = 16
 _AGAIN = "What numba compiled earlier is compiled again"
 _NOT_KEPT = "What numba compiles cannot be kept, so each run compiles anew"
@@ -113,24 +120,36 @@ class _Files(IndexDataCacheFile):  # type: ignore[misc]
         with super()._open_for_write(path) as file:
             yield file
             file.flush()
-            file.write(_MARK + _digest(Path(file.name).read_bytes()))
+            file.write(_MARK + _digest(path, Path(file.name).read_bytes()))
 
 
 def _is_whole(path: str) -> bool:
-    """Whether a file is there, and as it was written."""
+    """Whether a file is there, and as it was written under this name."""
     try:
-        raw = Path(path).read_bytes()
+        raw = _read(path)
     except FileNotFoundError:
         return False
     except OSError as error:
         _say(f"{_AGAIN}: {error}")
         return False
     size = len(_MARK) + _DIGEST_BYTES
-    whole = raw[-size:] == _MARK + _digest(raw[:-size])
+    whole = raw[-size:] == _MARK + _digest(path, raw[:-size])
     if not whole:
         _say(f"{_AGAIN}: {path} is damaged, or of an older version")
     return whole
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+def _read(path: str) -> bytes:
+    """Return what a regular file holds, and nothing of another: a pipe is not waited for."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        return b""
+    with os.fdopen(fd, "rb") as file:
+        return file.read()
+
+
+def _digest(path: str, content: bytes) -> bytes:
+    """Return a digest of a file's content and name: each holds the code of one function."""
+    named = Path(path).name.encode() + b"\0" + content
+    return hashlib.blake2b(named, digest_size=_DIGEST_BYTES).digest()

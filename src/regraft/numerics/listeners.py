@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+
+class CompilerSettingsError(RuntimeError):
+    """Variables of the environment keep numba from compiling; the message names them."""
+
+
 _listeners: list[Callable[[], None]] = []
 
 

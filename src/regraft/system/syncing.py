@@ -45,6 +45,22 @@ def sync_path(path: Path) -> None:
         os.close(fd)
 
 
+def sync_place(path: Path) -> None:
+    """Flush the entries of the folder that an output was put into, where links lead to as well.
+
+    One in which files may be made but that may not be read is flushed with all else there is.
+
+    Raises:
+        OSError: the system refused.
+    """
+    try:
+        sync_folder(path.resolve())
+    except PermissionError:
+        if not hasattr(os, "sync"):
+            raise
+        os.sync()
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries; where folders cannot be opened (Windows) nothing can be done.
 

@@ -37,6 +37,18 @@ from regraft.system.owners import is_own, is_shared, make_folder
 from regraft.system.times import boot, dates_changes
 from regraft.tensors import TensorSpec
 
+_SECOND = 10**9
+
+
+def _is_dated(stamp: Stamp) -> bool:
+    """Whether a file that has this stamp again is what it was.
+
+    Times in whole seconds are those of a file system that keeps no others, or of an image that was
+    made in one go: two such images may have the same.
+    """
+    return bool(stamp.changed % _SECOND) and dates_changes(stamp.device)
+
+
 PLACE = "REGRAFT_CACHE"
 """The variable of the environment that names the folder for what is kept between runs; empty for
 none."""
@@ -101,7 +113,7 @@ class KnownDigests:
     def _read(self, path: Path, folder: Path) -> dict[Range, str]:
         try:
             stamp = first_seen(path)
-            content = _own_content(_list_of(folder, stamp)) if dates_changes(stamp.device) else b""
+            content = _own_content(_list_of(folder, stamp)) if _is_dated(stamp) else b""
         except OSError:
             return {}
         return _parsed(content, stamp, path)
@@ -123,7 +135,7 @@ class KnownDigests:
         with contextlib.suppress(OSError):
             stamp = settled_stamp(path)
             old = own or max(stamp.modified, stamp.changed) + YOUNG <= time.time_ns()
-            if old and dates_changes(stamp.device):
+            if old and _is_dated(stamp):
                 known = self._read(path, self._folder)
                 if digests.items() - known.items():
                     both = {**known, **digests}

@@ -45,6 +45,11 @@ def write_error(path: Path, error: OSError) -> RegraftError:
             "the disk is full", where=str(path), found=error.strerror or "",
             hint="Free some space and run the same command again; the inputs are untouched",
         )  # fmt: skip
+    if error.errno == errno.ENAMETOOLONG:
+        return AccessError(
+            "a name is too long for the file system", where=str(path),
+            found=f"{len(os.fsencode(path.name))} bytes", hint="Give a shorter -o",
+        )  # fmt: skip
     return AccessError(
         "cannot write", where=str(path), found=error.strerror or str(error),
         hint="Check permissions and the disk; the inputs are untouched",

@@ -23,7 +23,7 @@ from regraft.system.names import are_one, same_names, taken_by, trouble_of_name
 from regraft.system.opening import open_to_write
 from regraft.system.renaming import exchange_at_once, move_to_absent, take_empty
 from regraft.system.space import taken
-from regraft.system.syncing import sync_file, sync_folder
+from regraft.system.syncing import sync_file, sync_folder, sync_place
 
 SLACK_BYTES = 64 * 2**20
 """Room asked for beyond the weights: tokenizer, headers, the file system's own needs."""
@@ -227,7 +227,7 @@ def publish(folder: Path, out: Path, *, overwrite: bool, kind: Kind = "model") -
         moved = _is_empty(out)
         _take_empty(folder, out) if moved else _exchange(folder, out)
     try:
-        sync_folder(out.parent)
+        sync_place(out.parent)
     except OSError:
         with contextlib.suppress(OSError):
             out.rename(folder) if moved else _exchange(folder, out)

@@ -51,6 +51,9 @@ BASELINE_BYTES = 170 * 2**20
 BYTES_PER_TENSOR = 4 * 2**10
 """Memory that the specs, steps and records of one tensor take, measured."""
 
+BYTES_PER_MERGED = 12 * 2**10
+"""What the factors, views and records of a tensor take that deltas are added to, beside that."""
+
 LARGEST_TILE = 2 * 2**20
 SMALLEST_TILE = 64 * 2**10
 FACTOR_BYTES = 48 * 2**20
@@ -415,7 +418,9 @@ def fit_memory(
     largest = max(steps, key=cost)
     factors = max(FACTOR_BYTES, cost(largest))
     wanted = options.threads or default_threads()
-    fixed = BASELINE_BYTES + BYTES_PER_TENSOR * (len(steps) + len(back)) + factors + room
+    listed = BYTES_PER_TENSOR * (len(steps) + len(back))
+    listed += BYTES_PER_MERGED * sum(bool(step.segments) for step in [*steps, *back.values()])
+    fixed = BASELINE_BYTES + listed + factors + room
     tiles = PER_THREAD + TO_KEEP * bool(options.undo) + TO_RESTORE * (undone is not None)
     tiles += TO_DECODE * any(step.source.is_virtual for step in steps)
     tiles += TO_DECODE_GGUF * any(step.source.path.suffix == ".gguf" for step in steps)
@@ -431,9 +436,10 @@ def fit_memory(
         if tile >= least:
             return threads, tile, fixed + tiles * threads * tile
     needed = fixed + tiles * least
+    many = listed > factors + tiles * least
     raise MemoryCapError(
-        "one step needs more memory than allowed",
-        where=largest.name,
+        f"{'so many tensors need' if many else 'one step needs'} more memory than allowed",
+        where=f"{len(steps)} tensors" if many else largest.name,
         expected=f"at most {_in_mib(options.max_memory)} (--max-memory)",
         found=f"{math.ceil(needed / 2**20)} MiB",
         hint=f"Allow it: --max-memory {math.ceil(needed / 2**20)}MiB",
