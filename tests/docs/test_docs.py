@@ -34,6 +34,7 @@ BEGIN, END = "<!-- cases: begin -->", "<!-- cases: end -->"
 
 DESCRIBED = {
     "regraft.errors": ("Problem",),
+    "regraft.exporting.report": ("ExportReport",),
     "regraft.inspection": (
         *("Inspection", "ModelFacts", "MergeFacts", "AdapterFacts", "DTypeShare", "FileFacts"),
     ),
