@@ -35,6 +35,7 @@ BEGIN, END = "<!-- cases: begin -->", "<!-- cases: end -->"
 DESCRIBED = {
     "regraft.engines.report": ("EngineReport", "Finding"),
     "regraft.errors": ("Problem",),
+    "regraft.exporting.report": ("ExportReport",),
     "regraft.inspection": (
         *("Inspection", "ModelFacts", "MergeFacts", "AdapterFacts", "DTypeShare", "FileFacts"),
     ),

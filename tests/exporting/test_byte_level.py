@@ -122,6 +122,25 @@ def test_what_the_engine_would_not_follow_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+GARBAGE = {
+    "no vocabulary": lambda c: c["model"].pop("vocab"),
+    "a list of tokens": lambda c: c["model"].update(vocab=["a", "b"]),
+    "merges of numbers": lambda c: c["model"].update(merges=[1, 2]),
+    "a token of no number": lambda c: c["model"]["vocab"].update(zz="x"),
+    "added tokens of text": lambda c: c.update(added_tokens=["a"]),
+    "rules of a list": lambda c: c.update(post_processor=[1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_files_that_describe_no_tokenizer_are_refused(
+    what: str, model: Path, tmp_path: Path
+) -> None:
+    changed(model, GARBAGE[what])
+    with pytest.raises(FormatError, match="do not describe a tokenizer"):
+        export(model, tmp_path / "out.gguf")
+
+
 def test_a_token_without_a_row_is_refused(model: Path, tmp_path: Path) -> None:
     changed(model, lambda c: c["model"]["vocab"].update(zz=700))
     with pytest.raises(FormatError, match=r"without a row of the embedding.*700 for 'zz'"):

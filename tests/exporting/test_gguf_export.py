@@ -204,6 +204,19 @@ def test_missing_and_misshapen_tensors_are_all_named(model: Path, tmp_path: Path
         export(odd, tmp_path / "out.gguf")
 
 
+def test_a_head_that_contradicts_the_config_is_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "qwen2")
+    plain = export(model, tmp_path / "plain.gguf")
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert export(model, tmp_path / "same.gguf").blake3 == plain.blake3
+    weights["lm_head.weight"][3, 4] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedError, match="output head of its own"):
+        export(model, tmp_path / "other.gguf")
+
+
 @pytest.mark.parametrize("value", [0, -1, "64", None, True, 1.5])
 def test_a_config_without_a_number_is_refused(value: Any, model: Path, tmp_path: Path) -> None:
     odd = edited(model, tmp_path / "model", num_hidden_layers=value)

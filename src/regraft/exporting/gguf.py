@@ -26,6 +26,7 @@ from regraft.names.gguf import (
     GgufFamily,
     factors_of,
     family_of,
+    is_tied,
     metadata_of,
     sizes_of,
     unsaid,
@@ -96,6 +97,8 @@ def plan_gguf(stored: Checkpoint, kind: str | None, like: Path | None) -> GgufEx
     config = stored.config or {}
     architecture, family = _family(stored, config)
     _check_config(stored, family, config)
+    if is_tied(family, config):
+        _check_tied(plain)
     chosen = kind or _main_dtype(plain)
     tensors = exported_tensors(architecture, family, config, plain, chosen)
     rows = config["vocab_size"]
@@ -188,6 +191,26 @@ def _check_config(stored: Checkpoint, family: GgufFamily, config: Mapping[str, A
             [Problem(each.what, where, each.expected, each.found, hint) for each in found],
             stored.root,
         ))  # fmt: skip
+
+
+def _check_tied(plain: Checkpoint) -> None:
+    """Refuse a head that is stored, is no embedding, and is said to be the embedding.
+
+    transformers 4 takes the embedding for it, and transformers 5 what is stored.
+    """
+    one, other = (plain.tensors.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+    if one is None or other is None or one.is_virtual or other.is_virtual:
+        return
+    with FilePool() as files:
+        same = (one.dtype, one.shape) == (other.dtype, other.shape)
+        if same and files.digest(one) == files.digest(other):
+            return
+    raise UnsupportedError(
+        "the model has an output head of its own, and its config says that it has none",
+        where=f"{plain.source}, tensor 'lm_head.weight'",
+        expected="the values of 'model.embed_tokens.weight', or tie_word_embeddings: false",
+        hint="If the head was trained, set tie_word_embeddings to false in config.json",
+    )  # fmt: skip
 
 
 def _main_dtype(plain: Checkpoint) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from regraft.errors import FormatError
 from regraft.exporting.tokens.bpe import byte_level_tokenizer, is_byte_level
 from regraft.exporting.tokens.form import Tokenizer, refused
 from regraft.exporting.tokens.like import tokenizer_like
@@ -20,7 +21,7 @@ from regraft.exporting.tokens.special import (
 )
 from regraft.exporting.tokens.spm import is_sentencepiece, spm_of_model, spm_of_rules
 from regraft.formats.files.json_file import read_json_object
-from regraft.formats.problems import quoted
+from regraft.formats.problems import DOWNLOAD_AGAIN, quoted
 
 
 def tokenizer_of(
@@ -39,9 +40,21 @@ def tokenizer_of(
         MismatchError: the other file's tokens are not the folder's.
         FormatError: files are malformed, or tokens do not fit the embedding.
     """
-    settings = _settings(folder)
     if like is not None:
         return tokenizer_like(like, folder, rows)
+    try:
+        return _own(folder, config, rows)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise FormatError(
+            "the tokenizer's files do not describe a tokenizer", where=str(folder),
+            expected="files as transformers saves them",
+            found=f"{type(error).__name__}: {quoted(str(error))}", hint=DOWNLOAD_AGAIN,
+        ) from None  # fmt: skip
+
+
+def _own(folder: Path, config: Mapping[str, Any], rows: int) -> Tokenizer:
+    """Return the folder's own tokenizer."""
+    settings = _settings(folder)
     rules_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
     if rules_path.is_file():
         where, rules = str(rules_path), read_json_object(rules_path)
