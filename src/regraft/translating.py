@@ -109,7 +109,7 @@ def convert_adapter(
     seen = None if model is None else see(model, None)[0]
     plain, error = plain_adapter(opened, read), 0.0
     left_out: tuple[str, ...] = ()
-    if to != "peft":
+    if target.name != "peft":
         plain, left_out = _without_copies(plain, opened, read, seen)
     is_folded = uniform or (target.uniform and not _is_uniform(plain))
     if is_folded:
