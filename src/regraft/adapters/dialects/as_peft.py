@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from regraft.adapters.dialects.experts import single_experts
 from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter
+from regraft.adapters.dialects.shared.experts import single_experts
 from regraft.adapters.dialects.writing import json_file, safetensors_file
 from regraft.adapters.lora_config import PEFT_LAYOUT
 from regraft.adapters.pattern_making import patterns

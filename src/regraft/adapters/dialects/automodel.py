@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from regraft.adapters.dialects.base_facts import model_type
-from regraft.adapters.dialects.experts import Stack, by_stack, leaf_of, single_experts
 from regraft.adapters.dialects.form import Moved, NewFile, PlainAdapter, joined, stacked
-from regraft.adapters.dialects.gathering import Gathering
-from regraft.adapters.dialects.limits import magnitudes, refuse, unsayable
-from regraft.adapters.dialects.peft_files import FACTOR, PeftFiles, new_files, open_files
-from regraft.adapters.dialects.widening import as_one_dtype
+from regraft.adapters.dialects.shared.base_facts import model_type
+from regraft.adapters.dialects.shared.experts import Stack, by_stack, leaf_of, single_experts
+from regraft.adapters.dialects.shared.gathering import Gathering
+from regraft.adapters.dialects.shared.limits import magnitudes, refuse, unsayable
+from regraft.adapters.dialects.shared.peft_files import FACTOR, PeftFiles, new_files, open_files
+from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.errors import Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool

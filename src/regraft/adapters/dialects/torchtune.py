@@ -16,12 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapters.dialects.as_peft import alpha_of
-from regraft.adapters.dialects.base_facts import Heads, heads_of, model_type, needed, tied_sides
 from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter, as_stored
-from regraft.adapters.dialects.gathering import Gathering
-from regraft.adapters.dialects.limits import refuse, unlike, unnamed, unsayable
-from regraft.adapters.dialects.rope_rows import as_neighbours, as_transformers, fits
-from regraft.adapters.dialects.torch_files import read_tensors, torch_file
+from regraft.adapters.dialects.shared.base_facts import (
+    Heads,
+    heads_of,
+    model_type,
+    needed,
+    tied_sides,
+)
+from regraft.adapters.dialects.shared.gathering import Gathering
+from regraft.adapters.dialects.shared.limits import refuse, unlike, unnamed, unsayable
+from regraft.adapters.dialects.shared.rope_rows import as_neighbours, as_transformers, fits
+from regraft.adapters.dialects.shared.torch_files import read_tensors, torch_file
 from regraft.adapters.dialects.writing import json_file
 from regraft.errors import AdapterError, InputError, Problem, UnsupportedError
 from regraft.formats import foreign
