@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merging.toys import adapter_config
-from regraft.adapters.settings import LoraSettings, read_settings
 from regraft.adapters.pattern_making import patterns
+from regraft.adapters.settings import LoraSettings, read_settings
 from regraft.shrinking.config import with_ranks
 
 NAMES = st.lists(
