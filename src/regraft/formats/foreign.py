@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from regraft.errors import RegraftError, UnsupportedError
+from regraft.errors import InputError, RegraftError, UnsupportedError
 from regraft.formats.gguf import general_type
 from regraft.formats.problems import quoted
 from regraft.formats.safetensors import read_header
@@ -167,6 +167,7 @@ def of_path(path: Path) -> tuple[Layout, str] | None:
 
     Raises:
         OSError: a folder cannot be listed.
+        InputError: files of several layouts lie in it.
     """
     for look in _LOOKS:
         found = look(path)
@@ -176,11 +177,19 @@ def of_path(path: Path) -> tuple[Layout, str] | None:
 
 
 def _by_name(path: Path) -> tuple[Layout, str] | None:
+    found: dict[str, tuple[Layout, str]] = {}
     for name in _names(path):
         for pattern, layout in _BY_FILE:
             if pattern.fullmatch(name):
-                return layout, name
-    return None
+                found.setdefault(layout.key, (layout, name))
+                break
+    if len(found) > 1:
+        raise InputError(
+            "holds adapters in several layouts, and nothing tells which one is meant",
+            where=str(path), expected="one", found=", ".join(quoted(n) for _, n in found.values()),
+            hint=f"Name the file, or say in which layout it is: {', '.join(found)}",
+        )  # fmt: skip
+    return next(iter(found.values()), None)
 
 
 def _names(path: Path) -> Iterator[str]:

@@ -107,7 +107,10 @@ def _keys(settings: LoraSettings, target: LoraTarget, wrapped: int) -> tuple[str
     if not leaves or (not target.depth and settings.targets(target.module)):
         return (target.module,)
     keys = tuple(f"{target.module}.{leaf}" for leaf in leaves)
-    if len({(settings.rank_of(key), settings.alpha_of(key)) for key in keys}) == 1:
+    said = {
+        (settings.rank_of(key), settings.alpha_of(key), settings.b_layout_of(key)) for key in keys
+    }
+    if len(said) == 1:
         return keys
     known = [leaf for leaf in EXPERT_ORDER if leaf in leaves]
     if len(known) != len(leaves) or wrapped != len(leaves):
@@ -135,7 +138,7 @@ def _unknown_order(target: LoraTarget, leaves: Sequence[str]) -> Problem:
     return Problem(
         "it cannot be told which of a module's parameters these factors belong to",
         target.a.name,
-        "parameters of one rank and alpha, or names that transformers has",
+        "parameters of one rank, alpha and layout, or names that transformers has",
         ", ".join(map(quoted, leaves)),
         "Name each with its module in target_parameters, such as experts.down_proj; or merge it",
     )

@@ -144,6 +144,22 @@ def test_a_part_of_q_k_and_v_that_some_layers_lack_is_zero(base: Path, tmp_path:
     assert same(tmp_path / "one", tmp_path / "other")
 
 
+@pytest.mark.parametrize("parts", ["qv", "k", "qkv"])
+def test_litgpts_old_name_of_q_k_and_v(base: Path, tmp_path: Path, parts: str) -> None:
+    """Its rows were interleaved up to 0.4; which only shows where all three are trained."""
+    adapter = peft(tmp_path / "peft", [f"self_attn.{part}_proj" for part in parts], head=False)
+    convert_adapter(adapter, tmp_path / "there", to="litgpt", base=base)
+    path = tmp_path / "there" / "lit_model.pth.lora"
+    found = torch.load(path, weights_only=True)["model"]
+    torch.save({"model": {n.replace(".qkv.", ".attn."): t for n, t in found.items()}}, path)
+    if parts == "qkv":
+        with pytest.raises(InputError, match=r"before LitGPT 0\.5"):
+            convert_adapter(tmp_path / "there", tmp_path / "back", base=base)
+        return
+    convert_adapter(tmp_path / "there", tmp_path / "back", base=base)
+    assert same(adapter, tmp_path / "back")
+
+
 def test_litgpt_lacks_no_layer(base: Path, tmp_path: Path) -> None:
     tensors = toys.lora("model.layers.1.self_attn.o_proj", 16, 12)
     adapter = toys.write_adapter(tmp_path / "peft", tensors, target_modules=["o_proj"])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter
+from regraft.adapters.dialects.shared.experts import single_experts
 from regraft.adapters.dialects.writing import json_file, safetensors_file
 from regraft.adapters.lora_config import PEFT_LAYOUT
 from regraft.adapters.pattern_making import patterns
@@ -23,8 +24,13 @@ _FACTORS = {
 
 
 def write(adapter: PlainAdapter, base: Checkpoint | None = None) -> tuple[NewFile, ...]:
-    """Return the files of an adapter in PEFT's format; the base does not matter."""
-    del base
+    """Return the files of an adapter in PEFT's format; the base matters to stacks of experts.
+
+    Raises:
+        UsageError: there are such stacks, and no base to say how they lie.
+        UnsupportedError: the base has no names for its experts one by one.
+    """
+    adapter = single_experts(adapter, base)
     weights = safetensors_file(
         ADAPTER_SAFE, tensors_of(adapter), {**adapter.metadata, "format": "pt"}
     )

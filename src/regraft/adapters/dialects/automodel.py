@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from regraft.adapters.dialects.base_facts import model_type
-from regraft.adapters.dialects.experts import Stack, by_stack, leaf_of, single_experts
 from regraft.adapters.dialects.form import Moved, NewFile, PlainAdapter, joined, stacked
-from regraft.adapters.dialects.gathering import Gathering
-from regraft.adapters.dialects.limits import magnitudes, refuse, unsayable
-from regraft.adapters.dialects.peft_files import FACTOR, PeftFiles, new_files, open_files
-from regraft.adapters.dialects.widening import as_one_dtype
+from regraft.adapters.dialects.shared.base_facts import model_type
+from regraft.adapters.dialects.shared.experts import Stack, by_stack, leaf_of, single_experts
+from regraft.adapters.dialects.shared.gathering import Gathering
+from regraft.adapters.dialects.shared.limits import magnitudes, refuse, unsayable
+from regraft.adapters.dialects.shared.peft_files import FACTOR, PeftFiles, new_files, open_files
+from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.errors import Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
@@ -69,24 +69,35 @@ def _add_experts(
         down = gathering.pair(name, parts, ("lora_down_A", "lora_down_B"), (3,))
         if inner is None or down is None:
             continue
-        counts = {tensor.shape[0] for tensor in (*inner, *down)}
-        width, height = down[0].shape[1], inner[1].shape[2]
-        if len(counts) > 1 or height not in (width, 2 * width):
-            gathering.refuse(
-                "factors do not fit each other", name, f"gate and up of {2 * width} rows",
-                f"{', '.join(str(t.shape) for t in (*inner, *down))}",
-            )  # fmt: skip
-            continue
-        for number in range(counts.pop()):
-            a, b = (tensor.at(number).transposed for tensor in inner)
-            roles = ("gate", "up") if height == 2 * width else ("up",)
-            for at, role in enumerate(roles):
-                leaf = leaf_of(owner, role, base)
-                rows = b.rows(at * width, (at + 1) * width)
-                gathering.add(f"{name}.{number}.{leaf}", a, rows, files.scale, stored=name)
-            leaf = leaf_of(owner, "down", base)
-            a, b = (tensor.at(number).transposed for tensor in down)
-            gathering.add(f"{name}.{number}.{leaf}", a, b, files.scale, stored=name)
+        _add_layer(gathering, owner, inner, down, files.scale, base)
+
+
+def _add_layer(
+    gathering: Gathering,
+    owner: str,
+    inner: tuple[Moved, Moved],
+    down: tuple[Moved, Moved],
+    scale: float,
+    base: Checkpoint | None,
+) -> None:
+    """Add the experts of a layer: A and B of gate and up together, and of down."""
+    name, counts = f"{owner}.experts", {tensor.shape[0] for tensor in (*inner, *down)}
+    width, height = down[0].shape[1], inner[1].shape[2]
+    if len(counts) > 1 or height not in (width, 2 * width):
+        gathering.refuse(
+            "factors do not fit each other", name, f"gate and up of {2 * width} rows",
+            ", ".join(str(tensor.shape) for tensor in (*inner, *down)),
+        )  # fmt: skip
+        return
+    roles = ("gate", "up") if height == 2 * width else ("up",)
+    leaves = {role: leaf_of(owner, role, base) for role in (*roles, "down")}
+    for number in range(counts.pop()):
+        a, b = (tensor.at(number).transposed for tensor in inner)
+        for at, role in enumerate(roles):
+            rows = b.rows(at * width, (at + 1) * width)
+            gathering.add(f"{name}.{number}.{leaves[role]}", a, rows, scale, stored=name)
+        a, b = (tensor.at(number).transposed for tensor in down)
+        gathering.add(f"{name}.{number}.{leaves['down']}", a, b, scale, stored=name)
 
 
 # -- writing ---------------------------------------------------------------------------------------

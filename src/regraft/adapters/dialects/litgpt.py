@@ -21,19 +21,19 @@ import numpy as np
 import yaml
 
 from regraft.adapters.dialects.as_peft import alpha_of
-from regraft.adapters.dialects.base_facts import (
+from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter, joined
+from regraft.adapters.dialects.shared.base_facts import (
     Heads,
     heads_of,
     model_type,
     text_config,
     tied_sides,
 )
-from regraft.adapters.dialects.experts import single_experts
-from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter, joined
-from regraft.adapters.dialects.gathering import Gathering
-from regraft.adapters.dialects.limits import magnitudes, refuse, unnamed, unsayable
-from regraft.adapters.dialects.torch_files import read_tensors, torch_file
-from regraft.adapters.dialects.widening import as_one_dtype
+from regraft.adapters.dialects.shared.experts import single_experts
+from regraft.adapters.dialects.shared.gathering import Gathering
+from regraft.adapters.dialects.shared.limits import magnitudes, refuse, unnamed, unsayable
+from regraft.adapters.dialects.shared.torch_files import read_tensors, torch_file
+from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.adapters.dialects.writing import bytes_file
 from regraft.errors import AdapterError, InputError, Problem, UnsupportedError
 from regraft.formats import foreign

@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.dialects.base_facts import Heads, heads_of, needed, text_config
-from regraft.adapters.dialects.experts import single_experts
 from regraft.adapters.dialects.form import Moved, NewFile, PlainAdapter
-from regraft.adapters.dialects.gathering import Gathering
-from regraft.adapters.dialects.limits import magnitudes, refuse, unnamed, unsayable
-from regraft.adapters.dialects.rope_rows import as_neighbours, as_transformers, fits
-from regraft.adapters.dialects.widening import as_one_dtype
+from regraft.adapters.dialects.shared.base_facts import Heads, heads_of, needed, text_config
+from regraft.adapters.dialects.shared.experts import single_experts
+from regraft.adapters.dialects.shared.gathering import Gathering
+from regraft.adapters.dialects.shared.limits import magnitudes, refuse, unnamed, unsayable
+from regraft.adapters.dialects.shared.rope_rows import as_neighbours, as_transformers, fits
+from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.adapters.dialects.writing import json_file, safetensors_file
 from regraft.errors import AdapterError, InputError, Problem, UnsupportedError
 from regraft.formats import foreign

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.dialects.base_facts import model_type, needed
-from regraft.adapters.dialects.experts import Stack, by_stack, leaf_of, single_experts
 from regraft.adapters.dialects.form import (
     LoraModule,
     Moved,
@@ -24,9 +22,11 @@ from regraft.adapters.dialects.form import (
     as_stored,
     stacked,
 )
-from regraft.adapters.dialects.gathering import Gathering, Parts
-from regraft.adapters.dialects.tied import EMBEDDINGS, as_one, as_two
-from regraft.adapters.dialects.widening import as_one_dtype
+from regraft.adapters.dialects.shared.base_facts import model_type, needed
+from regraft.adapters.dialects.shared.experts import Stack, by_stack, leaf_of, single_experts
+from regraft.adapters.dialects.shared.gathering import Gathering, Parts
+from regraft.adapters.dialects.shared.tied import EMBEDDINGS, as_one, as_two
+from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.adapters.dialects.writing import json_file, safetensors_file
 from regraft.errors import AdapterError, InputError, Problem, UnsupportedError
 from regraft.formats import foreign

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from regraft.adapters.dialects.base_facts import model_type, needed, tied_sides
-from regraft.adapters.dialects.experts import Stack, by_stack, leaf_of, single_experts
 from regraft.adapters.dialects.form import Bits, Moved, NewFile, PlainAdapter, joined, stacked
-from regraft.adapters.dialects.gathering import Gathering, Parts
-from regraft.adapters.dialects.limits import magnitudes, refuse, unnamed, unsayable
-from regraft.adapters.dialects.peft_files import FACTOR, new_files, open_files
-from regraft.adapters.dialects.tied import as_one, as_two
-from regraft.adapters.dialects.widening import as_one_dtype
+from regraft.adapters.dialects.shared.base_facts import model_type, needed, tied_sides
+from regraft.adapters.dialects.shared.experts import Stack, by_stack, leaf_of, single_experts
+from regraft.adapters.dialects.shared.gathering import Gathering, Parts
+from regraft.adapters.dialects.shared.limits import magnitudes, refuse, unnamed, unsayable
+from regraft.adapters.dialects.shared.peft_files import FACTOR, new_files, open_files
+from regraft.adapters.dialects.shared.tied import as_one, as_two
+from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import ADAPTER_SAFE
 

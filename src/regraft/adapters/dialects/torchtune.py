@@ -16,12 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapters.dialects.as_peft import alpha_of
-from regraft.adapters.dialects.base_facts import Heads, heads_of, model_type, needed, tied_sides
 from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter, as_stored
-from regraft.adapters.dialects.gathering import Gathering
-from regraft.adapters.dialects.limits import refuse, unlike, unnamed, unsayable
-from regraft.adapters.dialects.rope_rows import as_neighbours, as_transformers, fits
-from regraft.adapters.dialects.torch_files import read_tensors, torch_file
+from regraft.adapters.dialects.shared.base_facts import (
+    Heads,
+    heads_of,
+    model_type,
+    needed,
+    tied_sides,
+)
+from regraft.adapters.dialects.shared.gathering import Gathering, Parts
+from regraft.adapters.dialects.shared.limits import refuse, unlike, unnamed, unsayable
+from regraft.adapters.dialects.shared.rope_rows import as_neighbours, as_transformers, fits
+from regraft.adapters.dialects.shared.torch_files import read_tensors, torch_file
 from regraft.adapters.dialects.writing import json_file
 from regraft.errors import AdapterError, InputError, Problem, UnsupportedError
 from regraft.formats import foreign
@@ -92,32 +98,41 @@ def read(path: Path, base: Checkpoint | None) -> PlainAdapter:
     found = gathering.parts(read_tensors(weights), _PART, "layers.N.attn.q_proj.lora_a.weight, ...")
     rows = _rows(base)
     for name, parts in found.items():
-        pair = gathering.pair(name, parts, ("lora_a.weight", "lora_b.weight"))
-        if pair is None:
-            continue
-        peft = _peft_name(name)
-        if peft is None:
-            gathering.refuse("module has a name that is not known", name, ", ".join(_IN_LAYER))
-            continue
-        a, b = pair
-        if a.shape[0] != rank:
-            gathering.refuse("module has another rank than the config", name, str(rank),
-                             str(a.shape[0]))  # fmt: skip
-            continue
-        m = as_stored(parts["magnitude"]) if "magnitude" in parts else None
-        if m is not None and base is not None and f"{peft}.bias" in base.tensors:
-            gathering.refuse(_SCALED_BIAS, name)
-            continue
-        heads = rows.of(peft)
-        if heads is not None and rows.heads is not None:
-            if not fits(b, heads, rows.heads.size):
-                gathering.refuse("B has other rows than the base has heads", name,
-                                 f"{heads} x {rows.heads.size}", str(b.shape))  # fmt: skip
-                continue
-            b = as_transformers(b, heads)
-            m = None if m is None or m.shape != (b.shape[0],) else as_transformers(m, heads)
-        gathering.add(peft, a, b, alpha / rank, magnitude=m, stored=name)
+        _add(gathering, name, parts, (rank, alpha), rows, base)
     return PlainAdapter(gathering.done(), base=named, task_type="CAUSAL_LM")
+
+
+def _add(
+    gathering: Gathering,
+    name: str,
+    parts: Parts,
+    form: tuple[int, float],
+    rows: _Rows,
+    base: Checkpoint | None,
+) -> None:
+    """Add a module, or what is wrong with it; ``form`` is rank and alpha."""
+    pair, peft = gathering.pair(name, parts, ("lora_a.weight", "lora_b.weight")), _peft_name(name)
+    if pair is None:
+        return
+    (a, b), (rank, alpha) = pair, form
+    m = as_stored(parts["magnitude"]) if "magnitude" in parts else None
+    heads = None if peft is None else rows.of(peft)
+    if peft is None:
+        gathering.refuse("module has a name that is not known", name, ", ".join(_IN_LAYER))
+    elif a.shape[0] != rank:
+        gathering.refuse("module has another rank than the config", name, str(rank),
+                         str(a.shape[0]))  # fmt: skip
+    elif m is not None and base is not None and f"{peft}.bias" in base.tensors:
+        gathering.refuse(_SCALED_BIAS, name)
+    elif heads is None or rows.heads is None:
+        gathering.add(peft, a, b, alpha / rank, magnitude=m, stored=name)
+    elif not fits(b, heads, rows.heads.size):
+        gathering.refuse("B has other rows than the base has heads", name,
+                         f"{heads} x {rows.heads.size}", str(b.shape))  # fmt: skip
+    else:
+        turn = m is not None and m.shape == (b.shape[0],)
+        m = as_transformers(m, heads) if m is not None and turn else m
+        gathering.add(peft, a, as_transformers(b, heads), alpha / rank, magnitude=m, stored=name)
 
 
 def _weights(path: Path) -> Path:

@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from regraft.adapters.dialects.base_facts import hidden_size, needed
 from regraft.adapters.dialects.form import LoraModule, Moved, PlainAdapter
+from regraft.adapters.dialects.shared.base_facts import hidden_size, needed
 from regraft.errors import Problem, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.names import NameMap, Piece

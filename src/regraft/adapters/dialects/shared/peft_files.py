@@ -11,7 +11,7 @@ from typing import Any
 
 from regraft.adapters.dialects.as_peft import alpha_of, config_of
 from regraft.adapters.dialects.form import Moved, NewFile, PlainAdapter
-from regraft.adapters.dialects.torch_files import read_tensors
+from regraft.adapters.dialects.shared.torch_files import read_tensors
 from regraft.adapters.dialects.writing import json_file, safetensors_file
 from regraft.adapters.wrappers import PREFIX, plain_key
 from regraft.errors import AdapterError, InputError, UnsupportedError

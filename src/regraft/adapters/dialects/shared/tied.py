@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from regraft.adapters.dialects.base_facts import needed, tied_sides
 from regraft.adapters.dialects.form import LoraModule, PlainAdapter
+from regraft.adapters.dialects.shared.base_facts import needed, tied_sides
 from regraft.errors import Problem, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
