@@ -128,7 +128,7 @@ _BY_TENSOR: tuple[tuple[re.Pattern[str], Layout], ...] = tuple(
     for pattern, layout in (
         (_KOHYA_NAME, KOHYA),
         (r"(.*\.)?transformer\.h\.\d+\..*\.lora_[AB]|lm_head\.lora_[AB]", LITGPT),
-        (r"(unet|transformer|text_encoder(_\d)?)\..*[._]lora([._].*)?", DIFFUSERS),
+        (r"(unet|transformer(_2)?|text_encoder(_\d)?)\..*[._]lora([._].*)?", DIFFUSERS),
         (r"blk\.\d+\..*\.lora_[ab]|(token_embd|output)\.weight\.lora_[ab]", GGUF),
         (r"(.*\.)?layers\.\d+\.(attn|mlp)\..*\.lora_[ab]\.weight", TORCHTUNE),
         (r"layers\.\d+\.(attention|feed_forward)\.w\w+\.lora_[AB]\.weight", MISTRAL),

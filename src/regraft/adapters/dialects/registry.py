@@ -98,6 +98,8 @@ DIALECTS: dict[str, Dialect] = {
     for dialect in (
         Dialect("peft", "an adapter in PEFT's format", f"{_HERE}.as_peft", reads=False),
         Dialect("mlx", foreign.MLX.name, f"{_HERE}.mlx", uniform=True),
+        Dialect("kohya", foreign.KOHYA.name, f"{_HERE}.images.kohya"),
+        Dialect("diffusers", foreign.DIFFUSERS.name, f"{_HERE}.images.diffusers"),
         Dialect("gguf", foreign.GGUF.name, f"{_HERE}.gguf", uniform=True),
     )
 }
