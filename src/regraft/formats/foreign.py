@@ -1,6 +1,7 @@
 """Adapters that other programs wrote in layouts of their own: told by files and names of tensors.
 
-None of them is read here. They are named, so that nobody mends a file that is not broken.
+None of them is read here; :mod:`regraft.adapters.dialects` reads some. The others are named, so
+that nobody mends a file that is not broken.
 """
 
 from __future__ import annotations

@@ -153,7 +153,9 @@ def folder() -> Iterator[Path]:
 
 
 @st.composite
-def adapters(draw: Any, shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def adapters(
+    draw: Any, shapes: dict[str, tuple[int, int]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Factors of some modules in any dtype, and a config with patterns."""
     chosen = draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, max_size=5, unique=True))
     tensors: dict[str, Any] = {}
