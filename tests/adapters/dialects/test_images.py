@@ -243,6 +243,22 @@ def test_a_text_encoder_has_a_number_where_there_are_two(tmp_path: Path) -> None
     assert [name.partition("_text")[0] for name in names] == ["lora_te", "lora_te1"]
 
 
+@pytest.mark.parametrize("saved_as", ["text_model.encoder", "encoder"])
+def test_text_models_are_found_as_any_transformers_saves_them(
+    tmp_path: Path, saved_as: str
+) -> None:
+    module = f"{saved_as}.layers.0.self_attn.q_proj"
+    base = write_model(tmp_path / "sd" / "text_encoder", {module: (8, 8)}, {})
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    file = kohya(tmp_path / "x.safetensors", {name: PAIR})
+    found = merged(base, file, tmp_path / "out")
+    before = load_file(base / "model.safetensors")
+    assert not np.array_equal(found[f"{module}.weight"], before[f"{module}.weight"])
+    regraft.convert(file, tmp_path / "peft", base=base)
+    regraft.convert(tmp_path / "peft", tmp_path / "again", to="kohya", base=base)
+    assert f"{name}.alpha" in load_file(tmp_path / "again" / "lora.safetensors")
+
+
 # -- diffusers -------------------------------------------------------------------------------------
 
 

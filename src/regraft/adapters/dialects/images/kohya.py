@@ -52,6 +52,9 @@ _SLOTS = {"lora_down.weight": "a", "lora_up.weight": "b", "alpha": "alpha",
 _ROOTS = ("", "model.diffusion_model.")
 """What a UNet's modules are below in checkpoints: of a part alone, of a whole pipeline's file."""
 
+_TEXT = "text_model."
+"""What CLIP's text models have their layers below, up to transformers 4, and kohya's names have."""
+
 _NEEDS_BASE = (
     "dots in the names of its modules became underscores, and the base's modules say where"
 )
@@ -157,10 +160,16 @@ def _underscored(shapes: Mapping[str, tuple[int, ...]], base: Checkpoint) -> dic
     layers = (base.config or {}).get("layers_per_block")
     for module in shapes:
         own = [module.removeprefix(root) for root in _ROOTS if module.startswith(root)]
+        own.append(_with_text_model(module))
         stability = sgm_name(module, shapes, layers) if isinstance(layers, int) else None
         for name in {each.replace(".", "_") for each in (*own, stability) if each}:
             known[name].append(module)
     return known
+
+
+def _with_text_model(module: str) -> str:
+    """Return a module's name as it was before transformers 5, where it is one of CLIP's layers."""
+    return _TEXT + module if module.startswith("encoder.layers.") else module
 
 
 def _modules(
@@ -237,7 +246,8 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
     _refuse_clashes(adapter, base)
     tensors: dict[str, Moved] = {}
     for module in adapter.modules:
-        name = prefix + module.name.replace(".", "_")
+        plain = _with_text_model(module.name) if part.startswith("text_encoder") else module.name
+        name = prefix + plain.replace(".", "_")
         tensors[f"{name}.lora_down.weight"] = module.a
         tensors[f"{name}.lora_up.weight"] = module.b
         tensors[f"{name}.alpha"] = constant(float(alpha_of(module.scale, module.rank)))
