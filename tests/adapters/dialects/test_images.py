@@ -186,7 +186,7 @@ def test_a_name_that_fits_two_modules_is_refused_with_both(tmp_path: Path) -> No
     file = kohya(tmp_path / "style.safetensors", {"lora_unet_a_b_c": PAIR})
     with pytest.raises(MismatchError, match=r"a\.b_c.*a_b\.c"):
         regraft.convert(file, tmp_path / "out", base=base)
-    peft = write_peft(tmp_path / "peft", factors({"a_b.c": (8, 8)}))
+    peft = write_peft(tmp_path / "peft", factors({"a_b.c": (8, 8)}), target_modules=["a_b.c"])
     with pytest.raises(UnsupportedError, match=r"a\.b_c, a_b\.c"):
         regraft.convert(peft, tmp_path / "out", to="kohya", base=base)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter
@@ -12,8 +13,10 @@ from regraft.adapters.dialects.writing import json_file, safetensors_file
 from regraft.adapters.lora_config import PEFT_LAYOUT
 from regraft.adapters.pattern_making import patterns
 from regraft.adapters.wrappers import PREFIX
+from regraft.errors import Problem, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE
+from regraft.formats.problems import capped
 
 _FACTORS = {
     "linear": (".lora_A.weight", ".lora_B.weight"),
@@ -23,8 +26,21 @@ _FACTORS = {
 
 
 def write(adapter: PlainAdapter, base: Checkpoint | None = None) -> tuple[NewFile, ...]:
-    """Return the files of an adapter in PEFT's format; the base does not matter."""
+    """Return the files of an adapter in PEFT's format; the base does not matter.
+
+    Raises:
+        UnsupportedError: it has stacks of experts in one pair of factors.
+    """
     del base
+    problems = [
+        Problem("a stack of experts in one pair of factors is not written anew", module.name,
+                hint="`regraft shrink --uniform --dtype float32` gives such an adapter one rank "
+                "and one scale, and keeps its stacks; or merge it")
+        for module in adapter.modules
+        if module.kind not in _FACTORS
+    ]  # fmt: skip
+    if problems:
+        raise UnsupportedError(capped(problems, Path(ADAPTER_SAFE)))
     weights = safetensors_file(
         ADAPTER_SAFE, tensors_of(adapter), {**adapter.metadata, "format": "pt"}
     )
@@ -34,8 +50,8 @@ def write(adapter: PlainAdapter, base: Checkpoint | None = None) -> tuple[NewFil
 def tensors_of(adapter: PlainAdapter) -> dict[str, Moved]:
     """Return the tensors of an adapter by the names that PEFT saves them under.
 
-    Stacks of experts are written expert by expert (``experts.3.gate_proj``), which needs no
-    agreement on how a stack lies.
+    Experts are modules of their own here (``experts.3.gate_proj``), which needs no agreement on how
+    a stack lies.
     """
     found: dict[str, Moved] = {}
     for module in adapter.modules:
