@@ -435,7 +435,7 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         bias=config.text("bias") or "none",
         init=str(config.get("init_lora_weights", True)).lower(),
         unmergeable=tuple(what for what, _ in refusals(adapter.config)),
-        peft_version=config.text("peft_version"),
+        peft_version=config.text("peft_version") if adapter.dialect == "peft" else None,
         unknown_settings=unknown_settings(adapter.config),
         fingerprint=_fingerprint_facts(adapter.metadata.get(FINGERPRINT)),
         dialect=adapter.dialect,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.dialects.registry import DIALECTS, Dialect
 from regraft.adapters.dialects.uniform import UniformError, uniform_form
 from regraft.adapters.model import Adapter
-from regraft.errors import Problem, UnsupportedError, UsageError
+from regraft.adapters.settings import LoraSettings
+from regraft.errors import AdapterError, Problem, UnsupportedError, UsageError
 from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
@@ -27,7 +28,7 @@ from regraft.merging.inputs.any_dialect import open_adapter
 from regraft.merging.inputs.base import open_base, see
 from regraft.progress import Progress, ProgressMeter, tell
 from regraft.shrinking.copies import compare, copies_in
-from regraft.shrinking.targets import Pair, read_pairs
+from regraft.shrinking.targets import TIE, Pair, read_pairs
 
 PEFT = "peft"
 
@@ -232,8 +233,10 @@ def plain_adapter(files: AdapterFiles, adapter: Adapter) -> PlainAdapter:
         )  # fmt: skip
     if problems:
         raise UnsupportedError(capped(problems, files.root))
+    pairs = read_pairs(adapter)
+    _check_targeted(settings, pairs, files)
     return PlainAdapter(
-        modules=tuple(map(_module, read_pairs(adapter))),
+        modules=tuple(map(_module, pairs)),
         whole={each.parameter: as_stored(each.spec) for each in adapter.whole},
         token_rows={
             each.module: (each.indices, as_stored(each.spec)) for each in adapter.token_rows
@@ -243,6 +246,26 @@ def plain_adapter(files: AdapterFiles, adapter: Adapter) -> PlainAdapter:
         metadata={key: value for key, value in files.metadata.items() if key != "format"},
         ensure_weight_tying=settings.ensure_weight_tying,
     )
+
+
+def _check_targeted(settings: LoraSettings, pairs: Sequence[Pair], files: AdapterFiles) -> None:
+    """Refuse factors that the config does not target: written anew, they would begin to act.
+
+    Raises:
+        AdapterError: there are some; lists all.
+    """
+    problems = [
+        Problem("the adapter has factors for a module that its config does not target",
+                f"{files.source}: {pair.name}", "a module that target_modules selects",
+                hint="PEFT would ignore them in silence; mend target_modules in the config")
+        for pair in pairs
+        if pair.keys[0] == pair.target.module
+        and not settings.targets(pair.name)
+        and not settings.targets(pair.name.removesuffix(".out_proj"))
+        and pair.group != TIE
+    ]  # fmt: skip
+    if problems:
+        raise AdapterError(capped(problems, files.root))
 
 
 def _module(pair: Pair) -> LoraModule:

@@ -98,6 +98,21 @@ def write_gguf(path: Path) -> None:
     write(path, "llama", metadata, converted(model, "llama", "Q8_0"))
 
 
+def write_image_adapter(root: Path) -> None:
+    """Write a UNet of one layer in a pipeline, and an adapter of it as kohya's scripts do."""
+    from safetensors.numpy import save_file
+
+    module = "down_blocks.0.attentions.0.to_q"
+    config = {"_class_name": "UNet2DConditionModel", "layers_per_block": 2}
+    toys.write_base(root / "pipeline" / "unet", {f"{module}.weight": toys.draw(8, 8)}, config)
+    name = f"lora_unet_{module.replace('.', '_')}"
+    factors = {
+        f"{name}.lora_down.weight": toys.draw(2, 8),
+        f"{name}.lora_up.weight": toys.draw(8, 2),
+    }
+    save_file(factors, root / "style-sd.safetensors")
+
+
 def write_world(root: Path) -> Path:
     """Write everything that a page may find, and return the folder."""
     base = write_base(root / "base")
@@ -112,5 +127,6 @@ def write_world(root: Path) -> Path:
     regraft.merge(base, both, root / "merged-by-peft", undo=False)
     copytree(root / "merged-by-peft", root / "models" / "merged")
     regraft.merge(base, root / "adapter", root / "merged")
+    write_image_adapter(root)
     (root / "prompts.txt").write_text("List all users\nWho is it?\n")
     return root

@@ -20,9 +20,6 @@ Q = "model.layers.0.self_attn.q_proj"
 A, B = np.zeros((2, 16), np.float32), np.zeros((16, 2), np.float32)
 
 LONE = {
-    "kohya": {f"lora_unet_{Q.replace('.', '_')}.lora_down.weight": A,
-              f"lora_unet_{Q.replace('.', '_')}.lora_up.weight": B},
-    "diffusers": {"unet.down.0.to_q.lora_A.weight": A, "unet.down.0.to_q.lora_B.weight": B},
     "LitGPT": {"transformer.h.0.attn.attn.lora_A": A, "transformer.h.0.attn.attn.lora_B": B},
     "torchtune": {"layers.0.attn.q_proj.lora_a.weight": A, "layers.0.attn.q_proj.lora_b.weight": B},
     "mistral-finetune": {"layers.0.attention.wq.lora_A.weight": A,
@@ -42,7 +39,6 @@ IN_PEFTS_FILES = {
 BY_FILE = {
     "adapter_model.pt": "torchtune",
     "lit_model.pth.lora": "LitGPT",
-    "pytorch_lora_weights.safetensors": "diffusers",
     "checkpoint.nemo": "Megatron",
     "pytorch_model_fsdp_0/__0_0.distcp": "FSDP",
     "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt": "DeepSpeed",

@@ -1,6 +1,7 @@
 """Adapters that other programs wrote in layouts of their own: told by files and names of tensors.
 
-None of them is read here. They are named, so that nobody mends a file that is not broken.
+None of them is read here; :mod:`regraft.adapters.dialects` reads some. The others are named, so
+that nobody mends a file that is not broken.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ _BY_TENSOR: tuple[tuple[re.Pattern[str], Layout], ...] = tuple(
     for pattern, layout in (
         (_KOHYA_NAME, KOHYA),
         (r"(.*\.)?transformer\.h\.\d+\..*\.lora_[AB]|lm_head\.lora_[AB]", LITGPT),
-        (r"(unet|transformer|text_encoder(_\d)?)\..*[._]lora([._].*)?", DIFFUSERS),
+        (r"(unet|transformer(_2)?|text_encoder(_\d)?)\..*[._]lora([._].*)?", DIFFUSERS),
         (r"blk\.\d+\..*\.lora_[ab]|(token_embd|output)\.weight\.lora_[ab]", GGUF),
         (r"(.*\.)?layers\.\d+\.(attn|mlp)\..*\.lora_[ab]\.weight", TORCHTUNE),
         (r"layers\.\d+\.(attention|feed_forward)\.w\w+\.lora_[AB]\.weight", MISTRAL),

@@ -191,6 +191,29 @@ def test_uniform_is_written_in_pefts_format(tmp_path: Path) -> None:
     assert done.uniform
 
 
+def test_factors_that_the_config_does_not_target_do_not_begin_to_act(tmp_path: Path) -> None:
+    peft = toys.write_adapter(tmp_path / "peft", target_modules=["v_proj"])
+    with pytest.raises(regraft.AdapterError, match="does not target"):
+        regraft.convert(peft, tmp_path / "out", to="mlx")
+
+
+def test_stacks_in_one_pair_of_factors_are_refused_with_what_can(tmp_path: Path) -> None:
+    experts, rank = 4, 2
+    stem = f"{toys.PREFIX}model.layers.0.mlp.experts"
+    tensors = {
+        f"{stem}.lora_A.weight": toys.draw(experts * rank, 16),
+        f"{stem}.lora_B.weight": toys.draw(8, experts * rank),
+    }
+    peft = toys.write_adapter(
+        tmp_path / "peft", tensors, target_modules=[], r=rank, peft_version="0.19.1",
+        target_parameters=["mlp.experts.down_proj"],
+    )  # fmt: skip
+    for to in ("peft", "mlx"):
+        with pytest.raises(regraft.UnsupportedError, match="experts"):
+            regraft.convert(peft, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+
+
 def same_weights(one: Path, other: Path) -> bool:
     name = "adapter_model.safetensors"
     return (one / name).read_bytes() == (other / name).read_bytes()

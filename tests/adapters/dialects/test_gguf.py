@@ -340,6 +340,18 @@ def test_verbs_without_a_base_of_their_own_find_one(base: Path, tmp_path: Path) 
     regraft.shrink(adapter, tmp_path / "small", base=base, dtype="float32")
 
 
+def test_diff_compares_deltas_where_it_takes_no_base(base: Path, tmp_path: Path) -> None:
+    tensors = {key: value for key, value in factors().items() if "o_proj" in key}
+    peft = write_adapter(tmp_path / "peft", tensors)
+    regraft.convert(peft, tmp_path / "gguf", to="gguf", base=base)
+    report = regraft.diff(peft, tmp_path / "gguf" / "adapter.gguf")
+    assert (report.same_deltas, report.deltas) == (LAYERS, ())
+    whole = write_adapter(tmp_path / "whole", factors())
+    regraft.convert(whole, tmp_path / "turned", to="gguf", base=base)
+    with pytest.raises(UsageError, match="regraft convert ADAPTER -o OUT --base BASE"):
+        regraft.diff(whole, tmp_path / "turned")
+
+
 def test_a_gguf_base_will_do(base: Path, tmp_path: Path) -> None:
     model = write_gguf(base, tmp_path / "base.gguf")
     peft = write_adapter(tmp_path / "peft", factors())

@@ -40,8 +40,8 @@ def write(adapter: PlainAdapter, base: Checkpoint | None = None) -> tuple[NewFil
 def tensors_of(adapter: PlainAdapter) -> dict[str, Moved]:
     """Return the tensors of an adapter by the names that PEFT saves them under.
 
-    Stacks of experts are written expert by expert (``experts.3.gate_proj``), which needs no
-    agreement on how a stack lies.
+    Experts are modules of their own here (``experts.3.gate_proj``), which needs no agreement on how
+    a stack lies.
     """
     found: dict[str, Moved] = {}
     for module in adapter.modules:

@@ -34,7 +34,7 @@ class Moved:
     Attributes:
         dtype: safetensors dtype, that of all sources.
         shape: its dimensions.
-        sources: the stored tensors, at least one.
+        sources: the stored tensors; none of a constant.
         move: makes its elements of theirs; a view will do.
     """
 
@@ -55,7 +55,8 @@ class Moved:
             FormatError, InputError, AccessError: a source cannot be read.
             ValueError: the move gives another shape than it said.
         """
-        moved = np.ascontiguousarray(self.move(*(bits_of(files, spec) for spec in self.sources)))
+        sources = (bits_of(files, spec) for spec in self.sources)
+        moved = np.asarray(self.move(*sources), order="C")  # keeps a number without dimensions
         if moved.shape != self.shape:
             raise ValueError(f"{self.sources[0].name}: {moved.shape} instead of {self.shape}")
         return moved

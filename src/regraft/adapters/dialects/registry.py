@@ -112,6 +112,8 @@ DIALECTS: dict[str, Dialect] = {
         Dialect("tinker", foreign.TINKER.name, f"{_HERE}.tinker", uniform=True),
         Dialect("automodel", foreign.AUTOMODEL.name, f"{_HERE}.automodel", uniform=True),
         Dialect("mistral", foreign.MISTRAL.name, f"{_HERE}.mistral", uniform=True, notes=_MISTRAL),
+        Dialect("kohya", foreign.KOHYA.name, f"{_HERE}.images.kohya"),
+        Dialect("diffusers", foreign.DIFFUSERS.name, f"{_HERE}.images.diffusers"),
         Dialect("gguf", foreign.GGUF.name, f"{_HERE}.gguf", uniform=True),
     )
 }

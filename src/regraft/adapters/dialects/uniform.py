@@ -27,7 +27,7 @@ def uniform_form(adapter: PlainAdapter) -> tuple[PlainAdapter, float]:
     rounding to float32.
 
     Raises:
-        UniformError: the adapter has none, such as with DoRA's magnitudes for stacks.
+        UniformError: a product is beyond float32; the message names its module.
         FormatError, InputError, AccessError: a tensor cannot be read.
     """
     rank = max((module.rank for module in adapter.modules), default=1)
@@ -44,16 +44,34 @@ def _folded(module: LoraModule, rank: int, files: FilePool) -> tuple[LoraModule,
     scale = module.scale
     values = _values(module.b, files)
     exact = values.astype(np.float64) * scale
+    _check_range(module, exact)
     dtype = module.b.dtype if _holds(exact, module.b.dtype) else "F32"
     stored = decode(encode(exact.astype(np.float32).ravel(), dtype), dtype).astype(np.float64)
     error = float(np.sum((stored - exact.ravel()) ** 2))
     b = _scaled(module.b, scale, dtype)
-    bias = None if module.bias is None else _scaled(module.bias, scale, "F32")
+    bias = None if module.bias is None else _folded_bias(module, module.bias, files)
     axis = 0 if module.kind != "experts" else 1
     a = _filled(module.a, axis, rank)
     b = _filled(b, 1 if module.kind != "experts" else 2, rank)
     folded = replace(module, rank=rank, scale=1.0, a=a, b=b, bias=bias)
     return folded, error, float(np.sum(exact**2))
+
+
+def _folded_bias(module: LoraModule, bias: Moved, files: FilePool) -> Moved:
+    exact = _values(bias, files).astype(np.float64) * module.scale
+    _check_range(module, exact)
+    return _scaled(bias, module.scale, bias.dtype if _holds(exact, bias.dtype) else "F32")
+
+
+def _check_range(module: LoraModule, exact: np.ndarray) -> None:
+    """Refuse products that no float32 holds: they would become infinite.
+
+    Raises:
+        UniformError: there is one.
+    """
+    largest = np.abs(exact).max(initial=0.0, where=np.isfinite(exact))
+    if largest > np.finfo(np.float32).max:
+        raise UniformError(f"{module.name}: {largest:.3g}, its scale times B, is beyond float32")
 
 
 def _values(tensor: Moved, files: FilePool) -> np.ndarray:

@@ -67,6 +67,7 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, **chosen: Any) ->
       regraft convert ./adapter -o ./adapter-mlx --to mlx
       regraft convert ./adapter -o ./adapter-gguf --to gguf --base ./base
       regraft convert ./adapter-mlx -o ./adapter-peft
+      regraft convert ./style.safetensors -o ./style-diffusers --to diffusers --base ./sd/unet
       regraft convert ./adapter -o ./adapter-vllm --uniform
       regraft convert ./model -o ./model-bf16 --dtype bf16
       regraft convert org/model -o ./model --shard-size 2GB

@@ -158,6 +158,7 @@ def _open_adapter(located: Located) -> _Opened:
     """Open an adapter; a lone file of LoRA factors needs no config."""
     path = located.path
     alone = path.is_file() and not (path.parent / ADAPTER_CONFIG).is_file()
+    alone = alone and path.suffix != ".gguf"  # which says all that is needed itself
     if alone and looks_like(path) == "adapter":
         in_torch = path.suffix in TORCH_SUFFIXES
         tensors = read_torch_file(path) if in_torch else read_header(path).tensors

@@ -1,0 +1,1 @@
+"""Dialects of adapters for image models, which are parts of a pipeline of diffusers."""
