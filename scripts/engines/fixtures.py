@@ -71,8 +71,7 @@ FIXTURES: tuple[Fixture, ...] = (
     Fixture("modules that the server leaves out", config={"target_modules": ["down_proj"]},
             engines=("vllm",), options={"vllm": {"lora_target_modules": "qkv_proj"}}),
     Fixture("names of another class", engines=("vllm",),
-            rename=lambda name, tensor: (name.replace("model.layers", "model.language_model.layers"),
-                                         tensor)),
+            rename=lambda name, tensor: (name.replace("model.layers", "text.layers"), tensor)),
     Fixture("a square transposed weight", "gpt2", config={"target_modules": ["attn.c_proj"]}),
     Fixture("a transposed weight", "gpt2", config={"target_modules": ["c_attn"]}),
     Fixture("latent attention's kv_b_proj", "deepseek", engines=("vllm",),
@@ -113,7 +112,8 @@ def _deepseek() -> Any:
     return DeepseekV2ForCausalLM(
         DeepseekV2Config(
             vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INTER, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, num_key_value_heads=HEADS, kv_lora_rank=512, q_lora_rank=None,
+            num_attention_heads=HEADS, num_key_value_heads=HEADS,
+            kv_lora_rank=512, q_lora_rank=None,
             qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=LAYERS,
             max_position_embeddings=128, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
         )
