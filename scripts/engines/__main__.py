@@ -1,18 +1,19 @@
 """``python -m engines``: shows each engine every fixture, and holds `check --for` against it.
 
 It ends with 1 if an engine did something that was not foretold. Environments are made below
-``.engines`` on the first run: gigabytes, for vLLM. ``--only`` chooses engines, ``--python
+``.engines`` on the first run: gigabytes, for vLLM. ``--only`` and ``--fixture`` choose, ``--python
 NAME=PATH`` takes an environment that is there, ``--write`` puts the table into docs/engines.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def main() -> int:
     given = dict(each.split("=", 1) for each in chosen.python)
     shown = []
     with tempfile.TemporaryDirectory() as folder:
-        made = _files(Path(folder))
+        made = _files(Path(folder), chosen.fixture)
         for runner in RUNNERS:
             if not chosen.only or runner.name in chosen.only:
                 python = Path(given[runner.name]) if runner.name in given else environment(
@@ -73,8 +74,9 @@ def main() -> int:
     for each in shown:
         mark = "" if each.is_right else "  NOT FORETOLD"
         print(f"{each.engine:10} {each.fixture:38} {each.did:12} {each.off} {each.said}{mark}")
+    kept = _kept(shown, given, root)
     if chosen.write:
-        _write(shown, given, root)
+        _write(*kept)
     wrong = [each for each in shown if not each.is_right]
     print(f"{len(shown) - len(wrong)} of {len(shown)} foretold")
     return 1 if wrong else 0
@@ -84,6 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default=".engines", help="where environments are made")
     parser.add_argument("--only", nargs="*", default=[], help="engines to run")
+    parser.add_argument("--fixture", nargs="*", default=[], help="fixtures to show")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE}")
     return parser.parse_args()
@@ -100,11 +103,12 @@ class Made:
     untrained: list[float]
 
 
-def _files(folder: Path) -> list[Made]:
-    bases = {name: make_base(name, folder / name) for name in {f.base for f in FIXTURES}}
+def _files(folder: Path, names: Sequence[str]) -> list[Made]:
+    fixtures = [each for each in FIXTURES if not names or each.name in names]
+    bases = {name: make_base(name, folder / name) for name in {f.base for f in fixtures}}
     untrained = {name: answers(path, None) for name, path in bases.items()}
     made = []
-    for number, fixture in enumerate(FIXTURES):
+    for number, fixture in enumerate(fixtures):
         base, own = bases[fixture.base], folder / f"{number}"
         served = make(fixture, base, own)
         trained = answers(base, own / "adapter")
@@ -150,15 +154,30 @@ def _foretold(engine: str, made: Made) -> str | None:
 # -- the table -------------------------------------------------------------------------------------
 
 
-def _write(shown: Sequence[Shown], given: Mapping[str, str], root: Path) -> None:
+def _kept(
+    shown: Sequence[Shown], given: Mapping[str, str], root: Path
+) -> tuple[list[Shown], dict[str, str]]:
+    """Return what this run and those before it showed, and the engines' versions."""
+    file = root / "shown.json"
+    before = json.loads(file.read_text()) if file.exists() else {"shown": [], "versions": {}}
+    by = {(s.fixture, s.engine): s for s in (*(Shown(**old) for old in before["shown"]), *shown)}
+    versions = before["versions"] | {
+        name: _version(name, given, root) for name in {each.engine for each in shown}
+    }
+    told = {"shown": [asdict(each) for each in by.values()], "versions": versions}
+    file.write_text(json.dumps(told, indent=1))
+    return list(by.values()), versions
+
+
+def _write(shown: Sequence[Shown], versions: Mapping[str, str]) -> None:
     names = [runner.name for runner in RUNNERS if any(s.engine == runner.name for s in shown)]
     by = {(each.fixture, each.engine): each for each in shown}
-    versions = {name: _version(name, given, root) for name in names}
     lines = ["| fixture | " + " | ".join(f"{n} ({versions[n]})" for n in names) + " |"]
     lines.append("|---" * (len(names) + 1) + "|")
-    for fixture in dict.fromkeys(each.fixture for each in shown):
-        cells = [_cell(by.get((fixture, name))) for name in names]
-        lines.append(f"| {fixture} | " + " | ".join(cells) + " |")
+    for fixture in FIXTURES:
+        cells = [_cell(by.get((fixture.name, name))) for name in names]
+        if any(cells):
+            lines.append(f"| {fixture.name} | " + " | ".join(cells) + " |")
     text = PAGE.read_text("utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     PAGE.write_text("\n".join([before + BEGIN, *lines, END]) + after, "utf-8")

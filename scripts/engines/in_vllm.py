@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 SPACE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
-         "HF_HUB_OFFLINE": "1"}  # fmt: skip
+         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+         "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
 
 
 def engine(job: dict[str, Any], with_adapters: bool) -> Any:

@@ -189,15 +189,17 @@ def _sizes(config: Any, kind: str) -> dict[str, Any]:
 
 
 def _tokenizer() -> dict[str, Any]:
-    """Return a vocabulary that llama.cpp loads: bytes, and words that are never met."""
-    special = ["<unk>", "<s>", "</s>"]
-    words = [f"word{number}" for number in range(VOCAB - 256 - len(special))]
-    of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    """Return a vocabulary that llama.cpp loads: a line end, and words that are never met.
+
+    Of a token that is a part of a character, its server would not give the log-probability.
+    """
+    special = ["<unk>", "<s>", "</s>", "<0x0A>"]
+    words = [f"word{number}" for number in range(VOCAB - len(special))]
     return {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [*special, *of_bytes, *words],
+        "tokenizer.ggml.tokens": [*special, *words],
         "tokenizer.ggml.scores": [0.0] * VOCAB,
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(words),
+        "tokenizer.ggml.token_type": [2, 3, 3, 6] + [1] * len(words),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
