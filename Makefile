@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast check bench bench-huge bench-quantized bench-qlora bench-live practice torture mutants digests arm docs clean help
+.PHONY: demo test test-fast check bench bench-huge bench-quantized bench-qlora bench-live practice torture mutants digests engines arm docs clean help
 
 help:
 	@echo "make demo    train two adapters on a real model, switch, merge, take back (under 3 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (an hour)"
 	@echo "make mutants makes wrong changes to the code, one at a time: does a test fail? (hours)"
 	@echo "make digests every output of a fixed set has the bytes it had, as other x86 processors make it too"
+	@echo "make engines shows llama.cpp, mlx-lm and vLLM what each leaves out (gigabytes, an hour)"
 	@echo "make arm     the same on an emulated arm64 (half an hour; Debian, for its packages)"
 	@echo "make docs    check that the docs are in step with the code"
 
@@ -87,6 +88,10 @@ mutants: $(VENV)/.model
 digests: $(VENV)/.dev
 	PYTHONPATH=scripts $(PY) -m digests
 	PYTHONPATH=scripts $(PY) -m digests.processors
+
+# Each engine has an environment of its own below .engines, made on the first run.
+engines: $(VENV)/.dev
+	PYTHONPATH=scripts $(PY) -m engines --write
 
 # qemu, an arm64 Python and its wheels lie in .arm; nothing is installed.
 arm: $(VENV)/.dev

@@ -200,7 +200,10 @@ def names_of(requirements: list[str]) -> set[str]:
     return {match[0].replace("-", "_").lower() for match in found if match}
 
 
-NEEDS_THE_EXTRA = (Path("verifying/prompting/prompts.py"), Path("verifying/prompting/models.py"))
+NEEDS_THE_EXTRA = (
+    Path("verifying/prompting/prompts.py"), Path("verifying/prompting/models.py"),
+    Path("probing/expecting.py"),
+)  # fmt: skip
 
 
 def core_imports() -> set[str]:
@@ -228,6 +231,7 @@ def test_the_package_says_it_is_typed_and_holds_its_data() -> None:
     package = Path(regraft.__file__).parent
     assert (package / "py.typed").exists()
     assert (package / "names" / "transformers.json").exists()
+    assert (package / "engines" / "vllm_models.json").exists()
 
 
 def test_public_modules_have_a_docstring() -> None:

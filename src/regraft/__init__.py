@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from regraft.merging.files.receipt import Receipt
     from regraft.merging.planning.plan import Plan
     from regraft.merging.planning.report import CheckReport, UnmergeReport
+    from regraft.probing.report import ProbeReport
+    from regraft.probing.verb import probe
     from regraft.progress import ProgressEvent
     from regraft.runtime.attaching import attach, handle_of
     from regraft.runtime.handle import Adapters as Adapters
@@ -62,6 +64,8 @@ _HOME = {
     "merge": "regraft.api",
     "plan": "regraft.api",
     "check": "regraft.engines.checking",
+    "probe": "regraft.probing.verb",
+    "ProbeReport": "regraft.probing.report",
     "inspect": "regraft.inspection",
     "Inspection": "regraft.inspection",
     "ProgressEvent": "regraft.progress",
@@ -131,6 +135,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "plan",
     "check",
     "verify",
+    "probe",
     "inspect",
     "diff",
     "shrink",
@@ -152,6 +157,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "Inspection",
     "Leftover",
     "Plan",
+    "ProbeReport",
     "ProgressEvent",
     "Receipt",
     "ShrinkReport",

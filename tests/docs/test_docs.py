@@ -39,6 +39,7 @@ DESCRIBED = {
     "regraft.inspection": (
         *("Inspection", "ModelFacts", "MergeFacts", "AdapterFacts", "DTypeShare", "FileFacts"),
     ),
+    "regraft.probing.report": ("ProbeReport", "PromptProbe"),
     "regraft.progress": ("ProgressEvent",),
     "regraft.merging.planning.plan": ("Plan",),
     "regraft.merging.files.receipt": ("Receipt", "InputRecord", "TensorRecord", "Totals"),
@@ -143,7 +144,7 @@ def test_every_documented_signature_has_all_parameters() -> None:
     text = read(DOCS / "reference-python.md")
     verbs = (
         *("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "shrink"),
-        *("clean", "save", "load_merged", "attach", "convert"),
+        *("clean", "save", "load_merged", "attach", "convert", "probe"),
     )
     for verb in verbs:
         match = re.search(rf"^regraft\.{verb}\((.*?)\) ->", text, re.M | re.DOTALL)

@@ -26,6 +26,7 @@ COMMANDS = {
     "quantize": "regraft.cli.commands.quantize",
     "verify": "regraft.cli.commands.verify",
     "check": "regraft.cli.commands.check",
+    "probe": "regraft.cli.commands.probe",
     "inspect": "regraft.cli.commands.inspect",
     "diff": "regraft.cli.commands.diff",
     "shrink": "regraft.cli.commands.shrink",

@@ -1,0 +1,135 @@
+"""Facts shown in the engines themselves, where they are installed: llama.cpp and mlx-lm.
+
+``make engines`` shows all of them, in environments of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import regraft
+from regraft.engines.llama_cpp import scale_of
+
+ROOT = Path(__file__).parents[2]
+PEFT_AND_TORCH = ("peft", "torch", "gguf")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in PEFT_AND_TORCH),
+        reason="the live model to hold engines against needs peft, torch and gguf",
+    ),
+]
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp: pip install xllamacpp"
+)
+needs_mlx = pytest.mark.skipif(
+    importlib.util.find_spec("mlx_lm") is None, reason="MLX: pip install 'mlx[cpu]' mlx-lm"
+)
+
+Script = Callable[[str], Any]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Return what imports a module of scripts/engines."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return lambda name: import_module(f"engines.{name}")
+
+
+def adapted(fixtures: Any, folder: Path, **config: Any) -> tuple[Path, Path]:
+    """Return a small llama and an adapter of one module of each layer."""
+    base = fixtures.make_base("llama", folder / "base")
+    usual = {"target_modules": ["down_proj"]} | config
+    return base, fixtures.make(fixtures.Fixture("", config=usual), base, folder)
+
+
+def apart(answer: Any, true: list[float]) -> float:
+    """Return the largest difference between an engine's log-probabilities and the true ones."""
+    assert "logprobs" in answer, answer
+    assert len(answer["logprobs"]) > 300
+    return max(abs(true[int(token)] - value) for token, value in answer["logprobs"].items())
+
+
+def as_gguf_lora(adapter: Path, file: Path, alpha: float) -> Path:
+    """Write an adapter's factors as llama.cpp's converter does, with one alpha."""
+    from safetensors.numpy import load_file
+
+    from regraft.testing import gguf_files
+
+    tensors = {}
+    for name, values in load_file(adapter / "adapter_model.safetensors").items():
+        layer, which = name.split(".")[4], "lora_a" if "lora_A" in name else "lora_b"
+        stored = np.ascontiguousarray(values, np.float32)
+        tensors[f"blk.{layer}.ffn_down.weight.{which}"] = (stored, "F32")
+    metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
+    return gguf_files.write(file, "llama", metadata, tensors)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("alpha", "rank"), [(6.0, 4), (0.0, 4), (9.0, 3)])
+def test_llama_cpp_divides_one_alpha_by_the_rank(
+    script: Script, tmp_path: Path, alpha: float, rank: int
+) -> None:
+    """An alpha of 0 is none, which is a scale of 1."""
+    fixtures, running, engine = map(script, ("fixtures", "running", "in_llama_cpp"))
+    as_it_scales = scale_of(alpha, rank) * rank
+    base, adapter = adapted(fixtures, tmp_path, r=rank, lora_alpha=as_it_scales)
+    running.as_gguf(base, tmp_path / "base.gguf")
+    file = as_gguf_lora(adapter, tmp_path / "adapter.gguf", alpha)
+    job = running._job(tmp_path / "base.gguf", file)
+    true = fixtures.answers(base, adapter)
+    assert apart(engine.answer(job), true) < 0.01
+    assert max(map(abs, np.subtract(true, fixtures.answers(base, None)))) > 0.1
+
+
+@needs_llama_cpp
+def test_llama_cpp_answers_otherwise_with_rslora_as_check_says(
+    script: Script, tmp_path: Path
+) -> None:
+    fixtures, running, engine = map(script, ("fixtures", "running", "in_llama_cpp"))
+    base, adapter = adapted(fixtures, tmp_path, use_rslora=True)
+    running.as_gguf(base, tmp_path / "base.gguf")
+    file = as_gguf_lora(adapter, tmp_path / "adapter.gguf", 6.0)
+    job = running._job(tmp_path / "base.gguf", file)
+    assert apart(engine.answer(job), fixtures.answers(base, adapter)) > 0.1
+    report = regraft.check(base, adapter, engine="llama.cpp").engine
+    assert report is not None
+    assert {finding.applied for finding in report.findings} == {1.5}
+
+
+@needs_mlx
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"layers.0": 3}, "rank_pattern": {"layers.1.mlp.down_proj": 7}},
+        {"use_dora": True},
+    ],
+)
+def test_mlx_answers_as_trained(script: Script, tmp_path: Path, config: dict[str, Any]) -> None:
+    fixtures, running, engine = map(script, ("fixtures", "running", "in_mlx"))
+    base, adapter = adapted(fixtures, tmp_path, **config)
+    job = running.for_mlx(fixtures.Fixture(""), base, adapter, tmp_path)
+    assert regraft.check(base, adapter, engine="mlx").ok
+    assert apart(engine.answer(json.loads(json.dumps(job))), fixtures.answers(base, adapter)) < 1e-3
+
+
+@needs_mlx
+def test_mlx_refuses_a_peft_folder(script: Script, tmp_path: Path) -> None:
+    fixtures, running, engine = map(script, ("fixtures", "running", "in_mlx"))
+    base, adapter = adapted(fixtures, tmp_path)
+    assert "refused" in engine.answer(running._job(base, adapter))
+    report = regraft.check(base, adapter, engine="mlx").engine
+    assert report is not None
+    assert "--to mlx" in report.notes[0]
