@@ -19,7 +19,7 @@ PLAN_KEY = "regraft.plan"
 """The key that regraft adds: the digest of the plan that made the tensors, which a receipt of the
 same merge is of."""
 
-_FILE_TYPE = b"general.file_type"
+_FILE_TYPE = "general.file_type"
 _UINT32, _TEXT = 4, 8
 
 
@@ -71,17 +71,22 @@ def build_head(
 
 def _metadata(head: GgufHead, plan: str, file_type: int | None) -> tuple[bytes, int]:
     """Return the bytes of all keys, and their number; a key of an earlier merge is replaced."""
-    key = _text(PLAN_KEY) + struct.pack("<I", _TEXT)
-    metadata, keys, value = head.metadata, head.keys, key + _text(plan)
-    earlier = metadata.rfind(key)
-    if earlier >= 0 and len(metadata) - earlier == len(value):  # it is the last one, and as long
-        metadata, keys = metadata[:earlier], keys - 1
-    typed = struct.pack("<Q", len(_FILE_TYPE)) + _FILE_TYPE + struct.pack("<I", _UINT32)
-    at = metadata.find(typed)
-    if file_type is not None and at >= 0:
-        at += len(typed)
-        metadata = metadata[:at] + struct.pack("<I", file_type) + metadata[at + 4 :]
-    return metadata + value, keys + 1
+    metadata, keys = head.metadata, head.keys
+    if file_type is not None:
+        typed = _text(_FILE_TYPE) + struct.pack("<I", _UINT32)
+        metadata = _replaced(metadata, typed, struct.pack("<I", file_type)) or metadata
+    key, value = _text(PLAN_KEY) + struct.pack("<I", _TEXT), _text(plan)
+    known = _replaced(metadata, key + value[:8], value[8:])
+    return (known, keys) if known is not None else (metadata + key + value, keys + 1)
+
+
+def _replaced(metadata: bytes, key: bytes, value: bytes) -> bytes | None:
+    """Return metadata with another value, as long as the old one, after a key; None without it."""
+    at = metadata.find(key)
+    if at < 0:
+        return None
+    at += len(key)
+    return metadata[:at] + value + metadata[at + len(value) :]
 
 
 def _entry(name: str, dimensions: tuple[int, ...], kind: int, offset: int) -> bytes:
