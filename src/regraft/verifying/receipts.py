@@ -19,8 +19,8 @@ from blake3 import blake3
 from regraft.concurrency import for_each
 from regraft.errors import InputError
 from regraft.formats.files.inside import leads_outside
-from regraft.formats.gguf import open_gguf, read_head
 from regraft.formats.files.reading import FilePool, open_regular, read_at, typed_os_errors
+from regraft.formats.gguf import open_gguf, read_head
 from regraft.formats.layout import RECEIPT, is_gguf, record_of
 from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
 from regraft.merging.files.receipt import Receipt, TensorRecord, file_key

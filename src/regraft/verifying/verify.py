@@ -101,7 +101,8 @@ def verify(
             raise
         check.notes.append(f"the merge was not done again: {error.problems[0]}")
         return _report(located.source, check, None)
-    judged, said = _judged(opened, inputs, _as_coded(options, inputs.receipt, in_gguf=opened.container == GGUF), check, progress)
+    coded = _as_coded(options, inputs.receipt, in_gguf=opened.container == GGUF)
+    judged, said = _judged(opened, inputs, coded, check, progress)
     report = _report(located.source, check, judged, said)
     if prompts is None or judged is None:
         return report
@@ -243,9 +244,7 @@ def _no_receipt(located: Located) -> InputError:
     )
 
 
-def _as_coded(
-    options: MergeOptions, receipt: Receipt | None, *, in_gguf: bool
-) -> MergeOptions:
+def _as_coded(options: MergeOptions, receipt: Receipt | None, *, in_gguf: bool) -> MergeOptions:
     """Return options with how a merged model's receipt says that it was quantized."""
     recorded = receipt.options if receipt is not None else {}
     if recorded.get("quantize") is None:

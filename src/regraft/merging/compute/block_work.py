@@ -118,8 +118,7 @@ class _Rows:
 
     @property
     def first(self) -> int:
-        """Number of the first element as they are stored: of whole heads the same as in the model.
-        """
+        """Number of the first element as stored; of whole heads it is that of the model."""
         width = self.weight.shape[-1] if len(self.weight.shape) > 1 else 1
         return self.at.rows[0] * width + self.at.columns[0]
 

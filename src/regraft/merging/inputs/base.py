@@ -12,7 +12,12 @@ from regraft.formats.gguf import open_gguf
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import looks_like
 from regraft.formats.remote import open_headers
-from regraft.merging.inputs.dequantized_view import GGUF, Quantization, logical_checkpoint, see_through
+from regraft.merging.inputs.dequantized_view import (
+    GGUF,
+    Quantization,
+    logical_checkpoint,
+    see_through,
+)
 from regraft.quant.formats.gguf import UNQUANTIZED
 from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import WORKING_DTYPES

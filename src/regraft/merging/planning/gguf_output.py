@@ -1,5 +1,4 @@
-"""Planning an output that is one GGUF file: which types its tensors have, and what cannot be in it.
-"""
+"""Planning an output that is one GGUF file: what cannot be in it, and its head."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ from regraft.formats.gguf import read_head
 from regraft.formats.gguf_header import BuiltHead, build_head
 from regraft.merging.inputs.base import whole_gguf
 from regraft.merging.inputs.dequantized_view import GGUF, Quantization
-from regraft.merging.options import KEEP, MergeOptions, parse_dtype
 from regraft.merging.inputs.gguf_types import target_type
+from regraft.merging.options import KEEP, MergeOptions, parse_dtype
 from regraft.merging.planning.match import Work
 from regraft.merging.planning.plan import Plan, Step
 from regraft.quant.formats.gguf import keeps
@@ -24,7 +23,16 @@ SUFFIX = ".gguf"
 """What the name of an output ends in that is one GGUF file."""
 
 _FOLDER = "Give a folder as -o: weights are then written as plain values, in safetensors"
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+_FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "BF16": 32,
+}
 """``general.file_type`` of a model whose matrices have a type; llama.h's ``llama_ftype``."""
 
 
@@ -117,11 +125,11 @@ def unfit_for_gguf(
             )  # fmt: skip
             continue
         weight = quantization.weights.get(work.name)
-        type_ = weight and target_type(weight, dtype)
-        if type_ is not None and not keeps(type_):
+        type_ = target_type(weight, dtype) if weight is not None else ""
+        if weight is not None and not keeps(type_):
             problems.append(
                 Problem("the values of this type lie on no grid that merged ones could be kept on",
-                        f"{work.name} ({weight.codes.name})", found=str(type_),
+                        f"{work.name} ({weight.codes.name})", found=type_,
                         hint=f"Write another type: --dtype q8_0. {_FOLDER}")
             )  # fmt: skip
     return problems

@@ -18,6 +18,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
 from regraft.merging.inputs.base_index import BaseIndex
 from regraft.merging.inputs.dequantized_view import GGUF, Quantization, removed, room_of, turned
+from regraft.merging.inputs.gguf_types import OfType
 from regraft.merging.inputs.published import published
 from regraft.merging.options import KEEP, MergeOptions, dtype_name
 from regraft.merging.planning.base_drift import TrainedOn
@@ -30,7 +31,6 @@ from regraft.merging.planning.config_updates import (
     note_left_out,
 )
 from regraft.merging.planning.gguf_output import gguf_name, unfit_for_gguf, whole
-from regraft.merging.inputs.gguf_types import OfType
 from regraft.merging.planning.match import Matching, Work, match
 from regraft.merging.planning.plan import OutputShard, Plan, Segment, Step
 from regraft.merging.planning.quantized_output import (

@@ -11,14 +11,20 @@ from regraft.errors import Problem, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
 from regraft.merging.inputs.base_index import BaseIndex
-from regraft.merging.inputs.dequantized_view import CONFIG_KEYS, GGUF, Quantization, as_stored, virtual
-from regraft.merging.options import KEEP
+from regraft.merging.inputs.dequantized_view import (
+    CONFIG_KEYS,
+    GGUF,
+    Quantization,
+    as_stored,
+    virtual,
+)
 from regraft.merging.inputs.gguf_types import OfType
+from regraft.merging.options import KEEP
 from regraft.merging.planning.linear_layers import is_linear, plain_modules
 from regraft.merging.planning.match import Work
 from regraft.merging.planning.plan import Made, Segment, Step
 from regraft.quant.registry import maker_of
-from regraft.quant.weight import FORMATS
+from regraft.quant.weight import FORMATS, QuantizedWeight
 from regraft.tensors import WORKING_DTYPES
 
 Plain = Callable[[str], Step]
@@ -73,7 +79,7 @@ def unfit_for_codes(works: Iterable[Work], *, kept: bool) -> list[Problem]:
         elif kept and (work.replaced or work.carried or work.patches):
             problems.append(
                 Problem("the adapter replaces a quantized weight, which cannot stay quantized",
-                        work.name, hint="Merge without --quantize")
+                        work.name, hint="Merge without --quantize into a folder")
             )  # fmt: skip
     return problems
 
@@ -107,7 +113,6 @@ class KeptSteps:
             name, "merge", work.source, None, stored.dtype, stored.shape, self.segments(work), (),
             as_stored(weight),
         )  # fmt: skip
-
 
     def _in_blocks(
         self, name: str, weight: QuantizedWeight, work: Work | None, of_type: OfType

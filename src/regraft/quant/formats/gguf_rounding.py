@@ -116,7 +116,8 @@ def _nibbles(content: Blocks) -> Blocks:
 
 def _five_bits(content: Blocks) -> Blocks:
     high = np.unpackbits(np.ascontiguousarray(content[:, :4]), axis=1, bitorder="little")
-    return _nibbles(content[:, 4:]) | (high << 4)
+    codes: Blocks = _nibbles(content[:, 4:]) | (high << 4)
+    return codes
 
 
 def _bytes(content: Blocks) -> Blocks:
@@ -142,15 +143,18 @@ def _one(content: Blocks) -> Blocks:
 
 
 def _codes_k3(content: Blocks) -> Blocks:
-    return _twos(content[:, 32:]) | (_one(content[:, :32]) << 2)
+    codes: Blocks = _twos(content[:, 32:]) | (_one(content[:, :32]) << 2)
+    return codes
 
 
 def _codes_k5(content: Blocks) -> Blocks:
-    return _nibbles_k(content[:, 32:]) | (_one(content[:, :32]) << 4)
+    codes: Blocks = _nibbles_k(content[:, 32:]) | (_one(content[:, :32]) << 4)
+    return codes
 
 
 def _codes_k6(content: Blocks) -> Blocks:
-    return _nibbles_k(content[:, :128], 64) | (_twos(content[:, 128:]) << 4)
+    codes: Blocks = _nibbles_k(content[:, :128], 64) | (_twos(content[:, 128:]) << 4)
+    return codes
 
 
 def _pack_xs(codes: Blocks) -> Blocks:
