@@ -72,9 +72,11 @@ def merge(
             ``org/name[@revision]``; plain or quantized. None for the one that the adapters name in
             their configs.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
-        out: the folder to make; it appears whole or not at all.
+        out: the folder to make; it appears whole or not at all. A name that ends in ``.gguf`` is
+            one file, for a base in GGUF; its receipt lies in ``out.gguf.regraft`` beside it.
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
-            weight becomes a plain one of the dtype that its format computes in.
+            weight becomes a plain one of the dtype that its format computes in. Of a GGUF file the
+            type of all matrices, also ``"q8_0"``, ``"q5_1"``, ``"q5_0"``, ``"q4_1"``, ``"q4_0"``.
         shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
         max_memory: cap on resident memory, whatever the size of the model.
         threads: worker threads; by default three more than there are cores at hand.
