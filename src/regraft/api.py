@@ -18,12 +18,18 @@ from regraft.formats.hub import locate
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.calls import merge_call
 from regraft.merging.files.output_folder import OutputFolder
-from regraft.merging.files.publish import out_path
+from regraft.merging.files.publish import Kind, out_path
 from regraft.merging.inputs.base import open_base, see
 from regraft.merging.inputs.dequantized_view import check_scales
 from regraft.merging.inputs.opening import AdapterArg, open_named, parse_adapters, read_adapters
 from regraft.merging.options import MergeOptions
 from regraft.merging.planning.base_drift import TrainedOn
+from regraft.merging.planning.gguf_output import (
+    check_container,
+    decoded_to,
+    format_of,
+    is_gguf_output,
+)
 from regraft.merging.planning.plan import Plan
 from regraft.merging.planning.planner import make_plan, settled
 from regraft.merging.planning.report import CheckReport
@@ -66,9 +72,11 @@ def merge(
             ``org/name[@revision]``; plain or quantized. None for the one that the adapters name in
             their configs.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
-        out: the folder to make; it appears whole or not at all.
+        out: the folder to make; it appears whole or not at all. A name that ends in ``.gguf`` is
+            one file, for a base in GGUF; its receipt lies in ``out.gguf.regraft`` beside it.
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
-            weight becomes a plain one of the dtype that its format computes in.
+            weight becomes a plain one of the dtype that its format computes in. Of a GGUF file the
+            type of all matrices, also ``"q8_0"``, ``"q5_1"``, ``"q5_0"``, ``"q4_1"``, ``"q4_0"``.
         shard_size: largest weight file, such as ``"5GB"``; by default the base's files are kept.
         max_memory: cap on resident memory, whatever the size of the model.
         threads: worker threads; by default three more than there are cores at hand.
@@ -106,7 +114,9 @@ def merge(
             the machine fell short, what is done so far is kept: the same call goes on from there.
     """
     started = time.perf_counter()
-    folder = OutputFolder.asked_for(out, base, adapters, trained_on, overwrite=overwrite)
+    kind: Kind = "gguf" if is_gguf_output(out) else "model"
+    folder = OutputFolder.asked_for(out, base, adapters, trained_on, overwrite=overwrite, kind=kind)
+    quantize = format_of(out, quantize)
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
@@ -163,6 +173,7 @@ def plan(
     Raises:
         RegraftError: what :func:`merge` would raise of its inputs, and of ``out`` if it is given.
     """
+    quantize = format_of(out, quantize)
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
@@ -171,7 +182,8 @@ def plan(
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
     checkpoint, opened = open_named(base, wanted, token, peft_version, headers_only=True)
-    folder = OutputFolder(out_path(out), overwrite) if out is not None else None
+    kind: Kind = "gguf" if is_gguf_output(out) else "model"
+    folder = OutputFolder(out_path(out), overwrite, kind) if out is not None else None
     made = _plan(checkpoint, opened, options, folder)
     if folder is not None:
         made = replace(made, disk=folder.disk(made.disk_bytes - _shared(made, folder, reflink)))
@@ -203,8 +215,10 @@ def _plan(
     *,
     trained_on: TrainedOn | None = None,
 ) -> Plan:
+    if folder is not None:
+        check_container(folder.path, base, options)
     read = read_adapters(opened)
-    plain, quantization = see(base, options.dtype)
+    plain, quantization = see(base, decoded_to(base, options))
     options = settled(options, quantization)
     out = folder.path if folder is not None else None
     made = make_plan(plain, read, options, out, quantization=quantization, trained_on=trained_on)
@@ -267,7 +281,7 @@ def check(
         except RegraftError as error:
             problems += error.problems
     try:
-        plain, quantization = see(checkpoint, options.dtype)
+        plain, quantization = see(checkpoint, decoded_to(checkpoint, options))
         options = settled(options, quantization)
         made = make_plan(plain, read, options, None, quantization=quantization)
         made = replace(made, warnings=(*made.warnings, *_said_of_sides(made)))

@@ -93,8 +93,8 @@ else:
 class Dtype(_Choice):
     """A dtype, given by its name or by a short one such as ``bf16``; passed on by its name."""
 
-    def __init__(self) -> None:
-        super().__init__(["float32", "bfloat16", "float16"])
+    def __init__(self, more: tuple[str, ...] = ()) -> None:
+        super().__init__(["float32", "bfloat16", "float16", *more])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the name of the dtype that ``value`` means."""
@@ -105,6 +105,13 @@ dtype = click.option(
     "--dtype",
     type=Dtype(),
     help="Element type of the output.  [default: each tensor keeps the base's]",
+)
+
+dtype_or_blocks = click.option(
+    "--dtype",
+    type=Dtype(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")),
+    help="Element type of the output; one of q8_0 to q4_0 only of a GGUF file.  [default: each "
+    "tensor keeps the base's]",
 )
 
 shard_size = click.option(

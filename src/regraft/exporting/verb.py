@@ -129,7 +129,7 @@ def _for_gguf(call: _Call, started: float) -> ExportReport:
 
 def _for_ollama(call: _Call, started: float) -> ExportReport:
     folder = OutputFolder.asked_for(
-        call.out, call.model, call.like, overwrite=call.overwrite, kind="gguf"
+        call.out, call.model, call.like, overwrite=call.overwrite, kind="ollama"
     )
     stored = call.opened()
     made = plan_gguf(stored, call.type, call.like)

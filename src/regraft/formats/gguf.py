@@ -29,7 +29,10 @@ from regraft.formats.files.reading import open_regular, read_at, typed_os_errors
 from regraft.formats.problems import DOWNLOAD_AGAIN, SAFE_NAME, capped, is_unsafe_name, quoted
 from regraft.tensors import TensorSpec
 
-__all__ = ["GgufArray", "GgufFile", "GgufTensor", "find_gguf", "gguf_package", "open_gguf"]
+__all__ = [
+    "GgufArray", "GgufEntry", "GgufFile", "GgufHead", "GgufTensor", "find_gguf", "gguf_package",
+    "open_gguf", "read_head",
+]  # fmt: skip
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -219,6 +222,66 @@ def general_type(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+@dataclass(frozen=True)
+class GgufEntry:
+    """What the table of a file says of a tensor.
+
+    Attributes:
+        name: as in the file.
+        dimensions: as ggml orders them, the contiguous one first.
+        kind: ggml's number of its type.
+        offset: where its blocks begin, from the beginning of the data.
+    """
+
+    name: str
+    dimensions: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class GgufHead:
+    """What lies before the tensors of a file, to be written again.
+
+    Attributes:
+        version: of the format.
+        keys: how many keys there are.
+        metadata: their bytes, from the first key to the end of the last value.
+        entries: the table of tensors, in its order.
+        alignment: what offsets are multiples of.
+        size: bytes up to where the data begin.
+    """
+
+    version: int
+    keys: int
+    metadata: bytes
+    entries: tuple[GgufEntry, ...]
+    alignment: int
+    size: int
+
+
+def read_head(path: Path) -> GgufHead:
+    """Return what lies before the tensors of one file; their places are not checked.
+
+    Raises:
+        FormatError, UnsupportedError, InputError, AccessError: as :func:`open_gguf`.
+    """
+    fd = open_regular(path)
+    try:
+        header = _Header(fd, path)
+        tensors, keys = header.counts()
+        first = header.position
+        alignment = _alignment(path, _metadata(header, keys))
+        metadata = read_at(fd, path, first, header.position - first)
+        infos = [_Info.of(header) for _ in range(tensors)]
+        (version,) = struct.unpack("<I", read_at(fd, path, len(_MAGIC), 4))
+    finally:
+        os.close(fd)
+    entries = tuple(GgufEntry(i.name, i.dimensions, i.kind, i.offset) for i in infos)
+    size = -(-header.position // alignment) * alignment
+    return GgufHead(version, keys, metadata, entries, alignment, size)
+
+
 def _block_sizes() -> dict[int, tuple[str, int, int]]:
     """Return name, elements and bytes of a block of each ggml type, by its number."""
     sizes = gguf_package().GGML_QUANT_SIZES
@@ -284,13 +347,18 @@ def _open_part(
         tensor_count, key_count = header.counts()
         metadata = _metadata(header, key_count)
         infos = [_Info.of(header) for _ in range(tensor_count)]
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise _malformed(path, "general.alignment: a power of two", quoted(alignment))
+        alignment = _alignment(path, metadata)
         start = -(-header.position // alignment) * alignment
         return metadata, _tensors(path, infos, sizes, start, alignment, header.size)
     finally:
         os.close(fd)
+
+
+def _alignment(path: Path, metadata: dict[str, Value]) -> int:
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise _malformed(path, "general.alignment: a power of two", quoted(alignment))
+    return alignment
 
 
 class _Header:

@@ -132,6 +132,16 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
+def record_of(path: Path) -> Path:
+    """Return the folder beside a GGUF file that regraft keeps its receipt in."""
+    return path.with_name(f"{path.name}.regraft")
+
+
+def receipt_path(model: Path) -> Path:
+    """Return where the receipt of a merged model lies: in its folder, or beside a lone file."""
+    return model / RECEIPT if model.is_dir() else record_of(model) / Path(RECEIPT).name
+
+
 def is_mostly_lora(names: Iterable[str]) -> bool:
     """Return whether most of a file's tensors are LoRA factors, in any dialect's naming."""
     found = [_LORA_KEY.search(name) is not None for name in names]

@@ -15,6 +15,7 @@ from regraft._version import __version__
 from regraft.errors import redacted
 from regraft.formats.checkpoint import INDEX_STEMS
 from regraft.formats.files.text import plain_text, spelled
+from regraft.formats.layout import RECEIPT
 from regraft.merging.execution.outcome import Outcome, is_stored
 from regraft.merging.execution.scheduler import Task
 from regraft.merging.files.card import auto_class_of, model_card
@@ -62,6 +63,8 @@ def write_rest(
         ChangedError: an adapter that is kept is not the one that was merged.
     """
     plan = task.plan
+    if plan.is_gguf:
+        return _write_receipt_alone(task, outcome, folder, command, used)
     config = updated_config(plan.base.config or {}, plan.config_updates)
     rest = _Rest(folder)
     for name, path in sides.files.items():
@@ -85,7 +88,21 @@ def write_rest(
             check_copies(folder, receipt, [Path(adapter.root) for adapter in plan.adapters])
     receipt = replace(receipt, files=rest.digests, headers=_header_digests(task.targets))
     receipt = _with_usage(receipt, used)
-    write_pieces(folder / "regraft" / "receipt.json", receipt_pieces(receipt))
+    write_pieces(folder / RECEIPT, receipt_pieces(receipt))
+    return receipt
+
+
+def _write_receipt_alone(
+    task: Task, outcome: Outcome, folder: Path, command: str, used: Used
+) -> Receipt:
+    """Write the receipt of a GGUF file: config, tokenizer and card are in the file, or the base's.
+
+    It is moved beside the file; its path here is that of every receipt.
+    """
+    receipt = _receipt(task.plan, outcome, command, used)
+    receipt = replace(receipt, headers=_header_digests(task.targets))
+    receipt = _with_usage(receipt, used)
+    write_pieces(folder / RECEIPT, receipt_pieces(receipt))
     return receipt
 
 

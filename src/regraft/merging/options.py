@@ -16,6 +16,11 @@ KEEP = "keep"
 QUANTIZE = (KEEP, *FORMATS)
 """What ``quantize`` may be."""
 
+BLOCK_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""Types of blocks that ``dtype`` may be where the output is a GGUF file."""
+
+_OR_BLOCKS = f", or in a GGUF file {', '.join(BLOCK_TYPES).lower()}"
+
 REFLINK = ("auto", "never", "always")
 """What ``reflink`` may be: ``always`` refuses where blocks cannot be shared."""
 
@@ -28,7 +33,8 @@ class MergeOptions:
     take, and so has the command line.
 
     Attributes:
-        dtype: safetensors dtype of every floating-point tensor of the output; None keeps each.
+        dtype: safetensors dtype of every floating-point tensor of the output, or of
+            :data:`BLOCK_TYPES`; None keeps each.
         shard_size: largest output file in bytes; None keeps the base's files.
         max_memory: cap on resident memory in bytes.
         threads: worker threads; None chooses.
@@ -80,7 +86,7 @@ class MergeOptions:
         options = cls(
             shard_size=_size("shard_size", shard_size),
             max_memory=_size("max_memory", max_memory) or 0,
-            dtype=parse_dtype(dtype),
+            dtype=parse_dtype(dtype, blocks=others.get("quantize") == KEEP),
             undo=undo,
             keep_adapter=keep_adapter and undo is not False,
             **others,
@@ -104,8 +110,12 @@ def _size(name: str, value: str | int | None) -> int | None:
         raise UsageError(str(error), where=f"--{name.replace('_', '-')}") from None
 
 
-def parse_dtype(name: str | None) -> str | None:
+def parse_dtype(name: str | None, *, blocks: bool = False) -> str | None:
     """Return the safetensors dtype for ``"bfloat16"``, ``"bf16"``, ``"torch.half"``, ...
+
+    Args:
+        name: a dtype's name; None for none.
+        blocks: whether it may be one of :data:`BLOCK_TYPES`, which is returned as ggml spells it.
 
     Raises:
         UsageError: it is none that regraft can write.
@@ -114,12 +124,20 @@ def parse_dtype(name: str | None) -> str | None:
         return None
     short = str(name).removeprefix("torch.")
     short = DTYPE_ALIASES.get(short.lower(), short)
+    if blocks and short.upper() in BLOCK_TYPES:
+        return short.upper()
     found = BY_CONFIG_NAME.get(short) or DTYPES.get(short.upper())
     if found is None or found.name not in WORKING_DTYPES:
         raise UsageError(
-            f"cannot write dtype {name!r}", where="--dtype", expected="float32, bfloat16 or float16"
-        )
+            f"cannot write dtype {name!r}", where="--dtype",
+            expected="float32, bfloat16 or float16" + _OR_BLOCKS * blocks,
+        )  # fmt: skip
     return found.name
+
+
+def dtype_name(dtype: str) -> str:
+    """Return the name by which receipts have a dtype: that of a config, or ggml's of blocks."""
+    return DTYPES[dtype].config_name if dtype in DTYPES else dtype.lower()
 
 
 def _check_quantization(options: MergeOptions) -> None:

@@ -137,7 +137,9 @@ class Codec(Protocol):
 
 
 class Decoder(ABC):
-    """One way to store a weight that is only read: its codes are no levels of a grid.
+    """One way to store a weight in blocks that hold their own scales: their values are told.
+
+    What is written is whole blocks; codes are known to whoever makes these.
 
     Frozen, as a :class:`Codec` is. It is a class, so that ``isinstance`` tells the two apart.
     """
@@ -160,6 +162,14 @@ class Decoder(ABC):
         Raises:
             RegraftError: something cannot be read.
         """
+
+    @abstractmethod
+    def row_grain(self, weight: QuantizedWeight) -> int:
+        """Return how many rows have to stay together when it is written; see :class:`Codec`."""
+
+    @abstractmethod
+    def place(self, weight: QuantizedWeight, at: Block) -> tuple[int, int]:
+        """Return where a block's bytes lie in the stored tensor: offset and length."""
 
     def trouble(self, weight: QuantizedWeight, read: Read) -> list[Problem]:
         """Return what is wrong with the contents; none: scales lie among the codes."""

@@ -16,7 +16,7 @@ from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import expanded, is_there
 from regraft.formats.files.text import unspelled
 from regraft.formats.hub import locate
-from regraft.formats.layout import RECEIPT
+from regraft.formats.layout import receipt_path
 from regraft.merging.files.receipt import InputRecord, Receipt, read_receipt
 from regraft.merging.inputs.base import open_base
 from regraft.merging.inputs.expert_stacks import with_version
@@ -51,10 +51,11 @@ def receipt_in(folder: Path) -> Receipt | None:
     Raises:
         AccessError: the system refused to read it.
     """
-    if not folder.is_dir() or not (folder / RECEIPT).is_file():
+    path = receipt_path(folder)
+    if not path.is_file():
         return None
     try:
-        return read_receipt(folder / RECEIPT)
+        return read_receipt(path)
     except FormatError:  # the check against the receipt says so
         return None
 

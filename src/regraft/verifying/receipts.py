@@ -20,7 +20,8 @@ from regraft.concurrency import for_each
 from regraft.errors import InputError
 from regraft.formats.files.inside import leads_outside
 from regraft.formats.files.reading import FilePool, open_regular, read_at, typed_os_errors
-from regraft.formats.layout import RECEIPT
+from regraft.formats.gguf import open_gguf, read_head
+from regraft.formats.layout import RECEIPT, is_gguf, record_of
 from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
 from regraft.merging.files.receipt import Receipt, TensorRecord, file_key
 from regraft.progress import Progress, ProgressMeter
@@ -72,7 +73,7 @@ def check_receipt(
         AccessError: the system refused to read something.
     """
     check = ReceiptCheck()
-    there, empty = list_files(root)
+    there, empty = list_files(root) if root.is_dir() else list_beside(root, receipt)
     _note_empty(check, empty)
     records: dict[str, list[TensorRecord]] = defaultdict(list)
     for record in receipt.tensors:
@@ -129,6 +130,19 @@ def list_files(root: Path) -> tuple[dict[str, Path], list[str]]:
                 filled |= {file_key(each.as_posix()) for each in (below, *below.parents)}
     empty = [name for name in folders_found if name not in filled]
     return found, [name for name in empty if name.rpartition("/")[0] not in empty]
+
+
+def list_beside(file: Path, receipt: Receipt) -> tuple[dict[str, Path], list[str]]:
+    """Return a lone weights file and what lies in its folder of records, by name as the receipt of
+    a folder would have it; the file by the name that it was written under. Also empty folders.
+
+    Raises:
+        AccessError: the folder cannot be read.
+    """
+    beside, empty = list_files(record_of(file))
+    within = RECEIPT.rpartition("/")[0]
+    there = {f"{within}/{name}": path for name, path in beside.items()}
+    return there | dict.fromkeys(receipt.headers, file), [f"{within}/{name}" for name in empty]
 
 
 def _note_empty(check: ReceiptCheck, folders: Iterable[str]) -> None:
@@ -264,14 +278,18 @@ def _weight_jobs(
     records: list[TensorRecord], pool: FilePool,
 ) -> list[_DigestJob]:  # fmt: skip
     """Check a weight file's header, and return the jobs for its tensors."""
+    in_gguf, raw = is_gguf(path), b""
     try:
         if digest is not None:
             check.headers += 1
-            raw = _raw_header(path)
+            raw = _raw_gguf_head(path) if in_gguf else _raw_header(path)
             check.bytes += len(raw)
             same = blake3(raw).hexdigest() == digest
             check.differences += _unless(same, name, "", "its header has changed")
-        tensors = read_header(path).tensors
+        tensors = _tensors_of_gguf(path) if in_gguf else read_header(path).tensors
+        if in_gguf:
+            padded = not _is_padded(path, tensors.values(), len(raw))
+            check.differences += _unless(not padded, name, "", "bytes between tensors have changed")
     except InputError as error:
         what = "; ".join(_without_path(problem.what, problem.found) for problem in error.problems)
         check.differences.append(Difference(name, "", f"it cannot be read: {what}"))
@@ -289,6 +307,36 @@ def _weight_jobs(
     for other in tensors.keys() - known:
         check.differences.append(Difference(name, other, "a tensor that the merge did not write"))
     return jobs
+
+
+def _tensors_of_gguf(path: Path) -> dict[str, TensorSpec]:
+    """Return the blocks of a GGUF file's tensors, by name."""
+    return {name: tensor.stored for name, tensor in open_gguf(path).tensors.items()}
+
+
+def _raw_gguf_head(path: Path) -> bytes:
+    """Return all bytes of a GGUF file before its tensors."""
+    size = read_head(path).size
+    fd = open_regular(path)
+    try:
+        return read_at(fd, path, 0, size)
+    finally:
+        os.close(fd)
+
+
+def _is_padded(path: Path, tensors: Iterable[TensorSpec], begin: int) -> bool:
+    """Whether zeros, less than a tensor's alignment, lie between tensors and after them."""
+    ends = sorted((spec.start, spec.start + spec.nbytes) for spec in tensors)
+    fd = open_regular(path)
+    try:
+        size, at = os.fstat(fd).st_size, begin
+        for start, end in [*ends, (size, size)]:
+            if start - at > CHUNK or any(read_at(fd, path, at, start - at)):
+                return False
+            at = end
+    finally:
+        os.close(fd)
+    return True
 
 
 def _without_path(what: str, found: str) -> str:

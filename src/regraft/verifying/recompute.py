@@ -29,9 +29,10 @@ from regraft.merging.compute.context import FACTOR_CACHE, PlanContext, factor_ro
 from regraft.merging.compute.factors import FactorStore
 from regraft.merging.compute.tile_work import Computed, TileMemory
 from regraft.merging.inputs.base import decoded_like, see
-from regraft.merging.inputs.dequantized_view import see_through
+from regraft.merging.inputs.dequantized_view import GGUF, see_through
 from regraft.merging.inputs.source import FileSource
 from regraft.merging.options import MergeOptions
+from regraft.merging.planning.gguf_output import decoded_to
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import make_plan
 from regraft.merging.planning.tiles import Tile
@@ -101,7 +102,7 @@ def judge(
     """
     if options.quantize is None:
         _refuse_packed(merged)
-    base, quantization = see(base, decoded_like(base, merged))
+    base, quantization = see(base, _decoded(base, merged, options))
     plan = make_plan(base, adapters, options, None, quantization=quantization)
     places = Places(merged, base)
     answers, subjects = _find(plan, places)
@@ -122,6 +123,12 @@ def judge(
         plan.warnings,
         notes_of_another_base(adapters, base, quantization),
     )
+
+
+def _decoded(base: Checkpoint, merged: Checkpoint, options: MergeOptions) -> str | None:
+    """Return the dtype that a base's weights were decoded to for a merged model."""
+    in_gguf = merged.container == GGUF
+    return decoded_to(base, options) if in_gguf else decoded_like(base, merged)
 
 
 def _refuse_packed(merged: Checkpoint) -> None:

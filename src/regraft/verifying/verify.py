@@ -13,9 +13,11 @@ from regraft.errors import EnvironmentShortfall, FormatError, InputError, UsageE
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import Located, locate
-from regraft.formats.layout import RECEIPT, looks_like
+from regraft.formats.layout import RECEIPT, looks_like, receipt_path
+from regraft.merging.inputs.base import open_base, whole_gguf
+from regraft.merging.inputs.dequantized_view import GGUF
 from regraft.merging.inputs.opening import AdapterArg, parse_adapters
-from regraft.merging.options import MergeOptions
+from regraft.merging.options import MergeOptions, parse_dtype
 from regraft.progress import Progress
 from regraft.verifying.inputs import (
     BaseWithAdapters,
@@ -93,17 +95,28 @@ def verify(
     if inputs.recipe is None:
         return _report(located.source, check, None, inputs.said)
     try:
-        opened = open_checkpoint(located)
+        opened = _opened(located)
     except InputError as error:
         if check is None or not check.differences:
             raise
         check.notes.append(f"the merge was not done again: {error.problems[0]}")
         return _report(located.source, check, None)
-    judged, said = _judged(opened, inputs, _as_coded(options, inputs.receipt), check, progress)
+    coded = _as_coded(options, inputs.receipt, in_gguf=opened.container == GGUF)
+    judged, said = _judged(opened, inputs, coded, check, progress)
     report = _report(located.source, check, judged, said)
     if prompts is None or judged is None:
         return report
     return _with_answers(report, opened, inputs.recipe, prompts, options, progress)
+
+
+def _opened(located: Located) -> Checkpoint:
+    """Open a merged model; of a GGUF file that regraft merged its blocks, as they are stored.
+
+    Raises:
+        RegraftError: it is none, or is malformed.
+    """
+    in_gguf = looks_like(located.path) == "gguf" and receipt_path(located.path).is_file()
+    return whole_gguf(open_base(located)) if in_gguf else open_checkpoint(located)
 
 
 def _check_alone(
@@ -184,8 +197,8 @@ def _against_receipt(
     """Hold a folder against its receipt; return None where there is none and none is needed."""
     from regraft.merging.files.receipt import read_receipt
 
-    path = located.path / RECEIPT
-    if not located.path.is_dir() or not os.path.lexists(path):
+    path = receipt_path(located.path)
+    if not os.path.lexists(path):
         if needed:
             raise _no_receipt(located)
         return None
@@ -231,7 +244,7 @@ def _no_receipt(located: Located) -> InputError:
     )
 
 
-def _as_coded(options: MergeOptions, receipt: Receipt | None) -> MergeOptions:
+def _as_coded(options: MergeOptions, receipt: Receipt | None, *, in_gguf: bool) -> MergeOptions:
     """Return options with how a merged model's receipt says that it was quantized."""
     recorded = receipt.options if receipt is not None else {}
     if recorded.get("quantize") is None:
@@ -242,7 +255,8 @@ def _as_coded(options: MergeOptions, receipt: Receipt | None) -> MergeOptions:
         rounding=recorded["rounding"],
         seed=recorded["seed"],
         double_quant=recorded.get("double_quant", False),
-    )
+        dtype=parse_dtype(recorded["dtype"], blocks=True) if in_gguf else options.dtype,
+    )  # fmt: skip
 
 
 def _again(

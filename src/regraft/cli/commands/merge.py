@@ -14,7 +14,7 @@ from regraft.cli.writing import write_model
 @click.command(short_help="Merge adapters into a base checkpoint.")
 @options.base_and_adapters
 @options.folder_to_make(required=False)
-@options.dtype
+@options.dtype_or_blocks
 @options.shard_size
 @options.quantize
 @options.rounding
@@ -56,6 +56,9 @@ def command(
     has the adapter: its weights are rounded so that on average nothing of it is lost. The summary
     says how much survived.
 
+    With -o OUT.gguf a BASE.gguf stays one GGUF file: its metadata, tokenizer and types are kept,
+    and so are the scales of its blocks, as with --quantize keep.
+
     \b
     Examples:
       regraft merge ./base ./adapter -o ./merged
@@ -64,6 +67,7 @@ def command(
       regraft merge ./base ./adapter -o ./final --no-undo
       regraft merge ./base-4bit ./adapter -o ./merged-16bit
       regraft merge ./base-4bit ./adapter -o ./merged-4bit --quantize keep
+      regraft merge ./base.gguf ./adapter -o ./merged.gguf
       regraft merge ./base ./adapter -o ./merged --trained-on ./base-4bit
       regraft merge ./base ./adapter --dry-run
       regraft merge ./adapter -o ./merged    (the base that the adapter names)

@@ -175,7 +175,10 @@ def _loading(receipt: Receipt) -> str:
 
 
 def _loader(out: Path) -> str:
-    """Return the line of Python that loads ``out`` with the class that its config names."""
+    """Return the line that loads ``out``: of Python, with the class that its config names, or of
+    llama.cpp."""
+    if out.suffix == ".gguf":
+        return f"llama-cli -m {path_word(str(out))}"
     names = _architectures(out)
     if not names:
         return f"safetensors.torch.load_file, on each weights file in {str(out)!r}"

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from regraft.formats.files.reading import FilePool
+from regraft.merging.compute.block_work import BlockWork
 from regraft.merging.compute.factors import FactorStore
 from regraft.merging.compute.requantize import Coder
 from regraft.merging.compute.step_math import StepMath
@@ -19,6 +20,7 @@ from regraft.merging.inputs.stacking import plain_values
 from regraft.merging.options import KEEP
 from regraft.merging.planning.plan import Made, Plan, Step
 from regraft.merging.planning.tiles import Tile, tiles_of
+from regraft.quant.weight import Decoder
 
 if TYPE_CHECKING:
     from regraft.merging.compute.two_pass_quantize import Gathering, Gatherings
@@ -100,6 +102,10 @@ class PlanContext:
         if step.coded is not None:
             if not isinstance(source, DequantizingSource):
                 raise TypeError("codes come from a quantized base")
+            if isinstance(step.coded.codec, Decoder):
+                return BlockWork(
+                    step, self.store, source, options["rounding"], options["seed"], self.tile_bytes
+                )
             coder = Coder(step.coded, options["rounding"], options["seed"])
             return CodedWork(
                 step, self.store, source, coder, self.tile_bytes, keeps=keeps, checks=self._checks

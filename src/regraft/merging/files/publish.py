@@ -19,6 +19,7 @@ from regraft.formats.files.watching import current
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
 from regraft.formats.problems import quoted
 from regraft.merging.files.direct_io import write_error
+from regraft.merging.files.single_file import check_file, publish_file
 from regraft.system.names import are_one, same_names, taken_by, trouble_of_name
 from regraft.system.opening import open_to_write
 from regraft.system.renaming import exchange_at_once, move_to_absent, take_empty
@@ -32,13 +33,14 @@ REPLACED = "replaced"
 """What lies beside a folder that takes another one's place, until it has."""
 
 
-Kind = Literal["model", "adapter", "gguf"]
-"""What an output is."""
+Kind = Literal["model", "adapter", "gguf", "ollama"]
+"""What an output is; all but a GGUF model are folders, and Ollama's holds one."""
 
 _MAY_REPLACE: dict[Kind, tuple[Looks, ...]] = {
     "model": ("merged", "checkpoint", "empty", "tokenizer"),
     "adapter": ("adapter", "mlx-adapter", "empty"),
-    "gguf": ("gguf", "empty"),
+    "gguf": (),
+    "ollama": ("gguf", "empty"),
 }
 """What an output may take the place of, by what it is itself."""
 
@@ -74,6 +76,9 @@ def check_output(
         UsageError: it is, holds, or lies in one of the inputs.
         OutputExistsError: it exists and may not be replaced.
     """
+    if kind == "gguf":
+        check_file(out, inputs, overwrite=overwrite)
+        return
     place = out.resolve()
     for path in inputs:
         source = path.resolve()
@@ -118,7 +123,7 @@ def _obstacle(out: Path, kind: Kind) -> tuple[str, str, str] | None:
     looks = looks_like(out)
     if looks in _MAY_REPLACE[kind]:
         return None
-    held = {"model": "a model", "adapter": "an adapter", "gguf": "a GGUF model"}[kind]
+    held = {"adapter": "an adapter", "ollama": "a GGUF model"}.get(kind, "a model")
     what = f"--overwrite replaces only folders that hold {held}"
     return what, DESCRIPTIONS[looks], "Give another -o, or remove it yourself"
 
@@ -219,6 +224,10 @@ def publish(folder: Path, out: Path, *, overwrite: bool, kind: Kind = "model") -
         OutputExistsError: something came to be at ``out`` meanwhile that may not be replaced.
         OSError: the system refused; ``out`` is as it was, after :func:`put_back`.
     """
+    if kind == "gguf":
+        check_output(out, [], overwrite=overwrite, kind=kind)
+        publish_file(folder, out)
+        return
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         sync_folder(directory)
     moved = move_to_absent(folder, out)

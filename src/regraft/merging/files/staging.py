@@ -142,7 +142,7 @@ class Workplace:
             OSError: the system refused.
         """
         self.close()
-        self._published = _identity(self.out)
+        self._published = _identity(self.out / out.name if kind == "gguf" else self.out)
         publish(self.out, out, overwrite=overwrite, kind=kind)
 
     def is_at(self, out: Path) -> bool:

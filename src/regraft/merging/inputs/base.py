@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from regraft.errors import UnsupportedError
 from regraft.formats.checkpoint import Checkpoint, Shard, open_checkpoint
 from regraft.formats.files.reading import is_there
+from regraft.formats.gguf import open_gguf
 from regraft.formats.hub import Located, locate
 from regraft.formats.layout import looks_like
 from regraft.formats.remote import open_headers
-from regraft.merging.inputs.dequantized_view import Quantization, logical_checkpoint, see_through
+from regraft.merging.inputs.dequantized_view import (
+    GGUF,
+    Quantization,
+    logical_checkpoint,
+    see_through,
+)
 from regraft.quant.formats.gguf import UNQUANTIZED
 from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import WORKING_DTYPES
@@ -45,6 +53,26 @@ def open_base(located: Located) -> Checkpoint:
     )
 
 
+def whole_gguf(stored: Checkpoint) -> Checkpoint:
+    """Return a model in GGUF with every tensor of its file, those that no weight is made of, too.
+
+    Raises:
+        UnsupportedError: it is several files.
+        RegraftError: it cannot be opened.
+    """
+    if len(stored.shards) > 1:
+        raise UnsupportedError(
+            "a GGUF model in several files is not merged into one", where=stored.source,
+            expected="one file", found=f"{len(stored.shards)} parts",
+            hint="Join them first: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf",
+        )  # fmt: skip
+    file = open_gguf(stored.shards[0].path)
+    tensors = {name: tensor.stored for name, tensor in file.tensors.items()}
+    return replace(
+        stored, tensors=tensors, shards=(replace(stored.shards[0], tensors=tuple(tensors)),)
+    )
+
+
 def open_base_headers(base: str | Path, token: str | None) -> Checkpoint:
     """Open a base for a plan; of one on the Hub, headers alone."""
     if is_there(base):
@@ -64,14 +92,14 @@ def see(stored: Checkpoint, dtype: str | None = None) -> tuple[Checkpoint, Quant
         UnsupportedError: it is quantized in a way that is not known.
         FormatError: parts of its weights are missing or do not fit; lists all of them.
     """
-    if stored.container != "gguf":
+    if stored.container != GGUF:
         return see_through(stored)
     from regraft.merging.inputs.gguf import DECODED, open_gguf_base
 
     base = open_gguf_base(stored.shards[0].path, dtype or DECODED)
     weights: dict[str, QuantizedWeight] = base.weights
     owners = {spec.name: w.name for w in weights.values() for spec in w.parts.values()}
-    quantization = Quantization("gguf", stored, weights, owners, frozenset(), base.warnings)
+    quantization = Quantization(GGUF, stored, weights, owners, frozenset(), base.warnings)
     return logical_checkpoint(quantization), quantization
 
 
@@ -83,7 +111,7 @@ def decoded_like(stored: Checkpoint, merged: Checkpoint) -> str | None:
     Raises:
         RegraftError: what :func:`see` raises of the base.
     """
-    if stored.container != "gguf":
+    if stored.container != GGUF:
         return None
     quantization = see(stored)[1]
     coded = quantization.weights.items() if quantization is not None else ()

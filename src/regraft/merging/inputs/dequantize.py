@@ -63,6 +63,10 @@ class DequantizingSource:
         values_of(codes, *Weights.of_bytes(raw, weight.dtype).arguments)
         return codes
 
+    def weight(self, name: str) -> QuantizedWeight:
+        """Return a weight by its logical name."""
+        return self._weights[name]
+
     def codes(self, weight: QuantizedWeight, at: Block) -> Codes:
         """Return a block's codes."""
         return weight.grid.block(weight, at, self._packed.read)

@@ -23,6 +23,9 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 """Where a config says how the model is quantized."""
 
 
+GGUF = "gguf"
+"""The method of a base in GGUF."""
+
 BAND_BYTES = 32 * 2**20
 """The most that is turned of a single expert at a time."""
 

@@ -15,9 +15,10 @@ from regraft.deltas.matrix_units import Units
 from regraft.deltas.views import Delta, RowPatch, View
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
-from regraft.merging.inputs.dequantized_view import Quantization
+from regraft.merging.inputs.dequantized_view import GGUF, Quantization
+from regraft.merging.options import KEEP
 from regraft.merging.planning.base_drift import TrainedOn
-from regraft.quant.weight import QuantizedWeight
+from regraft.quant.weight import Decoder, QuantizedWeight
 from regraft.tensors import TensorSpec, nbytes_of
 
 if TYPE_CHECKING:
@@ -104,6 +105,9 @@ class Step:
         if self.made is not None:
             width = self.made.shape[-1]
             return (self.source.numel // width, width)
+        if self.coded is not None and isinstance(self.coded.codec, Decoder):
+            rows = self.coded.shape[0]
+            return (rows, self.source.numel // rows)
         columns = [delta.right.result[1] for delta in self.deltas if delta.right is not None]
         columns += [patch.values.result[1] for patch in self.patches]
         width = columns[0] if columns else max(self.source.numel, 1)
@@ -282,6 +286,12 @@ class Plan:
     def stored(self) -> Checkpoint:
         """The base as it is on disk."""
         return self.base if self.quantization is None else self.quantization.stored
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the output is one GGUF file: a base in GGUF whose format is kept."""
+        kept = self.options.get("quantize") == KEEP
+        return kept and self.quantization is not None and self.quantization.method == GGUF
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:

@@ -18,9 +18,10 @@ from regraft.errors import MemoryCapError, MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
 from regraft.merging.inputs.base_index import BaseIndex
-from regraft.merging.inputs.dequantized_view import Quantization, removed, room_of, turned
+from regraft.merging.inputs.dequantized_view import GGUF, Quantization, removed, room_of, turned
+from regraft.merging.inputs.gguf_types import OfType
 from regraft.merging.inputs.published import published
-from regraft.merging.options import KEEP, MergeOptions
+from regraft.merging.options import KEEP, MergeOptions, dtype_name
 from regraft.merging.planning.base_drift import TrainedOn
 from regraft.merging.planning.completeness import notes_of_class
 from regraft.merging.planning.config_updates import (
@@ -30,6 +31,7 @@ from regraft.merging.planning.config_updates import (
     missing_head,
     note_left_out,
 )
+from regraft.merging.planning.gguf_output import gguf_name, unfit_for_gguf, whole
 from regraft.merging.planning.match import Matching, Work, match
 from regraft.merging.planning.plan import OutputShard, Plan, Segment, Step
 from regraft.merging.planning.quantized_output import (
@@ -64,10 +66,11 @@ def settled(options: MergeOptions, quantization: Quantization | None) -> MergeOp
     """Return options in which it is settled whether an undo is kept.
 
     Not, if not asked for, where weights are put into another format: nothing in the output tells
-    of what they were, so an undo would be a copy of them.
+    of what they were, so an undo would be a copy of them. Nor beside a GGUF file.
     """
     format = _format(options, quantization)
-    undo = format in (None, KEEP) if options.undo is None else options.undo
+    in_gguf = format == KEEP and quantization is not None and quantization.method == GGUF
+    undo = format in (None, KEEP) and not in_gguf if options.undo is None else options.undo
     return replace(options, quantize=format, undo=undo, keep_adapter=options.keep_adapter and undo)
 
 
@@ -104,8 +107,12 @@ def make_plan(
     """
     transposed: frozenset[str] = frozenset()
     options = replace(options, quantize=_format(options, quantization))
+    ggml_type = None
     if options.quantize == KEEP:
         kept = kept_format(base, quantization)
+        if kept.method == GGUF:
+            quantization, ggml_type = whole(kept), options.dtype
+            options = replace(options, dtype=None)
         base, transposed = turned(base, kept), kept.transposed
     chosen = choose_class(base, adapters)
     names = NameMap.for_config(base.config, chosen.name)
@@ -122,12 +129,19 @@ def make_plan(
     left_out = left_out_of(base, index)
     matching.problems += [*chosen.problems, *missing_head(index, adapters, works, left_out)]
     matching.problems += unfit_for_codes(works.values(), kept=options.quantize == KEEP)
+    in_gguf = options.quantize == KEEP and quantization is not None and quantization.method == GGUF
+    if in_gguf and quantization is not None:
+        matching.problems += unfit_for_gguf(works.values(), quantization, ggml_type)
     if matching.problems:
         raise MismatchError(matching.problems)
     made = None
     if options.quantize not in (None, KEEP):
         made = MadeSteps(index, options.quantize or "", options.double_quant)
-    shards = _shards(base, works, options, left_out, quantization, made)
+    of_type = OfType(ggml_type) if in_gguf else None
+    shards = _shards(base, works, options, left_out, quantization, made, of_type)
+    if in_gguf:
+        shards = [replace(shards[0], name=gguf_name(base, out))]
+        options = replace(options, dtype=ggml_type)
     steps = [step for shard in shards for step in shard.steps]
     if trained_on is not None:
         trained_on.check(steps)
@@ -160,7 +174,7 @@ def make_plan(
 def _recorded(options: MergeOptions) -> dict[str, Any]:
     """Return the options that decide the bytes, as the receipt has them."""
     recorded: dict[str, Any] = {
-        "dtype": options.dtype and DTYPES[options.dtype].config_name,
+        "dtype": options.dtype and dtype_name(options.dtype),
         "shard_size": options.shard_size,
         "undo": bool(options.undo),
     }
@@ -259,13 +273,14 @@ def _dtype_updates(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _shards(
     base: Checkpoint, works: Mapping[str, Work], options: MergeOptions, left_out: frozenset[str],
-    quantization: Quantization | None, made: MadeSteps | None,
+    quantization: Quantization | None, made: MadeSteps | None, of_type: OfType | None = None,
 ) -> list[OutputShard]:  # fmt: skip
     if options.quantize == KEEP and quantization is not None:
         base = replace(base, shards=quantization.stored.shards)
         kept = KeptSteps(
-            works, quantization, lambda n: _step(n, base, works.get(n), options), segments_of
-        )
+            works, quantization, lambda n: _step(n, base, works.get(n), options), segments_of,
+            of_type,
+        )  # fmt: skip
         files = [[kept.step(n) for n in s.tensors if n not in left_out] for s in base.shards]
         known = {*quantization.weights}
     else:

@@ -11,13 +11,20 @@ from regraft.errors import Problem, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
 from regraft.merging.inputs.base_index import BaseIndex
-from regraft.merging.inputs.dequantized_view import CONFIG_KEYS, Quantization, as_stored
+from regraft.merging.inputs.dequantized_view import (
+    CONFIG_KEYS,
+    GGUF,
+    Quantization,
+    as_stored,
+    virtual,
+)
+from regraft.merging.inputs.gguf_types import OfType
 from regraft.merging.options import KEEP
 from regraft.merging.planning.linear_layers import is_linear, plain_modules
 from regraft.merging.planning.match import Work
 from regraft.merging.planning.plan import Made, Segment, Step
 from regraft.quant.registry import maker_of
-from regraft.quant.weight import FORMATS
+from regraft.quant.weight import FORMATS, QuantizedWeight
 from regraft.tensors import WORKING_DTYPES
 
 Plain = Callable[[str], Step]
@@ -41,6 +48,8 @@ def kept_format(base: Checkpoint, quantization: Quantization | None) -> Quantiza
     Raises:
         UnsupportedError: the base is not quantized, or its format cannot be written.
     """
+    if quantization is not None and quantization.method == GGUF:
+        return quantization  # of which only the tensors that an adapter has a say in are written
     if quantization is None:
         raise UnsupportedError(
             "the base is not quantized, so there is no format to keep", where=base.source,
@@ -70,7 +79,7 @@ def unfit_for_codes(works: Iterable[Work], *, kept: bool) -> list[Problem]:
         elif kept and (work.replaced or work.carried or work.patches):
             problems.append(
                 Problem("the adapter replaces a quantized weight, which cannot stay quantized",
-                        work.name, hint="Merge without --quantize")
+                        work.name, hint="Merge without --quantize into a folder")
             )  # fmt: skip
     return problems
 
@@ -86,6 +95,7 @@ class KeptSteps:
     quantization: Quantization
     plain: Plain
     segments: Callable[[Work], tuple[Segment, ...]]
+    of_type: OfType | None = None
 
     def step(self, name: str) -> Step:
         """Return what becomes of a stored tensor."""
@@ -95,12 +105,26 @@ class KeptSteps:
             return self.plain(name)
         weight = self.quantization.weights.get(owner or "")
         work = self.works.get(owner or "")
+        if weight is not None and self.of_type is not None:
+            return self._in_blocks(name, weight, work, self.of_type)
         if weight is None or work is None or name != weight.codes.name:
             return Step(name, "copy", stored, None, stored.dtype, stored.shape)
         return Step(
             name, "merge", work.source, None, stored.dtype, stored.shape, self.segments(work), (),
             as_stored(weight),
         )  # fmt: skip
+
+    def _in_blocks(
+        self, name: str, weight: QuantizedWeight, work: Work | None, of_type: OfType
+    ) -> Step:
+        """Return what becomes of a tensor of GGUF."""
+        into, stored = of_type(weight), weight.codes
+        if work is None and into is weight:
+            return Step(name, "copy", stored, None, stored.dtype, stored.shape)
+        action: Action = "convert" if work is None else "merge"
+        source = virtual(weight) if work is None else work.source
+        shape, segments = (of_type.nbytes(weight),), () if work is None else self.segments(work)
+        return Step(name, action, source, None, stored.dtype, shape, segments, (), into)
 
 
 # -- another format --------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def sides_of(plan: Plan) -> Sides:
     for root in roots:
         refuse_outside(root, ADAPTER_CONFIG)
     refuse_outside(plan.base.root, "config.json")
-    if plan.base.single_file:
+    if plan.base.single_file or plan.is_gguf:
         return Sides({}, {}, ())
     coded = bool(updated_config(plan.base.config or {}, plan.config_updates).get("auto_map"))
     found = plan_side_files(plan.base.root, roots, code=coded)

@@ -43,6 +43,8 @@ def merge_targets(plan: Plan) -> list[Target]:
     Headers end in spaces, as many as it takes for tensors that are only copied to lie in a block of
     the disk as they do in the base's file: blocks that meet may be shared.
     """
+    if plan.is_gguf:
+        return [_gguf_target(plan)]
     targets = []
     for shard in plan.shards:
         entries = [(step.name, step.dtype, step.shape) for step in shard.steps]
@@ -53,6 +55,15 @@ def merge_targets(plan: Plan) -> list[Target]:
             at += step.nbytes
         targets.append(Target(shard.name, at, ((0, header),), shard.steps, tuple(offsets)))
     return targets
+
+
+def _gguf_target(plan: Plan) -> Target:
+    """Return the one GGUF file of a plan; what lies between its tensors are zeros."""
+    from regraft.merging.planning.gguf_output import gguf_head  # which few plans need
+
+    head, shard = gguf_head(plan, plan_digest(plan)), plan.shards[0]
+    offsets = tuple(head.offsets[step.name] for step in shard.steps)
+    return Target(shard.name, head.size, ((0, head.content),), shard.steps, offsets)
 
 
 def _beginning(shard: OutputShard) -> dict[str, int]:

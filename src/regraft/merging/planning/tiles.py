@@ -155,7 +155,7 @@ def smallest_tile(step: Step, *, backwards: bool = False) -> int:
 def row_grain(step: Step) -> int:
     """Return how many rows have to stay together for their codes to be whole bytes."""
     weight = step.codes_of
-    return weight.grid.row_grain(weight) if weight is not None else 1
+    return weight.codec.row_grain(weight) if weight is not None else 1
 
 
 def _coded(step: Step, tile: Tile) -> Tile:
@@ -163,7 +163,7 @@ def _coded(step: Step, tile: Tile) -> Tile:
     weight = step.codes_of
     if weight is None:
         return tile
-    at, length = weight.grid.place(weight, Block(tile.rows, tile.columns))
+    at, length = weight.codec.place(weight, Block(tile.rows, tile.columns))
     return replace(tile, write_at=at, write=length)
 
 

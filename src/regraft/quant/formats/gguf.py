@@ -28,6 +28,13 @@ TYPES = (
 UNQUANTIZED = ("F32", "F16", "BF16")
 """Types that are plain numbers, by the names that safetensors has for them too."""
 
+GRIDDED = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+    "IQ4_XS",
+)  # fmt: skip
+"""Types whose codes lie on a grid, under the scales of their blocks; see
+:mod:`regraft.quant.formats.gguf_rounding`."""
+
 _PIECE = 2**17
 """Elements decoded together: what lies between blocks and values stays in the second cache."""
 
@@ -50,6 +57,37 @@ class GgufDecoder(Decoder):
     def name(self) -> str:
         """The type's name."""
         return self.type
+
+    def row_grain(self, weight: QuantizedWeight) -> int:
+        """Return the rows of a head, where these are rearranged; see :class:`Decoder`."""
+        return weight.shape[0] // self.heads if self.heads else 1
+
+    def place(self, weight: QuantizedWeight, at: Block) -> tuple[int, int]:
+        """Return where a block's bytes lie in the stored tensor; a vector's elements are rows."""
+        elements, nbytes = block_size(self.type)
+        width = weight.shape[-1] if len(weight.shape) > 1 else 1
+        first, count = at.rows[0] * width + at.columns[0], at.height * at.width
+        return first // elements * nbytes, count // elements * nbytes
+
+    def stored_order(self, weight: QuantizedWeight, at: Block) -> npt.NDArray[np.intp] | None:
+        """Return which of a block's rows is stored as its first, second and so on; None for all
+        in their order.
+
+        Args:
+            weight: the weight.
+            at: whole heads, where rows are rearranged.
+        """
+        if not self.heads:
+            return None
+        places = stored_rows(at.rows, weight.shape[0], self.heads) - at.rows[0]
+        return np.argsort(places)
+
+    def decoded(self, raw: Bytes) -> Floats:
+        """Return the values of whole blocks as they are stored, flat, less what was added."""
+        values = self._decode(raw)
+        if self.added:
+            values -= np.float32(self.added)
+        return values
 
     def values(self, weight: QuantizedWeight, at: Block, read: Read) -> Floats:
         """Return a block's values, float32 ``(at.height, at.width)``; see :class:`Decoder`."""
@@ -114,6 +152,11 @@ class GgufDecoder(Decoder):
         return out
 
 
+def keeps(name: str) -> bool:
+    """Whether merged values can be kept in a type: rounded once, or to its codes."""
+    return name in (*UNQUANTIZED, *GRIDDED)
+
+
 def stored_rows(rows: tuple[int, int], count: int, heads: int) -> npt.NDArray[np.intp]:
     """Return where llama.cpp puts rows of queries or keys: it turns halves of a head into pairs.
 
@@ -140,6 +183,14 @@ def block_size(name: str) -> tuple[int, int]:
     gguf = _package()
     elements, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     return int(elements), int(nbytes)
+
+
+def made_blocks(values: Floats, name: str) -> Bytes:
+    """Return blocks of values, flat, as the ``gguf`` package makes them."""
+    gguf = _package()
+    kind = gguf.GGMLQuantizationType[name]
+    found: Bytes = gguf.quants.quantize(values.reshape(1, -1), kind)
+    return found.reshape(-1)
 
 
 def _dequantize(raw: Bytes, name: str) -> Floats:

@@ -113,7 +113,7 @@ def _unzigzag(coded: Any) -> Any:
 # -- scales of blocks, float16 ---------------------------------------------------------------------
 
 
-def _half(blocks: Blocks, at: int) -> Floats:
+def half(blocks: Blocks, at: int) -> Floats:
     """Return the float16 at a place of each block, as float32."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32).ravel()
 
@@ -196,7 +196,7 @@ class _Parts:
         size = values.matrix.shape[1] // self.count
         low, high, far = values.ends(size)
         found, offsets = (np.zeros(low.size, np.int32) for _ in range(2))
-        units, parts = _half(blocks, self.d), values.parts(size)
+        units, parts = half(blocks, self.d), values.parts(size)
         codes, limit = np.array(self.codes, np.float32), np.float32(self.most)
         top, kind = np.float32(self.high), values.kind
         if self.low_d is None:
@@ -205,7 +205,7 @@ class _Parts:
                 np.float32(self.least), limit, kind, found,
             )  # fmt: skip
         else:
-            lows = _half(blocks, self.low_d)
+            lows = half(blocks, self.low_d)
             tell_pairs(
                 parts, low, high, size, units, lows, self.count, codes, top, limit, kind, found,
                 offsets,
@@ -216,10 +216,10 @@ class _Parts:
         """Return scale and offset of each part, flat."""
         numbers, offsets = self.read(blocks)
         with np.errstate(all="ignore"):
-            scales = _half(blocks, self.d)[:, None] * numbers.astype(np.float32)
+            scales = half(blocks, self.d)[:, None] * numbers.astype(np.float32)
             if self.low_d is None:
                 return scales.ravel(), np.zeros(scales.size, np.float32)
-            lows = _half(blocks, self.low_d)[:, None] * offsets.astype(np.float32)
+            lows = half(blocks, self.low_d)[:, None] * offsets.astype(np.float32)
         return scales.ravel(), lows.ravel()
 
 
@@ -284,11 +284,11 @@ def _far(low: float) -> tuple[float, ...]:
     return (low, low + 1, high, high - 1, low + 2, high - 2, low + 3, high - 3)
 
 
-_K2 = _Parts(16, 80, 82, _read_k2, _write_k2, (0, 3, 0, 2, 1, 3, 0, 1), 0, 3, 0, 15)
-_K3 = _Parts(16, 108, None, _read_k3, _write_k3, (-4, -3, 3, 2, -2, -1, 1), -4, 3, -32, 31)
-_K4 = _Parts(8, 0, 2, _read_k4, _write_k4, _pairs(15), 0, 15, 0, 63)
-_K5 = _Parts(8, 0, 2, _read_k4, _write_k4, _pairs(31), 0, 31, 0, 63)
-_K6 = _Parts(16, 208, None, _read_k6, _write_k6, _far(-32), -32, 31, -128, 127)
+K2 = _Parts(16, 80, 82, _read_k2, _write_k2, (0, 3, 0, 2, 1, 3, 0, 1), 0, 3, 0, 15)
+K3 = _Parts(16, 108, None, _read_k3, _write_k3, (-4, -3, 3, 2, -2, -1, 1), -4, 3, -32, 31)
+K4 = _Parts(8, 0, 2, _read_k4, _write_k4, _pairs(15), 0, 15, 0, 63)
+K5 = _Parts(8, 0, 2, _read_k4, _write_k4, _pairs(31), 0, 31, 0, 63)
+K6 = _Parts(16, 208, None, _read_k6, _write_k6, _far(-32), -32, 31, -128, 127)
 
 
 # -- codes -----------------------------------------------------------------------------------------
@@ -313,47 +313,47 @@ def _codes(scales: Callable[[Blocks], tuple[Floats, Floats]], low: float, high: 
     return tell
 
 
-def _one_scale(blocks: Blocks) -> tuple[Floats, Floats]:
-    scales = _half(blocks, 0)
+def one_scale(blocks: Blocks) -> tuple[Floats, Floats]:
+    scales = half(blocks, 0)
     return scales, np.zeros(scales.size, np.float32)
 
 
-def _scale_and_offset(blocks: Blocks) -> tuple[Floats, Floats]:
-    return _half(blocks, 0), -_half(blocks, 2)
+def scale_and_offset(blocks: Blocks) -> tuple[Floats, Floats]:
+    return half(blocks, 0), -half(blocks, 2)
 
 
-def _pack_4(codes: Blocks) -> Blocks:
+def pack_4(codes: Blocks) -> Blocks:
     packed: Blocks = codes[:, :16] | (codes[:, 16:] << 4)
     return packed
 
 
-def _pack_5(codes: Blocks) -> Blocks:
+def pack_5(codes: Blocks) -> Blocks:
     high = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return np.concatenate([high, _pack_4(codes & 15)], axis=1)
+    return np.concatenate([high, pack_4(codes & 15)], axis=1)
 
 
-def _pack_8(codes: Blocks) -> Blocks:
+def pack_8(codes: Blocks) -> Blocks:
     packed: Blocks = codes - np.uint8(128)
     return packed
 
 
-def _pack_k4(codes: Blocks) -> Blocks:
+def pack_k4(codes: Blocks) -> Blocks:
     pairs = codes.reshape(-1, 4, 2, 32)
     packed: Blocks = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(-1, 128)
     return packed
 
 
-def _upper_bits(codes: Blocks, shift: int) -> Blocks:
+def upper_bits(codes: Blocks, shift: int) -> Blocks:
     """Return one bit of each of 256 codes: bit ``i`` of byte ``j`` is that of code 32 i + j."""
     bits = ((codes >> shift) & 1).reshape(-1, 8, 32)
     return np.packbits(bits, axis=1, bitorder="little").reshape(-1, 32)
 
 
-def _pack_k5(codes: Blocks) -> Blocks:
-    return np.concatenate([_upper_bits(codes, 4), _pack_k4(codes & 15)], axis=1)
+def pack_k5(codes: Blocks) -> Blocks:
+    return np.concatenate([upper_bits(codes, 4), pack_k4(codes & 15)], axis=1)
 
 
-def _pairs_of_bits(codes: Blocks) -> Blocks:
+def pairs_of_bits(codes: Blocks) -> Blocks:
     """Return two bits of each of 256 codes: four rows of 32 codes to 32 bytes."""
     rows = codes.reshape(-1, 2, 4, 32)
     packed = rows[:, :, 0] | (rows[:, :, 1] << 2) | (rows[:, :, 2] << 4) | (rows[:, :, 3] << 6)
@@ -361,14 +361,14 @@ def _pairs_of_bits(codes: Blocks) -> Blocks:
     return found
 
 
-def _pack_k3(codes: Blocks) -> Blocks:
-    return np.concatenate([_upper_bits(codes, 2), _pairs_of_bits(codes & 3)], axis=1)
+def pack_k3(codes: Blocks) -> Blocks:
+    return np.concatenate([upper_bits(codes, 2), pairs_of_bits(codes & 3)], axis=1)
 
 
-def _pack_k6(codes: Blocks) -> Blocks:
+def pack_k6(codes: Blocks) -> Blocks:
     lower = (codes & 15).reshape(-1, 2, 2, 64)
     low = (lower[:, :, 0] | (lower[:, :, 1] << 4)).reshape(-1, 128)
-    return np.concatenate([low, _pairs_of_bits(codes >> 4)], axis=1)
+    return np.concatenate([low, pairs_of_bits(codes >> 4)], axis=1)
 
 
 # -- types -----------------------------------------------------------------------------------------
@@ -402,41 +402,41 @@ LAYOUTS: dict[str, Layout] = {
     "F16": _plain("<f2"),
     "BF16": _plain_bfloat16(),
     "Q4_0": Layout(32, 18, (
-        Stage(0, 2, 2, _farthest_over(-8)), Stage(2, 18, 1, _codes(_one_scale, -8, 7, _pack_4)),
+        Stage(0, 2, 2, _farthest_over(-8)), Stage(2, 18, 1, _codes(one_scale, -8, 7, pack_4)),
     )),
     "Q5_0": Layout(32, 22, (
-        Stage(0, 2, 2, _farthest_over(-16)), Stage(2, 22, 1, _codes(_one_scale, -16, 15, _pack_5)),
+        Stage(0, 2, 2, _farthest_over(-16)), Stage(2, 22, 1, _codes(one_scale, -16, 15, pack_5)),
     )),
     "Q8_0": Layout(32, 34, (
-        Stage(0, 2, 2, _largest_over(127)), Stage(2, 34, 1, _codes(_one_scale, -128, 127, _pack_8)),
+        Stage(0, 2, 2, _largest_over(127)), Stage(2, 34, 1, _codes(one_scale, -128, 127, pack_8)),
     )),
     "Q4_1": Layout(32, 20, (
         Stage(0, 2, 2, _spread_over(15)), Stage(2, 4, 2, _lowest),
-        Stage(4, 20, 1, _codes(_scale_and_offset, 0, 15, _pack_4)),
+        Stage(4, 20, 1, _codes(scale_and_offset, 0, 15, pack_4)),
     )),
     "Q5_1": Layout(32, 24, (
         Stage(0, 2, 2, _spread_over(31)), Stage(2, 4, 2, _lowest),
-        Stage(4, 24, 1, _codes(_scale_and_offset, 0, 31, _pack_5)),
+        Stage(4, 24, 1, _codes(scale_and_offset, 0, 31, pack_5)),
     )),
     "Q2_K": Layout(256, 84, (
-        Stage(80, 84, 2, None), Stage(0, 16, 1, _K2.tell),
-        Stage(16, 80, 1, _codes(_K2.scales, 0, 3, _pairs_of_bits)),
+        Stage(80, 84, 2, None), Stage(0, 16, 1, K2.tell),
+        Stage(16, 80, 1, _codes(K2.scales, 0, 3, pairs_of_bits)),
     )),
     "Q3_K": Layout(256, 110, (
-        Stage(108, 110, 2, None), Stage(96, 108, 1, _K3.tell),
-        Stage(0, 96, 1, _codes(_K3.scales, -4, 3, _pack_k3)),
+        Stage(108, 110, 2, None), Stage(96, 108, 1, K3.tell),
+        Stage(0, 96, 1, _codes(K3.scales, -4, 3, pack_k3)),
     )),
     "Q4_K": Layout(256, 144, (
-        Stage(0, 4, 2, None), Stage(4, 16, 1, _K4.tell),
-        Stage(16, 144, 1, _codes(_K4.scales, 0, 15, _pack_k4)),
+        Stage(0, 4, 2, None), Stage(4, 16, 1, K4.tell),
+        Stage(16, 144, 1, _codes(K4.scales, 0, 15, pack_k4)),
     )),
     "Q5_K": Layout(256, 176, (
-        Stage(0, 4, 2, None), Stage(4, 16, 1, _K5.tell),
-        Stage(16, 176, 1, _codes(_K5.scales, 0, 31, _pack_k5)),
+        Stage(0, 4, 2, None), Stage(4, 16, 1, K5.tell),
+        Stage(16, 176, 1, _codes(K5.scales, 0, 31, pack_k5)),
     )),
     "Q6_K": Layout(256, 210, (
-        Stage(208, 210, 2, None), Stage(192, 208, 1, _K6.tell),
-        Stage(0, 192, 1, _codes(_K6.scales, -32, 31, _pack_k6)),
+        Stage(208, 210, 2, None), Stage(192, 208, 1, K6.tell),
+        Stage(0, 192, 1, _codes(K6.scales, -32, 31, pack_k6)),
     )),
 }  # fmt: skip
 """Types that are told; those with tables of points in several dimensions are not."""

@@ -1,0 +1,137 @@
+"""One tile of a weight that goes into blocks of GGUF: to codes under their scales, or made anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regraft.deltas.kernels.weights import Bytes, Floats, Weights
+from regraft.merging.compute.factors import FactorSource
+from regraft.merging.compute.requantize import block_of, noise_key
+from regraft.merging.compute.step_math import StepMath
+from regraft.merging.compute.tile_work import Computed, TileMemory, TileWork
+from regraft.merging.inputs.dequantize import DequantizingSource
+from regraft.merging.planning.plan import Step
+from regraft.merging.planning.tiles import Tile
+from regraft.quant.formats.gguf import GRIDDED, UNQUANTIZED, GgufDecoder, made_blocks
+from regraft.quant.rounding import account
+from regraft.quant.weight import Block, QuantizedWeight
+
+
+class BlockWork(TileWork):
+    """Values to blocks of GGUF, in the order in which llama.cpp stores rows.
+
+    A type that stays and has codes gets others under the scales that are there; plain numbers are
+    rounded once; blocks of another type are made by the ``gguf`` package.
+    """
+
+    def __init__(
+        self, step: Step, store: FactorSource, source: DequantizingSource, rounding: str, seed: int,
+        tile_bytes: int,
+    ) -> None:  # fmt: skip
+        """Take a step.
+
+        Args:
+            step: the step; its ``coded`` says how the result is stored.
+            store: the adapters' tensors.
+            source: gives the weight's values and stored bytes.
+            rounding: of :data:`regraft.quant.weight.ROUNDINGS`.
+            seed: says, with the weight's name, which random bits are taken.
+            tile_bytes: the size that its tiles were cut by.
+        """
+        super().__init__(step, StepMath(step, store, self._read, tile_bytes), keeps=False)
+        if step.coded is None:
+            raise TypeError("blocks are of a weight that is kept")
+        self._source, self._rounding, self._seed = source, rounding, seed
+        self._into, self._stored = step.coded, source.weight(step.source.name)
+
+    def _read(self, offset: int, buffer: Bytes) -> None:
+        self._source.read(self.step.source, offset, buffer)
+
+    def run(self, tile: Tile, memory: TileMemory, into: Bytes) -> Computed:
+        """Read and compute a tile."""
+        at = block_of(tile)
+        raw = memory.take("source", tile.read)
+        self._read(tile.read_at, raw)
+        stored = self._stored_bytes(at)
+        weights = Weights.of_bytes(raw, self._stored.dtype)
+        done = Computed(raw, stored, weights)
+        values = memory.take("values", 4 * at.height * at.width).view(np.float32)
+        if self.step.segments:
+            self.math.run(tile, weights, Weights.of_floats(values), done.sums)
+        else:
+            values[:] = weights.floats()
+        self._write(_Rows(self._into, at, weights.floats(), values), stored, done, into)
+        return done
+
+    def _stored_bytes(self, at: Block) -> Bytes:
+        offset, length = _decoder(self._stored).place(self._stored, at)
+        stored = np.empty(length, np.uint8)
+        self._source.read_stored(self._stored.codes, offset, stored)
+        return stored
+
+    def _write(self, rows: _Rows, stored: Bytes, done: Computed, into: Bytes) -> None:
+        """Fill the result, and add what became of values to the sums."""
+        decoder, was, values = rows.decoder, rows.stored(rows.was), rows.stored(rows.values)
+        if decoder == _decoder(self._stored) and decoder.type in GRIDDED:
+            from regraft.quant.formats.gguf_rounding import rounded  # compiled; only here
+
+            key = noise_key(self._seed, self._into.name)
+            into[:], changed = rounded(
+                decoder.type, stored, was, values, self._rounding, key, rows.first, done.coded
+            )
+            done.sums[2] = changed
+            return
+        _make(decoder, values, done, into)
+        after = decoder.decoded(into)
+        done.sums[2] = np.count_nonzero(after != was)
+        account(was, values, after, done.coded)
+
+
+def _make(decoder: GgufDecoder, values: Floats, done: Computed, into: Bytes) -> None:
+    """Fill the result with blocks of values; what no longer is a number is counted."""
+    shifted = values + np.float32(decoder.added) if decoder.added else values
+    if decoder.type in UNQUANTIZED:
+        whole = np.zeros(4, np.float64)
+        into_weights = Weights.of_bytes(into, decoder.type)
+        into_weights.take(Weights.of_floats(shifted), whole)
+        done.sums[3] += whole[3]
+        return
+    into[:] = made_blocks(shifted, decoder.type)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Values of a block, as the model has its rows: flat float32."""
+
+    weight: QuantizedWeight
+    at: Block
+    was: Floats
+    values: Floats
+
+    @property
+    def decoder(self) -> GgufDecoder:
+        """How they are to be stored."""
+        return _decoder(self.weight)
+
+    @property
+    def first(self) -> int:
+        """Number of the first element as stored; of whole heads it is that of the model."""
+        width = self.weight.shape[-1] if len(self.weight.shape) > 1 else 1
+        return self.at.rows[0] * width + self.at.columns[0]
+
+    def stored(self, values: Floats) -> Floats:
+        """Return values in the order in which rows are stored, flat."""
+        order = self.decoder.stored_order(self.weight, self.at)
+        if order is None:
+            return np.ascontiguousarray(values)
+        rows: Any = values.reshape(self.at.height, self.at.width)[order]
+        return np.ascontiguousarray(rows).reshape(-1)
+
+
+def _decoder(weight: QuantizedWeight) -> GgufDecoder:
+    if not isinstance(weight.codec, GgufDecoder):
+        raise TypeError("a weight in GGUF is wanted")
+    return weight.codec
