@@ -74,8 +74,8 @@ TEMP_ROOT = pytest.StashKey[TempRoot]()
 def pytest_configure(config: pytest.Config) -> None:
     """Remove stale kernels, and let files be flushed without waiting for the disk."""
     sys.meta_path.insert(0, _AsWritten)
-    # pytest would hang its handlers on each of hundreds of loggers six times a test. No test looks at
-    # them; and without any handler a logger prints its warnings.
+    # pytest goes without its plugin for logging, which hangs handlers on hundreds of loggers six
+    # times a test; no test looks at them. Without any handler, loggers would print warnings.
     logging.getLogger().addHandler(logging.NullHandler())
     os.fsync = os.fstat  # fails for what is no open file, too; nobody cuts the power meanwhile
     _remove_stale_kernels()
