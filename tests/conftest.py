@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import sys
 import tempfile
@@ -73,6 +74,9 @@ TEMP_ROOT = pytest.StashKey[TempRoot]()
 def pytest_configure(config: pytest.Config) -> None:
     """Remove stale kernels, and let files be flushed without waiting for the disk."""
     sys.meta_path.insert(0, _AsWritten)
+    # pytest goes without its plugin for logging, which hangs handlers on hundreds of loggers six
+    # times a test; no test looks at them. Without any handler, loggers would print warnings.
+    logging.getLogger().addHandler(logging.NullHandler())
     os.fsync = os.fstat  # fails for what is no open file, too; nobody cuts the power meanwhile
     _remove_stale_kernels()
     processes = len(getattr(config.option, "tx", None) or ())

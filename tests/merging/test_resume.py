@@ -40,6 +40,10 @@ COMMANDS: Mapping[str, tuple[str, list[str], dict[str, Any]]] = {
 """What is called, by a name; relative paths are the same wherever it is done."""
 
 
+INPUTS = ("base", "adapter", "other", "merged", "old")
+"""The folders that the fixture of this name makes."""
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, two adapters, a merged model and an older one."""
@@ -59,8 +63,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with copies of the inputs beside it."""
-    shutil.copytree(inputs, tmp_path / "all")
-    (tmp_path / "all" / "here").mkdir()
+    (tmp_path / "all" / "here").mkdir(parents=True)
+    for name in INPUTS:  # and nothing of what other tests have made beside them
+        shutil.copytree(inputs / name, tmp_path / "all" / name)
     monkeypatch.chdir(tmp_path / "all" / "here")
     return tmp_path / "all" / "here"
 

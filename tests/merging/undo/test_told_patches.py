@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,27 @@ def name(request: pytest.FixtureRequest) -> str:
     return found
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What writes the base of a name on first use; tests only read it."""
+    return cache(lambda name: BASES[name](tmp_path_factory.mktemp("made") / "base"))
+
+
+@pytest.fixture
+def base(name: str, made: Callable[[str], Path]) -> Path:
+    return made(name)
+
+
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"dtype": "bfloat16"}], ids=str)
 def test_the_base_comes_back_whatever_the_dtype(
-    tmp_path: Path, name: str, options: dict[str, Any]
+    tmp_path: Path, name: str, base: Path, options: dict[str, Any]
 ) -> None:
-    base = BASES[name](tmp_path / "base")
     adapter = write_small_adapter(tmp_path / "adapter", name)
     regraft.merge(base, adapter, tmp_path / "out", **options)
     assert_restores(folder_of(base), tmp_path / "out", tmp_path)
 
 
-def test_a_swap_is_a_merge_of_the_base(tmp_path: Path, name: str) -> None:
-    base = BASES[name](tmp_path / "base")
+def test_a_swap_is_a_merge_of_the_base(tmp_path: Path, name: str, base: Path) -> None:
     adapter = write_small_adapter(tmp_path / "adapter", name)
     regraft.merge(base, [(adapter, 0.5)], tmp_path / "out")
     regraft.swap(tmp_path / "out", adapter, tmp_path / "swapped")
@@ -71,10 +80,9 @@ def test_a_swap_is_a_merge_of_the_base(tmp_path: Path, name: str) -> None:
 
 
 def test_a_patch_of_layout_1_is_read(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Older versions kept these codes whole."""
-    base = BASES[name](tmp_path / "base")
     adapter = write_small_adapter(tmp_path / "adapter", name)
     with monkeypatch.context() as older:
         of_old = partial(corrections.corrections_of, layout=1)

@@ -392,8 +392,10 @@ def _decode(value: Any, kind: Any, where: str) -> Any:
     Raises:
         ValueError: it is of another type.
     """
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind) and isinstance(value, dict):
+    if type(value) is kind and kind in _AS_THEY_ARE:  # nearly all are, so they come first
+        return value
+    origin, inner, is_record = _shape(kind)
+    if is_record and isinstance(value, dict):
         return _decode_fields(value, kind, where)
     if origin is tuple and isinstance(value, list):
         return tuple(_decode(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value))
@@ -403,29 +405,42 @@ def _decode(value: Any, kind: Any, where: str) -> Any:
         return None if value is None else _decode(value, inner[0], where)
     if kind is Any or (origin is Literal and value in inner):
         return value
-    numbers = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
-    if origin is None and type(value) in numbers.get(kind, ()) and _fits(value, kind):
+    if kind is float and type(value) in (int, float) and _fits(value):
         return value
     raise ValueError(f"{quoted(value)} at {quoted(where)}")
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a number is one that a float can be, where one is wanted."""
+_AS_THEY_ARE = frozenset((int, str, bool))
+
+
+@functools.cache
+def _shape(kind: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """Return what a type is of, its arguments, and whether it is a dataclass."""
+    return typing.get_origin(kind), typing.get_args(kind), is_dataclass(kind)
+
+
+def _fits(value: float) -> bool:
+    """Whether a number is one that a float can be."""
     try:
-        float(value) if kind is float else None
+        float(value)
     except OverflowError:
         return False
     return True
 
 
-_types_of = functools.cache(typing.get_type_hints)
+@functools.cache
+def _types_of(kind: Any) -> dict[str, Any]:
+    """Return the types of a record's fields, in their order."""
+    types_of = typing.get_type_hints(kind)
+    return {each.name: types_of[each.name] for each in fields(kind)}
 
 
 def _decode_fields(value: dict[str, Any], kind: Any, where: str) -> Any:
     types_of = _types_of(kind)
-    names = [each.name for each in fields(kind)]
-    missing = [name for name in names if name not in value and name not in _LATER]
-    unknown = [name for name in value if name not in types_of]
-    if missing or unknown:
-        raise ValueError(f"{quoted((missing or unknown)[0])} {'missing' if missing else 'unknown'}")
+    if value.keys() != types_of.keys():
+        missing = [name for name in types_of if name not in value and name not in _LATER]
+        unknown = [name for name in value if name not in types_of]
+        if missing or unknown:
+            told = "missing" if missing else "unknown"
+            raise ValueError(f"{quoted((missing or unknown)[0])} {told}")
     return kind(**{n: _decode(v, types_of[n], f"{where}.{n}") for n, v in value.items()})
