@@ -21,9 +21,8 @@ from regraft.merging.inputs.base import see
 from regraft.merging.inputs.dequantized_view import Quantization, check_scales
 from regraft.merging.inputs.source import FileSource, Source
 from regraft.merging.inputs.stacking import plain_values
-from regraft.names.gguf import (
-    FAMILIES,
-    GgufFamily,
+from regraft.names.gguf import FAMILIES, GgufFamily
+from regraft.names.gguf_metadata import (
     factors_of,
     family_of,
     is_tied,

@@ -12,12 +12,10 @@ from regraft.errors import FormatError, Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.gguf import gguf_package
 from regraft.formats.problems import DOWNLOAD_AGAIN, capped, quoted
-from regraft.names.gguf import (
+from regraft.names.gguf import GgufFamily, huggingface_names, is_optional
+from regraft.names.gguf_metadata import (
     SIZES,
-    GgufFamily,
     factors_of,
-    huggingface_names,
-    is_optional,
     is_tied,
     said,
     sizes_of,
