@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 import regraft
 from cli.speakers import TEMPLATE, write_adapter, write_speaker
 from regraft.cli.app import app
-from regraft.cli.commands.chat import COMMANDS, parse_choice
+from regraft.cli.commands.live.chat import COMMANDS, parse_choice
 from regraft.runtime import generating
 
 
