@@ -126,7 +126,7 @@ def for_mlx(fixture: Fixture, base: Path, served: Path, root: Path) -> Job:
     if fixture.form == "merged":
         return _job(served, None)
     try:
-        convert_adapter(served, served.parent / "mlx", to="mlx", overwrite=True)
+        convert_adapter(served, served.parent / "mlx", to="mlx", base=base, overwrite=True)
     except UnsupportedError as error:
         return {"refused": f"it has no form in its format: {error.problems[0].what}"}
     return _job(base, served.parent / "mlx")

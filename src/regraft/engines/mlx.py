@@ -34,6 +34,9 @@ MLX = Engine(
         Rule("token rows", "refuses", "it has no place for trained token rows", MERGE),
         Rule("grown embedding", "refuses", "it has no place for a copy of an embedding", MERGE),
         Rule("starts with the base", "refuses", "it leaves the base as it is", MERGE),
+        Rule(
+            "tied head", "refuses", "a tied model has one tensor for both of its embeddings", MERGE
+        ),
         Rule("stack of experts", "refuses", "it takes experts one by one", MERGE),
         Rule("convolution", "refuses", "it has no LoRA for convolutions", MERGE),
     ),
