@@ -16,7 +16,7 @@ from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import watched
 from regraft.formats.hub import Located, locate
-from regraft.formats.layout import looks_like
+from regraft.formats.layout import is_gguf, looks_like
 from regraft.formats.problems import capped
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.calls import merge_call
@@ -321,7 +321,7 @@ def _open_merged(
     located = locate(merged, kind="merged", token=token)
     folder = located.path
     if not folder.is_dir():
-        raise InputError("is not a merged model", where=str(merged), expected="a folder")
+        raise _no_folder(folder, str(merged))
     _check_is_model(folder, str(merged))
     check_kept(folder)
     receipt = read_receipt(folder / RECEIPT)
@@ -343,6 +343,17 @@ def _check_is_model(folder: Path, source: str) -> None:
             "is not a merged model", where=source, expected="what regraft merge or swap wrote",
             found="an adapter", hint="Name the merged model first, then its new adapters",
         )  # fmt: skip
+
+
+def _no_folder(path: Path, shown: str) -> InputError:
+    """Return the error for a file in the place of a merged model."""
+    if is_gguf(path):
+        return InputError(
+            "a GGUF file keeps nothing to take a merge back with", where=shown,
+            expected="a folder that regraft merged",
+            hint="Keep the base, or merge into a folder (-o without .gguf), which keeps an undo",
+        )  # fmt: skip
+    return InputError("is not a merged model", where=shown, expected="a folder")
 
 
 def _merged_adapters(

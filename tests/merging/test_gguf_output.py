@@ -337,3 +337,9 @@ def test_where_the_file_cannot_be_put_in_place_nothing_stays(
     receipt = tmp_path / "out.gguf.regraft" / "receipt.json"
     assert (out.read_bytes(), receipt.read_bytes()) == before
     assert json.loads(receipt.read_bytes())["options"]["seed"] == 0
+
+
+def test_it_cannot_be_taken_back_and_says_so(adapter: Path, tmp_path: Path) -> None:
+    regraft.merge(model(tmp_path / "base"), adapter, tmp_path / "out.gguf")
+    with pytest.raises(InputError, match="keeps nothing to take a merge back"):
+        regraft.unmerge(tmp_path / "out.gguf", tmp_path / "back")
