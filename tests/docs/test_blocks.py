@@ -29,6 +29,7 @@ PAGES = [
 
 CANNOT_RUN = {
     r"\borg/": "a name on the Hub, which is not asked",
+    r"\bprobe http://localhost": "a server, which does not run here",
     r"^pip ": "installs into the environment",
     r"^make ": "the Makefile's targets make an environment of their own",
     r"^(PYTHONPATH=\S+ )?\.venv/": "the environment of the Makefile, and these tests themselves",

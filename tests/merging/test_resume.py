@@ -704,14 +704,14 @@ def test_an_interrupt_after_the_output_is_in_place_leaves_it_there(
 ) -> None:
     if overwrite:
         shutil.copytree(inputs / "old", "out")
-    real = output.sync_folder
+    real = output.sync_place
 
-    def sync_folder(path: Path) -> None:
+    def sync_place(path: Path) -> None:
         if path == Path.cwd():
             raise KeyboardInterrupt
         real(path)
 
-    monkeypatch.setattr(output, "sync_folder", sync_folder)
+    monkeypatch.setattr(output, "sync_place", sync_place)
     with pytest.raises(KeyboardInterrupt) as caught:
         merge(threads=1, overwrite=overwrite)
     assert not hasattr(caught.value, "__notes__")
@@ -731,15 +731,15 @@ def test_an_output_that_could_not_be_flushed_into_place_is_taken_back(
         shutil.copytree(inputs / "old", "out")
     if old_kernel:
         monkeypatch.setattr(renaming, "kernel_rename", lambda *_: errno.ENOSYS)
-    real = output.sync_folder
+    real = output.sync_place
 
-    def sync_folder(path: Path) -> None:
+    def sync_place(path: Path) -> None:
         if path == Path.cwd():
             raise OSError(errno.EIO, "bad sector")
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "sync_folder", sync_folder)
+        patch.setattr(output, "sync_place", sync_place)
         with pytest.raises(AccessError, match="bad sector"):
             merge(threads=1, overwrite=overwrite)
     assert Path("out").exists() == overwrite

@@ -73,6 +73,11 @@ class Dialect:
     notes: tuple[str, ...] = ()
 
     @property
+    def of_images(self) -> bool:
+        """Whether its adapters are for parts of a pipeline that makes images."""
+        return ".images." in self.module
+
+    @property
     def reader(self) -> Callable[[Path, Checkpoint | None], PlainAdapter]:
         """What reads it."""
         return cast(Reader, import_module(self.module)).read

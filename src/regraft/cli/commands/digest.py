@@ -35,7 +35,7 @@ def command(base: str, threads: int | None, token: str | None, as_json: bool, qu
     output = Output(as_json=as_json, quiet=quiet)
     output.mute_downloads()
     from regraft import digesting
-    from regraft.cli.text import pairs, size
+    from regraft.cli.text import pairs, plural, size
 
     with output.progress() as progress:
         report = digesting.digest(base, threads=threads, token=token, progress=progress)
@@ -45,7 +45,7 @@ def command(base: str, threads: int | None, token: str | None, as_json: bool, qu
     kept = "for work with --digest-cache" if report.kept else "no"
     rows = [
         ("model", report.source),
-        ("tensors", f"{len(report.tensors)}, {size(report.nbytes)}{known}"),
+        ("tensors", f"{plural(len(report.tensors), 'tensor')}, {size(report.nbytes)}{known}"),
         ("kept", kept),
         ("time", f"{report.seconds:.1f} s"),
     ]

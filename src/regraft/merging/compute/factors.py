@@ -64,16 +64,16 @@ class FactorStore:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-            self._make_room(_room_of(4 * spec.numel))
+            self._make_room(4 * spec.numel)
             values = self._read(spec, key)
             self._kept[key] = values
-            self._held += _room_of(values.nbytes)
+            self._held += values.nbytes
             return values
 
     def _make_room(self, size: int) -> None:
         """Let go of the tensors that were not asked for the longest, before another is read."""
         while self._kept and self._held + size > self._limit:
-            self._held -= _room_of(self._kept.popitem(last=False)[1].nbytes)
+            self._held -= self._kept.popitem(last=False)[1].nbytes
 
     def _read(self, spec: TensorSpec, key: Key) -> Floats:
         raw = np.empty(spec.nbytes, np.uint8)
@@ -84,14 +84,6 @@ class FactorStore:
         values = Weights.of_bytes(raw, spec.dtype).floats()
         check_values(spec, values)
         return values
-
-
-_OBJECTS = 1024
-"""Bytes that a kept tensor takes beside its values: array, key, entry."""
-
-
-def _room_of(nbytes: int) -> int:
-    return nbytes + _OBJECTS
 
 
 def read_differently(path: Path, name: str) -> ChangedError:

@@ -21,7 +21,7 @@ EXIT_CODES = {
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
-@click.command(short_help="Does the adapter of a running server act?")
+@click.command(short_help="Ask a running server whether its adapter acts.")
 @click.argument("url", metavar="URL")
 @click.option("--adapter", required=True, metavar="NAME", help="The server's name of the adapter.")
 @click.option(
