@@ -343,3 +343,10 @@ def test_it_cannot_be_taken_back_and_says_so(adapter: Path, tmp_path: Path) -> N
     regraft.merge(model(tmp_path / "base"), adapter, tmp_path / "out.gguf")
     with pytest.raises(InputError, match="keeps nothing to take a merge back"):
         regraft.unmerge(tmp_path / "out.gguf", tmp_path / "back")
+
+
+def test_it_may_lie_below_a_link_to_a_folder(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    regraft.merge(model(tmp_path / "base"), adapter, tmp_path / "link" / "out.gguf")
+    assert (tmp_path / "there" / "out.gguf").is_file()

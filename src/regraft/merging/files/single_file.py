@@ -18,7 +18,7 @@ from regraft.formats.layout import is_gguf, record_of
 from regraft.formats.problems import quoted
 from regraft.system.locks import remove_all
 from regraft.system.renaming import exchange_at_once
-from regraft.system.syncing import sync_folder
+from regraft.system.syncing import sync_folder, sync_place
 
 RECORD = "regraft"
 """Name, in the folder that is built, of what comes to lie beside the file."""
@@ -104,4 +104,4 @@ def publish_file(folder: Path, out: Path) -> None:
         with contextlib.suppress(OSError):
             exchange_at_once(built, record) if swapped else record.rename(built)
         raise
-    sync_folder(out.parent)
+    sync_place(out.parent)
