@@ -13,6 +13,8 @@ from regraft._version import __version__
 if TYPE_CHECKING:
     from regraft.adapters.lora_config import LoraConfig
     from regraft.api import merge, plan
+    from regraft.combining.report import CombineReport
+    from regraft.combining.verb import combine
     from regraft.converting import convert, dequantize, quantize
     from regraft.digesting import DigestReport, digest
     from regraft.engines.checking import check
@@ -90,6 +92,8 @@ _HOME = {
     "save": "regraft.runtime.saving.save",
     "LoraConfig": "regraft.adapters.lora_config",
     "shrink": "regraft.shrinking.verb",
+    "combine": "regraft.combining.verb",
+    "CombineReport": "regraft.combining.report",
     "load_merged": "regraft.runtime.merged_loading",
     "attach": "regraft.runtime.attaching",
     "handle_of": "regraft.runtime.attaching",
@@ -139,6 +143,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "inspect",
     "diff",
     "shrink",
+    "combine",
     "export",
     "digest",
     "clean",
@@ -151,6 +156,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "save",
     "AdapterConversion",
     "CheckReport",
+    "CombineReport",
     "DiffReport",
     "DigestReport",
     "ExportReport",

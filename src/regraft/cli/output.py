@@ -157,6 +157,7 @@ _STAGES = {
     "verify": "verifying",
     "prompts": "comparing answers",
     "shrink": "shrinking",
+    "combine": "combining",
     "export": "exporting",
     "finish": "writing to disk",
 }
