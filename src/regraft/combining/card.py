@@ -36,13 +36,9 @@ def _said(report: CombineReport) -> str:
         f"- {code(title_of(adapter, 'adapter'))} with the weight {weight:g}"
         for adapter, weight in zip(report.adapters, report.weights, strict=True)
     ]
-    return "\n".join(
-        [
-            f"One adapter of {len(parts)}, by the method {code(report.method)}{told}:",
-            "",
-            *parts,
-            "",
-            f"All its deltas together are off by {report.error:.2%} of their norm from what the "
-            "method gives, rounding included.",
-        ]
+    head = f"One adapter of {len(parts)}, by the method {code(report.method)}{told}:"
+    end = (
+        f"All its deltas together are off by {report.error:.2%} of their norm from what the method "
+        "gives, rounding included."
     )
+    return "\n".join([head, "", *parts, "", end])

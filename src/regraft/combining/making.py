@@ -136,7 +136,7 @@ def size_of(group: Group) -> int:
 def new_adapter(
     inputs: Inputs, groups: Sequence[Group], maker: Maker, rest: Replaced
 ) -> PlainAdapter:
-    """Return the new adapter; of what has no meaning for several, that of the first that says it."""
+    """Return the new adapter; what cannot be combined is that of the first that says it."""
     plains = [adapter.plain for adapter in inputs.adapters]
     metadata: dict[str, str] = {}
     for plain in reversed(plains):

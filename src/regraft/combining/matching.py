@@ -20,8 +20,8 @@ from regraft.formats.files.reading import FilePool
 from regraft.formats.problems import capped
 
 _EXTRACT = (
-    "Merge each such adapter into its base (`regraft merge`); `regraft extract` makes a plain one of "
-    "what it did"
+    "Merge each such adapter into its base (`regraft merge`); `regraft extract` makes a plain one "
+    "of what it did"
 )
 
 
@@ -200,7 +200,7 @@ def values_of(tensor: Moved, files: FilePool) -> np.ndarray:
     return decode(raw, tensor.dtype).reshape(tensor.shape)
 
 
-# -- tensors that replace the base's -----------------------------------------------------------------
+# -- tensors that replace the base's ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)

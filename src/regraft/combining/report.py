@@ -1,4 +1,4 @@
-"""What ``combine`` answers: what became of every module, and how the adapters stand to each other."""
+"""What ``combine`` answers: what became of every module, and how the adapters compare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regraft.deltas.ranks.reduction import Matrix
 
 @dataclass(frozen=True)
 class CombinedModule:
-    """A module of the new adapter. Norms are Frobenius norms of deltas, scales and weights included.
+    """A module of the new adapter; norms are Frobenius norms of deltas with scales and weights.
 
     Attributes:
         name: the module's.

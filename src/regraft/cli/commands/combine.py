@@ -66,9 +66,9 @@ def command(*, exact: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
 
     What is combined is the deltas, scale * B A, each with its WEIGHT; a sum of factors would have
     terms that no adapter has. The default, sum, is exact, at the smallest rank that is. The report
-    says of every module how large the deltas are, what was lost, and how the adapters stand to each
-    other: the cosine of their deltas, and the share of elements whose signs differ. OUT is in PEFT's
-    format, with the scale 1 everywhere.
+    says of every module how large the deltas are, what was lost, and how the adapters compare: the
+    cosine of their deltas, and the share of elements whose signs differ. OUT is in PEFT's format,
+    with the scale 1 everywhere.
 
     \b
     Examples:

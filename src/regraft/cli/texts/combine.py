@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from regraft.cli.text import memory, pairs, percent, plural, ranges, seconds, size, table
 from regraft.combining.report import CombinedModule, CombineReport
 
+_OFF = "|delta-delta'|/|delta|"
+
 FARTHEST = 5
 """Modules listed under "farthest off"."""
 
@@ -28,8 +30,7 @@ def _overview(report: CombineReport) -> str:
         ("adapters", ", ".join(f"{name} x {weight:g}" for name, weight in named)),
         ("method", f"{report.method}{told}"),
         ("modules", f"{len(report.modules)}, rank {ranges(ranks)}" if ranks else ""),
-        ("error", f"|delta-delta'|/|delta| {percent(report.error)} over all modules, rounding "
-         "included"),
+        ("error", f"{_OFF} {percent(report.error)} over all modules, rounding included"),
         ("size", f"{size(report.bytes)}, {plural(report.tensors, 'tensor')} of {report.dtype}"),
         ("time", seconds(report.seconds)),
         ("memory", f"{memory(report.peak_memory)} at peak"),
@@ -56,7 +57,7 @@ def _farthest(modules: Sequence[CombinedModule]) -> str:
     off = sorted((m for m in modules if m.error > 1e-6), key=lambda m: m.error, reverse=True)
     if not off:
         return ""
-    rows: list[tuple[str, ...]] = [("farthest off", "|delta-delta'|/|delta|", "rank", "kept")]
+    rows: list[tuple[str, ...]] = [("farthest off", _OFF, "rank", "kept")]
     rows += [(m.name, percent(m.error), _rank(m), percent(m.kept)) for m in off[:FARTHEST]]
     return table(rows, "lrrr")
 
