@@ -69,11 +69,6 @@ class Group:
         """The rank of each adapter that has it."""
         return tuple(part.module.rank for part in self.parts)
 
-    @property
-    def rank(self) -> int:
-        """The highest rank that a sum of the deltas can have."""
-        return min(sum(self.ranks), *self.sizes)
-
 
 def _sizes(module: LoraModule) -> tuple[int, int]:
     if module.kind == "experts":

@@ -10,25 +10,11 @@ from functools import lru_cache
 import numpy as np
 
 from regraft.combining.matching import Group, factors_of
+from regraft.combining.one_delta import OneDelta, one_delta
 from regraft.combining.report import CombinedModule
-from regraft.deltas.methods.form import (
-    Factors,
-    Joint,
-    MethodOptions,
-    Reduced,
-    cosines,
-    inner_products,
-)
+from regraft.deltas.methods.form import Factors, Joint, MethodOptions, cosines, inner_products
 from regraft.deltas.methods.registry import Method
-from regraft.deltas.ranks.reduction import (
-    Decomposition,
-    Matrix,
-    Vector,
-    difference_norm,
-    product_norm,
-    smallest_rank,
-    truncated,
-)
+from regraft.deltas.ranks.reduction import Matrix, difference_norm
 from regraft.deltas.rounding import decode, encode
 from regraft.formats.files.reading import FilePool
 
@@ -75,40 +61,40 @@ class NewFactors:
     lost: int
 
 
-@dataclass(frozen=True)
-class _Delta:
-    """What a method makes of one matrix: factors, and their singular values where it was asked."""
-
-    b: Matrix
-    a: Matrix
-    decomposed: Decomposition | None = None
-
-
 def rank_of(group: Group, choices: Choices, files: FilePool) -> int:
     """Return the rank that a module gets: of a stack, the largest that one of its experts needs."""
     if not choices.method.has_rank:
         return sum(group.ranks) if choices.method.exact else group.ranks[0]
     if choices.rank is not None:
-        return min(choices.rank, group.rank)
-    made = [_made(Joint(factors), choices) for factors in factors_of(group, files)]
-    return max(_needed(delta.decomposed, choices.energy) for delta in made)
+        return min(choices.rank, choices.method.highest_rank(group.ranks, group.sizes))
+    return max(delta.needed(choices.energy) for _, delta in _made(group, choices, files))
+
+
+def _made(
+    group: Group, choices: Choices, files: FilePool
+) -> Iterator[tuple[list[Factors], OneDelta]]:
+    """Yield the factors of each expert, and what the method makes of their deltas."""
+    for expert, factors in enumerate(factors_of(group, files)):
+        name = f"{group.name}[{expert}]"
+        yield (
+            factors,
+            one_delta(factors, choices.method, choices.options, name, choices.rank, choices.energy),
+        )
 
 
 def new_factors(group: Group, rank: int, choices: Choices, files: FilePool) -> NewFactors:
     """Return the factors of a module at a rank, rounded to the dtype, and how far off they are."""
-    sides, norms, errors, squares, products = [], [], [], list[Vector](), []
+    sides, squares, errors, kept, products = [], [], [], [], []
     signs, own, lost = [], [], 0
-    for factors in factors_of(group, files):
-        joint = Joint(factors)
-        delta = _made(joint, choices)
-        b, a = _cut(delta, rank)
+    for factors, delta in _made(group, choices, files):
+        b, a = delta.cut(rank)
         stored_b, stored_a = _rounded(b, choices.dtype), _rounded(a, choices.dtype)
         lost += _not_finite(stored_b) + _not_finite(stored_a)
         sides.append((stored_b, stored_a))
-        norms.append(product_norm(delta.b, delta.a))
-        errors.append(_off(delta, stored_b, stored_a))
-        squares.append(_squares(delta))
-        products.append(inner_products(joint.own_cores))
+        squares.append(delta.square)
+        errors.append(math.hypot(math.sqrt(delta.left_out(rank)), _off(b, a, stored_b, stored_a)))
+        kept.append(delta.square - delta.left_out(rank))
+        products.append(inner_products(Joint(factors).own_cores))
         own.append([abs(f.weight) for f in factors])
         signs.append(_disagreement(factors))
     total = np.add.reduce(products)
@@ -119,9 +105,9 @@ def new_factors(group: Group, rank: int, choices: Choices, files: FilePool) -> N
         ranks=group.ranks,
         rank=rank,
         norms=tuple(np.sqrt(np.diag(total)) * np.array(own[0])),
-        norm=math.hypot(*norms),
+        norm=math.sqrt(sum(squares)),
         error_norm=math.hypot(*errors),
-        kept=_kept(squares, rank),
+        kept=sum(kept) / sum(squares) if any(squares) else 1.0,
         cosines=_rows(cosines(total)),
         disagreement=_rows(np.mean(signs, axis=0)),
     )
@@ -132,45 +118,6 @@ def new_factors(group: Group, rank: int, choices: Choices, files: FilePool) -> N
 
 def _rows(matrix: Matrix) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(value) for value in row) for row in matrix)
-
-
-def _made(joint: Joint, choices: Choices) -> _Delta:
-    """Return what the method makes of the deltas of one matrix."""
-    if choices.method.on_factors is not None:
-        factors = choices.method.on_factors(joint, choices.options)
-        return _Delta(factors.factor * factors.b, factors.a)
-    assert choices.method.on_cores is not None  # a method has one or the other
-    reduced = choices.method.on_cores(joint, choices.options)
-    return _Delta(reduced.left @ reduced.core, reduced.right, _decomposed(reduced))
-
-
-def _decomposed(reduced: Reduced) -> Decomposition:
-    """Return the singular value decomposition of a delta, from its core.
-
-    The sign of each triple is that of :func:`regraft.deltas.ranks.reduction.decompose`.
-    """
-    inner, s, outer = np.linalg.svd(reduced.core, full_matrices=False)
-    u, vt = reduced.left @ inner, outer @ reduced.right
-    largest = np.abs(u).argmax(axis=0)
-    signs = np.where(u[largest, np.arange(u.shape[1])] < 0, -1.0, 1.0)
-    return Decomposition(u * signs, np.asarray(s, np.float64), vt * signs[:, None])
-
-
-def _needed(decomposed: Decomposition | None, energy: float | None) -> int:
-    """Return the rank that keeps a share of the squared norm; all of it but rounding, if None."""
-    assert decomposed is not None  # the method leaves a choice of rank
-    s = decomposed.s
-    if energy is not None:
-        return smallest_rank(s**2, energy)
-    size = max(decomposed.u.shape[0], decomposed.vt.shape[1])
-    above = s > size * np.finfo(np.float64).eps * s[0] if s.size else np.zeros(0, bool)
-    return max(1, int(np.count_nonzero(above)))
-
-
-def _cut(delta: _Delta, rank: int) -> tuple[Matrix, Matrix]:
-    if delta.decomposed is None:
-        return delta.b, delta.a
-    return truncated(delta.decomposed, rank)
 
 
 def _rounded(values: Matrix, dtype: str) -> np.ndarray:
@@ -184,19 +131,11 @@ def _not_finite(values: np.ndarray) -> int:
     return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
-def _off(delta: _Delta, b: np.ndarray, a: np.ndarray) -> float:
-    if _not_finite(b) or _not_finite(a):
-        return 0.0  # it is refused
-    return difference_norm(delta.b, delta.a, b.astype(np.float64), a.astype(np.float64))
-
-
-def _squares(delta: _Delta) -> Vector:
-    return delta.decomposed.s**2 if delta.decomposed is not None else np.ones(1)
-
-
-def _kept(squares: Sequence[Vector], rank: int) -> float:
-    whole = sum(float(each.sum()) for each in squares)
-    return sum(float(each[:rank].sum()) for each in squares) / whole if whole else 1.0
+def _off(b: Matrix, a: Matrix, stored_b: np.ndarray, stored_a: np.ndarray) -> float:
+    """Return the norm of what rounding does to a product; 0 of what is refused."""
+    if _not_finite(stored_b) or _not_finite(stored_a):
+        return 0.0
+    return difference_norm(b, a, stored_b.astype(np.float64), stored_a.astype(np.float64))
 
 
 # -- signs -----------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def combine(
     if output is not None:
         output.check_inputs(inputs.paths)
     groups = matched(inputs, method, known)
-    _check_rank(groups, rank)
+    _check_rank(groups, known, rank)
     with FilePool() as files, one_thread():
         rest = replaced(inputs, files)
         told = ProgressMeter(progress, "combine", sum(map(size_of, groups)))
@@ -198,17 +198,17 @@ def _choices(
     return Choices(method, options, rank, energy, parse_dtype(dtype) or "F32")
 
 
-def _check_rank(groups: Sequence[Group], rank: int | None) -> None:
+def _check_rank(groups: Sequence[Group], method: Method, rank: int | None) -> None:
     """Refuse a rank that no module can have.
 
     Raises:
         UsageError: it is one.
     """
-    highest = max((group.rank for group in groups), default=0)
+    highest = max((method.highest_rank(g.ranks, g.sizes) for g in groups), default=0)
     if rank is not None and rank > highest:
         raise UsageError(
             "the rank is above what there is", where="--rank", expected=f"at most {highest}, the "
-            "highest rank that a sum of the adapters' deltas has", found=str(rank),
+            "highest rank that the method's outcome has", found=str(rank),
             hint="Leave it out: the smallest rank that loses nothing is the default",
         )  # fmt: skip
 
