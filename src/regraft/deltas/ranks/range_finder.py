@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from regraft.deltas.ranks.reduction import Decomposition, Matrix
 
-Bands = Callable[[], Iterable[tuple[int, Matrix]]]
+Bands = Callable[[], Iterable[tuple[int, npt.NDArray[Any]]]]
 """Gives a matrix from the front: the number of each band's first row, and the band. It is called
 once for each pass."""
 
