@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from regraft.adapters.dialects.form import Bits, LoraModule, Moved, PlainAdapter
 from regraft.combining.inputs import Inputs
 from regraft.combining.matching import Group, Replaced, values_of
 from regraft.combining.outcome import Choices, NewFactors, new_factors, rank_of
+from regraft.concurrency import available_cores, for_each
 from regraft.deltas.rounding import encode
 from regraft.errors import NumericError, Problem
 from regraft.formats.files.reading import FilePool
@@ -19,7 +22,12 @@ from regraft.formats.problems import capped
 from regraft.progress import ProgressMeter
 from regraft.tensors import DTYPES
 
-KEPT_BYTES = 128 * 2**20
+MOST_THREADS = 4
+"""Modules that are measured at a time; each takes some ten times its factors' memory."""
+
+_NOTHING = np.empty(0, np.float32)
+
+KEPT_BYTES = 64 * 2**20
 """Factors that are kept from the time they are measured until they are written; those beyond are
 made again, which takes a little longer."""
 
@@ -34,6 +42,7 @@ class Maker:
         self._ranks: dict[str, int] = {}
         self._kept: dict[str, NewFactors] = {}
         self._room = KEPT_BYTES
+        self._lock = threading.Lock()  # held while a module that was measured is noted
         self._last: tuple[str, NewFactors] | None = None
 
     def measured(self, told: ProgressMeter, root: Any) -> list[NewFactors]:
@@ -42,19 +51,21 @@ class Maker:
         Raises:
             NumericError: values are too large for the dtype; lists every module.
         """
-        found, problems = [], []
-        for name, group in self._groups.items():
-            self._ranks[name] = rank_of(group, self._choices, self._files)
-            made = new_factors(group, self._ranks[name], self._choices, self._files)
-            if made.lost:
-                problems.append(self._too_large(name, made.lost))
-            self._keep(name, made)
-            nothing = np.empty(0, np.float32)
-            found.append(replace(made, a=nothing, b=nothing))
-            told.add(size_of(group), name)
-        if problems:
-            raise NumericError(capped(problems, root))
-        return found
+        found: dict[str, NewFactors] = {}
+
+        def measure(group: Group, _: None) -> None:
+            rank = rank_of(group, self._choices, self._files)
+            made = new_factors(group, rank, self._choices, self._files)
+            self._keep(group.name, rank, made)
+            found[group.name] = replace(made, a=_NOTHING, b=_NOTHING)
+            told.add(size_of(group), group.name)
+
+        threads = min(MOST_THREADS, available_cores())
+        for_each(self._groups.values(), measure, threads, memory=lambda: None)
+        lost = {name: found[name].lost for name in self._groups if found[name].lost}
+        if lost:
+            raise NumericError(capped(list(starmap(self._too_large, lost.items())), root))
+        return [found[name] for name in self._groups]
 
     def _too_large(self, name: str, count: int) -> Problem:
         dtype = DTYPES[self._choices.dtype].config_name
@@ -64,11 +75,13 @@ class Maker:
             "Give another --dtype: bfloat16 has the range of float32",
         )  # fmt: skip
 
-    def _keep(self, name: str, made: NewFactors) -> None:
+    def _keep(self, name: str, rank: int, made: NewFactors) -> None:
         size = made.a.nbytes + made.b.nbytes
-        if size <= self._room:
-            self._room -= size
-            self._kept[name] = made
+        with self._lock:
+            self._ranks[name] = rank
+            if size <= self._room:
+                self._room -= size
+                self._kept[name] = made
 
     def _made(self, name: str) -> NewFactors:
         if name in self._kept:

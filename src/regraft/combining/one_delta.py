@@ -65,24 +65,23 @@ class OneDelta:
 
 
 def one_delta(
-    factors: Sequence[Factors], method: Method, options: MethodOptions, name: str,
-    rank: int | None, energy: float | None,
+    joint: Joint, method: Method, options: MethodOptions, name: str, rank: int | None,
+    energy: float | None,
 ) -> OneDelta:  # fmt: skip
     """Return what a method makes of the deltas of one matrix.
 
     Args:
-        factors: one for each adapter that has it.
+        joint: the factors, one pair for each adapter that has it.
         method: the method.
         options: what it is told.
         name: tells its random bits from those of other matrices.
         rank, energy: what will be asked of it, for methods whose outcome is of no low rank.
     """
-    joint = Joint(factors)
     if method.on_factors is not None:
         return _as_it_is(method.on_factors(joint, options))
     if method.on_cores is not None:
         return _of_core(method.on_cores(joint, options))
-    return _of_elements(factors, method, options, name, rank or joint.rank, energy)
+    return _of_elements(joint.factors, method, options, name, rank or joint.rank, energy)
 
 
 def _as_it_is(factors: Factors) -> OneDelta:

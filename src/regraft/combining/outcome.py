@@ -70,23 +70,20 @@ def rank_of(group: Group, choices: Choices, files: FilePool) -> int:
     return max(delta.needed(choices.energy) for _, delta in _made(group, choices, files))
 
 
-def _made(
-    group: Group, choices: Choices, files: FilePool
-) -> Iterator[tuple[list[Factors], OneDelta]]:
+def _made(group: Group, choices: Choices, files: FilePool) -> Iterator[tuple[Joint, OneDelta]]:
     """Yield the factors of each expert, and what the method makes of their deltas."""
     for expert, factors in enumerate(factors_of(group, files)):
         name = f"{group.name}[{expert}]"
-        yield (
-            factors,
-            one_delta(factors, choices.method, choices.options, name, choices.rank, choices.energy),
-        )
+        joint = Joint(factors)
+        method, options = choices.method, choices.options
+        yield joint, one_delta(joint, method, options, name, choices.rank, choices.energy)
 
 
 def new_factors(group: Group, rank: int, choices: Choices, files: FilePool) -> NewFactors:
     """Return the factors of a module at a rank, rounded to the dtype, and how far off they are."""
     sides, squares, errors, kept, products = [], [], [], [], []
     signs, own, lost = [], [], 0
-    for factors, delta in _made(group, choices, files):
+    for joint, delta in _made(group, choices, files):
         b, a = delta.cut(rank)
         stored_b, stored_a = _rounded(b, choices.dtype), _rounded(a, choices.dtype)
         lost += _not_finite(stored_b) + _not_finite(stored_a)
@@ -94,9 +91,9 @@ def new_factors(group: Group, rank: int, choices: Choices, files: FilePool) -> N
         squares.append(delta.square)
         errors.append(math.hypot(math.sqrt(delta.left_out(rank)), _off(b, a, stored_b, stored_a)))
         kept.append(delta.square - delta.left_out(rank))
-        products.append(inner_products(Joint(factors).own_cores))
-        own.append([abs(f.weight) for f in factors])
-        signs.append(_disagreement(factors))
+        products.append(inner_products(joint.own_cores))
+        own.append([abs(f.weight) for f in joint.factors])
+        signs.append(_disagreement(joint.factors))
     total = np.add.reduce(products)
     record = CombinedModule(
         name=group.name,
