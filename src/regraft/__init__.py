@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     )
     from regraft.exporting.report import ExportReport
     from regraft.exporting.verb import export
+    from regraft.extracting.report import ExtractReport
+    from regraft.extracting.verb import extract
     from regraft.inspection import Inspection, inspect
     from regraft.merging.files.leftovers import Leftover
     from regraft.merging.files.receipt import Receipt
@@ -94,6 +96,8 @@ _HOME = {
     "shrink": "regraft.shrinking.verb",
     "combine": "regraft.combining.verb",
     "CombineReport": "regraft.combining.report",
+    "extract": "regraft.extracting.verb",
+    "ExtractReport": "regraft.extracting.report",
     "load_merged": "regraft.runtime.merged_loading",
     "attach": "regraft.runtime.attaching",
     "handle_of": "regraft.runtime.attaching",
@@ -144,6 +148,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "diff",
     "shrink",
     "combine",
+    "extract",
     "export",
     "digest",
     "clean",
@@ -160,6 +165,7 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "DiffReport",
     "DigestReport",
     "ExportReport",
+    "ExtractReport",
     "Inspection",
     "Leftover",
     "Plan",

@@ -31,6 +31,7 @@ COMMANDS = {
     "diff": "regraft.cli.commands.diff",
     "shrink": "regraft.cli.commands.shrink",
     "combine": "regraft.cli.commands.combine",
+    "extract": "regraft.cli.commands.extract",
     "export": "regraft.cli.commands.engines.export",
     "digest": "regraft.cli.commands.digest",
     "generate": "regraft.cli.commands.live.generate",

@@ -158,6 +158,7 @@ _STAGES = {
     "prompts": "comparing answers",
     "shrink": "shrinking",
     "combine": "combining",
+    "extract": "extracting",
     "export": "exporting",
     "finish": "writing to disk",
 }
