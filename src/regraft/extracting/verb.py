@@ -60,10 +60,10 @@ def extract(
 ) -> ExtractReport:
     """Get an adapter out of a fine-tuned model: low-rank factors of what it adds to its base.
 
-    Both models are read a band of rows at a time. The factors are the leading singular triples, found
-    by a randomized range finder (Halko, Martinsson and Tropp 2011). Norms, biases and other tensors
-    that are no matrices travel whole, and so do embeddings that grew or are tied. From a merge that
-    keeps its adapters (``regraft merge``) the adapter comes out exactly.
+    Both models are read a band of rows at a time. The factors are the leading singular triples,
+    found by a randomized range finder (Halko, Martinsson and Tropp 2011). Norms, biases and other
+    tensors that are no matrices travel whole, and so do embeddings that grew or are tied. From a
+    merge that keeps its adapters (``regraft merge``) the adapter comes out exactly.
 
     Args:
         base: the model that was fine-tuned; plain or quantized.
@@ -166,16 +166,15 @@ def _fitted(
         plain = found.plain(_name_of(models[0]), _task_of(tuned))
         new = write(plain, base)
         report = _report(found, plain, new, wanted, dtype)
-        sides = {} if tuned.single_file else tokenizer_files(tuned.root)
-        output.check_space(
-            sum(file.nbytes for file in new) + sum(path.stat().st_size for path in sides.values())
-        )
+        tokenizer = {} if tuned.single_file else dict(tokenizer_files(tuned.root))
+        size = sum(file.nbytes for file in new)
+        output.check_space(size + sum(path.stat().st_size for path in tokenizer.values()))
         _write(work, new, files)
-        for name, path in sides.items():
+        for name, path in tokenizer.items():
             copy_file(path, work.out / name)
         write_file(work.out / CARD, extracted_card(str(output.path), plain, report))
         (work.folder / _SPOOL).unlink()
-        tell(progress, "finish", sum(file.nbytes for file in new))
+        tell(progress, "finish", size)
     return report
 
 

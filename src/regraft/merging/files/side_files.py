@@ -95,7 +95,7 @@ def adapter_side_files(folder: Path) -> SideFiles:
 
 def tokenizer_files(folder: Path) -> Mapping[str, Path]:
     """Return the tokenizer's files in a folder, and chat templates, by their names."""
-    return _along(folder, lambda name: _is_tokenizer(name) or name.startswith(_TEMPLATE)).files
+    return _along(folder, _is_tokenizer).files
 
 
 def travels(name: str, *, code: bool) -> bool:
