@@ -128,7 +128,9 @@ def _take_whole(
     elif not chosen(pair.parameter.rpartition(".")[0]):
         found.left_out.append(pair.name)
     else:
-        found.whole[pair.parameter] = _all_of(pair.tuned, sides)
+        # Every name of it: PEFT replaces one side of a tie alone.
+        for parameter in (pair.parameter, *pair.shared_by):
+            found.whole[parameter] = _all_of(pair.tuned, sides)
 
 
 def _alike(pair: TensorPair, sides: Sides) -> bool:
