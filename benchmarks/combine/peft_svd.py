@@ -36,4 +36,5 @@ def main(hidden: int, inner: int, rank: int, seconds: Path, adapters: list[str])
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]), sys.argv[5:])  # type: ignore[call-arg]
+    width, inside, wanted = map(int, sys.argv[1:4])
+    main(width, inside, wanted, Path(sys.argv[4]), sys.argv[5:])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -63,7 +64,7 @@ def write_models(folder: Path, shape: Shape) -> tuple[Path, Path]:
     """Write a llama in float32, and a fine-tune of it that falls off as real ones do."""
     rng = np.random.default_rng(0)
     vocabulary = 256
-    vectors = {
+    vectors: dict[str, Any] = {
         f"model.layers.{layer}.{name}_layernorm.weight": np.ones(shape.hidden, np.float32)
         for layer in range(shape.layers)
         for name in ("input", "post_attention")
