@@ -13,6 +13,8 @@ from regraft.engines.registry import check_options, engine_named, judge
 from regraft.engines.report import EngineReport
 from regraft.engines.subject import Subject
 from regraft.errors import RegraftError, UsageError
+from regraft.formats.adapter_files import AdapterFiles
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.watching import watched
 from regraft.merging.inputs.base import see
 from regraft.merging.inputs.opening import AdapterArg, open_named, parse_adapters
@@ -112,10 +114,17 @@ def _judged(
     engine, version = asked
     wanted = parse_adapters(adapters)
     checkpoint, opened = open_named(base, wanted, token, peft_version, headers_only=True)
-    files = opened[0][0]
     try:
-        adapter = read_adapter(files)
-        subject = Subject(adapter, tuple(read_pairs(adapter)), see(checkpoint)[0], files.dialect)
-        return judge(engine, subject, _texts(options), version)
+        return judge(engine, subject_of(checkpoint, opened[0][0]), _texts(options), version)
     except RegraftError:
         return None
+
+
+def subject_of(base: Checkpoint, adapter: AdapterFiles) -> Subject:
+    """Return an adapter beside its base, as engines' facts are held against it.
+
+    Raises:
+        RegraftError: the adapter contradicts itself, or the base cannot be seen as plain weights.
+    """
+    read = read_adapter(adapter)
+    return Subject(read, tuple(read_pairs(read)), see(base)[0], adapter)
