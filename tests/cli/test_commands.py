@@ -174,10 +174,13 @@ def test_a_dry_run_prints_the_plan_and_needs_no_output(run: Run, fake_api: FakeA
 # ---- check
 
 
-def test_check_says_yes_with_0(run: Run, fake_api: FakeApi) -> None:
+CHECK = "regraft.engines.checking.check"
+
+
+def test_check_says_yes_with_0(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = {"tensors": 9, "merged": 7, "copied": 2, "bytes_written": 2_000_000, "memory": 2**28}
     check = Called(CheckReport(ok=True, warnings=("odd base",), summary=summary))
-    fake_api(check=check)
+    monkeypatch.setattr(CHECK, check)
     result = run("check", "base", "a=2", "b", "--dtype", "float32")
     assert result.exit_code == 0
     assert result.stdout.startswith("ok: it would merge\n")
@@ -192,14 +195,16 @@ def test_check_says_yes_with_0(run: Run, fake_api: FakeApi) -> None:
         "quantize": None,
         "max_memory": "512MiB",
         "token": None,
+        "engine": None,
+        "engine_options": {},
     }
 
 
 def test_check_says_no_with_1_and_lists_every_problem_on_stdout(
-    run: Run, fake_api: FakeApi
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problems = (Problem("first", where="x"), Problem("second"))
-    fake_api(check=Called(CheckReport(ok=False, problems=problems)))
+    monkeypatch.setattr(CHECK, Called(CheckReport(ok=False, problems=problems)))
     result = run("check", "base", "a")
     assert (result.exit_code, result.stderr) == (1, "")
     assert result.stdout == "no: 2 problems\n  - x: first\n  - second\n"
@@ -213,11 +218,11 @@ def test_check_says_no_with_1_and_lists_every_problem_on_stdout(
     }
 
 
-def test_check_of_what_cannot_be_opened_is_3(run: Run, fake_api: FakeApi) -> None:
+def test_check_of_what_cannot_be_opened_is_3(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise InputError("is not a checkpoint")
 
-    fake_api(check=refuse)
+    monkeypatch.setattr(CHECK, refuse)
     assert run("check", "base", "a").exit_code == 3
 
 
