@@ -186,6 +186,7 @@ def plan(
     folder = OutputFolder(out_path(out), overwrite, kind) if out is not None else None
     made = _plan(checkpoint, opened, options, folder)
     if folder is not None:
+        folder.check_place()
         made = replace(made, disk=folder.disk(made.disk_bytes - _shared(made, folder, reflink)))
     return replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
 
