@@ -14,7 +14,7 @@ import pytest
 from cli.kinds import FakeApi, Run
 from cli.texts.test_plan_text import lora, plan
 from cli.texts.test_receipt_text import TOTALS, receipt
-from cli.tiny import make_receipt
+from cli.tiny import make_adapter, make_receipt
 from regraft.errors import InputError, Problem
 from regraft.merging.planning.report import CheckReport
 
@@ -299,3 +299,22 @@ def test_inspect_of_a_file_without_tensors_is_no_crash(run: Run, tmp_path: Path)
     result = run("inspect", tmp_path)
     assert result.exit_code == 0
     assert "0 parameters, 0 B in 1 file" in result.stdout
+
+
+# ---- quiet
+
+
+def test_targets_are_sorted_and_many_are_counted(run: Run, tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.mlp.up_proj" for number in range(15, 0, -1)]
+    shown = run("inspect", make_adapter(tmp_path / "many", target_modules=names)).stdout
+    listed = next(line for line in shown.splitlines() if line.strip().startswith("targets"))
+    assert listed.split()[1] == "model.layers.1.mlp.up_proj,"
+    assert listed.endswith(", and 3 more")
+
+
+def test_quiet_leaves_the_exit_code(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "a")
+    assert run("inspect", adapter, "-q").stdout == ""
+    found = run("check", base, adapter, "-q")
+    assert (found.exit_code, found.stdout) == (run("check", base, adapter).exit_code, "")
+    assert run("inspect", tmp_path / "nothing", "-q").exit_code == 3

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 )
 @options.token
 @options.as_json
+@options.quiet
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -45,6 +46,7 @@ def command(
     engine: str | None,
     engine_options: tuple[str, ...],
     as_json: bool,
+    quiet: bool,
     **chosen: Any,
 ) -> None:
     """Say whether adapters would merge into a base, and if not, everything that stands in the way.
@@ -64,7 +66,7 @@ def command(
     """
     from regraft.engines.checking import check
 
-    output = Output(as_json=as_json)
+    output = Output(as_json=as_json, quiet=quiet)
     output.mute_repeated()
     found, adapters = options.base_named(output, base, adapters, chosen["token"])
     given = dict(option.partition("=")[::2] for option in engine_options)
