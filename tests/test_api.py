@@ -7,7 +7,6 @@ import inspect
 import json
 import threading
 import time
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 import regraft
+from measuring import seconds_of_cpu, work_to_compare
 from merging import toys
 from merging.test_memory import write_sparse
 from merging.toys import Q0, lora, tree, write_adapter, write_base, write_json
@@ -253,24 +253,6 @@ def write_70b(folder: Path) -> tuple[Path, Path]:
     return folder / "base", adapter
 
 
-def seconds_of_cpu(work: Callable[[], Any]) -> float:
-    """Return the least time of the processor that this process takes for something, of three."""
-    times = []
-    for _ in range(3):
-        started = time.process_time()
-        work()
-        times.append(time.process_time() - started)
-    return min(times)
-
-
-def as_long_as_a_check() -> None:
-    """Do with names and headers, in plain Python, what takes about as long as such a check."""
-    names = {f"model.layers.{n % 80}.mlp.{n}": {"shape": [n, 8192]} for n in range(8000)}
-    for _ in range(4):
-        read = json.loads(json.dumps(names))
-        assert sum(len(name.split(".")) + each["shape"][0] for name, each in read.items())
-
-
 @pytest.mark.slow
 def test_checking_a_sharded_70b_takes_under_a_second(tmp_path: Path) -> None:
     """Held against other work of this process, as the clock tells more of what else is running."""
@@ -280,7 +262,7 @@ def test_checking_a_sharded_70b_takes_under_a_second(tmp_path: Path) -> None:
     assert report.summary["merged"] == 7 * LAYERS
     assert report.summary["bytes_written"] > 130e9
     taken = seconds_of_cpu(lambda: regraft.check(base, adapter))
-    assert taken < 3 * seconds_of_cpu(as_long_as_a_check)  # it is 0.7 times
+    assert taken < 3 * seconds_of_cpu(work_to_compare)  # it is 0.7 times
 
 
 def test_numbers_written_are_numbers_read(base: Path, adapter: Path, tmp_path: Path) -> None:
