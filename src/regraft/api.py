@@ -186,6 +186,7 @@ def plan(
     folder = OutputFolder(out_path(out), overwrite, kind) if out is not None else None
     made = _plan(checkpoint, opened, options, folder)
     if folder is not None:
+        folder.check_place()
         made = replace(made, disk=folder.disk(made.disk_bytes - _shared(made, folder, reflink)))
     return replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
 
@@ -246,34 +247,14 @@ def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None
     return found
 
 
-@watched(to_the_end=True)
-def check(
-    base: str | Path | None,
-    adapters: AdapterArg | Sequence[AdapterArg],
-    *,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    max_memory: str | int = "512MiB",
-    peft_version: str | None = None,
-    token: str | None = None,
+def check_opened(
+    checkpoint: Checkpoint, opened: Sequence[tuple[AdapterFiles, float]], options: MergeOptions
 ) -> CheckReport:
-    """Say whether adapters would merge into a base, with everything that stands in the way.
-
-    Reads headers, and of an adapter that carries a fingerprint a few values of the base. NaN in an
-    adapter, which headers do not show, is found by the merge itself.
-
-    Of a base on the Hub too, only headers are read.
+    """Say whether adapters would merge into a base; see :func:`regraft.check`, which opens them.
 
     Raises:
-        UsageError: the call contradicts itself.
-        InputError: the base or an adapter cannot be opened at all.
-        EnvironmentShortfall: an input cannot be read, or needs an optional package.
+        InputError: what is opened cannot be read.
     """
-    options = MergeOptions.of(
-        dtype=dtype, max_memory=max_memory, quantize=quantize, peft_version=peft_version, undo=None
-    )
-    wanted = parse_adapters(adapters)
-    checkpoint, opened = open_named(base, wanted, token, peft_version, headers_only=True)
     read, problems = [], list[Problem]()
     for files, weight in opened:
         try:
@@ -290,6 +271,6 @@ def check(
     if problems:
         return CheckReport(False, tuple(problems), made.warnings)
     notes = notes_of_another_base(read, plain, quantization)
-    warn(notes, stacklevel=3)
+    warn(notes, stacklevel=4)  # the frame that calls regraft.check, past what watches its inputs
     summary = {**made.totals(), "memory": made.memory}
     return CheckReport(True, (), (*made.warnings, *notes), summary)

@@ -14,6 +14,9 @@ _KINDS = {"base": "a base model", "merged": "a merged model", "adapter": "an ada
 FEW_FILES = 8
 """Up to this many files are listed one by one."""
 
+_SHOWN = 12
+"""Up to so many names of a list are shown."""
+
 
 def render(inspection: Inspection) -> str:
     """Return what :func:`regraft.inspect` found, as text."""
@@ -146,7 +149,12 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _names(names: Any) -> str:
-    return names if isinstance(names, str) else ", ".join(names)
+    """Return an expression as it is; of a list the first names, sorted, and how many more."""
+    if isinstance(names, str):
+        return names
+    rest = len(names) - _SHOWN
+    listed = sorted(names)[: _SHOWN if rest > 1 else None]
+    return ", ".join(listed) + (f", and {rest} more" if rest > 1 else "")
 
 
 def _files(inspection: Inspection) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,11 @@ from regraft.errors import AdapterError, UsageError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.problems import quoted
 from regraft.names import NameMap
+
+_LANGUAGE = re.compile(
+    r"(^|\.)(language_model|text_model)\.|^(model\.)?(lm_head|layers|embed_tokens)\b"
+)
+"""What the names of a language model's modules have in them, where the model has other parts."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,16 @@ def model_type(base: Checkpoint | None) -> str:
     """Return the ``model_type`` of a base's language model; ``""`` where it is not known."""
     found = text_config(base).get("model_type") if base is not None else None
     return found if isinstance(found, str) else ""
+
+
+def has_parts(base: Checkpoint | None) -> bool:
+    """Whether a model is known to have other parts beside its language model, as one that sees."""
+    return base is not None and isinstance((base.config or {}).get("text_config"), Mapping)
+
+
+def is_other_part(module: str, base: Checkpoint | None) -> bool:
+    """Whether a module is no part of the language model of a base that has other parts."""
+    return has_parts(base) and not _LANGUAGE.search(module)
 
 
 def needed(base: Checkpoint | None, why: str) -> Checkpoint:
