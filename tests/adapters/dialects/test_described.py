@@ -142,8 +142,10 @@ def test_a_reader_that_describes_without_the_base_says_so_too(tmp_path: Path) ->
 
 def test_the_command_says_it(run: Run, tmp_path: Path) -> None:
     told = run("inspect", litgpt(tmp_path))
-    assert told.returncode == 0
-    lines = dict(line.strip().split("  ", 1) for line in told.out.splitlines() if "  " in line[2:])
+    assert told.exit_code == 0
+    lines = dict(
+        line.strip().split("  ", 1) for line in told.output.splitlines() if "  " in line[2:]
+    )
     assert lines["rank"].strip() == "3 in 2 modules"
     assert "how many heads" in lines["needs its base"]
     assert "claims base" not in lines
