@@ -43,16 +43,29 @@ class Runner:
 # -- environments ----------------------------------------------------------------------------------
 
 
-def environment(runner: Runner, root: Path) -> Path:
-    """Return the Python of a runner's environment, which is made if it is not there."""
-    folder = root / runner.name
+def python_of(
+    name: str, packages: Sequence[str], root: Path, given: Mapping[str, str],
+    removed: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """Return the Python of an environment, which is made if it is not there.
+
+    Args:
+        name: its name.
+        packages: what it is made of.
+        root: where environments are made.
+        given: Pythons that are there, by name.
+        removed: what is taken out of it again.
+    """
+    if name in given:
+        return Path(given[name])
+    folder = root / name
     python = folder / "bin/python"
     if not (folder / ".whole").exists():
         venv.create(folder, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", *runner.packages], check=True)
-        if runner.removed:
-            subprocess.run([*pip, "uninstall", "-y", *runner.removed], check=True)
+        subprocess.run([*pip, "install", *packages], check=True)
+        if removed:
+            subprocess.run([*pip, "uninstall", "-y", *removed], check=True)
         (folder / ".whole").touch()
     return python
 
