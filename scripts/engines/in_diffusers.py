@@ -88,6 +88,8 @@ def make_pipeline(name: str, folder: Path) -> None:
     """Write the parts of a pipeline, each in the folder that it has there; weights are random."""
     import torch
 
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": PIPELINES[name].name}))
     for part, make in PIPELINES[name].parts.items():
         torch.manual_seed(7)
         model = make()

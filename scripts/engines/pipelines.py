@@ -19,7 +19,8 @@ import numpy as np
 import regraft
 from engines.fixtures import write_json
 from engines.running import HERE, python_of
-from engines.shown import Shown, foretold_by
+from engines.shown import Shown, cell, foretold_by
+from regraft.adapters.dialects.images.mmdit_names import places
 from regraft.adapters.dialects.images.sgm_names import sgm_name
 from regraft.formats.safetensors import read_header
 from regraft.translating import convert_adapter
@@ -71,8 +72,7 @@ def without_alphas(end: str) -> Change:
 def as_stability_names(tensors: Tensors, part: Path) -> Tensors:
     """Return tensors under the names of Stability's UNet, as kohya's scripts have them for SDXL."""
     config = json.loads((part / "config.json").read_text())
-    tensors_of = read_header(part / "diffusion_pytorch_model.safetensors").tensors
-    modules = [name.removesuffix(".weight") for name in tensors_of if name.endswith(".weight")]
+    modules = _modules_of(part)
     known = {name.replace(".", "_"): name for name in modules}
     found = {}
     for name, tensor in tensors.items():
@@ -82,8 +82,48 @@ def as_stability_names(tensors: Tensors, part: Path) -> Tensors:
     return found
 
 
+def with_stability_names(word: str) -> Change:
+    """Return the change that gives Stability's names to modules that have a word in theirs."""
+    return lambda tensors, part: (
+        {name: tensor for name, tensor in tensors.items() if word not in name}
+        | as_stability_names({n: t for n, t in tensors.items() if word in n}, part)
+    )
+
+
+def as_makers_names(tensors: Tensors, part: Path) -> Tensors:
+    """Return tensors under the names of Flux's makers, where several modules are one."""
+    found: Tensors = {}
+    for name, place in places(_modules_of(part)).items():
+        written = [f"lora_transformer_{module.replace('.', '_')}" for module in place.modules]
+        if not all(f"{each}.alpha" in tensors for each in written):
+            continue
+        down, up = ([tensors[f"{each}.lora_{n}.weight"] for each in written]
+                    for n in ("down", "up"))  # fmt: skip
+        found |= {
+            f"lora_unet_{name}.lora_down.weight": np.concatenate(down),
+            f"lora_unet_{name}.lora_up.weight": _diagonal(up),
+            f"lora_unet_{name}.alpha": tensors[f"{written[0]}.alpha"] * np.float32(len(written)),
+        }
+    return {name: np.asarray(tensor) for name, tensor in found.items()}
+
+
+def _diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    rows, columns = np.sum([block.shape for block in blocks], axis=0)
+    whole, row, column = np.zeros((rows, columns), blocks[0].dtype), 0, 0
+    for block in blocks:
+        height, width = block.shape
+        whole[row : row + height, column : column + width] = block
+        row, column = row + height, column + width
+    return whole
+
+
+def _modules_of(part: Path) -> list[str]:
+    tensors = read_header(part / "diffusion_pytorch_model.safetensors").tensors
+    return [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+
+
 UNET = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2"]
-CONVOLUTIONS = ["conv1", "conv", "conv_in", "conv_shortcut", "time_emb_proj"]
+CONVOLUTIONS = ["conv1", "conv", "conv_in", "conv_shortcut", "time_emb_proj", "linear_1"]
 TEXT = ["q_proj", "v_proj", "out_proj", "fc1"]
 JOINT = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -92,6 +132,10 @@ def lora(targets: Sequence[str] = tuple(UNET), **more: Any) -> dict[str, Any]:
     """Return the fields of a config."""
     return {"r": 4, "lora_alpha": 6, "target_modules": list(targets)} | more
 
+
+IN_DOUBLE = [f"transformer_blocks.0.{n}" for n in (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+    "attn.add_v_proj", "ff.net.2", "norm1.linear")]  # fmt: skip
 
 OF_ATTENTION = lora(alpha_pattern={"to_q": 2})
 OF_OTHERS = lora(alpha_pattern={"proj_in": 2, "ff.net.2": 9})
@@ -134,6 +178,8 @@ FIXTURES: tuple[PipelineFixture, ...] = (
                     pipeline="sdxl", change=as_stability_names),
     PipelineFixture("kohya's, Stability's names, no SDXL", lora(), "kohya",
                     change=as_stability_names),
+    PipelineFixture("kohya's, Stability's names of some, SDXL", lora(), "kohya",
+                    pipeline="sdxl", change=with_stability_names("mid_block")),
     PipelineFixture("a text encoder's", lora(TEXT), **IN_TEXT),
     PipelineFixture("a text encoder's, both patterns",
                     lora(TEXT, alpha_pattern={"q_proj": 2, "fc1": 9}, rank_pattern={"v_proj": 6}),
@@ -155,6 +201,10 @@ FIXTURES: tuple[PipelineFixture, ...] = (
                     lora(TEXT, alpha_pattern={"fc1": 2}), "uniform", **IN_TEXT),
     PipelineFixture("a text encoder's, kohya's, q and v alone", lora(TEXT[:2]), "kohya",
                     **IN_TEXT),
+    PipelineFixture("a text encoder's, kohya's, q, v and the MLP",
+                    lora(["q_proj", "v_proj", "fc1"]), "kohya", **IN_TEXT),
+    PipelineFixture("a text encoder's, kohya's, DoRA", lora(TEXT, use_dora=True), "kohya",
+                    **IN_TEXT),
     PipelineFixture("a text encoder's, kohya's, MLP alone", lora(["fc1"]), "kohya", **IN_TEXT),
     PipelineFixture("Flux's", lora([*JOINT, "proj_mlp"], alpha_pattern={"to_q": 2}), **FLUX),
     PipelineFixture("Flux's, PEFT's folder", lora(JOINT), "peft", **FLUX),
@@ -164,6 +214,13 @@ FIXTURES: tuple[PipelineFixture, ...] = (
     PipelineFixture("Flux's, kohya's, attention", lora(JOINT, alpha_pattern={"to_q": 2}), "kohya",
                     **FLUX),
     PipelineFixture("Flux's, kohya's, with the MLP", lora(["to_q", "proj_mlp"]), "kohya", **FLUX),
+    PipelineFixture("Flux's, kohya's, makers' names", lora(IN_DOUBLE), "kohya",
+                    change=as_makers_names, **FLUX),
+    PipelineFixture("Flux's, kohya's, makers' names, outside blocks too",
+                    lora([*IN_DOUBLE, "x_embedder", "context_embedder"]), "kohya",
+                    change=as_makers_names, **FLUX),
+    PipelineFixture("Flux's, kohya's, makers' names, single blocks of another size",
+                    lora([*JOINT, "proj_mlp"]), "kohya", change=as_makers_names, **FLUX),
     PipelineFixture("Flux's, kohya's, DoRA", lora(JOINT, use_dora=True), "kohya", **FLUX),
     PipelineFixture("Stable Diffusion 3's", lora(JOINT, alpha_pattern={"to_q": 2}), **SD3),
     PipelineFixture("Stable Diffusion 3's, kohya's", lora(JOINT), "kohya", **SD3),
@@ -266,3 +323,13 @@ def _judged(made: _Made, answer: Mapping[str, Any]) -> Shown:
     from_base = float(np.abs(found - made.bare).max()) / size
     did = "as trained" if off < SAME else "as the base" if from_base < SAME else "otherwise"
     return Shown(name, NAME, did, off, "", foretold)
+
+
+def table(shown: Sequence[Shown], versions: Mapping[str, str]) -> list[str]:
+    """Return the lines of the table."""
+    by = {each.fixture: each for each in shown if each.engine == NAME}
+    lines = [f"| adapter | {versions.get(NAME, NAME)} | foretold |", "|---|---|---|"]
+    for fixture in FIXTURES:
+        if (found := by.get(fixture.name)) is not None:
+            lines.append(f"| {fixture.name} | {cell(found)} | {found.foretold or ''} |")
+    return lines

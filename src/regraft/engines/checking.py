@@ -115,7 +115,8 @@ def _judged(
     files = opened[0][0]
     try:
         adapter = read_adapter(files)
-        subject = Subject(adapter, tuple(read_pairs(adapter)), see(checkpoint)[0], files.dialect)
+        subject = Subject(adapter, tuple(read_pairs(adapter)), see(checkpoint)[0], files.dialect,
+                          files.origin)  # fmt: skip
         return judge(engine, subject, _texts(options), version)
     except RegraftError:
         return None

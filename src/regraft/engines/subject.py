@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from regraft.adapters.model import Adapter
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.safetensors import read_header
 from regraft.merging.inputs.base_index import BaseIndex
 from regraft.names import NameMap
 from regraft.shrinking.targets import Pair
+from regraft.tensors import TensorSpec
 
 _NORM = re.compile(r".*(norm|\.ln_?\w*)$")
 _HEAD_LEAVES = ("lm_head", "embed_out")
@@ -28,12 +31,14 @@ class Subject:
         pairs: its adapted modules with rank and scale.
         base: the base's tensors, quantized weights as the plain ones they stand for.
         dialect: what the adapter was written in.
+        origin: its folder or file in that dialect; None where it is PEFT's.
     """
 
     adapter: Adapter
     pairs: tuple[Pair, ...]
     base: Checkpoint
     dialect: str
+    origin: Path | None = None
 
     @cached_property
     def index(self) -> BaseIndex:
@@ -49,6 +54,18 @@ class Subject:
     def modules(self) -> frozenset[str]:
         """The modules whose weights the base stores."""
         return frozenset(name.rpartition(".")[0] for name in self.base.tensors)
+
+    @cached_property
+    def stored(self) -> Mapping[str, TensorSpec]:
+        """The tensors of the adapter's own file, in order of offset.
+
+        Empty for an adapter in PEFT's format, or in several files.
+        """
+        files = [] if self.origin is None else [self.origin]
+        if self.origin is not None and self.origin.is_dir():
+            files = sorted(self.origin.glob("*.safetensors"))
+        lone = len(files) == 1 and files[0].suffix == ".safetensors"
+        return read_header(files[0]).tensors if lone else {}
 
     @property
     def is_tied(self) -> bool:

@@ -85,20 +85,20 @@ AUTOMODEL = Layout(
 LYCORIS = Layout(
     "lycoris",
     "an adapter of LyCORIS that is no LoRA (LoHa, LoKr or OFT)",
-    "Merge it with LyCORIS (its tools/merge.py), and use the merged model; diffusers loads LoKr for "
-    "some transformers",
+    "Merge it with LyCORIS (its tools/merge.py), and use the merged model; diffusers loads LoKr "
+    "for some transformers",
 )
 COMFYUI = Layout(
     "comfyui",
     "an adapter under ComfyUI's names (diffusion_model.)",
-    "Load it with diffusers' load_lora_weights, and write it with the pipeline's save_lora_weights, "
-    "whose layout is read",
+    "Load it with diffusers' load_lora_weights, and write it with the pipeline's "
+    "save_lora_weights, whose layout is read",
 )
 XLABS = Layout(
     "xlabs",
     "an adapter of attention processors, as XLabs trains Flux",
-    "Load it with diffusers' load_lora_weights, and write it with the pipeline's save_lora_weights, "
-    "whose layout is read",
+    "Load it with diffusers' load_lora_weights, and write it with the pipeline's "
+    "save_lora_weights, whose layout is read",
 )
 MEGATRON = Layout(
     "megatron",

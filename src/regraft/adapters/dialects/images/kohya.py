@@ -39,14 +39,14 @@ from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 WEIGHTS = "lora.safetensors"
 
-_PREFIXES = {
+PREFIXES = {
     "lora_unet_": "unet", "lora_transformer_": "transformer", "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3", "lora_te_": "text_encoder",
 }  # fmt: skip
 """What names begin with, and the part of a pipeline that it means."""
 
 _KEY = re.compile(
-    rf"(?P<prefix>{'|'.join(_PREFIXES)})(?P<module>[^.]+)"
+    rf"(?P<prefix>{'|'.join(PREFIXES)})(?P<module>[^.]+)"
     r"\.(?P<what>lora_down\.weight|lora_up\.weight|alpha|dora_scale)"
 )
 _SLOTS = {"lora_down.weight": "a", "lora_up.weight": "b", "alpha": "alpha",
@@ -134,7 +134,7 @@ def _gathered(tensors: Mapping[str, TensorSpec], file: Path) -> dict[str, Found]
 def _part(prefix: str, module: str) -> str:
     """Return the part that a name is of: kohya's scripts call Flux's transformer a UNet, too."""
     of_transformer = prefix == "lora_unet_" and OF_TRANSFORMERS.fullmatch(module)
-    return "transformer" if of_transformer else _PREFIXES[prefix]
+    return "transformer" if of_transformer else PREFIXES[prefix]
 
 
 def _no_lora(odd: Sequence[TensorSpec], file: Path) -> list[Problem]:
@@ -148,7 +148,7 @@ def _no_lora(odd: Sequence[TensorSpec], file: Path) -> list[Problem]:
             continue
         problems.append(
             Problem("not a tensor of kohya's LoRA", f"{file}, {quoted(spec.name)}",
-                    f"{', '.join(_PREFIXES)}; lora_down, lora_up, alpha or dora_scale",
+                    f"{', '.join(PREFIXES)}; lora_down, lora_up, alpha or dora_scale",
                     f"{spec.dtype} {spec.shape}",
                     "Convert it with the program that wrote it, or with diffusers")
         )  # fmt: skip
@@ -170,7 +170,7 @@ def _resolved(
     known, fused = kohya_names(shapes, base), places(shapes.keys())
     names, problems = {}, []
     for written in found:
-        prefix = next(prefix for prefix in _PREFIXES if written.startswith(prefix))
+        prefix = next(prefix for prefix in PREFIXES if written.startswith(prefix))
         name = written.removeprefix(prefix)
         meant = known.get(name, [])
         if len(meant) == 1 or (not meant and name in fused):
@@ -355,7 +355,7 @@ def _prefix(part: str, base: Checkpoint | None) -> str:
     alone = base is None or not (base.root.parent / "text_encoder_2").is_dir()
     if part == "text_encoder" and alone:
         return "lora_te_"
-    found = next((prefix for prefix, meant in _PREFIXES.items() if meant == part), None)
+    found = next((prefix for prefix, meant in PREFIXES.items() if meant == part), None)
     if found is None:
         raise UnsupportedError(
             "kohya's layout has no name for this part of a pipeline", where=part, hint=MERGE
