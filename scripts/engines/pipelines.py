@@ -7,6 +7,7 @@ what regraft makes of an adapter is made here.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -280,7 +281,8 @@ def _served(fixture: PipelineFixture, base: Path, own: Path) -> Path:
 
 def _run(python: Path, *arguments: str) -> None:
     command = [str(python), str(HERE / SCRIPT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # small models gain nothing by more
+    done = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{NAME}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
 

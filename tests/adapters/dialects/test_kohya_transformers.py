@@ -140,6 +140,7 @@ def test_a_base_in_their_own_names_is_a_base(tmp_path: Path) -> None:
 
 def test_the_names_are_those_of_a_transformer_of_diffusers_alone() -> None:
     assert not places(["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"])
+    assert not places(["mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in"])
     assert set(THEIRS) <= set(places(FLUX))
     assert all(OF_TRANSFORMERS.fullmatch(name) for name in places(FLUX))
     assert not OF_TRANSFORMERS.fullmatch("down_blocks_0_resnets_0_conv1")

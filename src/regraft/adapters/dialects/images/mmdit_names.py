@@ -64,6 +64,8 @@ _SD3_JOINT = {
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
 _LAST = "final_layer.adaLN_modulation.1"
+_SINGLE = "single_transformer_blocks"
+_BLOCK = re.compile(rf"({_SINGLE}|transformer_blocks)\.(\d+)\.")
 
 OF_TRANSFORMERS = re.compile(
     r"(double_blocks|single_blocks|joint_blocks)_\d+_.+"
@@ -93,33 +95,30 @@ def places(modules: Collection[str]) -> Mapping[str, Place]:
         modules: names of all modules of a base that have weights; where they are not those of such
             a transformer of diffusers, there is none.
     """
-    found = {
+    blocks = {(m[1], int(m[2])) for m in map(_BLOCK.match, modules) if m}
+    return {
         name.replace(".", "_"): place
-        for name, place in _all(modules)
+        for name, place in (_all(blocks) if blocks else ())
         if all(module in modules for module in place.modules)
     }
-    return found if any(name.startswith("transformer_blocks.") for name in modules) else {}
 
 
-def _all(modules: Collection[str]) -> Iterator[tuple[str, Place]]:
-    is_flux = any(name.startswith("single_transformer_blocks.") for name in modules)
+def _all(blocks: Collection[tuple[str, int]]) -> Iterator[tuple[str, Place]]:
+    """Yield their modules, of a transformer with these blocks (of diffusers), and what each is."""
+    is_flux = any(kind == _SINGLE for kind, _ in blocks)
     for name, meant in (_FLUX if is_flux else _SD3).items():
         yield name, Place(meant)
     yield _LAST, Place(("norm_out.linear",), exchanged=True)
-    blocks = {tuple(name.split(".", 2)[:2]) for name in modules if "transformer_blocks." in name}
-    last = max((int(number) for kind, number in blocks if kind == "transformer_blocks"), default=0)
+    last = max(number for _, number in blocks)
     for kind, number in sorted(blocks):
         if is_flux:
-            single = kind.startswith("single_")
+            single = kind == _SINGLE
             theirs, inside = ("single", _FLUX_SINGLE) if single else ("double", _FLUX_DOUBLE)
         else:
             theirs, inside = "joint", _SD3_JOINT
         for name, into in inside.items():
-            # The last block of SD3 has no more of the context than what its attention takes: its
-            # modulation is the kind of the model's last one.
-            half = not is_flux and name == "context_block.adaLN_modulation.1"
-            yield (
-                f"{theirs}_blocks.{number}.{name}",
-                Place(tuple(f"{kind}.{number}.{module}" for module in into),
-                      exchanged=half and int(number) == last),
-            )  # fmt: skip
+            # SD3's last block has no more of the context than its attention takes, and a modulation
+            # of it that is like the model's last one.
+            half = not is_flux and number == last and name == "context_block.adaLN_modulation.1"
+            whole = tuple(f"{kind}.{number}.{module}" for module in into)
+            yield f"{theirs}_blocks.{number}.{name}", Place(whole, exchanged=half)
