@@ -38,6 +38,8 @@ class Peer:
         tests: the files of tests that run its code.
         read, written: what these hold a merge of its adapter, and an adapter written for it,
             against.
+        alone: what is installed without what it needs in turn: tinker-cookbook needs packages that
+            are not for every system.
     """
 
     dialects: str
@@ -48,6 +50,7 @@ class Peer:
     tests: tuple[str, ...]
     read: str
     written: str
+    alone: tuple[str, ...] = ()
 
 
 PEERS: tuple[Peer, ...] = (
@@ -55,13 +58,13 @@ PEERS: tuple[Peer, ...] = (
          ("mlx[cpu]", "mlx-lm==0.32.2", TORCH, "peft==0.21.2", "transformers==5.23.0"),
          ("test_mlx_peer.py",), "its live model", "its live model"),
     Peer("`torchtune`", "torchtune", "torchtune", "torchtune",
-         (TORCH, "torchtune==0.6.1", "torchao==0.18.0"), ("test_torchtune_peer.py",),
+         (TORCH, "torchtune==0.6.1", "torchao==0.14.1"), ("test_torchtune_peer.py",),
          "its live model; its export to PEFT", "its live model"),
     Peer("`litgpt`", "LitGPT", "litgpt", "litgpt", (TORCH, "litgpt==0.5.13"),
          ("test_litgpt_peer.py",), "its live model; its own merge", "its live model"),
     Peer("`tinker`", "tinker-cookbook", "tinker-cookbook", "tinker",
-         (TORCH, "tinker-cookbook==0.6.1"), ("test_tinker_peer.py",),
-         "its export to PEFT; its own merge", ""),
+         (TORCH, "tinker", "transformers==5.5.4"), ("test_tinker_peer.py",),
+         "its export to PEFT; its own merge", "", alone=("tinker-cookbook==0.6.1",)),
     Peer("`kohya`, `diffusers`", "diffusers", "diffusers", "diffusers", OF_DIFFUSERS,
          ("test_images.py", "test_kohya_transformers.py"),
          "its live model; its conversion of checkpoints", "its live model"),
@@ -82,9 +85,14 @@ class Ran:
     skipped: int
 
     @property
+    def is_right(self) -> bool:
+        """Whether tests ran, and none failed."""
+        return self.passed > 0 and not self.failed
+
+    @property
     def text(self) -> str:
         """A cell of the table."""
-        said = [f"{self.passed} tests"]
+        said = [f"{self.passed} tests" if self.passed else "**none ran**"]
         said += [f"**{self.failed} failed**"] if self.failed else []
         said += [f"{self.skipped} not run"] if self.skipped else []
         return ", ".join(said)
@@ -110,7 +118,7 @@ def _run(peer: Peer, root: Path, given: Mapping[str, str], folder: Path) -> Ran:
                 "REGRAFT_LLAMA_CPP_SOURCE": str(converters(root))}  # fmt: skip
     else:
         packages = (*peer.packages, *_own_packages(), "pytest")
-        own = python = python_of(peer.environment, packages, root, given)
+        own = python = python_of(peer.environment, packages, root, given, alone=peer.alone)
     command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", "-p", "no:cacheprovider",
                *(f"{TESTS}/{name}" for name in peer.tests)]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"} | more
@@ -121,7 +129,7 @@ def _run(peer: Peer, root: Path, given: Mapping[str, str], folder: Path) -> Ran:
     if not report.exists():
         raise RuntimeError(f"{peer.shown}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
     if done.returncode:
-        print(done.stdout[-6000:])
+        print(done.stdout[-6000:], file=sys.stderr)
     return _counted(peer, report, _version(peer, own))
 
 

@@ -45,9 +45,9 @@ class Runner:
 
 def python_of(
     name: str, packages: Sequence[str], root: Path, given: Mapping[str, str],
-    removed: Sequence[str] = (),
+    removed: Sequence[str] = (), alone: Sequence[str] = (),
 ) -> Path:  # fmt: skip
-    """Return the Python of an environment, which is made if it is not there.
+    """Return the Python of an environment, which is made, or gets more, if it lacks a package.
 
     Args:
         name: its name.
@@ -55,18 +55,23 @@ def python_of(
         root: where environments are made.
         given: Pythons that are there, by name.
         removed: what is taken out of it again.
+        alone: what is installed without what it needs in turn.
     """
     if name in given:
         return Path(given[name])
     folder = root / name
-    python = folder / "bin/python"
-    if not (folder / ".whole").exists():
-        venv.create(folder, with_pip=True, clear=True)
+    python, whole = folder / "bin/python", folder / ".whole"
+    there = set(whole.read_text().splitlines()) if whole.exists() else set()
+    if not whole.exists() or not there.issuperset([*packages, *alone]):
+        whole.unlink(missing_ok=True)
+        venv.create(folder, with_pip=True, clear=not there)
         pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", *packages], check=True)
+        if alone:
+            subprocess.run([*pip, "install", "--no-deps", *alone], check=True)
         if removed:
             subprocess.run([*pip, "uninstall", "-y", *removed], check=True)
-        (folder / ".whole").touch()
+        whole.write_text("\n".join(sorted({*there, *packages, *alone})))
     return python
 
 
