@@ -1,9 +1,9 @@
 """``python -m engines``: shows each engine every fixture, and holds `check --for` against it.
 
 It ends with 1 if an engine did something that was not foretold, or a test of the programs of other
-dialects failed. Environments are made below
-``.engines`` on the first run: gigabytes, for vLLM. ``--only`` and ``--fixture`` choose, ``--python
-NAME=PATH`` takes an environment that is there, ``--write`` puts the table into docs/engines.md.
+dialects failed. Environments are made below ``.engines`` on the first run: gigabytes, for vLLM.
+``--only`` and ``--fixture`` choose, ``--python NAME=PATH`` takes an environment that is there,
+``--write`` puts the tables into docs/engines.md.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("`litgpt`", "LitGPT", "litgpt", "litgpt", (TORCH, "litgpt==0.5.13"),
          ("test_litgpt_peer.py",), "its live model; its own merge", "its live model"),
     Peer("`tinker`", "tinker-cookbook", "tinker-cookbook", "tinker",
-         (TORCH, "tinker", "transformers==5.5.4"), ("test_tinker_peer.py",),
+         (TORCH, "tinker", "pyrage", "transformers==5.5.4"), ("test_tinker_peer.py",),
          "its export to PEFT; its own merge", "", alone=("tinker-cookbook==0.6.1",)),
     Peer("`kohya`, `diffusers`", "diffusers", "diffusers", "diffusers", OF_DIFFUSERS,
          ("test_images.py", "test_kohya_transformers.py"),

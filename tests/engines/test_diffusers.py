@@ -128,10 +128,11 @@ def test_a_text_encoder_loses_magnitudes(text_encoder: Path, tmp_path: Path) -> 
     assert effects(text_encoder, file) == {q: "leaves out"}
 
 
-def test_a_third_text_encoder_is_left_out(tmp_path: Path) -> None:
-    q = next(iter(TEXT))
-    base = write_model(tmp_path / "pipeline" / "text_encoder_3", TEXT, {})
-    file = own(tmp_path / "a" / "pytorch_lora_weights.safetensors", "text_encoder_3", [q])
+@pytest.mark.parametrize("part", ["text_encoder_2", "text_encoder_3"])
+def test_t5_is_left_out(tmp_path: Path, part: str) -> None:
+    q, config = next(iter(TEXT)), {"architectures": ["T5EncoderModel"], "model_type": "t5"}
+    base = write_model(tmp_path / "pipeline" / part, TEXT, config)
+    file = own(tmp_path / "a" / "pytorch_lora_weights.safetensors", part, [q])
     assert effects(base, file) == {q: "leaves out"}
 
 

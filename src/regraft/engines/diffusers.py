@@ -56,11 +56,12 @@ def named_by_part(subject: Subject, settings: Settings) -> Iterator[Finding]:
     yield from (Finding(effect, name, because, CONVERT) for name in every_part(subject))
 
 
-def third_text_encoder(subject: Subject, settings: Settings) -> Iterator[Finding]:
-    """Find adapters of a text encoder that no pipeline loads one for."""
+def other_text_encoders(subject: Subject, settings: Settings) -> Iterator[Finding]:
+    """Find adapters of a text encoder that no pipeline loads one for: T5, whichever it is."""
     del settings
-    if OfPipeline(subject).part == "text_encoder_3":
-        because = "it loads adapters of the first two text encoders alone"
+    told = OfPipeline(subject)
+    if told.part == "text_encoder_3" or (told.is_text and "T5" in (subject.architecture or "")):
+        because = "it loads adapters of CLIP's text encoders alone"
         yield from (Finding("leaves out", n, because, MERGE) for n in every_part(subject))
 
 
@@ -245,7 +246,7 @@ DIFFUSERS = Engine(
         Rule("starts with the base", "misapplies", "it leaves the base as it is"),
     ),
     checks=(
-        named_by_part, third_text_encoder, text_encoders, magnitudes_of_kohya, alphas_of_kohya,
+        named_by_part, other_text_encoders, text_encoders, magnitudes_of_kohya, alphas_of_kohya,
         names_in_unets, names_in_text_encoders, names_in_transformers,
     ),
     notes=(

@@ -138,6 +138,18 @@ def test_a_base_in_their_own_names_is_a_base(tmp_path: Path) -> None:
     assert np.allclose(after - before, delta, atol=1e-5)
 
 
+def test_t5_of_flux_is_its_second_text_encoder(flux: Path, tmp_path: Path) -> None:
+    module = "encoder.block.0.layer.0.SelfAttention.q"
+    base = write_model(flux.parent / "text_encoder_2", {module: (8, 8)}, {})
+    name = f"lora_te3_{module.replace('.', '_')}"
+    more = {f"{name}.lora_down.weight": toys.draw(RANK, 8),
+            f"{name}.lora_up.weight": toys.draw(8, RANK)}  # fmt: skip
+    file = kohya(tmp_path / "x.safetensors", {"double_blocks_0_img_attn_qkv": (18, 8)}, **more)
+    before = load_file(base / "model.safetensors")[f"{module}.weight"]
+    assert not np.array_equal(merged(base, file, tmp_path / "out")[f"{module}.weight"], before)
+    assert regraft.check(flux, file).ok
+
+
 def test_the_names_are_those_of_a_transformer_of_diffusers_alone() -> None:
     assert not places(["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"])
     assert not places(["mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in"])

@@ -57,6 +57,9 @@ _ROOTS = ("", "model.diffusion_model.")
 _TEXT = "text_model."
 """What CLIP's text models have their layers below, up to transformers 4, and kohya's names have."""
 
+_T5, _OF_FLUX = "text_encoder_3", re.compile(r"lora_unet_(double|single)_blocks_")
+"""kohya's scripts number T5 as in Stable Diffusion 3, also for Flux, which names show."""
+
 _NEEDS_BASE = (
     "dots in the names of its modules became underscores, and the base's modules say where"
 )
@@ -128,7 +131,9 @@ def _gathered(tensors: Mapping[str, TensorSpec], file: Path) -> dict[str, Found]
         parts[_part(match["prefix"], match["module"])][module][_SLOTS[match["what"]]] = spec
     if odd:
         raise UnsupportedError(capped(_no_lora(odd, file), file))
-    return {part: dict(modules) for part, modules in parts.items()}
+    if _T5 in parts and any(map(_OF_FLUX.match, parts["transformer"])):
+        parts["text_encoder_2"] = parts.pop(_T5)  # Flux has no other one beside CLIP
+    return {part: dict(modules) for part, modules in parts.items() if modules}
 
 
 def _part(prefix: str, module: str) -> str:
