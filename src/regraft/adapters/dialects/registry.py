@@ -112,6 +112,10 @@ _MISTRAL = (
     "mistral-inference reads no params.json: call load_lora with scaling= its lora.scaling",
 )
 
+_KOHYA = (
+    "diffusers loses some of what it may say (alphas, DoRA): regraft check --for diffusers lists it",
+)
+
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
@@ -128,7 +132,7 @@ DIALECTS: dict[str, Dialect] = {
                 weights=ADAPTER_SAFE),
         Dialect("mistral", foreign.MISTRAL.name, f"{_HERE}.mistral", uniform=True,
                 weights="lora.safetensors", notes=_MISTRAL),
-        Dialect("kohya", foreign.KOHYA.name, f"{_HERE}.images.kohya"),
+        Dialect("kohya", foreign.KOHYA.name, f"{_HERE}.images.kohya", notes=_KOHYA),
         Dialect("diffusers", foreign.DIFFUSERS.name, f"{_HERE}.images.diffusers"),
         Dialect("gguf", foreign.GGUF.name, f"{_HERE}.gguf", uniform=True),
     )
