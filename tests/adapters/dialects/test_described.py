@@ -107,6 +107,7 @@ def test_the_file_is_described_and_the_base_is_asked_for(tmp_path: Path, dialect
     assert (facts.dialect, facts.ranks) == (dialect, {3: sum(adapted.values())})
     assert facts.adapted == adapted
     assert why in facts.needs_base
+    assert not facts.unknown_settings
     assert [(share.dtype, share.bytes) for share in found.dtypes] == [("F32", found.bytes)]
     stored = sum(p.stat().st_size for p in tmp_path.iterdir() if p.name == found.files[0].name)
     assert 0 < found.bytes < stored

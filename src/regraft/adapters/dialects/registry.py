@@ -113,7 +113,7 @@ _MISTRAL = (
 )
 
 _KOHYA = (
-    "diffusers loses some of what it may say (alphas, DoRA): regraft check --for diffusers lists it",
+    "diffusers loses some of what it may say (alphas, DoRA): see regraft check --for diffusers",
 )
 
 DIALECTS: dict[str, Dialect] = {

@@ -116,6 +116,7 @@ def _as_stored(
     file, tensors = stored_tensors(path, dialect)
     config = file.parent / ADAPTER_CONFIG
     said = read_json_object(config, max_bytes=CONFIG_BYTES) if config.is_file() else {}
+    said = said if "r" in said else {}  # of mlx-lm, whose words are others
     return AdapterFiles(
         file.parent, located.source, located.revision, {"peft_type": "LORA", **said}, tensors,
         file.name, {}, notes, dialect=dialect.name, origin=path, needs_base=why,
