@@ -268,3 +268,13 @@ def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
     large = toys.write_adapter(tmp_path / "large", held, r=4, lora_alpha=4)
     said = refused(regraft.NumericError, tmp_path, [large], tmp_path / "x", dtype="float16")
     assert all(module in said for module in MODULES)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_factors_that_are_no_numbers_are_all_named(one: Path, tmp_path: Path, value: float) -> None:
+    held = factors(4, 1)
+    for name in held:
+        held[name][0, 0] = value
+    bad = toys.write_adapter(tmp_path / "bad", held, r=4, lora_alpha=4)
+    said = refused(regraft.AdapterError, tmp_path, [one, bad], tmp_path / "x", method="ties")
+    assert all(name in said for name in held)

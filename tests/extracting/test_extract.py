@@ -161,3 +161,13 @@ def test_what_contradicts_itself_is_refused(
 ) -> None:
     tuned = tuned_like(base, tmp_path / "tuned")
     refused(regraft.UsageError, tmp_path, base, tuned, tmp_path / "a", **options)
+
+
+def test_weights_that_are_no_numbers_are_all_named(base: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
+    tensors = toys.load(base)
+    for name in names:
+        tensors[name][0, 0] = np.nan
+    tuned = toys.write_base(tmp_path / "tuned", tensors)
+    said = refused(regraft.NumericError, tmp_path, base, tuned, tmp_path / "a")
+    assert all(name in said for name in names)
