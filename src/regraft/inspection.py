@@ -156,6 +156,8 @@ class AdapterFacts:
         unknown_settings: settings that are switched on and that regraft does not know.
         fingerprint: of its base; None if it carries none.
         dialect: what it is written in, such as ``"mlx"``; the rest is what that is in PEFT's words.
+        needs_base: why the base is needed to say more, ``""`` where it is not. Names and shapes may
+            then be the file's own.
     """
 
     peft_type: str
@@ -183,6 +185,7 @@ class AdapterFacts:
     unknown_settings: tuple[str, ...]
     fingerprint: FingerprintFacts | None = None
     dialect: str = "peft"
+    needs_base: str = ""
 
 
 @dataclass(frozen=True)
@@ -403,7 +406,7 @@ def _of_hub_model(located: Located, token: str | None) -> Inspection:
 
 # ---- adapters
 
-_LORA_A = re.compile(r"(.+)\.(?:lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?)")
+_FACTOR = re.compile(r"(.+)\.(?:lora_([AB])(?:\.[^.]+)?\.weight|lora_embedding_([AB])(?:\.[^.]+)?)")
 _TOKEN_ROWS = re.compile(r".+\.trainable_tokens_delta(?:\.[^.]+)?")
 
 
@@ -439,6 +442,7 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         unknown_settings=unknown_settings(adapter.config),
         fingerprint=_fingerprint_facts(adapter.metadata.get(FINGERPRINT)),
         dialect=adapter.dialect,
+        needs_base=adapter.needs_base,
     )
     config.raise_problems()
     return facts
@@ -456,7 +460,7 @@ def _fingerprint_facts(text: str | None) -> FingerprintFacts | None:
 
 
 def _ranks(tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, int]:
-    """Return the rank of each adapted module (r is the first dimension of A).
+    """Return the rank of each adapted module: the second dimension of B, or without B A's first.
 
     Experts adapted by ``target_parameters`` stack theirs: A is (experts * r, in), and the number of
     experts is not in the adapter, so they count with the config's rank.
@@ -464,10 +468,10 @@ def _ranks(tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, int]
     stated = config.get("r")
     ranks: dict[str, int] = {}
     for name, spec in tensors.items():
-        match = _LORA_A.fullmatch(name)
-        if match and spec.shape:
-            module = plain_key(match[1])
-            ranks[module] = spec.shape[0]
+        match = _FACTOR.fullmatch(name)
+        if match and len(spec.shape) > 1:
+            module, is_b = plain_key(match[1]), "B" in (match[2], match[3])
+            ranks[module] = spec.shape[1] if is_b else ranks.get(module, spec.shape[0])
             if isinstance(stated, int) and _is_parameter(module, config):
                 ranks[module] = stated
     return ranks

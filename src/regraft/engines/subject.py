@@ -11,9 +11,11 @@ from regraft.adapters.dialects.shared.base_facts import is_other_part
 from regraft.adapters.model import Adapter, WholeTensor
 from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.safetensors import read_header
 from regraft.merging.inputs.base_index import BaseIndex
 from regraft.names import NameMap
 from regraft.shrinking.targets import Pair
+from regraft.tensors import TensorSpec
 
 _HEAD_LEAVES = ("lm_head", "embed_out")
 _EMBEDDING_LEAVES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
@@ -55,6 +57,19 @@ class Subject:
     def modules(self) -> frozenset[str]:
         """The modules whose weights the base stores."""
         return frozenset(name.rpartition(".")[0] for name in self.base.tensors)
+
+    @cached_property
+    def stored(self) -> Mapping[str, TensorSpec]:
+        """The tensors of the adapter's own file, in order of offset.
+
+        Empty for an adapter in PEFT's format, or in several files.
+        """
+        origin = self.files.origin
+        files = [] if origin is None else [origin]
+        if origin is not None and origin.is_dir():
+            files = sorted(origin.glob("*.safetensors"))
+        lone = len(files) == 1 and files[0].suffix == ".safetensors"
+        return read_header(files[0]).tensors if lone else {}
 
     @property
     def model_type(self) -> str | None:

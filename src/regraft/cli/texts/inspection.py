@@ -90,7 +90,7 @@ def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
     return [
         ("adapter", ", ".join(filter(None, [_kind(adapter), adapter.task_type or ""]))),
         ("dialect", adapter.dialect if adapter.dialect != "peft" else ""),
-        ("claims base", f"{adapter.base}{revision}" if adapter.base else "none"),
+        ("claims base", f"{adapter.base}{revision}" if adapter.base else _no_base(adapter)),
         ("fingerprint", _of_base(adapter)),
         ("rank", _rank(adapter)),
         ("scale", _scale(adapter)),
@@ -104,7 +104,12 @@ def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
         ("trained with", f"peft {adapter.peft_version}" if adapter.peft_version else ""),
         ("not known", ", ".join(map(quoted, adapter.unknown_settings))),
         ("cannot merge", "; ".join(adapter.unmergeable)),
+        ("needs its base", adapter.needs_base),
     ]
+
+
+def _no_base(adapter: AdapterFacts) -> str:
+    return "" if adapter.needs_base else "none"
 
 
 def _kind(adapter: AdapterFacts) -> str:
@@ -127,7 +132,7 @@ def _rank(adapter: AdapterFacts) -> str:
     if list(adapter.ranks) in ([], [adapter.r]):
         return stated
     seen = ", ".join(f"{rank} in {plural(n, 'module')}" for rank, n in adapter.ranks.items())
-    return f"{stated} in the config; seen: {seen}"
+    return f"{stated} in the config; seen: {seen}" if stated else seen
 
 
 def _scale(adapter: AdapterFacts) -> str:

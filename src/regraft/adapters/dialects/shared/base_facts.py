@@ -33,6 +33,20 @@ class Heads:
     size: int
 
 
+class BaseNeededError(UsageError):
+    """An adapter cannot be read or written without its base, and there is none.
+
+    Attributes:
+        why: what the base would say, as the end of a sentence.
+    """
+
+    def __init__(self, why: str) -> None:
+        """Say what the base would say."""
+        super().__init__(f"the base is needed: {why}", where="base",
+                         hint="Name the base, as a folder or a Hub id")  # fmt: skip
+        self.why = why
+
+
 def text_config(base: Checkpoint) -> Mapping[str, Any]:
     """Return the config of a base's language model."""
     config = base.config or {}
@@ -60,11 +74,10 @@ def needed(base: Checkpoint | None, why: str) -> Checkpoint:
     """Return the base.
 
     Raises:
-        UsageError: there is none.
+        BaseNeededError: there is none.
     """
     if base is None:
-        raise UsageError(f"the base is needed: {why}", where="base",
-                         hint="Name the base, as a folder or a Hub id")  # fmt: skip
+        raise BaseNeededError(why)
     return base
 
 
@@ -76,7 +89,7 @@ def heads_of(base: Checkpoint | None, why: str) -> Heads:
         why: what for, as the end of a sentence.
 
     Raises:
-        UsageError: there is no base.
+        BaseNeededError: there is no base.
         AdapterError: its config does not say.
     """
     config = text_config(needed(base, why))
