@@ -126,6 +126,14 @@ class TileWork(ABC):
             Abandoned: another thread failed that this one waited for.
         """
 
+    def _begin_keeping(self, tile: Tile, memory: TileMemory) -> Encoder | None:
+        """Begin to collect what takes back a tile of plain values; None where it is not wanted."""
+        if self._units is None or tile.kind != "rows":
+            return None
+        first, last = self._units.of_tile(tile.rows, tile.columns)
+        memory.encoder.begin(self._units, first, last, self.step.source.itemsize)
+        return memory.encoder
+
 
 class PlainWork(TileWork):
     """A result of plain values, or a copy."""
@@ -197,13 +205,6 @@ class PlainWork(TileWork):
         done = replace(done, kept=keeping.finish(raw))
         weights.bits[negative] = weights.sign_bit
         return done if np.all(merged.bits[negative] & ~merged.sign_bit) else None
-
-    def _begin_keeping(self, tile: Tile, memory: TileMemory) -> Encoder | None:
-        if self._units is None or tile.kind != "rows":
-            return None
-        first, last = self._units.of_tile(tile.rows, tile.columns)
-        memory.encoder.begin(self._units, first, last, self.step.source.itemsize)
-        return memory.encoder
 
 
 class CodedWork(TileWork):
