@@ -9,26 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
-from regraft.adapters.model import Adapter
-from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
-from regraft.formats.checkpoint import Checkpoint, open_checkpoint
+from regraft.errors import MismatchError, Problem, UnsupportedError, UsageError
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import watched
-from regraft.formats.hub import Located, locate
-from regraft.formats.layout import is_gguf, looks_like, receipt_path, records_of
 from regraft.formats.problems import capped
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.calls import merge_call
 from regraft.merging.files.leftovers import Leftover, find_leftovers, remove_leftover
 from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.files.publish import Kind, out_path
-from regraft.merging.files.receipt import Receipt, read_receipt
-from regraft.merging.files.single_file import SUFFIX
+from regraft.merging.files.receipt import Receipt
 from regraft.merging.files.staging import Workplace
-from regraft.merging.inputs.base import open_base, see, whole_gguf
+from regraft.merging.inputs.base import see
 from regraft.merging.inputs.dequantized_view import Quantization
-from regraft.merging.inputs.expert_stacks import with_version
 from regraft.merging.inputs.opening import AdapterArg, open_adapters, parse_adapters
 from regraft.merging.options import MergeOptions, parse_dtype
 from regraft.merging.planning.gguf_output import (
@@ -49,15 +44,7 @@ from regraft.merging.undo.keeping import (
     side_files,
     stand_in,
 )
-from regraft.merging.undo.manifest import (
-    PATCH,
-    Manifest,
-    check_kept,
-    check_undo,
-    read_manifest,
-    undo_of,
-)
-from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weights_of
+from regraft.merging.undo.merged_model import MergedModel, base_name, open_merged
 from regraft.merging.undo.patch import PatchReader
 from regraft.progress import Progress, tell
 from regraft.system.memory import peak_memory
@@ -114,9 +101,9 @@ def unmerge(
         max_memory=max_memory, threads=threads, reflink=reflink, digest_cache=digest_cache
     )
     tell(progress, "read", 0)
-    found = _open_merged(merged, adapters, token, "--adapter")
+    found = open_merged(merged, adapters, token, "--adapter")
     output.check_inputs(found.inputs)
-    lone = _out_name(output.path, found) if kind == "gguf" else None
+    lone = base_name(output.path, found) if kind == "gguf" else None
 
     from regraft.merging.building import rebuild, reuse_of
 
@@ -214,7 +201,7 @@ def swap(
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
-    found = _open_merged(merged, merged_adapters, token, "--merged-adapter")
+    found = open_merged(merged, merged_adapters, token, "--merged-adapter")
     # A merged model has its base's modules and sizes, which is all that a dialect needs to be read.
     opened = open_adapters(wanted, token, peft_version, found.merged)
     read = [read_adapter(files, weight) for files, weight in opened]
@@ -275,57 +262,7 @@ def clean(
     return found
 
 
-# -- opening a merged model ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _MergedModel:
-    """A merged model that keeps an undo.
-
-    Attributes:
-        located: where it is.
-        place: its folder, or its GGUF file.
-        receipt, manifest: what it says of itself.
-        merged: its weights.
-        adapters: those that were merged.
-    """
-
-    located: Located
-    place: Path
-    receipt: Receipt
-    manifest: Manifest
-    merged: Checkpoint
-    adapters: tuple[Adapter, ...]
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether it is one GGUF file."""
-        return not self.place.is_dir()
-
-    @property
-    def patch(self) -> Path:
-        """The undo patch."""
-        return undo_of(self.place) / PATCH
-
-    @property
-    def inputs(self) -> list[Path]:
-        """The folders and the file that are read."""
-        beside = [records_of(self.place)] if self.is_gguf else []
-        return [self.place, *beside, *(adapter.inputs for adapter in self.adapters)]
-
-    @property
-    def base_bytes(self) -> int:
-        """Bytes of the base's weight files."""
-        return sum(file.size for file in self.manifest.files)
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that decide what comes out."""
-        undo = [p for p in undo_of(self.place).rglob("*") if p.is_file()]
-        weights = [shard.path for shard in self.merged.shards]
-        sides = [] if self.is_gguf else [p for p in self.place.iterdir() if p.is_file()]
-        adapters = [path for adapter in self.adapters for path in adapter.files]
-        return [*undo, *weights, *sides, *adapters, receipt_path(self.place)]
+# -- a merge that is taken back -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -356,60 +293,12 @@ class _Undone:
         return see(self.stored, dtype) if self.stored.container == "gguf" else seen
 
 
-def _open_merged(
-    merged: str | Path, adapters: AdapterArg | Sequence[AdapterArg] | None, token: str | None,
-    option: str,
-) -> _MergedModel:  # fmt: skip
-    """Open a merged model: receipt, manifest, weights by their headers, the adapters merged."""
-    located = locate(merged, kind="merged", token=token)
-    place = located.path
-    if not place.is_dir() and not is_gguf(place):
-        raise InputError("is not a merged model", where=str(merged), expected="a folder")
-    _check_is_model(place, str(merged))
-    check_kept(place)
-    receipt = read_receipt(receipt_path(place))
-    check_undo(place, receipt.files)
-    manifest = read_manifest(place, receipt)
-    merged_now = open_checkpoint(located) if place.is_dir() else whole_gguf(open_base(located))
-    opened = _merged_adapters(place, receipt, manifest, adapters, token, option, merged_now)
-    return _MergedModel(located, place, receipt, manifest, merged_now, tuple(opened))
-
-
-def _check_is_model(folder: Path, source: str) -> None:
-    """Refuse an adapter in the place of a merged model.
-
-    Raises:
-        InputError: it is one.
-    """
-    if looks_like(folder) == "adapter":
-        raise InputError(
-            "is not a merged model", where=source, expected="what regraft merge or swap wrote",
-            found="an adapter", hint="Name the merged model first, then its new adapters",
-        )  # fmt: skip
-
-
 def _kind_of(out: object) -> Kind:
     """Return what an output is, by its name."""
     return "gguf" if is_gguf_output(out) else "model"
 
 
-def _out_name(out: Path, found: _MergedModel) -> str:
-    """Return the name of the file that a base comes back as.
-
-    Raises:
-        UsageError: the base was no GGUF file, or not one alone.
-    """
-    names = [file.name for file in found.manifest.files]
-    alone = found.is_gguf or found.manifest.single_file is not None
-    if not alone or len(names) > 1 or not names[0].endswith(SUFFIX):
-        raise UsageError(
-            "this base was not one GGUF file", where="-o", expected="a folder", found=str(out),
-            hint="Give a name that does not end in .gguf",
-        )  # fmt: skip
-    return out.name
-
-
-def _check_container(output: OutputFolder, found: _MergedModel, options: MergeOptions) -> None:
+def _check_container(output: OutputFolder, found: MergedModel, options: MergeOptions) -> None:
     """Refuse an output that is one GGUF file where what is swapped is none, and the other way.
 
     Raises:
@@ -425,50 +314,8 @@ def _check_container(output: OutputFolder, found: _MergedModel, options: MergeOp
         check_container(output.path, found.merged, options)
 
 
-def _merged_adapters(
-    place: Path, receipt: Receipt, manifest: Manifest,
-    given: AdapterArg | Sequence[AdapterArg] | None, token: str | None, option: str,
-    model: Checkpoint,
-) -> list[Adapter]:  # fmt: skip
-    """Return the adapters that were merged: the kept copies, or those that the call names.
-
-    Dialects that cannot be read without the base are read with the merged model, which has its
-    modules and sizes.
-
-    Raises:
-        UsageError: others are given, or with other weights.
-        InputError: none are given and none were kept.
-        MismatchError: tensors of one have changed since the merge.
-    """
-    weights = weights_of(receipt)
-    merged = _listed([record.source for record in receipt.adapters], weights)
-    if given is not None:
-        pairs = parse_adapters(given)
-        if [weight for _, weight in pairs] != weights:
-            found = _listed(*zip(*pairs, strict=True))
-            what = "these are not the adapters that were merged"
-            raise UsageError(what, where=option, expected=merged, found=found)
-        opened = [files for files, _ in open_adapters(pairs, token, base=model)]
-    elif None in manifest.adapters:
-        raise InputError(
-            "the merge kept no copy of its adapters", where=str(undo_of(place)), expected=merged,
-            hint=f"Give them with {option}",
-        )  # fmt: skip
-    else:
-        opened = open_kept(place, [str(name) for name in manifest.adapters], receipt)
-    for files, record in zip(opened, receipt.adapters, strict=True):
-        check_adapter(files, record)
-    opened = [with_version(files, receipt.options.get("peft_version")) for files in opened]
-    return [read_adapter(files, weight) for files, weight in zip(opened, weights, strict=True)]
-
-
-def _listed(sources: Sequence[str], weights: Sequence[float]) -> str:
-    """Return adapters as they are given on the command line."""
-    return ", ".join(f"{s}={w:g}" for s, w in zip(sources, weights, strict=True))
-
-
 def _undone(
-    found: _MergedModel, work: Workplace, patch: PatchReader, options: MergeOptions
+    found: MergedModel, work: Workplace, patch: PatchReader, options: MergeOptions
 ) -> _Undone:
     """Make the base's stand-in and plan the old merge on it again.
 
@@ -518,7 +365,7 @@ def _shared(targets: Sequence[Target], undone: _Undone, reuse: Reuse) -> int:
     return shared_bytes(targets, origin) if reuse.share else 0
 
 
-def _with_config(base: Checkpoint, found: _MergedModel) -> tuple[Checkpoint, list[str]]:
+def _with_config(base: Checkpoint, found: MergedModel) -> tuple[Checkpoint, list[str]]:
     """Return a base that was one file with the merged model's config, and what to say of that.
 
     The config lay beside that file and is none of the base's own, so an undo does not keep it.
@@ -533,7 +380,7 @@ def _with_config(base: Checkpoint, found: _MergedModel) -> tuple[Checkpoint, lis
     return replace(base, config=read_json_object(path)), [note]
 
 
-def _check_merged(found: _MergedModel, made: Plan) -> None:
+def _check_merged(found: MergedModel, made: Plan) -> None:
     """Refuse merged weights that lack a tensor, or have it in another shape or dtype.
 
     Raises:
@@ -551,7 +398,7 @@ def _check_merged(found: _MergedModel, made: Plan) -> None:
         raise MismatchError(capped(problems, found.place))
 
 
-def _opener(undone: _Undone, found: _MergedModel) -> OpenSource:
+def _opener(undone: _Undone, found: MergedModel) -> OpenSource:
     from regraft.merging.undo.restore import RestoringSource
 
     return lambda files, store: RestoringSource(
@@ -559,7 +406,7 @@ def _opener(undone: _Undone, found: _MergedModel) -> OpenSource:
     )
 
 
-def _write_side_files(found: _MergedModel, work: Workplace) -> list[str]:
+def _write_side_files(found: MergedModel, work: Workplace) -> list[str]:
     from regraft.merging.files.publish import write_file
 
     names = []
