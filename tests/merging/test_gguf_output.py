@@ -167,7 +167,7 @@ def test_another_type_has_the_bytes_of_gguf(dtype: str, adapter: Path, tmp_path:
 def test_it_is_verified_by_receipt_and_by_doing_it_again(adapter: Path, tmp_path: Path) -> None:
     base, out = model(tmp_path / "base"), tmp_path / "out.gguf"
     regraft.merge(base, adapter, out)
-    assert {p.name for p in (tmp_path / "out.gguf.regraft").iterdir()} == {"receipt.json"}
+    assert {p.name for p in (tmp_path / "out.gguf.regraft").iterdir()} == {"receipt.json", "undo"}
     report = regraft.verify(out)
     assert (report.verdict, report.checked["judged"]) == ("exact", len(tensors_of(base)))
     assert regraft.verify(out, receipt_only=True).ok
@@ -227,7 +227,6 @@ def _with(folder: Path, name: str, kind: str) -> Path:
 REFUSED = {
     "another format": ({"quantize": "nf4"}, UsageError, "does not hold this format"),
     "several files": ({"shard_size": "1MB"}, UsageError, "one file"),
-    "an undo": ({"undo": True}, UsageError, "undo is not kept"),
 }
 
 
@@ -337,12 +336,6 @@ def test_where_the_file_cannot_be_put_in_place_nothing_stays(
     receipt = tmp_path / "out.gguf.regraft" / "receipt.json"
     assert (out.read_bytes(), receipt.read_bytes()) == before
     assert json.loads(receipt.read_bytes())["options"]["seed"] == 0
-
-
-def test_it_cannot_be_taken_back_and_says_so(adapter: Path, tmp_path: Path) -> None:
-    regraft.merge(model(tmp_path / "base"), adapter, tmp_path / "out.gguf")
-    with pytest.raises(InputError, match="keeps nothing to take a merge back"):
-        regraft.unmerge(tmp_path / "out.gguf", tmp_path / "back")
 
 
 def test_it_may_lie_below_a_link_to_a_folder(adapter: Path, tmp_path: Path) -> None:
