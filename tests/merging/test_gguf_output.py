@@ -20,6 +20,7 @@ from merging.toys import write_adapter
 from regraft.errors import (
     InputError,
     MismatchError,
+    NumericError,
     OutputExistsError,
     UnsupportedError,
     UsageError,
@@ -197,6 +198,16 @@ def test_bytes_between_tensors_are_looked_at(adapter: Path, tmp_path: Path) -> N
     out.write_bytes(whole)
     differences = regraft.verify(out, receipt_only=True).differences
     assert ["between tensors" in d.what for d in differences] == [True]
+
+
+def test_what_a_type_cannot_hold_is_refused_by_its_name(adapter: Path, tmp_path: Path) -> None:
+    base = model(tmp_path / "base", "F16")
+    with pytest.raises(NumericError, match=r"expected values that F16 can hold.*--dtype bf16"):
+        regraft.merge(base, [(adapter, 1e6)], tmp_path / "out.gguf")
+    base = model(tmp_path / "base", "Q8_0")
+    with pytest.raises(NumericError, match="values that F16 can hold"):
+        regraft.merge(base, [(adapter, 1e6)], tmp_path / "out.gguf", dtype="f16")
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_types_without_a_grid_are_refused_where_they_are_touched(

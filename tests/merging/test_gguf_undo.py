@@ -16,6 +16,7 @@ import regraft
 from merging import toys
 from merging.inputs.test_gguf_base import metadata, tiny
 from merging.toys import write_adapter
+from regraft.cli.texts.inspection import render
 from regraft.errors import InputError, MismatchError, UnsupportedError, UsageError
 from regraft.formats.gguf_header import PLAN_KEY
 from regraft.merging.undo.gguf_head import lengthened, shortened
@@ -237,3 +238,24 @@ def test_heads_are_kept_by_what_they_have_besides() -> None:
     for other in (b"", bytes(47), kept[:-1], kept + b"x", bytes(24) + b"\xff" * 24):
         with pytest.raises(ValueError, match="lengths"):
             lengthened(other, like)
+
+
+def test_a_merged_gguf_file_says_from_what_and_which_types_it_has(tmp_path: Path) -> None:
+    base, out = model(tmp_path / "base", "Q4_0"), tmp_path / "out.gguf"
+    regraft.merge(base, [(adapter(tmp_path / "a"), 0.5)], out)
+    found, before = regraft.inspect(out), regraft.inspect(base)
+    assert (found.kind, before.kind, before.merge) == ("merged", "base", None)
+    assert found.merge is not None
+    assert (found.merge.base, found.merge.adapters) == (str(base), ((str(tmp_path / "a"), 0.5),))
+    assert [(d.dtype, d.tensors) for d in found.dtypes] == [("Q4_0", 16), ("F32", 5)]
+    assert found.parameters == before.parameters == sum(d.elements for d in found.dtypes)
+    said = render(found)
+    assert "a merged model" in said
+    assert "F32 0.735% in 5 tensors" in said
+    (tmp_path / "out.gguf.regraft").rename(tmp_path / "elsewhere")
+    alone = regraft.inspect(out)
+    assert (alone.kind, alone.merge) == ("merged", None)
+    assert "not known: there is no receipt" in render(alone)
+    regraft.merge(base, tmp_path / "a", tmp_path / "other.gguf", dtype="q8_0")
+    (tmp_path / "other.gguf.regraft").rename(tmp_path / "out.gguf.regraft")
+    assert regraft.inspect(out).merge is None  # it is of another file

@@ -6,31 +6,12 @@ are kept that lie between a beginning and an end which both heads have.
 
 from __future__ import annotations
 
-import os
 import struct
-from pathlib import Path
-
-from regraft.formats.files.reading import open_regular, read_at
-from regraft.formats.gguf import read_head
 
 _FIXED = 24
 """Magic, version and two counts, which are kept as they are."""
 
 _LENGTHS = "<QQQ"
-
-
-def raw_head(path: Path) -> bytes:
-    """Return all bytes of a GGUF file before its tensors.
-
-    Raises:
-        RegraftError: it cannot be read, or is malformed.
-    """
-    size = read_head(path).size
-    fd = open_regular(path)
-    try:
-        return read_at(fd, path, 0, size)
-    finally:
-        os.close(fd)
 
 
 def shortened(content: bytes, like: bytes) -> bytes:

@@ -21,6 +21,7 @@ from regraft.errors import MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.inside import LARGEST, contents_of, file_pieces, read_whole
 from regraft.formats.files.reading import open_regular, read_at, typed_os_errors
+from regraft.formats.gguf_header import raw_head
 from regraft.formats.hub import Located
 from regraft.formats.problems import capped
 from regraft.merging.files.direct_io import write_error
@@ -31,7 +32,7 @@ from regraft.merging.inputs.base import open_base
 from regraft.merging.planning.plan import OutputShard, Plan, Step, kept_name
 from regraft.merging.planning.targets import Target, plan_digest
 from regraft.merging.undo.corrections import Correction, layout_of
-from regraft.merging.undo.gguf_head import lengthened, raw_head, shortened
+from regraft.merging.undo.gguf_head import lengthened, shortened
 from regraft.merging.undo.manifest import (
     IN_GGUF,
     MANIFEST,
