@@ -281,6 +281,18 @@ def test_an_adapter_with_new_tensors_is_refused_by_name(tmp_path: Path) -> None:
         regraft.merge(model(tmp_path / "base"), adapter, tmp_path / "out.gguf")
 
 
+def test_tied_embeddings_that_come_apart_are_refused_by_name(tmp_path: Path) -> None:
+    base = save(tmp_path, "qwen2", "Q4_0")
+    key = f"{toys.PREFIX}model.embed_tokens.lora_embedding_"
+    factors = {f"{key}A": toys.draw(3, 96), f"{key}B": toys.draw(64, 3)}
+    adapter = write_adapter(tmp_path / "adapter", factors, target_modules=["embed_tokens"])
+    with pytest.raises(
+        MismatchError, match="no such tensor, and a GGUF file gets no new ones"
+    ) as e:
+        regraft.merge(base, adapter, tmp_path / "out.gguf")
+    assert "lm_head.weight" in str(e.value)
+
+
 # -- whole or not at all ---------------------------------------------------------------------------
 
 

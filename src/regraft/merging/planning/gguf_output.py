@@ -111,15 +111,15 @@ def unfit_for_gguf(
     """Return what an adapter asks for that cannot be done to the tensors of a GGUF file."""
     problems = []
     for work in works:
-        if work.base is None:
+        weight = quantization.weights.get(work.name)
+        if weight is None:  # also the head of tied embeddings that the adapter parts
             problems.append(
                 Problem("the base has no such tensor, and a GGUF file gets no new ones", work.name,
                         hint=_FOLDER)
             )  # fmt: skip
             continue
-        weight = quantization.weights.get(work.name)
-        type_ = target_type(weight, dtype) if weight is not None else ""
-        if weight is not None and not keeps(type_):
+        type_ = target_type(weight, dtype)
+        if not keeps(type_):
             problems.append(
                 Problem("the values of this type lie on no grid that merged ones could be kept on",
                         f"{work.name} ({weight.codes.name})", found=type_,
