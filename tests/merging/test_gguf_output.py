@@ -18,6 +18,7 @@ from merging import toys
 from merging.inputs.test_gguf_base import loaded, metadata, save, tiny
 from merging.toys import write_adapter
 from regraft.errors import (
+    BaseMismatchWarning,
     InputError,
     MismatchError,
     NumericError,
@@ -124,7 +125,8 @@ def test_metadata_and_tokenizer_travel_as_raw_bytes(adapter: Path, tmp_path: Pat
     digest = open_gguf(tmp_path / "out.gguf").metadata[PLAN_KEY]
     assert isinstance(digest, str)
     assert len(digest) == 64
-    regraft.merge(tmp_path / "out.gguf", [(adapter, 0.5)], tmp_path / "twice.gguf")
+    with pytest.warns(BaseMismatchWarning, match="is merged into .* already"):
+        regraft.merge(tmp_path / "out.gguf", [(adapter, 0.5)], tmp_path / "twice.gguf")
     again = open_gguf(tmp_path / "twice.gguf").metadata
     assert again[PLAN_KEY] != digest
     assert len(again) == one.keys + 1
@@ -286,11 +288,8 @@ def test_tied_embeddings_that_come_apart_are_refused_by_name(tmp_path: Path) -> 
     key = f"{toys.PREFIX}model.embed_tokens.lora_embedding_"
     factors = {f"{key}A": toys.draw(3, 96), f"{key}B": toys.draw(64, 3)}
     adapter = write_adapter(tmp_path / "adapter", factors, target_modules=["embed_tokens"])
-    with pytest.raises(
-        MismatchError, match="no such tensor, and a GGUF file gets no new ones"
-    ) as e:
+    with pytest.raises(MismatchError, match=r"lm_head.weight: .* gets no new ones"):
         regraft.merge(base, adapter, tmp_path / "out.gguf")
-    assert "lm_head.weight" in str(e.value)
 
 
 # -- whole or not at all ---------------------------------------------------------------------------

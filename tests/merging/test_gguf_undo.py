@@ -17,7 +17,13 @@ from merging import toys
 from merging.inputs.test_gguf_base import metadata, tiny
 from merging.toys import write_adapter
 from regraft.cli.texts.inspection import render
-from regraft.errors import InputError, MismatchError, UnsupportedError, UsageError
+from regraft.errors import (
+    BaseMismatchWarning,
+    InputError,
+    MismatchError,
+    UnsupportedError,
+    UsageError,
+)
 from regraft.formats.gguf_header import PLAN_KEY
 from regraft.merging.undo.gguf_head import lengthened, shortened
 from regraft.quant.formats.gguf import GRIDDED, UNQUANTIZED
@@ -124,7 +130,8 @@ def test_the_patch_is_small(tmp_path: Path) -> None:
 def test_the_key_of_the_merge_is_taken_out_and_an_earlier_one_put_back(tmp_path: Path) -> None:
     base, a = model(tmp_path / "base", "Q4_0"), adapter(tmp_path / "a")
     regraft.merge(base, a, tmp_path / "one.gguf")
-    regraft.merge(tmp_path / "one.gguf", [(a, 0.5)], tmp_path / "two.gguf")
+    with pytest.warns(BaseMismatchWarning, match="is merged into .* already"):
+        regraft.merge(tmp_path / "one.gguf", [(a, 0.5)], tmp_path / "two.gguf")
     keys = [gguf.GGUFReader(tmp_path / f"{n}.gguf").fields[PLAN_KEY] for n in ("one", "two")]
     assert keys[0].contents() != keys[1].contents()
     regraft.unmerge(tmp_path / "two.gguf", tmp_path / "one-back.gguf")

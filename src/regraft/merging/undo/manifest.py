@@ -161,23 +161,26 @@ def _is_as_told(path: Path, digest: str | None) -> bool:
 
 
 def check_kept(folder: Path) -> None:
-    """Refuse a folder that keeps nothing for an undo.
+    """Refuse a folder, or a GGUF file, that keeps nothing for an undo.
 
     Raises:
         InputError: it does not.
     """
     path = undo_of(folder) / MANIFEST
+    in_folder = folder.is_dir()
+    where = "its regraft/ subfolder" if in_folder else f"{records_of(folder).name}/ beside it"
     if not receipt_path(folder).is_file() and not path.is_file():
         raise InputError(
-            "is no model that regraft merged", where=str(folder), expected=f"{RECEIPT} and {UNDO}/",
-            hint="A plain base takes adapters with regraft merge; fetch a merged one with its "
-            "regraft/ subfolder",
+            "is no model that regraft merged", where=str(folder),
+            expected=f"{RECEIPT} and {UNDO}/" if in_folder else where,
+            hint=f"A plain base takes adapters with regraft merge; fetch a merged one with {where}",
         )  # fmt: skip
     if not path.is_file():
         raise InputError(
-            "cannot be un-merged: it keeps no undo patch", where=str(folder), expected=f"{UNDO}/",
+            "cannot be un-merged: it keeps no undo patch", where=str(folder),
+            expected=f"{UNDO}/" if in_folder else f"undo/ in {where}",
             hint="Merge with --undo, which is the default unless weights are put into another "
-            "quantized format; or fetch the folder with its regraft/ subfolder",
+            f"quantized format; or fetch it with {where}",
         )  # fmt: skip
 
 
@@ -197,6 +200,7 @@ def read_manifest(folder: Path, receipt: Receipt) -> Manifest:
     value = read_json_object(path, max_bytes=_PATCH_FILES)
     try:
         manifest = _manifest(value)
+        _check_layout(manifest, in_gguf=not folder.is_dir())
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(
             "the undo manifest cannot be read", where=str(path),
@@ -234,6 +238,17 @@ def _manifest(value: dict[str, Any]) -> Manifest:
         str(value["plan"]), None if single is None else _plain(single), files, side, left_out,
         adapters, layout,
     )  # fmt: skip
+
+
+def _check_layout(manifest: Manifest, *, in_gguf: bool) -> None:
+    """Hold a manifest against the kind of output that it lies beside.
+
+    Raises:
+        ValueError: it is of the other kind.
+    """
+    lengths = [file.kept for file in manifest.files]
+    if (manifest.format == IN_GGUF) != in_gguf or any((n is not None) != in_gguf for n in lengths):
+        raise ValueError(f"layout {manifest.format}, of an output of another kind")
 
 
 def _plain(name: Any) -> str:
