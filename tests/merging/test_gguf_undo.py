@@ -19,6 +19,7 @@ from merging.toys import write_adapter
 from regraft.cli.texts.inspection import render
 from regraft.errors import (
     BaseMismatchWarning,
+    FormatError,
     InputError,
     MismatchError,
     UnsupportedError,
@@ -220,6 +221,23 @@ def test_what_was_changed_since_is_refused_by_name(tmp_path: Path) -> None:
         regraft.unmerge(out, tmp_path / "back.gguf")
     assert "undo.json" in str(regraft.verify(out, receipt_only=True).differences)
     assert not (tmp_path / "back.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "F16", "IQ4_XS"])
+def test_a_damaged_patch_gives_the_base_or_an_error(kind: str, tmp_path: Path) -> None:
+    base, out = model(tmp_path / "base", kind), tmp_path / "out.gguf"
+    regraft.merge(base, adapter(tmp_path / "a"), out)
+    patch, rng = tmp_path / "out.gguf.regraft" / "undo" / "patch.safetensors", np.random
+    whole, told = patch.read_bytes(), 0
+    begin = whole.rindex(b"}") + 1
+    for place in rng.default_rng(0).integers(begin, len(whole), 12):
+        patch.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+        try:
+            regraft.unmerge(out, tmp_path / "back.gguf", overwrite=True)
+            assert digest(tmp_path / "back.gguf") == digest(base)
+        except (MismatchError, FormatError):
+            told += 1
+    assert told > 2
 
 
 def test_the_file_of_a_merge_is_replaced_by_its_base_with_its_records(tmp_path: Path) -> None:
