@@ -128,6 +128,7 @@ def write_world(root: Path) -> Path:
     regraft.merge(base, both, root / "merged-by-peft", undo=False)
     copytree(root / "merged-by-peft", root / "models" / "merged")
     regraft.merge(base, root / "adapter", root / "merged")
+    regraft.merge(base, root / "facts", root / "tuned", undo=False)
     write_image_adapter(root)
     (root / "prompts.txt").write_text("List all users\nWho is it?\n")
     return root

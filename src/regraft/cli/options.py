@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from regraft.cli.output import Output
+from regraft.deltas.methods.names import METHOD_NAMES
 from regraft.formats.files.text import shell_word
 from regraft.tensors import DTYPE_ALIASES, parse_size
 
@@ -145,6 +146,25 @@ seed = click.option(
     default=0,
     metavar="N",
     help="Which random bits stochastic rounding takes.  [default: 0]",
+)
+
+
+def combining_method(default: str | None) -> Callable[[Function], Function]:
+    """Return the option ``--method``: how several deltas become one."""
+    return click.option(
+        "--method",
+        type=_Choice(list(METHOD_NAMES)),
+        default=default,
+        show_default=default is not None,
+        help="How several deltas become one; docs/how-to-combine.md says what each does.",
+    )
+
+
+density = click.option(
+    "--density",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    metavar="F",
+    help="The share of elements that the method keeps.  [default: the method's own]",
 )
 
 peft_version = click.option(
