@@ -73,7 +73,7 @@ def merge(
             their configs.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
         out: the folder to make; it appears whole or not at all. A name that ends in ``.gguf`` is
-            one file, for a base in GGUF; its receipt lies in ``out.gguf.regraft`` beside it.
+            one file, for a base in GGUF; receipt and undo lie in ``out.gguf.regraft`` beside it.
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
             weight becomes a plain one of the dtype that its format computes in. Of a GGUF file the
             type of all matrices, also ``"q8_0"``, ``"q5_1"``, ``"q5_0"``, ``"q4_1"``, ``"q4_0"``.
@@ -93,8 +93,9 @@ def merge(
         peft_version: the release of PEFT that trained adapters whose config does not say it, such
             as ``"0.18.0"``. Only square stacks of experts need it: PEFT 0.19 turned them round.
         undo: keep in ``out/regraft/undo`` what :func:`unmerge` and :func:`swap` need. By default
-            it is kept, unless weights are put into another quantized format: that would take a copy
-            of them.
+            it is kept, unless weights are put into another quantized format, or with ``dtype`` into
+            another type of a GGUF file: that would take a copy of them. Of a GGUF file it lies in
+            ``out.gguf.regraft/undo``.
         keep_adapter: keep a copy of the adapters there too; else they have to be given then.
         reflink: whether untouched tensors share blocks of the disk with the base, which takes no
             time and no room: ``"auto"`` where the file system can (XFS, btrfs), ``"never"``, or

@@ -7,7 +7,7 @@ from typing import Any
 
 from regraft.cli.text import count, pairs, percent, plural, size, table
 from regraft.formats.problems import quoted
-from regraft.inspection import AdapterFacts, Inspection, MergeFacts, ModelFacts
+from regraft.inspection import GGUF, AdapterFacts, Inspection, MergeFacts, ModelFacts
 
 _KINDS = {"base": "a base model", "merged": "a merged model", "adapter": "an adapter"}
 
@@ -25,7 +25,7 @@ def render(inspection: Inspection) -> str:
     kind = "a converted model" if merged and not merged.adapters else _KINDS[inspection.kind]
     title = f"{inspection.source}{revision}: {kind}"
     rows = [
-        *(_merge_rows(inspection.merge) if inspection.merge else []),
+        *(_merge_rows(inspection.merge) if inspection.merge else _unknown_merge(inspection)),
         *(_model_rows(inspection.model) if inspection.model else []),
         *(_adapter_rows(inspection.adapter) if inspection.adapter else []),
         *_size_rows(inspection),
@@ -41,16 +41,31 @@ def _indented(text: str) -> str:
 def _size_rows(inspection: Inspection) -> list[tuple[str, str]]:
     total = inspection.bytes or 1
     shares = [f"{d.dtype} {percent(d.bytes / total)}" for d in inspection.dtypes]
-    elements = "elements stored" if _quantized(inspection) else "parameters"
+    if _in_gguf(inspection):
+        counted = zip(shares, inspection.dtypes, strict=True)
+        shares = [f"{share} in {plural(d.tensors, 'tensor')}" for share, d in counted]
+    packed = _quantized(inspection) and not _in_gguf(inspection)
+    elements = "elements stored" if packed else "parameters"
     files = plural(len(inspection.files), "file")
     return [
         ("size", f"{count(inspection.parameters)} {elements}, {size(inspection.bytes)} in {files}"),
-        ("dtypes", ", ".join(shares)),
+        ("types" if _in_gguf(inspection) else "dtypes", ", ".join(shares)),
     ]
 
 
 def _quantized(inspection: Inspection) -> bool:
     return inspection.model is not None and inspection.model.quantization is not None
+
+
+def _in_gguf(inspection: Inspection) -> bool:
+    return inspection.model is not None and inspection.model.quantization == GGUF
+
+
+def _unknown_merge(inspection: Inspection) -> list[tuple[str, str]]:
+    """Return what to say of a merged GGUF file without its receipt."""
+    if inspection.kind != "merged":
+        return []
+    return [("merged from", "not known: there is no receipt of it in its folder NAME.gguf.regraft")]
 
 
 def _model_rows(model: ModelFacts) -> list[tuple[str, str]]:

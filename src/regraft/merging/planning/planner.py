@@ -67,11 +67,13 @@ def settled(options: MergeOptions, quantization: Quantization | None) -> MergeOp
     """Return options in which it is settled whether an undo is kept.
 
     Not, if not asked for, where weights are put into another format: nothing in the output tells
-    of what they were, so an undo would be a copy of them. Nor beside a GGUF file.
+    of what they were, so an undo would be a copy of them. Nor where those of a GGUF file are put
+    into another of its types.
     """
     format = _format(options, quantization)
     in_gguf = format == KEEP and quantization is not None and quantization.method == GGUF
-    undo = format in (None, KEEP) and not in_gguf if options.undo is None else options.undo
+    usual = format in (None, KEEP) and not (in_gguf and options.dtype is not None)
+    undo = usual if options.undo is None else options.undo
     return replace(options, quantize=format, undo=undo, keep_adapter=options.keep_adapter and undo)
 
 
