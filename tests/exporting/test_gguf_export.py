@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regraft
-from exporting.engine import ask
+from asking_llama_cpp import ask
 from exporting.models import ROWS, own_logs, save_model
 from regraft.errors import (
     AccessError,
