@@ -47,11 +47,11 @@ def like_vllm(asked: dict[str, Any]) -> Any:
 @contextmanager
 def served(
     reply: Reply, models: Any = ("base", "sql"), adapters: Any = None, raw: bytes | None = None,
-    owner: str | None = "vllm", parent: str | None = None,
+    owner: str | None = "vllm", parent: str | None = None, ready: Callable[[], bool] | None = None,
 ) -> Iterator[str]:  # fmt: skip
     """Run a server; ``reply`` gives an answer or a status, ``raw`` is sent in place of it.
 
-    ``owner`` and ``parent`` are what its list says of each model.
+    ``owner`` and ``parent`` are what its list says of each model. Until ``ready`` it says 503.
     """
     said = {"owned_by": owner, "parent": parent}
 
@@ -60,7 +60,9 @@ def served(
             """Say nothing."""
 
         def do_GET(self) -> None:
-            if self.path == "/v1/models":
+            if ready is not None and not ready():
+                self.send(503)
+            elif self.path == "/v1/models":
                 self.send({"data": [{"id": name} | said for name in models]})
             elif self.path == "/lora-adapters" and adapters is not None:
                 self.send(adapters)

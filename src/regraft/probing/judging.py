@@ -69,9 +69,9 @@ def verdict_of(found: Sequence[PromptProbe], is_expected: bool, allowed: float) 
     if not is_expected:
         return "acts"
     off = [each.from_expected for each in found if each.from_expected is not None]
-    if not off:
-        return "cannot be judged"
-    return "acts" if max(off) <= allowed else "otherwise than expected"
+    if any(value > allowed for value in off):
+        return "otherwise than expected"
+    return "acts" if len(off) == len(found) else "cannot be judged"
 
 
 # -- notes -----------------------------------------------------------------------------------------
@@ -80,7 +80,9 @@ HIDDEN = (
     "the server hides the log-probabilities of some answers; what is said of these rests on their "
     "text alone"
 )
-NOTHING_IN_COMMON = "no answer has a token in common with what was computed"
+NOTHING_IN_COMMON = (
+    "answers have no token in common with what was computed, or come without log-probabilities"
+)
 BASE_IS_OFF = (
     "the server's base is off, too, as with 16 bits or quantized weights: up to {:.2g} was allowed"
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,9 @@ from regraft.formats.problems import quoted
 from regraft.probing.client import Client, Reply
 from regraft.probing.kinds import KINDS, TOP, Asked, Kind, Model, Side, Sides, kind_of
 from regraft.verifying.prompting.file import Prompt
+
+LOADING = 503
+"""The status of a server that is not ready."""
 
 Token = int | str
 """A token by its number where a server gives it, else by its text."""
@@ -48,7 +53,7 @@ class Server:
             raise UsageError("there is no server of that name", where="--for",
                              expected=", ".join(KINDS), found=quoted(engine))  # fmt: skip
         self.client = client
-        reply = client.ask("/v1/models")
+        reply = _once_loaded(client)
         # Without a cache of the Hub on its machine mlx_lm.server fails at its list, after the
         # headers: the reply is empty.
         is_empty = not reply.refused and not reply.raw
@@ -90,15 +95,27 @@ class Server:
         return _answer(reply, self.kind)
 
 
+def _once_loaded(client: Client) -> Reply:
+    """Return a server's list of models; one that is still loading (503) is waited for."""
+    end = time.monotonic() + client.timeout
+    while (reply := client.ask("/v1/models")).status == LOADING and time.monotonic() < end:
+        time.sleep(min(1.0, client.timeout / 10))
+    return reply
+
+
 def _models(reply: Reply) -> tuple[Model, ...]:
     listed = reply.value()
     entries = listed.get("data") if isinstance(listed, dict) else None
     if not isinstance(entries, list):
         raise reply.strange("a list of models")
     return tuple(
-        Model(str(each["id"]), str(each.get("owned_by") or ""), each.get("parent") or None)
+        Model(str(each["id"]), str(each.get("owned_by") or ""), _text(each.get("parent")))
         for each in entries if isinstance(each, dict) and "id" in each
     )  # fmt: skip
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _answer(reply: Reply, kind: Kind) -> Answer:
@@ -106,11 +123,13 @@ def _answer(reply: Reply, kind: Kind) -> Answer:
     try:
         choice, usage = told["choices"][0], told.get("usage") or {}
         text = (choice["message"]["content"] if "message" in choice else choice["text"]) or ""
+        if not isinstance(text, str):
+            raise TypeError(text)
         logprobs = choice.get("logprobs")
         if logprobs and _first_is_left_out(logprobs, text, usage):
             logprobs = None
         return Answer(text, _first(logprobs), usage.get("prompt_tokens"))
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
         raise reply.strange("a choice with a text") from None
 
 
@@ -140,4 +159,6 @@ def _first(told: Any) -> dict[Token, float] | None:
         pairs = list((top[0] or {}).items())
     else:
         return None
-    return {token: float(value) for token, value in pairs} or None
+    numbers = ((token, float(value)) for token, value in pairs)
+    # NaN tells nothing, and a probability of 0 cannot be held against another.
+    return {token: value for token, value in numbers if math.isfinite(value)} or None
