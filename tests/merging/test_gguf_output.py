@@ -212,6 +212,16 @@ def test_what_a_type_cannot_hold_is_refused_by_its_name(adapter: Path, tmp_path:
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.parametrize("dtype", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_blocks_whose_scale_would_be_infinite_are_refused(
+    dtype: str, adapter: Path, tmp_path: Path
+) -> None:
+    base = model(tmp_path / "base", "F16")
+    with pytest.raises(NumericError, match=f"values that {dtype.upper()} can hold"):
+        regraft.merge(base, [(adapter, 1e9)], tmp_path / "out.gguf", dtype=dtype)
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_types_without_a_grid_are_refused_where_they_are_touched(
     adapter: Path, tmp_path: Path
 ) -> None:

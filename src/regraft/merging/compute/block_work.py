@@ -95,6 +95,9 @@ class BlockWork(TileWork):
             return
         _make(decoder, values, done, into)
         after = decoder.decoded(into)
+        if decoder.type not in UNQUANTIZED:  # a scale beyond float16 spoils its whole block
+            lost = np.isfinite(values) & ~np.isfinite(after)
+            done.sums[3] += np.count_nonzero(lost)
         done.sums[2] = np.count_nonzero(after != was)
         account(was, values, after, done.coded)
 
