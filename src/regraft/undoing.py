@@ -29,7 +29,7 @@ from regraft.merging.inputs.base import see
 from regraft.merging.inputs.dequantized_view import Quantization
 from regraft.merging.inputs.expert_stacks import with_version
 from regraft.merging.inputs.opening import AdapterArg, open_adapters, parse_adapters
-from regraft.merging.options import MergeOptions, parse_dtype
+from regraft.merging.options import SUM, MergeOptions, parse_dtype
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import fit_memory, make_plan, settled
 from regraft.merging.planning.report import UnmergeReport
@@ -159,6 +159,8 @@ def swap(
     rounding: str | None = None,
     seed: int = 0,
     double_quant: bool = False,
+    method: str = "sum",
+    density: float | None = None,
     peft_version: str | None = None,
     undo: bool | None = None,
     keep_adapter: bool = True,
@@ -179,6 +181,7 @@ def swap(
         merged_adapters: the adapters that were merged, where no copy of them was kept.
         dtype, shard_size, max_memory, threads, overwrite: as in :func:`regraft.merge`.
         quantize, rounding, seed, double_quant, peft_version: as in :func:`regraft.merge`.
+        method, density: as there; those of the new adapters.
         undo, keep_adapter, token, progress, command: as in :func:`regraft.merge`.
         reflink, digest_cache: as there, for the files of ``merged``.
 
@@ -194,8 +197,8 @@ def swap(
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
-        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter, reflink=reflink,
-        digest_cache=digest_cache,
+        method=method, density=density, peft_version=peft_version, undo=undo,
+        keep_adapter=keep_adapter, reflink=reflink, digest_cache=digest_cache,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -418,7 +421,8 @@ def _undone(
         options, dtype=parse_dtype(recorded.get("dtype")), shard_size=None, threads=1,
         quantize=recorded.get("quantize"), rounding=recorded.get("rounding"),
         seed=recorded.get("seed", 0), double_quant=recorded.get("double_quant", False),
-        peft_version=recorded.get("peft_version"),
+        peft_version=recorded.get("peft_version"), method=recorded.get("method", SUM),
+        density=recorded.get("density"),
     )  # fmt: skip
     base, quantization = see(base, old.dtype)
     made = make_plan(base, found.adapters, old, None, quantization=quantization)

@@ -26,6 +26,7 @@ def check(
     *,
     dtype: str | None = None,
     quantize: str | None = None,
+    method: str = "sum",
     max_memory: str | int = "512MiB",
     peft_version: str | None = None,
     engine: str | None = None,
@@ -48,6 +49,7 @@ def check(
         adapters: one adapter or several, each optionally with a weight.
         dtype: as for :func:`regraft.merge`.
         quantize: as for :func:`regraft.merge`.
+        method: as for :func:`regraft.merge`.
         max_memory: as for :func:`regraft.merge`.
         peft_version: as for :func:`regraft.merge`.
         engine: ``"vllm"``, ``"sglang"``, ``"llama.cpp"``, ``"ollama"``, ``"mlx"``, ``"peft"`` or
@@ -64,7 +66,7 @@ def check(
     """
     asked = _asked(engine, engine_options, adapters)
     report = api.check(
-        base, adapters, dtype=dtype, quantize=quantize, max_memory=max_memory,
+        base, adapters, dtype=dtype, quantize=quantize, method=method, max_memory=max_memory,
         peft_version=peft_version, token=token,
     )  # fmt: skip
     if asked is None:
