@@ -55,6 +55,8 @@ def merge(
     rounding: str | None = None,
     seed: int = 0,
     double_quant: bool = False,
+    method: str = "sum",
+    density: float | None = None,
     trained_on: str | Path | None = None,
     peft_version: str | None = None,
     undo: bool | None = None,
@@ -85,8 +87,13 @@ def merge(
             that linear layers are put into: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"fp8"``.
         rounding: how values become codes: ``"stochastic"``, which keeps the deltas on average (by
             default where the base's format is kept), or ``"nearest"``.
-        seed: which random bits that takes; the same seed gives the same bytes on any machine.
+        seed: which random bits that takes, and a ``method`` that draws; the same seed gives the
+            same bytes on any machine.
         double_quant: quantize the scales of ``nf4`` or ``fp4`` too.
+        method: how the adapters' deltas become one: ``"sum"``, or element by element ``"ties"``,
+            ``"dare"``, ``"dare_ties"``, ``"della"``, ``"breadcrumbs"`` or ``"magnitude_prune"``.
+        density: the share of elements of each delta that such a method keeps, above 0 and up to 1;
+            by default the method's own.
         trained_on: the base that the adapters were trained on, where it is another one, such as
             the 4-bit version of this one. It changes no byte: the receipt says for each tensor how
             far apart the two are, against the delta.
@@ -121,8 +128,8 @@ def merge(
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
-        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter, reflink=reflink,
-        digest_cache=digest_cache,
+        method=method, density=density, peft_version=peft_version, undo=undo,
+        keep_adapter=keep_adapter, reflink=reflink, digest_cache=digest_cache,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -160,6 +167,8 @@ def plan(
     rounding: str | None = None,
     seed: int = 0,
     double_quant: bool = False,
+    method: str = "sum",
+    density: float | None = None,
     peft_version: str | None = None,
     undo: bool | None = None,
     reflink: str = "auto",
@@ -178,7 +187,7 @@ def plan(
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
-        peft_version=peft_version, undo=undo, reflink=reflink,
+        method=method, density=density, peft_version=peft_version, undo=undo, reflink=reflink,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)

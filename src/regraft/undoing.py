@@ -25,7 +25,7 @@ from regraft.merging.files.staging import Workplace
 from regraft.merging.inputs.base import see
 from regraft.merging.inputs.dequantized_view import Quantization
 from regraft.merging.inputs.opening import AdapterArg, open_adapters, parse_adapters
-from regraft.merging.options import MergeOptions, parse_dtype
+from regraft.merging.options import SUM, MergeOptions, parse_dtype
 from regraft.merging.planning.gguf_output import (
     check_container,
     decoded_to,
@@ -156,6 +156,8 @@ def swap(
     rounding: str | None = None,
     seed: int = 0,
     double_quant: bool = False,
+    method: str = "sum",
+    density: float | None = None,
     peft_version: str | None = None,
     undo: bool | None = None,
     keep_adapter: bool = True,
@@ -178,6 +180,7 @@ def swap(
         merged_adapters: the adapters that were merged, where no copy of them was kept.
         dtype, shard_size, max_memory, threads, overwrite: as in :func:`regraft.merge`.
         quantize, rounding, seed, double_quant, peft_version: as in :func:`regraft.merge`.
+        method, density: as there; those of the new adapters.
         undo, keep_adapter, token, progress, command: as in :func:`regraft.merge`.
         reflink, digest_cache: as there, for the files of ``merged``.
 
@@ -196,8 +199,8 @@ def swap(
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
-        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter, reflink=reflink,
-        digest_cache=digest_cache,
+        method=method, density=density, peft_version=peft_version, undo=undo,
+        keep_adapter=keep_adapter, reflink=reflink, digest_cache=digest_cache,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -335,7 +338,8 @@ def _undone(
         options, dtype=dtype, shard_size=None, threads=1,
         quantize=recorded.get("quantize"), rounding=recorded.get("rounding"),
         seed=recorded.get("seed", 0), double_quant=recorded.get("double_quant", False),
-        peft_version=recorded.get("peft_version"),
+        peft_version=recorded.get("peft_version"), method=recorded.get("method", SUM),
+        density=recorded.get("density"),
     )  # fmt: skip
     base, quantization = see(base, decoded_to(base, old))
     made = make_plan(base, found.adapters, old, None, quantization=quantization)

@@ -160,6 +160,15 @@ def combining_method(default: str | None) -> Callable[[Function], Function]:
     )
 
 
+merging_method = click.option(
+    "--method",
+    type=_Choice(list(METHOD_NAMES)),
+    default="sum",
+    show_default=True,
+    help="How the deltas of several adapters become one: their sum, or element by element ties, "
+    "dare, dare_ties, della, breadcrumbs or magnitude_prune; docs/how-to-combine.md says more.",
+)
+
 density = click.option(
     "--density",
     type=click.FloatRange(min=0, max=1, min_open=True),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from regraft.deltas.methods.bands import DenseDelta, bands_of, draws, order_statistics
+from regraft.deltas.methods.bands import DenseDelta
+from regraft.deltas.methods.elements import Elements, Member, limits_of
 from regraft.deltas.methods.form import Factors, Joint, MethodOptions, Reduced
-from regraft.deltas.methods.on_elements import Band
 from regraft.deltas.methods.registry import Method
 from regraft.deltas.ranks.range_finder import approximate
 from regraft.deltas.ranks.reduction import (
@@ -116,7 +116,7 @@ def _of_elements(
 
     For a share of the energy, as many triples are found as it takes.
     """
-    combined = Elements(factors, method, options, name)
+    combined = _elements(factors, method, options, name)
     most = min(combined.shape)
     found = min(rank, most)
     while True:
@@ -128,53 +128,17 @@ def _of_elements(
         found = min(2 * found, most)
 
 
-class Elements:
-    """The outcome of a method on elements, a band of rows at a time."""
-
-    def __init__(
-        self, factors: Sequence[Factors], method: Method, options: MethodOptions, name: str
-    ) -> None:
-        """Find the limits of each delta; ``name`` tells its random bits from others'."""
-        self._deltas = [
-            DenseDelta(_single(each.b), _single(each.a), float(np.float32(each.scale)))
-            for each in factors
-        ]
-        self._weights = tuple(np.float32(each.weight) for each in factors)
-        self._method, self._options = method, options
-        self._keys = [noise_key(options.seed, f"{name} {n}") for n in range(len(factors))]
-        self._limits = tuple(self._limits_of(delta) for delta in self._deltas)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self._deltas[0].shape
-
-    def _limits_of(self, delta: DenseDelta) -> tuple[np.float32, np.float32]:
-        if self._method.limits is None or self._options.density >= 1:
-            return np.float32(0), np.float32(np.inf)
-        places = self._method.limits(self.shape[0] * self.shape[1], self._options)
-        low, high = order_statistics(
-            lambda: (delta.rows(*rows) for rows in bands_of(self.shape)), places
-        )
-        return low, high
-
-    def rows(self, first: int, end: int) -> Floats:
-        """Return some rows of the outcome, float32."""
-        assert self._method.on_elements is not None  # the caller chose such a method
-        shape = (end - first, self.shape[1])
-
-        def draw(number: int) -> Floats:
-            return draws(self._keys[number], first * shape[1], shape)
-
-        deltas = tuple(delta.rows(first, end) for delta in self._deltas)
-        return self._method.on_elements(
-            Band(deltas, self._weights, self._limits, draw), self._options
-        )
-
-    def bands(self) -> Iterator[tuple[int, Floats]]:
-        """Yield all rows from the front, with the number of the first of each band."""
-        for first, end in bands_of(self.shape):
-            yield first, self.rows(first, end)
+def _elements(
+    factors: Sequence[Factors], method: Method, options: MethodOptions, name: str
+) -> Elements:
+    """Return what a method makes of the elements; ``name`` tells its random bits from others'."""
+    members = []
+    for number, each in enumerate(factors):
+        delta = DenseDelta(_single(each.b), _single(each.a), float(np.float32(each.scale)))
+        key = noise_key(options.seed, f"{name} {number}")
+        limits = limits_of(delta, method, options)
+        members.append(Member(delta, np.float32(each.weight), key, limits))
+    return Elements(members, method, options)
 
 
 def _single(matrix: Matrix) -> Floats:

@@ -41,7 +41,7 @@ from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.files.publish import copy_file, write_file, write_pieces
 from regraft.merging.files.side_files import CARD, adapter_side_files
 from regraft.merging.inputs.opening import AdapterArg
-from regraft.merging.options import parse_dtype
+from regraft.merging.options import density_problems, parse_dtype
 from regraft.progress import Progress, ProgressMeter, tell
 from regraft.system.memory import peak_memory
 from regraft.tensors import DTYPES, TensorSpec
@@ -181,12 +181,7 @@ def _choices(
     if energy is not None and not 0 < energy <= 1:
         problems.append(Problem("the energy has to be a share", "--energy", "above 0, up to 1",
                                 f"{energy:g}"))  # fmt: skip
-    if density is not None and not 0 < density <= 1:
-        problems.append(Problem("the density has to be a share", "--density", "above 0, up to 1",
-                                f"{density:g}"))  # fmt: skip
-    if density is not None and method.density is None:
-        problems.append(Problem(f"the method {name} takes no elements out", "--density",
-                                "no density", f"{density:g}"))  # fmt: skip
+    problems += density_problems(name, density)
     if (rank is not None or energy is not None) and not method.has_rank:
         problems.append(Problem(f"the method {name} has the rank of its factors",
                                 "--rank" if rank is not None else "--energy", "none",

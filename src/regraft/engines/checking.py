@@ -30,6 +30,7 @@ def check(
     *,
     dtype: str | None = None,
     quantize: str | None = None,
+    method: str = "sum",
     max_memory: str | int = "512MiB",
     peft_version: str | None = None,
     engine: str | None = None,
@@ -52,6 +53,7 @@ def check(
         adapters: one adapter or several, each optionally with a weight.
         dtype: as for :func:`regraft.merge`.
         quantize: as for :func:`regraft.merge`.
+        method: as for :func:`regraft.merge`.
         max_memory: as for :func:`regraft.merge`.
         peft_version: as for :func:`regraft.merge`.
         engine: ``"vllm"``, ``"sglang"``, ``"llama.cpp"``, ``"ollama"``, ``"mlx"``, ``"peft"`` or
@@ -68,8 +70,9 @@ def check(
     """
     asked = _asked(engine, engine_options, adapters)
     options = MergeOptions.of(
-        dtype=dtype, max_memory=max_memory, quantize=quantize, peft_version=peft_version, undo=None
-    )
+        dtype=dtype, max_memory=max_memory, quantize=quantize, method=method,
+        peft_version=peft_version, undo=None,
+    )  # fmt: skip
     checkpoint, opened = open_named(
         base, parse_adapters(adapters), token, peft_version, headers_only=True
     )

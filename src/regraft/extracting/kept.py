@@ -49,6 +49,8 @@ def kept_adapters(base: Checkpoint, merged: Checkpoint) -> Kept | None:
         names = read_manifest(merged.root, receipt).adapters
     except RegraftError:  # a damaged receipt says nothing; the weights do
         return None
+    if "method" in receipt.options:  # the model has not the sum of their deltas
+        return None
     if not names or None in names or not _is_as_it_was(base, merged, receipt):
         return None
     folders = tuple(merged.root / UNDO / str(name) for name in names)

@@ -246,8 +246,11 @@ def _no_receipt(located: Located) -> InputError:
 
 
 def _as_coded(options: MergeOptions, receipt: Receipt | None, *, in_gguf: bool) -> MergeOptions:
-    """Return options with how a merged model's receipt says that it was quantized."""
+    """Return options with the method and the quantization that a merged model's receipt has."""
     recorded = receipt.options if receipt is not None else {}
+    if "method" in recorded:
+        of_method = {name: recorded[name] for name in ("method", "density", "seed")}
+        options = replace(options, **of_method)
     if recorded.get("quantize") is None:
         return options
     return replace(

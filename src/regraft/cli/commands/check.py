@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @options.base_and_adapters
 @options.dtype
 @options.quantize
+@options.merging_method
 @options.peft_version
 @options.max_memory
 @click.option(

@@ -26,6 +26,8 @@ from regraft.cli.writing import write_model
     help="The base that the adapters were trained on, if another one (say, the 4-bit version of "
     "this one): report, per tensor, how far the two are apart against the delta.",
 )
+@options.merging_method
+@options.density
 @options.peft_version
 @options.max_memory
 @options.threads

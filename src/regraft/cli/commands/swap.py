@@ -33,6 +33,8 @@ from regraft.cli.writing import write_model
 @options.rounding
 @options.seed
 @options.double_quant
+@options.merging_method
+@options.density
 @options.peft_version
 @options.undo
 @options.keep_adapter

@@ -98,21 +98,26 @@ def _value(upper: int, counts: npt.NDArray[np.int64], place: int) -> np.float32:
     return np.float32(np.array([(upper << _LOW_BITS) | lower], np.uint32).view(np.float32)[0])
 
 
-def draws(key: int, first: int, shape: tuple[int, int]) -> Floats:
-    """Return a float32 in [0, 1) for each element of a band: 24 bits of SplitMix64 at its place.
+def draws(
+    key: int, first: int, shape: tuple[int, int], steps: tuple[int, int] | None = None
+) -> Floats:
+    """Return a float32 in [0, 1) for each element of a band: 24 bits of SplitMix64 at its number.
 
     SplitMix64 (Steele, Lea and Flood 2014), as stochastic rounding uses it: an element's bits do
     not depend on which others were drawn.
 
     Args:
         key: tells one delta's random bits from another's.
-        first: the number of the first element, row by row.
+        first: the number of the first element.
         shape: of the band.
+        steps: what a row and a column add to the number; by default they are numbered row by row.
     """
-    at = np.uint64(first) + np.arange(1, shape[0] * shape[1] + 1, dtype=np.uint64)
+    of_row, of_column = steps or (shape[1], 1)
+    rows, columns = (np.arange(n, dtype=np.uint64) for n in shape)
+    at = rows[:, None] * np.uint64(of_row) + columns * np.uint64(of_column) + np.uint64(first + 1)
     with np.errstate(over="ignore"):
         z = np.uint64(key) + at * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
+    return (z >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)

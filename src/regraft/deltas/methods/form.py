@@ -17,6 +17,9 @@ import numpy as np
 
 from regraft.deltas.ranks.reduction import Matrix, Vector
 
+AT_ONCE = 2**15
+"""Elements of each delta that are combined at a time, so that all of it stays in the cache."""
+
 
 @dataclass(frozen=True)
 class Factors:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from regraft.adapters.model import Adapter
 from regraft.deltas.matrix_units import Units
 from regraft.deltas.views import Delta, RowPatch, View
+from regraft.deltas.whole import whole_of
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
 from regraft.merging.inputs.dequantized_view import GGUF, Quantization
-from regraft.merging.options import KEEP
+from regraft.merging.options import KEEP, ElementMethod
 from regraft.merging.planning.base_drift import TrainedOn
 from regraft.quant.weight import Decoder, QuantizedWeight
 from regraft.tensors import TensorSpec, nbytes_of
@@ -27,10 +28,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segment:
-    """A range of rows of a stored weight and the deltas that fall on all of it, in order."""
+    """A range of rows of a stored weight and the deltas that fall on all of it, in order.
+
+    Attributes:
+        rows: the range.
+        deltas: the deltas.
+        method: how they become one; None for their sum.
+    """
 
     rows: tuple[int, int]
     deltas: tuple[Delta, ...]
+    method: ElementMethod | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,9 @@ def _factorization_bytes(step: Step) -> int:
 
 def _packed_bytes(segment: Segment) -> int:
     rows = segment.rows[1] - segment.rows[0]
+    if segment.method is not None:  # the factors of whole modules
+        sizes = [(sum(whole_of(delta).shape), delta.rank) for delta in segment.deltas]
+        return sum(4 * size * rank for size, rank in sizes)
     total = 0
     for delta in segment.deltas:
         columns = delta.right.result[1] if delta.right is not None else rows

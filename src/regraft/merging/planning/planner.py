@@ -21,7 +21,7 @@ from regraft.merging.inputs.base_index import BaseIndex
 from regraft.merging.inputs.dequantized_view import GGUF, Quantization, removed, room_of, turned
 from regraft.merging.inputs.gguf_types import OfType
 from regraft.merging.inputs.published import published
-from regraft.merging.options import KEEP, MergeOptions, dtype_name
+from regraft.merging.options import KEEP, SUM, ElementMethod, MergeOptions, dtype_name
 from regraft.merging.planning.base_drift import TrainedOn
 from regraft.merging.planning.completeness import notes_of_class
 from regraft.merging.planning.config_updates import (
@@ -32,6 +32,7 @@ from regraft.merging.planning.config_updates import (
     missing_head,
     note_left_out,
 )
+from regraft.merging.planning.element_methods import combining_bytes, unfit_for_method
 from regraft.merging.planning.gguf_output import gguf_name, unfit_for_gguf, whole
 from regraft.merging.planning.match import Matching, Work, match
 from regraft.merging.planning.plan import OutputShard, Plan, Segment, Step
@@ -227,6 +228,8 @@ def _check_fit(view: _View, adapters: Sequence[Adapter], left_out: frozenset[str
     problems += unfit_for_codes(works.values(), kept=view.options.quantize == KEEP)
     if view.in_gguf and view.quantization is not None:
         problems += unfit_for_gguf(works.values(), view.quantization, view.ggml_type)
+    if view.options.element_method is not None:
+        problems += unfit_for_method(works.values(), adapters, view.options.element_method)
     if problems:
         raise MismatchError(problems)
 
@@ -258,6 +261,8 @@ def _recorded(options: MergeOptions) -> dict[str, Any]:
         recorded |= {"seed": options.seed}
     if options.quantize not in (None, KEEP):
         recorded["double_quant"] = options.double_quant
+    if options.method != SUM:
+        recorded |= {"method": options.method, "density": options.density, "seed": options.seed}
     if options.peft_version is not None:
         recorded["peft_version"] = options.peft_version
     return recorded
@@ -353,8 +358,8 @@ def _shards(
     if options.quantize == KEEP and quantization is not None:
         base = replace(base, shards=quantization.stored.shards)
         kept = KeptSteps(
-            works, quantization, lambda n: _step(n, base, works.get(n), options), segments_of,
-            of_type,
+            works, quantization, lambda n: _step(n, base, works.get(n), options),
+            lambda work: segments_of(work, options.element_method), of_type,
         )  # fmt: skip
         files = [[kept.step(n) for n in s.tensors if n not in left_out] for s in base.shards]
         known = {*quantization.weights}
@@ -434,7 +439,7 @@ def _step(name: str, base: Checkpoint, work: Work | None, options: MergeOptions)
     shape = (output_rows(work), *work.source.shape[1:]) if work.source.shape else ()
     return Step(
         name, action_of(work), work.source, work.source_adapter, dtype, shape,
-        segments_of(work), tuple(work.patches),
+        segments_of(work, options.element_method), tuple(work.patches),
     )  # fmt: skip
 
 
@@ -460,8 +465,13 @@ def _main_dtype(base: Checkpoint, fallback: str) -> str:
     return max(bytes_of, key=lambda d: bytes_of[d]) if bytes_of else fallback
 
 
-def segments_of(work: Work) -> tuple[Segment, ...]:
-    """Cut the rows wherever a delta begins or ends, so that each piece has one list of deltas."""
+def segments_of(work: Work, method: ElementMethod | None = None) -> tuple[Segment, ...]:
+    """Cut the rows wherever a delta begins or ends, so that each piece has one list of deltas.
+
+    Args:
+        work: the work.
+        method: how the deltas of a piece become one; None for their sum.
+    """
     if not work.deltas:
         return ()
     edges = sorted({edge for delta in work.deltas for edge in delta.rows})
@@ -469,7 +479,7 @@ def segments_of(work: Work) -> tuple[Segment, ...]:
     for low, high in pairwise(edges):
         here = tuple(d for d in work.deltas if d.rows[0] <= low and high <= d.rows[1])
         if here:
-            segments.append(Segment((low, high), here))
+            segments.append(Segment((low, high), here, method))
     return tuple(segments)
 
 
@@ -481,6 +491,9 @@ PER_THREAD, TO_KEEP, TO_RESTORE = 4, 2, 3
 
 TO_DECODE, TO_DECODE_GGUF, TO_ENCODE, TO_COMPARE = 1, 5, 6, 10
 """What decoding a quantized base adds to them, making codes, and comparing with another base."""
+
+TO_COMBINE = 2
+"""What a delta of a tile's size adds to them, in float32."""
 
 
 def fit_memory(
@@ -517,15 +530,18 @@ def fit_memory(
     tiles += TO_COMPARE * compare
     coded = any(step.codes_of is not None for step in [*steps, *back.values()])
     tiles += TO_ENCODE * coded
+    combining = max(combining_bytes(step) for step in [*steps, *back.values()])
+    tiles += TO_COMBINE * bool(combining)
     rows = [smallest_tile(step) for step in steps]
     rows += [smallest_tile(step, backwards=True) for step in back.values()]
     least = max(SMALLEST_TILE, -(-max(rows) // 4096) * 4096)
     for threads in range(wanted, 0, -1):
-        tile = min(max(LARGEST_TILE, least), (options.max_memory - fixed) // (tiles * threads))
+        room = options.max_memory - fixed - combining * threads
+        tile = min(max(LARGEST_TILE, least), room // (tiles * threads))
         tile -= tile % 4096  # whole values, and whole blocks of the disk
         if tile >= least:
-            return threads, tile, fixed + tiles * threads * tile
-    needed = fixed + tiles * least
+            return threads, tile, fixed + (combining + tiles * tile) * threads
+    needed = fixed + combining + tiles * least
     many = listed > factors + tiles * least
     raise MemoryCapError(
         f"{'so many tensors need' if many else 'one step needs'} more memory than allowed",
