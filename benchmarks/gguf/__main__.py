@@ -119,8 +119,10 @@ def _run(work: Path, tools: Path, sizes: Sizes, rounds: int) -> figures.Found:
 
 def _finish(found: figures.Found, options: argparse.Namespace, machine: dict[str, str]) -> None:
     machine |= {"llama.cpp": f"that of {PACKAGE} {VERSION}, for this processor, 2 threads"}
-    small = ["--small"] if options.small else []
-    command = shlex.join(["python", "-m", "benchmarks.gguf", "--llama-cpp", "FOLDER", *small])
+    more = ["--small"] if options.small else []
+    if options.steps:
+        more += ["--steps", *map(str, options.steps)]
+    command = shlex.join(["python", "-m", "benchmarks.gguf", "--llama-cpp", "FOLDER", *more])
     content = figures.section(found, machine, command)
     if options.page:
         page.write_page(options.page, content, figures.INTRODUCTION)
