@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 
-from benchmarks.gguf import figures, measure, models, roundings
+from benchmarks.gguf import figures, measure, models
 from benchmarks.gguf.build import PACKAGE, VERSION
 from benchmarks.gguf.models import Base, Family, Sizes
 from benchmarks.gguf.names import THREADS
@@ -47,9 +46,7 @@ ROUNDS = 3
 def rows_of(family: Family, asked: Texts, tools: Path, work: Path) -> list[Measured]:
     """Measure every model of a family against the first."""
     exact, rows = None, []
-    wide = next(each.path for each in family.candidates if each.group == models.WIDE)
-    others = roundings.candidates(family.base, wide, family.adapter, work)
-    for each in chain(family.candidates, others):
+    for each in family.candidates:
         say(f"{figures.title(family)}: {each.group}")
         seen = measure.seen(tools, each.path, asked, work)
         exact = exact or seen

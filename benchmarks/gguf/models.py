@@ -105,14 +105,18 @@ def bases(work: Path, tools: Path) -> list[Base]:
     plain = work / "f16.gguf"
     if not plain.exists():
         regraft.export(folder, plain, type="f16")
-    return [_base(kind, folder, plain, work, tools) for kind in TYPES]
+    return [_made(base_in(kind, work), folder, plain, tools) for kind in TYPES]
 
 
-def _base(kind: str, folder: Path, plain: Path, work: Path, tools: Path) -> Base:
-    say(f"the base in {kind}")
-    found = Base(kind, work / f"{kind}.gguf", work / f"{kind}-plain", work / f"{kind}-f16.gguf")
+def base_in(kind: str, work: Path) -> Base:
+    """Return where a base of a type is."""
+    return Base(kind, work / f"{kind}.gguf", work / f"{kind}-plain", work / f"{kind}-f16.gguf")
+
+
+def _made(found: Base, folder: Path, plain: Path, tools: Path) -> Base:
+    say(f"the base in {found.type}")
     if not found.values.exists():
-        tool(tools, "llama-quantize", plain, found.path, kind, THREADS)
+        tool(tools, "llama-quantize", plain, found.path, found.type, THREADS)
         regraft.dequantize(found.path, found.plain, dtype="float32", overwrite=True)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (folder / name).exists():

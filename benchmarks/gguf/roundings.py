@@ -1,5 +1,10 @@
 """Other ways to round to the codes of a GGUF file, which regraft does not have: tried here.
 
+    python -m benchmarks.gguf.roundings WORK FOLDER [--type TYPE]
+
+prints a table of them. WORK is what ``python -m benchmarks.gguf --work WORK`` has left, FOLDER has
+llama.cpp's programs.
+
 Each takes the base's scales, as regraft does, and writes a copy of the base with other codes.
 
 - **Stochastic, far deltas alone**: a weight whose delta is less than a tenth of a step stays.
@@ -13,8 +18,10 @@ Each takes the base's scales, as regraft does, and writes a copy of the base wit
 
 from __future__ import annotations
 
+import argparse
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +31,11 @@ import numpy.typing as npt
 from gguf import GGUFReader
 from safetensors.numpy import load_file
 
-from benchmarks.gguf.models import Base, Candidate
+from benchmarks.gguf import figures, measure
+from benchmarks.gguf.models import EXACT, Base, Candidate, Sizes, base_in
+from benchmarks.gguf.names import TYPES
+from benchmarks.qlora.figures import measured
+from benchmarks.qlora.measure import texts, tokenizer_of
 from regraft.numerics.compiling import njit
 from regraft.quant.formats.gguf_rounding import GRIDS, Grid
 
@@ -194,3 +205,27 @@ def _layer(grid: Grid, blocks: Matrix, values: Matrix, right: Matrix) -> tuple[M
     basis = np.linalg.qr(right.astype(np.float64).T)[0].astype(np.float32)
     steps = np.where(steps == 0, np.float32(1e30), steps)
     return was, Layer(codes, steps, values - was, basis, grid.least, grid.most)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Try other roundings.")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("tools", type=Path)
+    parser.add_argument("--type", choices=TYPES, default=TYPES[0])
+    options = parser.parse_args(arguments)
+    work, tools = options.work.resolve(), options.tools.resolve()
+    base, name, scratch = base_in(options.type, work), f"{options.type}-40", work / "roundings"
+    scratch.mkdir(exist_ok=True)
+    asked = texts(tokenizer_of(base.plain), Sizes().sentences)
+    exact = measure.seen(tools, work / f"{name}-exact.gguf", asked, scratch)
+    rows = [measured(EXACT, exact, exact)]
+    wide, adapter = work / f"{name}-wide.gguf", work / name / "adapter-fields"
+    for each in candidates(base, wide, adapter, scratch):
+        row = measured(each.group, measure.seen(tools, each.path, asked, scratch), exact)
+        rows.append(row.with_receipt(each.survived, each.noise, None, None))
+    print(figures.table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
