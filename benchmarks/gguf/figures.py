@@ -118,7 +118,36 @@ def section(found: Found, machine: Mapping[str, str], command: str) -> str:
 
 INTRODUCTION = f"""# What survives in a GGUF file
 
-`make bench-gguf` measures what is left of an adapter when a GGUF file keeps its types.
+`make bench-gguf` measures what is left of an adapter when a GGUF file keeps its types ([how
+to](how-to-quantized.md#one-gguf-file)), and how long the merge takes. The model is
+SmolLM2-135M-Instruct, put into Q4_0 and Q4_K_M by `llama-quantize`. (Rows of 576 are no whole
+number of K-quants' blocks, so in Q4_K_M most matrices are Q5_0, some Q8_0, and those of 1536 Q4_K
+and Q6_K.) The adapters are LoRA of rank 8, alpha 16, on all linear layers, trained for 40 steps
+of 4 sentences of [the demo's task](../src/regraft/demo/steps/data.py), learning rate 1e-3. They
+are trained on the values that the codes stand for (`regraft dequantize`), in float32.
+
+- **Everything is evaluated in llama.cpp**, on the CPU, by a [small
+  program](../benchmarks/gguf/logits.cpp) on its library. A matrix in codes is multiplied there by
+  activations that are rounded to 8 bits. What this alone does to the base is said above each
+  table: no model in codes can be expected to be nearer.
+- **Merged, F16** is `regraft merge BASE.gguf ADAPTER -o OUT.gguf --dtype f16`, which the others
+  should be like; the same in F32 shows what F16 costs.
+- **Quantized again**: that file, put into the base's type by `llama-quantize`. It is what one
+  does without regraft.
+- **Kept** is `regraft merge BASE.gguf ADAPTER -o OUT.gguf`: scales stay, codes are rounded
+  stochastically.
+- **Task loss** is the mean cross entropy of the answers' tokens to held-out sentences, which
+  share no name, city or job with those of the training. **KL** is KL(merged, F16 || model), the
+  mean over tokens, in nats, on those same tokens (task) and on [English
+  prose](../benchmarks/qlora/general_text.txt) that has nothing to do with the task.
+- **Kept of the delta** and **noise** are the receipt's `survived` and `noise`.
+- **Speed**: `regraft merge` against `llama-export-lora` (into F16) and then `llama-quantize`,
+  both with 2 threads, in turns; whole processes, inputs in memory. The larger model has the shape
+  of SmolLM2-1.7B with half of its layers, random weights and a random adapter of rank 16.
+
+llama.cpp is built from source by `python -m benchmarks.gguf.build FOLDER`: its library with
+cmake, and `quantize.cpp` and `export-lora.cpp` as they are, but for the command line, whose
+parser is [a short one](../benchmarks/gguf/command_line.cpp).
 
 {BEGIN}
 {END}

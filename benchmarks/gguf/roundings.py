@@ -137,7 +137,7 @@ def _feed_back(moves: Any, delta: Any, steps: Any, basis: Any, weights: Any) -> 
             place, stride = np.int64(seed % np.uint64(size)), np.int64(seed >> np.uint64(40)) | 1
             for _ in range(size):
                 place = (place + stride) % size
-                j = place
+                j = int(place)
                 if j >= columns or length[j] == 0:
                     continue
                 step, along = steps[i, j], np.float32(0)
