@@ -63,11 +63,11 @@ def floor(base: Base, asked: Texts, tools: Path, work: Path) -> float:
 
 def speeds(work: Path, tools: Path, steps: int, rounds: int) -> list[dict[str, Any]]:
     """Time merges in a process of its own, which stays small."""
-    out = work / "speeds.json"
+    out, found = work / "speeds.json", list[dict[str, Any]]()
     command = [sys.executable, "-m", "benchmarks.gguf.speed", str(work), str(tools), str(out)]
-    command += ["--rounds", str(rounds), "--steps", str(steps)]
-    subprocess.run(command, check=True, cwd=ROOT)
-    found: list[dict[str, Any]] = json.loads(out.read_text())
+    for more in (["--steps", str(steps)], ["--large"]):
+        subprocess.run([*command, "--rounds", str(rounds), *more], check=True, cwd=ROOT)
+        found += json.loads(out.read_text())
     return found
 
 

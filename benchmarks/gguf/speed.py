@@ -1,9 +1,10 @@
 """Time merges into GGUF against llama.cpp's export-lora and quantize.
 
-    python -m benchmarks.gguf.speed WORK TOOLS OUT.json [--rounds N]
+    python -m benchmarks.gguf.speed WORK TOOLS OUT.json [--large] [--rounds N]
 
-WORK has ``TYPE.gguf`` and the adapters of :mod:`benchmarks.gguf.models`; a larger model of random
-weights is made beside them. It is a process of its own, as whoever measures has to stay small.
+WORK has ``TYPE.gguf`` and the adapters of :mod:`benchmarks.gguf.models`. With ``--large`` it is a
+larger model of random weights, which is made beside them. It is a process of its own, as whoever
+measures has to stay small.
 """
 
 from __future__ import annotations
@@ -35,8 +36,17 @@ class Job:
     converted: Path
 
 
-def jobs(work: Path, tools: Path, steps: int) -> list[Job]:
-    """Return what is merged, made where it is not there yet."""
+def small_jobs(work: Path, steps: int) -> list[Job]:
+    """Return merges of the adapters that were trained."""
+    return [
+        _job(SMALL, kind, work / f"{kind}.gguf", work / f"{kind}-{steps}" / "adapter-fields",
+             work / f"{kind}-plain")
+        for kind in TYPES
+    ]  # fmt: skip
+
+
+def large_jobs(work: Path, tools: Path) -> list[Job]:
+    """Return merges into a model of random weights, made where it is not there yet."""
     large = make_model(work / "large", "--shape", SHAPE, "--rank", "16")
     plain = work / "large.gguf"
     if not plain.exists():
@@ -48,8 +58,6 @@ def jobs(work: Path, tools: Path, steps: int) -> list[Job]:
         if not base.exists():
             measured([str(tools / "llama-quantize"), str(plain), str(base), kind, THREADS])
         found.append(_job(LARGE, kind, base, large.adapter, large.base))
-        small = work / f"{kind}-{steps}" / "adapter-fields"
-        found.append(_job(SMALL, kind, work / f"{kind}.gguf", small, work / f"{kind}-plain"))
     return found
 
 
@@ -99,11 +107,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="of the small model's adapter")
+    parser.add_argument("--large", action="store_true", help="the larger model")
     options = parser.parse_args(arguments)
-    found = [
-        rounds(job, options.tools, options.work, options.rounds)
-        for job in jobs(options.work, options.tools, options.steps)
-    ]
+    work, tools = options.work.resolve(), options.tools.resolve()
+    jobs = large_jobs(work, tools) if options.large else small_jobs(work, options.steps)
+    found = [rounds(job, tools, work, options.rounds) for job in jobs]
     options.out.write_text(json.dumps(found))
     return 0
 
