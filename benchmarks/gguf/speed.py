@@ -75,7 +75,7 @@ def ours(job: Job, out: Path) -> Sample:
 
 def theirs(job: Job, tools: Path, out: Path) -> list[Sample]:
     """Merge with llama.cpp: into F16, and that into the base's type."""
-    merged = out.with_name("merged-f16.gguf")
+    merged = out.with_name(f"f16-{out.name}")
     first = [str(tools / "llama-export-lora"), "-m", str(job.base), "--lora", str(job.converted),
              "-o", str(merged), "-t", THREADS]  # fmt: skip
     second = [str(tools / "llama-quantize"), str(merged), str(out), job.type, THREADS]
@@ -90,7 +90,7 @@ def rounds(job: Job, tools: Path, work: Path, count: int) -> dict[str, object]:
     for number in range(count):
         say(f"{job.model}, {job.type}, round {number + 1} of {count}")
         for turn in (number % 2, (number + 1) % 2):
-            out = work / "out.gguf"
+            out = work / f"out-{job.base.stem}.gguf"
             if turn:
                 peers.append([asdict(each) for each in theirs(job, tools, out)])
             else:
@@ -111,8 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     work, tools = options.work.resolve(), options.tools.resolve()
     jobs = large_jobs(work, tools) if options.large else small_jobs(work, options.steps)
-    found = [rounds(job, tools, work, options.rounds) for job in jobs]
-    options.out.write_text(json.dumps(found))
+    found = []
+    for job in jobs:
+        found.append(rounds(job, tools, work, options.rounds))
+        options.out.write_text(json.dumps(found))
     return 0
 
 
