@@ -3,8 +3,8 @@
     python -m benchmarks.gguf --llama-cpp FOLDER [--small] [--json] [--work DIR] [--page PAGE]
 
 FOLDER has what ``python -m benchmarks.gguf.build FOLDER`` makes. The model is
-SmolLM2-135M-Instruct, the adapters are trained on the demo's task. It takes some 40 minutes, 6 GB
-of memory and 12 GB of disk. A missed target is reported, and is no error.
+SmolLM2-135M-Instruct, the adapters are trained on the demo's task. It takes up to an hour, 6 GB of
+memory and 12 GB of disk. A missed target is reported, and is no error.
 """
 
 from __future__ import annotations

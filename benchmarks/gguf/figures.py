@@ -128,8 +128,8 @@ are trained on the values that the codes stand for (`regraft dequantize`), in fl
 
 - **Everything is evaluated in llama.cpp**, on the CPU, by a [small
   program](../benchmarks/gguf/logits.cpp) on its library. A matrix in codes is multiplied there by
-  activations that are rounded to 8 bits. What this alone does to the base is said above each
-  table: no model in codes can be expected to be nearer.
+  activations that are rounded to 8 bits. What this alone does to the predictions of the base,
+  which are less sure than those of a trained model, is said above each table.
 - **Merged, F16** is `regraft merge BASE.gguf ADAPTER -o OUT.gguf --dtype f16`, which the others
   should be like; the same in F32 shows what F16 costs.
 - **Quantized again**: that file, put into the base's type by `llama-quantize`. It is what one
