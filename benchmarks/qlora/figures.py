@@ -42,8 +42,9 @@ class Measured:
     undo_share: float | None = None
 
     def with_receipt(
-        self, survived: float, noise: float, undo_bytes: int | None, undo_share: float | None
-    ) -> Measured:
+        self, survived: float | None, noise: float | None, undo_bytes: int | None,
+        undo_share: float | None,
+    ) -> Measured:  # fmt: skip
         """Return it with what a receipt tells."""
         return replace(
             self, survived=survived, noise=noise, undo_bytes=undo_bytes, undo_share=undo_share
@@ -111,20 +112,20 @@ def table(rows: Sequence[Measured]) -> str:
     for group, runs in grouped(rows).items():
         name = group + (f", {len(runs)} seeds" if len(runs) > 1 else "")
         cells = [
-            _over(runs, lambda r: r.loss, "{:.4f}"),
-            _over(runs, lambda r: r.loss - exact, "{:+.4f}"),
-            _over(runs, lambda r: r.kl_task, "{:.2g}"),
-            _over(runs, lambda r: r.kl_prose, "{:.2g}"),
-            _over(runs, lambda r: r.top, "{:.1%}"),
-            _over(runs, lambda r: r.survived, "{:.1%}"),
-            _over(runs, lambda r: r.noise, "{:.2%}"),
+            over(runs, lambda r: r.loss, "{:.4f}"),
+            over(runs, lambda r: r.loss - exact, "{:+.4f}"),
+            over(runs, lambda r: r.kl_task, "{:.2g}"),
+            over(runs, lambda r: r.kl_prose, "{:.2g}"),
+            over(runs, lambda r: r.top, "{:.1%}"),
+            over(runs, lambda r: r.survived, "{:.1%}"),
+            over(runs, lambda r: r.noise, "{:.2%}"),
             _patch(runs),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _over(runs: Sequence[Measured], of: Callable[[Measured], float | None], form: str) -> str:
+def over(runs: Sequence[Measured], of: Callable[[Measured], float | None], form: str) -> str:
     values = [value for run in runs if (value := of(run)) is not None]
     if not values:
         return "-"
@@ -153,16 +154,16 @@ def target_figures(rows: Sequence[Measured]) -> list[Figure]:
     losses = [row.loss - exact.loss for row in ours]
     prose = [row.kl_prose / fresh.kl_prose for row in ours]
     return [
-        _every("KL on the task's tokens, of nearest's", task, "{:.2g} x", "at most 0.01 x",
+        every("KL on the task's tokens, of nearest's", task, "{:.2g} x", "at most 0.01 x",
                lambda value: value <= KL_LIMIT),
-        _every("task loss, less the exact merge's", losses, "{:+.4f}", "within 0.01",
+        every("task loss, less the exact merge's", losses, "{:+.4f}", "within 0.01",
                lambda value: abs(value) <= LOSS_LIMIT),
-        _every("KL on prose, of nearest's", prose, "{:.2g} x", "below 1 x",
+        every("KL on prose, of nearest's", prose, "{:.2g} x", "below 1 x",
                lambda value: value < 1),
     ]  # fmt: skip
 
 
-def _every(
+def every(
     name: str, values: Sequence[float], form: str, target: str, keeps: Callable[[float], bool]
 ) -> Figure:
     count = sum(map(keeps, values))

@@ -67,8 +67,13 @@ class ModelShape:
 QWEN = ModelShape("qwen2", 1536, 8960, 28, 12, 2, 151_936, tied=True)
 LLAMA_70B = ModelShape("llama", 8192, 28_672, 80, 64, 8, 128_256, tied=False)
 LLAMA_1B = ModelShape("llama", 2048, 8192, 16, 32, 8, 32_000, tied=False)
+HALF_SMOLLM2 = ModelShape("llama", 2048, 8192, 12, 32, 32, 49_152, tied=True)
+"""SmolLM2-1.7B with half of its layers: 0.9 billion weights."""
 TINY = ModelShape("llama", 64, 128, 2, 4, 2, 256, tied=False)
-SHAPES = {"qwen2.5-1.5b": QWEN, "llama-70b": LLAMA_70B, "llama-1b": LLAMA_1B, "tiny": TINY}
+SHAPES = {
+    "qwen2.5-1.5b": QWEN, "llama-70b": LLAMA_70B, "llama-1b": LLAMA_1B,
+    "half-smollm2-1.7b": HALF_SMOLLM2, "tiny": TINY,
+}  # fmt: skip
 
 
 def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
