@@ -13,6 +13,8 @@ from regraft._version import __version__
 if TYPE_CHECKING:
     from regraft.adapters.lora_config import LoraConfig
     from regraft.api import merge, plan
+    from regraft.combining.report import CombineReport
+    from regraft.combining.verb import combine
     from regraft.converting import convert, dequantize, quantize
     from regraft.digesting import DigestReport, digest
     from regraft.engines.checking import check
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     )
     from regraft.exporting.report import ExportReport
     from regraft.exporting.verb import export
+    from regraft.extracting.report import ExtractReport
+    from regraft.extracting.verb import extract
     from regraft.inspection import Inspection, inspect
     from regraft.merging.files.leftovers import Leftover
     from regraft.merging.files.receipt import Receipt
@@ -90,6 +94,10 @@ _HOME = {
     "save": "regraft.runtime.saving.save",
     "LoraConfig": "regraft.adapters.lora_config",
     "shrink": "regraft.shrinking.verb",
+    "combine": "regraft.combining.verb",
+    "CombineReport": "regraft.combining.report",
+    "extract": "regraft.extracting.verb",
+    "ExtractReport": "regraft.extracting.report",
     "load_merged": "regraft.runtime.merged_loading",
     "attach": "regraft.runtime.attaching",
     "handle_of": "regraft.runtime.attaching",
@@ -139,6 +147,8 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "inspect",
     "diff",
     "shrink",
+    "combine",
+    "extract",
     "export",
     "digest",
     "clean",
@@ -151,9 +161,11 @@ __all__ = [  # noqa: RUF022  (grouped: verbs, what they return, errors)
     "save",
     "AdapterConversion",
     "CheckReport",
+    "CombineReport",
     "DiffReport",
     "DigestReport",
     "ExportReport",
+    "ExtractReport",
     "Inspection",
     "Leftover",
     "Plan",

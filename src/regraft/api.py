@@ -55,6 +55,8 @@ def merge(
     rounding: str | None = None,
     seed: int = 0,
     double_quant: bool = False,
+    method: str = "sum",
+    density: float | None = None,
     trained_on: str | Path | None = None,
     peft_version: str | None = None,
     undo: bool | None = None,
@@ -73,7 +75,7 @@ def merge(
             their configs.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
         out: the folder to make; it appears whole or not at all. A name that ends in ``.gguf`` is
-            one file, for a base in GGUF; its receipt lies in ``out.gguf.regraft`` beside it.
+            one file, for a base in GGUF; receipt and undo lie in ``out.gguf.regraft`` beside it.
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
             weight becomes a plain one of the dtype that its format computes in. Of a GGUF file the
             type of all matrices, also ``"q8_0"``, ``"q5_1"``, ``"q5_0"``, ``"q4_1"``, ``"q4_0"``.
@@ -85,16 +87,22 @@ def merge(
             that linear layers are put into: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"fp8"``.
         rounding: how values become codes: ``"stochastic"``, which keeps the deltas on average (by
             default where the base's format is kept), or ``"nearest"``.
-        seed: which random bits that takes; the same seed gives the same bytes on any machine.
+        seed: which random bits that takes, and a ``method`` that draws; the same seed gives the
+            same bytes on any machine.
         double_quant: quantize the scales of ``nf4`` or ``fp4`` too.
+        method: how the adapters' deltas become one: ``"sum"``, or element by element ``"ties"``,
+            ``"dare"``, ``"dare_ties"``, ``"della"``, ``"breadcrumbs"`` or ``"magnitude_prune"``.
+        density: the share of elements of each delta that such a method keeps, above 0 and up to 1;
+            by default the method's own.
         trained_on: the base that the adapters were trained on, where it is another one, such as
             the 4-bit version of this one. It changes no byte: the receipt says for each tensor how
             far apart the two are, against the delta.
         peft_version: the release of PEFT that trained adapters whose config does not say it, such
             as ``"0.18.0"``. Only square stacks of experts need it: PEFT 0.19 turned them round.
         undo: keep in ``out/regraft/undo`` what :func:`unmerge` and :func:`swap` need. By default
-            it is kept, unless weights are put into another quantized format: that would take a copy
-            of them.
+            it is kept, unless weights are put into another quantized format, or with ``dtype`` into
+            another type of a GGUF file: that would take a copy of them. Of a GGUF file it lies in
+            ``out.gguf.regraft/undo``.
         keep_adapter: keep a copy of the adapters there too; else they have to be given then.
         reflink: whether untouched tensors share blocks of the disk with the base, which takes no
             time and no room: ``"auto"`` where the file system can (XFS, btrfs), ``"never"``, or
@@ -120,8 +128,8 @@ def merge(
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
-        peft_version=peft_version, undo=undo, keep_adapter=keep_adapter, reflink=reflink,
-        digest_cache=digest_cache,
+        method=method, density=density, peft_version=peft_version, undo=undo,
+        keep_adapter=keep_adapter, reflink=reflink, digest_cache=digest_cache,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -159,6 +167,8 @@ def plan(
     rounding: str | None = None,
     seed: int = 0,
     double_quant: bool = False,
+    method: str = "sum",
+    density: float | None = None,
     peft_version: str | None = None,
     undo: bool | None = None,
     reflink: str = "auto",
@@ -177,7 +187,7 @@ def plan(
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
-        peft_version=peft_version, undo=undo, reflink=reflink,
+        method=method, density=density, peft_version=peft_version, undo=undo, reflink=reflink,
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
@@ -186,6 +196,7 @@ def plan(
     folder = OutputFolder(out_path(out), overwrite, kind) if out is not None else None
     made = _plan(checkpoint, opened, options, folder)
     if folder is not None:
+        folder.check_place()
         made = replace(made, disk=folder.disk(made.disk_bytes - _shared(made, folder, reflink)))
     return replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
 
@@ -246,34 +257,14 @@ def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None
     return found
 
 
-@watched(to_the_end=True)
-def check(
-    base: str | Path | None,
-    adapters: AdapterArg | Sequence[AdapterArg],
-    *,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    max_memory: str | int = "512MiB",
-    peft_version: str | None = None,
-    token: str | None = None,
+def check_opened(
+    checkpoint: Checkpoint, opened: Sequence[tuple[AdapterFiles, float]], options: MergeOptions
 ) -> CheckReport:
-    """Say whether adapters would merge into a base, with everything that stands in the way.
-
-    Reads headers, and of an adapter that carries a fingerprint a few values of the base. NaN in an
-    adapter, which headers do not show, is found by the merge itself.
-
-    Of a base on the Hub too, only headers are read.
+    """Say whether adapters would merge into a base; see :func:`regraft.check`, which opens them.
 
     Raises:
-        UsageError: the call contradicts itself.
-        InputError: the base or an adapter cannot be opened at all.
-        EnvironmentShortfall: an input cannot be read, or needs an optional package.
+        InputError: what is opened cannot be read.
     """
-    options = MergeOptions.of(
-        dtype=dtype, max_memory=max_memory, quantize=quantize, peft_version=peft_version, undo=None
-    )
-    wanted = parse_adapters(adapters)
-    checkpoint, opened = open_named(base, wanted, token, peft_version, headers_only=True)
     read, problems = [], list[Problem]()
     for files, weight in opened:
         try:
@@ -290,6 +281,6 @@ def check(
     if problems:
         return CheckReport(False, tuple(problems), made.warnings)
     notes = notes_of_another_base(read, plain, quantization)
-    warn(notes, stacklevel=3)
+    warn(notes, stacklevel=4)  # the frame that calls regraft.check, past what watches its inputs
     summary = {**made.totals(), "memory": made.memory}
     return CheckReport(True, (), (*made.warnings, *notes), summary)

@@ -45,8 +45,8 @@ DIFFERS = {
 """Commands that compare what is not the same, and say so with exit code 1."""
 
 WRITES = {
-    **dict.fromkeys(("merge", "swap"), 2),
-    **dict.fromkeys(("unmerge", "convert", "dequantize", "quantize", "shrink"), 1),
+    **dict.fromkeys(("merge", "swap", "extract"), 2),
+    **dict.fromkeys(("unmerge", "convert", "dequantize", "quantize", "shrink", "combine"), 1),
 }
 """Which argument of a function is the folder that it writes."""
 

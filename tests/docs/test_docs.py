@@ -47,6 +47,8 @@ DESCRIBED = {
     "regraft.merging.planning.report": ("CheckReport", "UnmergeReport"),
     "regraft.runtime.store.cache": ("CacheStats",),
     "regraft.runtime.in_place.merge": ("MergeReport",),
+    "regraft.combining.report": ("CombineReport", "CombinedModule"),
+    "regraft.extracting.report": ("ExtractReport", "ExtractedModule"),
     "regraft.shrinking.report": ("ShrinkReport", "ShrunkModule", "EmbeddingCopy"),
     "regraft.translating": ("AdapterConversion",),
     "regraft.verifying.report": ("VerifyReport", "Difference", "TensorVerdict"),
@@ -144,7 +146,7 @@ def test_every_documented_signature_has_all_parameters() -> None:
     text = read(DOCS / "reference-python.md")
     verbs = (
         *("merge", "unmerge", "swap", "plan", "check", "verify", "inspect", "diff", "shrink"),
-        *("clean", "save", "load_merged", "attach", "convert", "probe"),
+        *("clean", "save", "load_merged", "attach", "convert", "probe", "combine", "extract"),
     )
     for verb in verbs:
         match = re.search(rf"^regraft\.{verb}\((.*?)\) ->", text, re.M | re.DOTALL)

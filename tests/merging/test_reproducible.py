@@ -108,10 +108,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 
 
 def executed(
-    inputs: tuple[Path, list[Path]], folder: Path, tile_bytes: int, threads: int, dtype: str | None
-) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    inputs: tuple[Path, list[Any]], folder: Path, tile_bytes: int, threads: int,
+    dtype: str | None, method: str = "sum",
+) -> tuple[dict[str, str], list[dict[str, Any]]]:  # fmt: skip
     """Merge with tiles of a size; return the sha256 of every file, and the records."""
-    made = replace(regraft.plan(*inputs, dtype=dtype), tile_bytes=tile_bytes, threads=threads)
+    plan = regraft.plan(*inputs, dtype=dtype, method=method)
+    made = replace(plan, tile_bytes=tile_bytes, threads=threads)
     folder.mkdir()
     with workplace(folder / "out", overwrite=False) as place:
         place.begin("a merge")

@@ -30,6 +30,8 @@ COMMANDS = {
     "inspect": "regraft.cli.commands.inspect",
     "diff": "regraft.cli.commands.diff",
     "shrink": "regraft.cli.commands.shrink",
+    "combine": "regraft.cli.commands.combine",
+    "extract": "regraft.cli.commands.extract",
     "export": "regraft.cli.commands.engines.export",
     "digest": "regraft.cli.commands.digest",
     "generate": "regraft.cli.commands.live.generate",
@@ -45,7 +47,7 @@ COMMANDS = {
 OTHER_WORDS = {
     "undo": "unmerge", "revert": "unmerge", "restore": "unmerge", "info": "inspect",
     "show": "inspect", "hash": "digest", "compare": "diff", "run": "generate",
-    "replace": "swap", "prune": "shrink",
+    "replace": "swap", "prune": "shrink", "mix": "combine",
 }  # fmt: skip
 """What people call a command, and its name."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from regraft.cli.output import Output
+from regraft.deltas.methods.names import METHOD_NAMES
 from regraft.formats.files.text import shell_word
 from regraft.tensors import DTYPE_ALIASES, parse_size
 
@@ -147,6 +148,34 @@ seed = click.option(
     help="Which random bits stochastic rounding takes.  [default: 0]",
 )
 
+
+def combining_method(default: str | None) -> Callable[[Function], Function]:
+    """Return the option ``--method``: how several deltas become one."""
+    return click.option(
+        "--method",
+        type=_Choice(list(METHOD_NAMES)),
+        default=default,
+        show_default=default is not None,
+        help="How several deltas become one; docs/how-to-combine.md says what each does.",
+    )
+
+
+merging_method = click.option(
+    "--method",
+    type=_Choice(list(METHOD_NAMES)),
+    default="sum",
+    show_default=True,
+    help="How the deltas of several adapters become one: their sum, or element by element ties, "
+    "dare, dare_ties, della, breadcrumbs or magnitude_prune; docs/how-to-combine.md says more.",
+)
+
+density = click.option(
+    "--density",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    metavar="F",
+    help="The share of elements that the method keeps.  [default: the method's own]",
+)
+
 peft_version = click.option(
     "--peft-version",
     metavar="VERSION",
@@ -196,7 +225,7 @@ undo = click.option(
     "--undo/--no-undo",
     default=None,
     help="Keep in OUT what `regraft unmerge` and `swap` need.  [default: undo, but not where "
-    "weights are put into another quantized format]",
+    "weights are put into another quantized format, or a GGUF file into another type]",
 )
 
 keep_adapter = click.option(

@@ -157,6 +157,8 @@ _STAGES = {
     "verify": "verifying",
     "prompts": "comparing answers",
     "shrink": "shrinking",
+    "combine": "combining",
+    "extract": "extracting",
     "export": "exporting",
     "finish": "writing to disk",
 }

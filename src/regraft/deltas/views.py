@@ -60,6 +60,21 @@ Feature = Literal["lora", "dora", "lora-bias", "pissa", "olora"]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Whose delta one is: what methods ask for that make one of several otherwise than by a sum.
+
+    Attributes:
+        module: the module, as its adapter names it.
+        scale: the adapter's own, rounded to float32 once.
+        weight: the user's factor.
+    """
+
+    module: str
+    scale: float
+    weight: float
+
+
+@dataclass(frozen=True)
 class Delta:
     """One low-rank addition to a range of rows of a stored weight.
 
@@ -73,6 +88,7 @@ class Delta:
         right: (r, columns); None likewise.
         magnitude: DoRA's magnitudes, (n, 1), or None.
         by_column: whether DoRA's norms run along columns (weights stored transposed, embeddings).
+        origin: whose it is; None for a residual, and for a bias.
     """
 
     adapter: int
@@ -84,6 +100,7 @@ class Delta:
     right: View | None
     magnitude: View | None = None
     by_column: bool = False
+    origin: Origin | None = None
 
     @property
     def is_residual(self) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from regraft.errors import UsageError
+from regraft.deltas.methods.names import METHOD_NAMES
+from regraft.errors import Problem, UsageError
 from regraft.merging.inputs.expert_stacks import check_version
 from regraft.quant.weight import FORMATS, ROUNDINGS
 from regraft.tensors import BY_CONFIG_NAME, DTYPE_ALIASES, DTYPES, WORKING_DTYPES, parse_size
@@ -21,8 +22,26 @@ BLOCK_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
 _OR_BLOCKS = f", or in a GGUF file {', '.join(BLOCK_TYPES).lower()}"
 
+SUM = "sum"
+"""The method of a merge by default: each delta is added, exactly."""
+
 REFLINK = ("auto", "never", "always")
 """What ``reflink`` may be: ``always`` refuses where blocks cannot be shared."""
+
+
+@dataclass(frozen=True)
+class ElementMethod:
+    """A method on the elements of deltas, with what it is told.
+
+    Attributes:
+        name: of :data:`regraft.deltas.methods.registry.METHODS`.
+        density: the share of elements that it keeps.
+        seed: which random bits it takes, where it draws.
+    """
+
+    name: str
+    density: float
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +60,10 @@ class MergeOptions:
         quantize: a format, or ``keep`` for the base's own; None for plain values.
         rounding: how values become codes, of :data:`regraft.quant.weight.ROUNDINGS`; None
             chooses.
-        seed: which random bits rounding takes.
+        seed: which random bits rounding takes, and a method that draws.
         double_quant: whether the scales of a 4-bit format are quantized too.
+        method: how several deltas become one, of :data:`regraft.deltas.methods.names.METHOD_NAMES`.
+        density: the share of elements that the method keeps; None where it takes none out.
         peft_version: the release of PEFT that trained adapters whose config does not say it.
         undo: whether the output keeps what an undo needs; None chooses, by
             :func:`regraft.merging.planning.planner.settled`.
@@ -61,6 +82,8 @@ class MergeOptions:
     rounding: str | None = None
     seed: int = 0
     double_quant: bool = False
+    method: str = SUM
+    density: float | None = None
     peft_version: str | None = None
     undo: bool | None = False
     keep_adapter: bool = False
@@ -76,6 +99,8 @@ class MergeOptions:
         max_memory: str | int = "512MiB",
         undo: bool | None = False,
         keep_adapter: bool = False,
+        method: str = SUM,
+        density: float | None = None,
         **others: Any,
     ) -> MergeOptions:
         """Return the options as a call gives them: sizes such as ``"5GB"``, dtypes by any name.
@@ -89,6 +114,8 @@ class MergeOptions:
             dtype=parse_dtype(dtype, blocks=others.get("quantize") == KEEP),
             undo=undo,
             keep_adapter=keep_adapter and undo is not False,
+            method=SUM if method == "cat" else method,
+            density=_density(method, density),
             **others,
         )
         if options.threads is not None and options.threads < 1:
@@ -101,6 +128,13 @@ class MergeOptions:
         check_version(options.peft_version)
         _check_quantization(options)
         return options
+
+    @property
+    def element_method(self) -> ElementMethod | None:
+        """How deltas become one; None for their sum."""
+        if self.method == SUM:
+            return None
+        return ElementMethod(self.method, 1.0 if self.density is None else self.density, self.seed)
 
 
 def _size(name: str, value: str | int | None) -> int | None:
@@ -135,6 +169,47 @@ def parse_dtype(name: str | None, *, blocks: bool = False) -> str | None:
     return found.name
 
 
+def density_problems(name: str, density: float | None) -> list[Problem]:
+    """Return what is wrong with the density that a method is told."""
+    from regraft.deltas.methods.registry import METHODS
+
+    problems = []
+    if density is not None and not 0 < density <= 1:
+        problems.append(Problem("the density has to be a share", "--density", "above 0, up to 1",
+                                f"{density:g}"))  # fmt: skip
+    if density is not None and METHODS[name].density is None:
+        problems.append(Problem(f"the method {name} takes no elements out", "--density",
+                                "no density", f"{density:g}"))  # fmt: skip
+    return problems
+
+
+def _density(name: str, density: float | None) -> float | None:
+    """Return the density of a method, checked; its own where none is given.
+
+    Raises:
+        UsageError: there is no such method, a merge cannot do it by itself, or it has no density.
+    """
+    if name not in METHOD_NAMES:
+        raise UsageError(
+            "there is no such method", where="--method", expected=", ".join(METHOD_NAMES),
+            found=name,
+        )  # fmt: skip
+    if name in (SUM, "cat") and density is None:
+        return None
+    from regraft.deltas.methods.registry import METHODS
+
+    if name not in (SUM, "cat") and METHODS[name].on_elements is None:
+        straight = [SUM, *(each for each, method in METHODS.items() if method.on_elements)]
+        raise UsageError(
+            f"the method {name} makes one adapter of several, which a merge takes as one",
+            where="--method", expected=", ".join(straight), found=name,
+            hint=f"Make it first: regraft combine ADAPTERS -o ONE --method {name}; then merge ONE",
+        )  # fmt: skip
+    if problems := density_problems(name, density):
+        raise UsageError(problems)
+    return density if density is not None else METHODS[name].density
+
+
 def dtype_name(dtype: str) -> str:
     """Return the name by which receipts have a dtype: that of a config, or ggml's of blocks."""
     return DTYPES[dtype].config_name if dtype in DTYPES else dtype.lower()
@@ -150,7 +225,8 @@ def _check_quantization(options: MergeOptions) -> None:
         value = getattr(options, name)
         if value is not None and value not in values:
             raise UsageError(f"cannot do {value!r}", where=f"--{name}", expected=", ".join(values))
-    given = "--rounding" if options.rounding else "--seed" if options.seed else ""
+    seeded = options.seed and options.method == SUM
+    given = "--rounding" if options.rounding else "--seed" if seeded else ""
     if options.quantize is None and given:
         raise UsageError(
             "rounding to codes needs codes", where=given, expected="--quantize too",

@@ -215,10 +215,11 @@ def _against_receipt(
 
 def _unusable_undo(folder: Path, receipt: Receipt, check: ReceiptCheck) -> list[Difference]:
     """Return what is wrong with a manifest of the undo that the receipt has just so."""
-    from regraft.merging.undo.manifest import MANIFEST, UNDO, read_manifest
+    from regraft.merging.undo.manifest import MANIFEST, UNDO, read_manifest, undo_of
 
     name = f"{UNDO}/{MANIFEST}"
-    if not (folder / name).is_file() or any(found.file == name for found in check.differences):
+    kept = (undo_of(folder) / MANIFEST).is_file()
+    if not kept or any(found.file == name for found in check.differences):
         return []
     try:
         read_manifest(folder, receipt)
@@ -245,8 +246,11 @@ def _no_receipt(located: Located) -> InputError:
 
 
 def _as_coded(options: MergeOptions, receipt: Receipt | None, *, in_gguf: bool) -> MergeOptions:
-    """Return options with how a merged model's receipt says that it was quantized."""
+    """Return options with the method and the quantization that a merged model's receipt has."""
     recorded = receipt.options if receipt is not None else {}
+    if "method" in recorded:
+        of_method = {name: recorded[name] for name in ("method", "density", "seed")}
+        options = replace(options, **of_method)
     if recorded.get("quantize") is None:
         return options
     return replace(

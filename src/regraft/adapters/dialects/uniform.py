@@ -8,6 +8,7 @@ sides of a tie have the same factors, they still have: the output layer's A is t
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,24 @@ def _turned(module: LoraModule) -> LoraModule:
     return replace(module, a=module.b.transposed, b=module.a.transposed)
 
 
+def shape_of_uniform(adapter: PlainAdapter) -> PlainAdapter:
+    """Return an adapter as large as its uniform form, whose values are not: nothing is read."""
+    rank = max((module.rank for module in adapter.modules), default=1)
+    return replace(
+        adapter,
+        modules=tuple(
+            replace(module, scale=1.0, **_with_rank(module, module.b, rank))
+            for module in adapter.modules
+        ),
+    )
+
+
+def _with_rank(module: LoraModule, b: Moved, rank: int) -> dict[str, Any]:
+    """Return a module's rank and factors, filled up with zeros to a rank."""
+    axis = 0 if module.kind != "experts" else 1
+    return {"rank": rank, "a": _filled(module.a, axis, rank), "b": _filled(b, axis + 1, rank)}
+
+
 def _folded(module: LoraModule, rank: int, files: FilePool) -> tuple[LoraModule, float, float]:
     scale = module.scale
     values = _values(module.b, files)
@@ -58,10 +77,7 @@ def _folded(module: LoraModule, rank: int, files: FilePool) -> tuple[LoraModule,
     error = float(np.sum((stored - exact.ravel()) ** 2))
     b = _scaled(module.b, scale, dtype)
     bias = None if module.bias is None else _folded_bias(module, module.bias, files)
-    axis = 0 if module.kind != "experts" else 1
-    a = _filled(module.a, axis, rank)
-    b = _filled(b, 1 if module.kind != "experts" else 2, rank)
-    folded = replace(module, rank=rank, scale=1.0, a=a, b=b, bias=bias)
+    folded = replace(module, scale=1.0, bias=bias, **_with_rank(module, b, rank))
     return folded, error, float(np.sum(exact**2))
 
 

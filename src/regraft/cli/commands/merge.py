@@ -26,6 +26,8 @@ from regraft.cli.writing import write_model
     help="The base that the adapters were trained on, if another one (say, the 4-bit version of "
     "this one): report, per tensor, how far the two are apart against the delta.",
 )
+@options.merging_method
+@options.density
 @options.peft_version
 @options.max_memory
 @options.threads
@@ -57,7 +59,8 @@ def command(
     says how much survived.
 
     With -o OUT.gguf a BASE.gguf stays one GGUF file: its metadata, tokenizer and types are kept,
-    and so are the scales of its blocks, as with --quantize keep.
+    and so are the scales of its blocks, as with --quantize keep. Receipt and undo lie in the folder
+    OUT.gguf.regraft beside it.
 
     \b
     Examples:

@@ -18,6 +18,7 @@ from regraft.deltas.kernels.inner import (
     BLOCK,
     FLAGS,
     ONE,
+    RANK,
     ROWS,
     THREE,
     TWO,
@@ -40,7 +41,8 @@ from regraft.numerics.intrinsics import add_square, bits_of, float_of, fma, shif
 
 def is_usual(kind: int, out_kind: int, table: Any) -> bool:
     """Whether this is the usual case: two dtypes, and a table of packed deltas."""
-    return kind == out_kind == BF16 and len(table) == 1 and int(table[0, FLAGS]) == 0
+    usual = kind == out_kind == BF16 and len(table) == 1
+    return usual and int(table[0, FLAGS]) == 0 and int(table[0, RANK]) > 0
 
 
 _own = threading.local()

@@ -94,6 +94,13 @@ def product(
 
 
 @njit(**INNER)
+def copy_row(values: Any, at: Any, out: Any, to: Any, n: Any) -> None:
+    """Set ``n`` values of ``out`` to others."""
+    for j in range(n):
+        out[to + j] = values[at + j]
+
+
+@njit(**INNER)
 def apply(
     weights: Any, at: Any, acc: Any, of: Any, scale: Any, flags: int, factors: Any, row_at: Any,
     column_at: Any, source_kind: int, out: Any, in_place: bool, n: Any,

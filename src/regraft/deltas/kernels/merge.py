@@ -26,6 +26,7 @@ from regraft.deltas.kernels.inner import (
     TWO,
     ZERO,
     apply,
+    copy_row,
     product,
 )
 from regraft.deltas.kernels.prediction import foresee_to_keep, predict
@@ -120,6 +121,8 @@ def products(
 ) -> None:  # fmt: skip
     """Set the products of each delta for four rows of a block.
 
+    A delta of rank 0 is dense: its own rows stand where a right factor would.
+
     Args:
         row, column: the first one's place in the segment.
         rows: how many rows are left. Past the last one its factors serve again; what they give is
@@ -132,7 +135,12 @@ def products(
         l1, l2 = l0 + min(ONE, last) * rank, l0 + min(TWO, last) * rank
         l3, r_at = l0 + last * rank, np.uintp(table[d, RIGHT]) + column
         to = np.uintp(d) * np.uintp(ROWS * BLOCK)
-        product(left, l0, l1, l2, l3, right, r_at, ld, rank, accs, to, n)
+        if rank == ZERO:
+            for q in range(np.uintp(ROWS)):
+                at = r_at + (row + min(q, last)) * ld
+                copy_row(right, at, accs, to + q * np.uintp(BLOCK), n)
+        else:
+            product(left, l0, l1, l2, l3, right, r_at, ld, rank, accs, to, n)
 
 
 @njit(**ENTRY, _nrt=False)

@@ -19,6 +19,7 @@ from regraft.deltas.views import Delta, View
 from regraft.errors import AdapterError, ChangedError
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import AGAIN
+from regraft.merging.compute.combined import CombinedSegments, Limits
 from regraft.merging.planning.plan import Segment
 from regraft.tensors import TensorSpec
 
@@ -138,6 +139,7 @@ class Packed:
         right_ld: columns of a right factor.
         table: one line per delta: offsets, rank, flags.
         scales: one per delta.
+        begin: the row and the column of the segment that they begin with.
     """
 
     left: Floats
@@ -145,19 +147,37 @@ class Packed:
     right_ld: int
     table: npt.NDArray[np.int64]
     scales: Floats
+    begin: tuple[int, int] = (0, 0)
 
 
 class SegmentFactors:
     """The packed deltas of a step's segments: made once for all threads, the last one kept."""
 
-    def __init__(self, store: FactorSource, residuals: Mapping[int, Pair]) -> None:
-        """Take the factors of residuals, by the ``id`` of their delta."""
+    def __init__(
+        self, store: FactorSource, residuals: Mapping[int, Pair], limits: Limits | None = None
+    ) -> None:
+        """Take what was found of the step's deltas.
+
+        Args:
+            store: the adapters' tensors.
+            residuals: factors of residuals, by the ``id`` of their delta.
+            limits: of methods on elements, likewise; added to.
+        """
         self._store, self._residuals = store, residuals
         self._lock = threading.Lock()  # held while deltas are packed: once for all threads
         self._kept: tuple[Segment, Packed] | None = None
+        self._combined = CombinedSegments(store.matrix, {} if limits is None else limits)
 
-    def of(self, segment: Segment) -> Packed:
-        """Return a segment's deltas, packed."""
+    def of(self, segment: Segment, rows: tuple[int, int], columns: tuple[int, int]) -> Packed:
+        """Return a segment's deltas, packed; of a method on elements what it makes of them there.
+
+        Args:
+            segment: the segment.
+            rows: a range of its rows, counted as the weight's.
+            columns: a range of columns.
+        """
+        if segment.method is not None:
+            return _dense(segment, self._combined.rows(segment, rows, columns), rows, columns)
         with self._lock:
             if self._kept is None or self._kept[0] is not segment:
                 self._kept = None  # let go of the last segment's before making the next
@@ -199,6 +219,16 @@ def pack(segment: Segment, pairs: Sequence[Pair]) -> Packed:
         table,
         np.array([delta.scale for delta in segment.deltas], np.float32),
     )
+
+
+def _dense(
+    segment: Segment, values: Floats, rows: tuple[int, int], columns: tuple[int, int]
+) -> Packed:
+    """Return a delta that is given by its elements: one of rank 0 and scale 1, for the kernels."""
+    table = np.zeros((1, 5), np.int64)
+    begin = (rows[0] - segment.rows[0], columns[0])
+    ones = np.ones(1, np.float32)
+    return Packed(np.empty(0, np.float32), values.ravel(), values.shape[1], table, ones, begin)
 
 
 def factor_count(delta: Delta, segment: Segment, columns: int) -> int:

@@ -40,8 +40,9 @@ def run_of(
     """Return the rows from ``low`` of a tile that lie in a segment, as the kernels take them."""
     width = tile.columns[1] - tile.columns[0]
     rows = (source.x16.size or source.x32.size) // width
+    row, column = low - segment.rows[0] - packed.begin[0], tile.columns[0] - packed.begin[1]
     return TileRows(
-        source, merged, rows, width, low - segment.rows[0], tile.columns[0], packed.left,
+        source, merged, rows, width, row, column, packed.left,
         packed.right, packed.right_ld, packed.table, packed.scales, factors, low - tile.rows[0],
         zeros, norms,
     )  # fmt: skip

@@ -68,7 +68,8 @@ class Backwards:
                 source.take(result, np.zeros(4, np.float64))
                 continue
             if segment.deltas:
-                packed, factors = self._segments.of(segment), self._dora_factors(segment)
+                packed = self._segments.of(segment, (low, high), tile.columns)
+                factors = self._dora_factors(segment)
             else:
                 packed, factors = pack(segment, []), joined([])
             zeros = self._step.source.is_virtual
@@ -86,7 +87,8 @@ class Backwards:
             if not segment.deltas:
                 merged.take(weights, sums)
                 continue
-            packed, factors = self._segments.of(segment), self._dora_factors(segment)
+            packed = self._segments.of(segment, (low, high), tile.columns)
+            factors = self._dora_factors(segment)
             merge(run_of(segment, low, tile, weights, merged, packed, factors), sums, None)
 
     def _dora_factors(self, segment: Segment) -> Floats:

@@ -13,6 +13,7 @@ from regraft.deltas.kernels.weights import Bytes, Floats, Sums, Weights
 from regraft.deltas.ranks.initial_factors import FACTORIZATIONS
 from regraft.deltas.undo.units import Encoder, merge
 from regraft.deltas.views import Delta, View
+from regraft.merging.compute.combined import Limits
 from regraft.merging.compute.factors import (
     FactorSource,
     Packed,
@@ -35,13 +36,15 @@ ReadSource = Callable[[int, Bytes], None]
 class PreparedStep:
     """What needs the whole tensor: factorizations, DoRA's factors, rows to replace.
 
-    By the ``id`` of the delta; rows by their number. Factors of rows are filled in tile by tile.
+    By the ``id`` of the delta; rows by their number. Factors of rows are filled in tile by tile,
+    limits of methods on elements segment by segment.
     """
 
     residuals: dict[int, Pair] = field(default_factory=dict)
     row_factors: dict[int, Floats] = field(default_factory=dict)
     column_factors: dict[int, Floats] = field(default_factory=dict)
     patches: dict[int, Floats] = field(default_factory=dict)
+    limits: Limits = field(default_factory=dict)
 
 
 class StepMath:
@@ -147,7 +150,7 @@ class StepMath:
                     gap = run_of(segment, low, tile, weights, merged, pack(segment, []))
                     merge(gap, sums, keep_gaps)
                 continue
-            packed = self._factors(prepared).of(segment)
+            packed = self._factors(prepared).of(segment, (low, high), tile.columns)
             rows = None if known else (low, high)
             factors = self._dora_factors(segment, packed, rows, weights, prepared)
             zeros = self._step.source.is_virtual
@@ -182,7 +185,7 @@ class StepMath:
     def _factors(self, prepared: PreparedStep) -> SegmentFactors:
         with self._lock:
             if self._segments is None:
-                self._segments = SegmentFactors(self._store, prepared.residuals)
+                self._segments = SegmentFactors(self._store, prepared.residuals, prepared.limits)
             return self._segments
 
     def _dora_factors(
@@ -194,7 +197,9 @@ class StepMath:
         DoRA (Liu et al. 2024, arXiv:2402.09353), equation 5. Norms along rows are those of the
         tile's ``rows``; without rows they are known already.
         """
-        factors = []
+        factors = list[Floats]()
+        if segment.method is not None:
+            return joined(factors)
         for line, delta in zip(packed.table, segment.deltas, strict=True):
             if delta.magnitude is None:
                 continue

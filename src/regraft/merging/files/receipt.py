@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
+from regraft.deltas.methods.names import METHOD_NAMES
 from regraft.errors import FormatError
 from regraft.formats.files.json_file import read_object_and_bytes
 from regraft.formats.files.text import spelled
@@ -353,10 +354,13 @@ def read_receipt(path: Path) -> Receipt:
 
 def _unknown_option(options: Mapping[str, Any]) -> str:
     """Return the first choice that no regraft of this layout knows; "" if all are known."""
-    known = {"quantize": ("keep", *FORMATS), "rounding": ROUNDINGS}
+    known = {"quantize": ("keep", *FORMATS), "rounding": ROUNDINGS, "method": METHOD_NAMES}
     for name, values in known.items():
         if options.get(name) is not None and options[name] not in values:
             return f"{name} {quoted(options[name])}"
+    density = options.get("density", 1.0)
+    if type(density) is not float or not 0 < density <= 1:
+        return "a density that is none"
     seed = options.get("seed", 0)
     return "" if type(seed) is int and 0 <= seed < 2**63 else "a seed that is none"
 

@@ -93,6 +93,11 @@ def adapter_side_files(folder: Path) -> SideFiles:
     return _along(folder, lambda name: name == CARD or travels(name, code=False))
 
 
+def tokenizer_files(folder: Path) -> Mapping[str, Path]:
+    """Return the tokenizer's files in a folder, and chat templates, by their names."""
+    return _along(folder, _is_tokenizer).files
+
+
 def travels(name: str, *, code: bool) -> bool:
     """Whether a file of a model's folder goes along with its weights."""
     if _NEVER.search(name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
@@ -224,7 +224,8 @@ class Matcher:
             deltas = linear_deltas(place, found, seen, self.index)
         if work.replaced is not None:
             raise Misfit(_conflict(place.where(), work.name))
-        for delta in deltas:
+        for placed in deltas:
+            delta = replace(placed, origin=place.origin)
             residual = residual_delta(place, delta, work.source)
             work.deltas += [residual, delta] if residual else [delta]
         if self.ties(place.adapter, place.target.module):

@@ -11,7 +11,7 @@ import numpy as np
 from regraft.adapters.expert_layout import BY_EXPERT, FLAT, UNKNOWN, WAY_ON
 from regraft.adapters.model import Adapter, LoraTarget
 from regraft.adapters.settings import RESAVE
-from regraft.deltas.views import ONE, Delta, Feature, RowPatch, Select, View, matrix_view
+from regraft.deltas.views import ONE, Delta, Feature, Origin, RowPatch, Select, View, matrix_view
 from regraft.errors import Problem
 from regraft.merging.inputs.base_index import BaseIndex, ResolvedName, StoredPart
 from regraft.merging.inputs.expert_stacks import StackOrientation
@@ -88,6 +88,12 @@ class Placement:
                         f"{exact:g}", "Mend lora_alpha in adapter_config.json, or the weight")
             )  # fmt: skip
         return float(np.float32(exact))
+
+    @property
+    def origin(self) -> Origin:
+        """Whose its deltas are."""
+        own = float(np.float32(self.owner.settings.scale_of(self.key)))
+        return Origin(self.key, own, self.owner.weight)
 
     @property
     def feature(self) -> Feature:

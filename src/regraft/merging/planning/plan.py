@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from regraft.adapters.model import Adapter
 from regraft.deltas.matrix_units import Units
 from regraft.deltas.views import Delta, RowPatch, View
+from regraft.deltas.whole import whole_of
 from regraft.formats.checkpoint import Checkpoint
 from regraft.merging.files.receipt import Action
 from regraft.merging.inputs.dequantized_view import GGUF, Quantization
-from regraft.merging.options import KEEP
+from regraft.merging.options import KEEP, ElementMethod
 from regraft.merging.planning.base_drift import TrainedOn
 from regraft.quant.weight import Decoder, QuantizedWeight
 from regraft.tensors import TensorSpec, nbytes_of
@@ -27,10 +28,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segment:
-    """A range of rows of a stored weight and the deltas that fall on all of it, in order."""
+    """A range of rows of a stored weight and the deltas that fall on all of it, in order.
+
+    Attributes:
+        rows: the range.
+        deltas: the deltas.
+        method: how they become one; None for their sum.
+    """
 
     rows: tuple[int, int]
     deltas: tuple[Delta, ...]
+    method: ElementMethod | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Step:
         coded: the quantized weight whose codes the result is; it keeps its scales. None for a
             result of plain values.
         made: the weight that is put into a format, if the result is a part of one.
+        retyped: whether the blocks of ``coded`` are of another type than the base's.
     """
 
     name: str
@@ -86,6 +95,7 @@ class Step:
     patches: tuple[RowPatch, ...] = ()
     coded: QuantizedWeight | None = None
     made: Made | None = None
+    retyped: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +128,10 @@ class Step:
         """Whether the base's tensor is computed back from the result, with what is kept of it."""
         named = self.source.name == self.name or self.coded is not None
         own = self.source_adapter is None and named
-        return own and self.made is None and bool(self.segments or self.patches)
+        made = self.made is not None or self.retyped
+        # Of norms in GGUF that were stored with a constant added, too few digits are left.
+        shifted = self.coded is not None and getattr(self.coded.codec, "added", 0.0) != 0.0
+        return own and not (made or shifted) and bool(self.segments or self.patches)
 
     @property
     def is_copy(self) -> bool:
@@ -228,6 +241,9 @@ def _factorization_bytes(step: Step) -> int:
 
 def _packed_bytes(segment: Segment) -> int:
     rows = segment.rows[1] - segment.rows[0]
+    if segment.method is not None:  # the factors of whole modules
+        sizes = [(sum(whole_of(delta).shape), delta.rank) for delta in segment.deltas]
+        return sum(4 * size * rank for size, rank in sizes)
     total = 0
     for delta in segment.deltas:
         columns = delta.right.result[1] if delta.right is not None else rows
@@ -388,6 +404,8 @@ CODED_SHARE = 0.2
 def _undo_bytes(original: TensorSpec, step: Step | None) -> int:
     """Return about what an undo keeps of a base's tensor, rather too much than too little."""
     if step is not None and step.made is not None:
+        return original.nbytes
+    if step is not None and step.retyped:
         return original.nbytes
     if step is not None and step.coded is not None:
         return int(CODED_SHARE * original.nbytes)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from regraft.deltas.views import Origin
 from regraft.formats.safetensors import build_header
 from regraft.merging.files.direct_io import BLOCK, whole_blocks
-from regraft.merging.planning.plan import OutputShard, Plan, Step
+from regraft.merging.planning.plan import OutputShard, Plan, Segment, Step
 from regraft.quant.weight import QuantizedWeight
 from regraft.tensors import TensorSpec
 
@@ -153,7 +154,7 @@ def _step(step: Step) -> list[Any]:
     return [
         step.name, step.action, step.dtype, step.shape, step.source.name, step.source.dtype,
         step.source.shape, step.source_adapter,
-        [[segment.rows, [_delta(d) for d in segment.deltas]] for segment in step.segments],
+        [_segment(segment) for segment in step.segments],
         [[patch.adapter, patch.indices, _view(patch.values)] for patch in step.patches],
         *coded,
     ]  # fmt: skip
@@ -161,6 +162,20 @@ def _step(step: Step) -> list[Any]:
 
 def _coded(weight: QuantizedWeight) -> list[Any]:
     return [weight.name, repr(weight.codec), weight.shape, weight.dtype]
+
+
+def _segment(segment: Segment) -> list[Any]:
+    deltas = [_delta(delta) for delta in segment.deltas]
+    if segment.method is None:
+        return [segment.rows, deltas]
+    origins = [delta.origin and _origin(delta.origin) for delta in segment.deltas]
+    method = segment.method
+    told = [method.name, float(method.density).hex(), method.seed, origins]
+    return [segment.rows, deltas, told]
+
+
+def _origin(origin: Origin) -> list[str]:
+    return [origin.module, float(origin.scale).hex(), float(origin.weight).hex()]
 
 
 def _delta(delta: Any) -> list[Any]:

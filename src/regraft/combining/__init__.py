@@ -1,0 +1,1 @@
+"""The verb that makes one adapter of several."""

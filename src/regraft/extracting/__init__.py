@@ -1,0 +1,1 @@
+"""The verb that gets an adapter out of a fine-tuned model."""
