@@ -72,7 +72,6 @@ def read(path: Path, base: Checkpoint | None) -> PlainAdapter:
         tuple(modules),
         base=said if isinstance(said, str) else None,
         metadata=kept | ({PART: part} if part else {}),
-        config={} if part is None else configs.get(part, {}),
         notes=notes,
         needs_base="" if part else several(list(parts)),
     )

@@ -78,7 +78,7 @@ def as_one(adapter: PlainAdapter, base: Checkpoint | None) -> PlainAdapter:
 
 
 def mirrored(adapter: PlainAdapter) -> frozenset[str]:
-    """Return the output layers whose factors are those of an embedding, each the other's transposed.
+    """Return the output layers whose factors are an embedding's, each the other's transposed.
 
     What is done to B of the embedding has to be done to A of such a layer.
 
