@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.dialects.form import Bits, LoraModule, Moved, PlainAdapter
+from regraft.adapters.dialects.shared.peft_config import KEPT
 from regraft.combining.inputs import Inputs
 from regraft.combining.matching import Group, NotFinite, Replaced, values_of
 from regraft.combining.outcome import Choices, NewFactors, made_of, measured, new_factors
@@ -161,7 +162,7 @@ def new_adapter(
     plains = [adapter.plain for adapter in inputs.adapters]
     metadata: dict[str, str] = {}
     for plain in reversed(plains):
-        metadata |= plain.metadata
+        metadata |= {key: value for key, value in plain.metadata.items() if key != KEPT}
     return PlainAdapter(
         modules=tuple(maker.module(group.name) for group in groups),
         whole=rest.whole,

@@ -46,19 +46,12 @@ class Extracted:
 
     def plain(self, base: str | None, task_type: str | None) -> PlainAdapter:
         """Return the adapter."""
-        targeted = {module.name for module in self.modules}
         return PlainAdapter(
             modules=tuple(self.modules),
-            whole={_inside(name, targeted): tensor for name, tensor in self.whole.items()},
+            whole=dict(self.whole),
             base=base,
             task_type=task_type,
         )
-
-
-def _inside(name: str, targeted: set[str]) -> str:
-    """Return a parameter's name as PEFT has it: a bias of a module with factors is wrapped."""
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.base_layer.{leaf}" if leaf == "bias" and module in targeted else name
 
 
 class Spool:

@@ -30,6 +30,8 @@ from regraft.adapters.dialects.images.parts import (
     shapes_of,
 )
 from regraft.adapters.dialects.images.sgm_names import sgm_name
+from regraft.adapters.dialects.shared.once import NewTensors, modules_twice
+from regraft.adapters.dialects.shared.peft_config import with_config
 from regraft.adapters.dialects.writing import safetensors_file
 from regraft.errors import AdapterError, InputError, MismatchError, Problem, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint, open_weights
@@ -242,7 +244,7 @@ def _modules(
             for module in _parts_of(module_of("", alpha / rank, each), place, shapes):
                 shaped = _as_the_base_is(module, shapes.get(module.name))
                 modules.append(_with_magnitude(shaped))
-    if problems:
+    if problems := problems + modules_twice(modules, file):
         raise AdapterError(capped(problems, file))
     yield from modules
 
@@ -340,7 +342,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
     refuse_unsayable(adapter, ("linear", "convolution"), WEIGHTS, biases=False)
     prefix = _prefix(part, base)
     _refuse_clashes(adapter, base)
-    tensors: dict[str, Moved] = {}
+    tensors = NewTensors()
     for module in adapter.modules:
         plain = _with_text_model(module.name) if part.startswith("text_encoder") else module.name
         name = prefix + plain.replace(".", "_")
@@ -351,7 +353,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
             out = module.b.shape[0]
             shape = (out, *(1,) * (len(module.a.shape) - 1))
             tensors[f"{name}.dora_scale"] = module.magnitude.reshaped(shape)
-    kept = {key: value for key, value in adapter.metadata.items() if key != PART}
+    kept = {key: value for key, value in with_config(adapter).items() if key != PART}
     return (safetensors_file(WEIGHTS, tensors, {**kept, "format": "pt"}),)
 
 
