@@ -94,6 +94,7 @@ digests: $(VENV)/.dev
 # Each engine has an environment of its own below .engines, made on the first run.
 engines: $(VENV)/.dev
 	PYTHONPATH=scripts $(PY) -m engines --write
+	PYTHONPATH=scripts $(PY) -m engines.real --write
 
 # qemu, an arm64 Python and its wheels lie in .arm; nothing is installed.
 arm: $(VENV)/.dev
