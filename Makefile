@@ -25,11 +25,13 @@ help:
 	@echo "make arm     the same on an emulated arm64 (half an hour; Debian, for its packages)"
 	@echo "make docs    check that the docs are in step with the code"
 
-# torch comes first and pinned: an unpinned torch would bring gigabytes of CUDA.
+# torch comes first and pinned: an unpinned torch would bring gigabytes of CUDA. Where mlx has no
+# wheel, as with a glibc before 2.35, the tests that ask it are skipped.
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	-$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engines]'
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.dev
@@ -97,6 +99,7 @@ digests: $(VENV)/.dev
 # Each engine has an environment of its own below .engines, made on the first run.
 engines: $(VENV)/.dev
 	PYTHONPATH=scripts $(PY) -m engines --write
+	PYTHONPATH=scripts $(PY) -m engines.real --write
 
 # qemu, an arm64 Python and its wheels lie in .arm; nothing is installed.
 arm: $(VENV)/.dev

@@ -1,7 +1,8 @@
 """Runs in llama.cpp's environment: ``python in_llama_cpp.py JOBS.json ANSWERS.json``.
 
 Each job has a base and maybe an adapter, both in GGUF; its answer is the log-probability of each
-next token, or what llama.cpp said when it refused.
+next token, or what llama.cpp said when it refused. With ``prompts`` there is one after each, of the
+``top`` likeliest tokens.
 """
 
 from __future__ import annotations
@@ -28,8 +29,15 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         return {"refused": str(error) or "the model was not loaded"}
-    asked = {"prompt": job["tokens"], "max_tokens": 1, "temperature": 0, "logprobs": job["vocab"],
-             "n_probs": job["vocab"], "cache_prompt": False, "ignore_eos": True}  # fmt: skip
+    if "prompts" in job:
+        return {"each": [_next(server, ids, job["top"]) for ids in job["prompts"]]}
+    return _next(server, job["tokens"], job["vocab"])
+
+
+def _next(server: Any, ids: list[int], top: int) -> dict[str, Any]:
+    """Return the log-probabilities of the likeliest next tokens."""
+    asked = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": top,
+             "n_probs": top, "cache_prompt": False, "ignore_eos": True}  # fmt: skip
     told = server.handle_completions(asked)
     told = json.loads(told) if isinstance(told, str | bytes) else told
     if "choices" not in told:

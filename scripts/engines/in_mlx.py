@@ -21,9 +21,19 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         return {"refused": f"{type(error).__name__}: {error}"[:300]}
     model.eval()
-    logits = model(mx.array([job["tokens"]]))[0, -1].astype(mx.float32)
+    if "prompts" in job:
+        return {"each": [_next(model, ids, job["top"]) for ids in job["prompts"]]}
+    return _next(model, job["tokens"], job["vocab"])
+
+
+def _next(model: Any, ids: list[int], top: int) -> dict[str, Any]:
+    """Return the log-probabilities of the likeliest next tokens."""
+    import mlx.core as mx
+
+    logits = model(mx.array([ids]))[0, -1].astype(mx.float32)
     logprobs = (logits - mx.logsumexp(logits)).tolist()
-    return {"logprobs": {str(token): value for token, value in enumerate(logprobs)}}
+    likeliest = sorted(range(len(logprobs)), key=logprobs.__getitem__, reverse=True)[:top]
+    return {"logprobs": {str(token): logprobs[token] for token in likeliest}}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Facts shown in the engines themselves, where they are installed: llama.cpp and mlx-lm.
+"""Facts shown in the engines themselves, where their Python is: llama.cpp and mlx-lm.
 
 ``make engines`` shows all of them, in environments of their own.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 import regraft
+from engine_python import LLAMA_CPP, MLX, Engine, python_of
 from regraft.engines.llama_cpp import scale_of
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +29,6 @@ pytestmark = [
     ),
 ]
 
-needs_llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp: pip install xllamacpp"
-)
-needs_mlx = pytest.mark.skipif(
-    importlib.util.find_spec("mlx_lm") is None, reason="MLX: pip install 'mlx[cpu]' mlx-lm"
-)
-
 Script = Callable[[str], Any]
 
 
@@ -46,6 +39,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     return lambda name: import_module(f"engines.{name}")
 
 
+def answer(script: Script, engine: Engine, job: dict[str, Any], folder: Path) -> Any:
+    """Return what an engine says of a job; the test is skipped where there is none."""
+    running, name = script("running"), {LLAMA_CPP: "llama.cpp", MLX: "mlx"}[engine]
+    runner = next(each for each in running.RUNNERS if each.name == name)
+    return running.run(runner, Path(python_of(engine)), [job], folder)[0]
+
+
 def adapted(fixtures: Any, folder: Path, **config: Any) -> tuple[Path, Path]:
     """Return a small llama and an adapter of one module of each layer."""
     base = fixtures.make_base("llama", folder / "base")
@@ -53,11 +53,11 @@ def adapted(fixtures: Any, folder: Path, **config: Any) -> tuple[Path, Path]:
     return base, fixtures.make(fixtures.Fixture("", config=usual), base, folder)
 
 
-def apart(answer: Any, true: list[float]) -> float:
+def apart(told: Any, true: list[float]) -> float:
     """Return the largest difference between an engine's log-probabilities and the true ones."""
-    assert "logprobs" in answer, answer
-    assert len(answer["logprobs"]) > 300
-    return max(abs(true[int(token)] - value) for token, value in answer["logprobs"].items())
+    assert "logprobs" in told, told
+    assert len(told["logprobs"]) > 300
+    return max(abs(true[int(token)] - value) for token, value in told["logprobs"].items())
 
 
 def as_gguf_lora(adapter: Path, file: Path, alpha: float) -> Path:
@@ -75,39 +75,37 @@ def as_gguf_lora(adapter: Path, file: Path, alpha: float) -> Path:
     return gguf_files.write(file, "llama", metadata, tensors)
 
 
-@needs_llama_cpp
 @pytest.mark.parametrize(("alpha", "rank"), [(6.0, 4), (0.0, 4), (9.0, 3)])
 def test_llama_cpp_divides_one_alpha_by_the_rank(
     script: Script, tmp_path: Path, alpha: float, rank: int
 ) -> None:
     """An alpha of 0 is none, which is a scale of 1."""
-    fixtures, running, engine = map(script, ("fixtures", "running", "in_llama_cpp"))
+    fixtures, running = map(script, ("fixtures", "running"))
     as_it_scales = scale_of(alpha, rank) * rank
     base, adapter = adapted(fixtures, tmp_path, r=rank, lora_alpha=as_it_scales)
     running.as_gguf(base, tmp_path / "base.gguf")
     file = as_gguf_lora(adapter, tmp_path / "adapter.gguf", alpha)
     job = running._job(tmp_path / "base.gguf", file)
     true = fixtures.answers(base, adapter)
-    assert apart(engine.answer(job), true) < 0.01
+    assert apart(answer(script, LLAMA_CPP, job, tmp_path), true) < 0.01
     assert max(map(abs, np.subtract(true, fixtures.answers(base, None)))) > 0.1
 
 
-@needs_llama_cpp
 def test_llama_cpp_answers_otherwise_with_rslora_as_check_says(
     script: Script, tmp_path: Path
 ) -> None:
-    fixtures, running, engine = map(script, ("fixtures", "running", "in_llama_cpp"))
+    fixtures, running = map(script, ("fixtures", "running"))
     base, adapter = adapted(fixtures, tmp_path, use_rslora=True)
     running.as_gguf(base, tmp_path / "base.gguf")
     file = as_gguf_lora(adapter, tmp_path / "adapter.gguf", 6.0)
     job = running._job(tmp_path / "base.gguf", file)
-    assert apart(engine.answer(job), fixtures.answers(base, adapter)) > 0.1
+    told = answer(script, LLAMA_CPP, job, tmp_path)
+    assert apart(told, fixtures.answers(base, adapter)) > 0.1
     report = regraft.check(base, adapter, engine="llama.cpp").engine
     assert report is not None
     assert {finding.applied for finding in report.findings} == {1.5}
 
 
-@needs_mlx
 @pytest.mark.parametrize(
     "config",
     [
@@ -118,18 +116,17 @@ def test_llama_cpp_answers_otherwise_with_rslora_as_check_says(
     ],
 )
 def test_mlx_answers_as_trained(script: Script, tmp_path: Path, config: dict[str, Any]) -> None:
-    fixtures, running, engine = map(script, ("fixtures", "running", "in_mlx"))
+    fixtures, running = map(script, ("fixtures", "running"))
     base, adapter = adapted(fixtures, tmp_path, **config)
     job = running.for_mlx(fixtures.Fixture(""), base, adapter, tmp_path)
     assert regraft.check(base, adapter, engine="mlx").ok
-    assert apart(engine.answer(json.loads(json.dumps(job))), fixtures.answers(base, adapter)) < 1e-3
+    assert apart(answer(script, MLX, job, tmp_path), fixtures.answers(base, adapter)) < 1e-3
 
 
-@needs_mlx
 def test_mlx_refuses_a_peft_folder(script: Script, tmp_path: Path) -> None:
-    fixtures, running, engine = map(script, ("fixtures", "running", "in_mlx"))
+    fixtures, running = map(script, ("fixtures", "running"))
     base, adapter = adapted(fixtures, tmp_path)
-    assert "refused" in engine.answer(running._job(base, adapter))
+    assert "refused" in answer(script, MLX, running._job(base, adapter), tmp_path)
     report = regraft.check(base, adapter, engine="mlx").engine
     assert report is not None
     assert "--to mlx" in report.notes[0]
