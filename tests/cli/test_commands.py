@@ -58,6 +58,8 @@ def test_merge_passes_everything_on_as_it_was_typed(run: Run, fake_api: FakeApi)
         "rounding": None,
         "seed": 0,
         "double_quant": False,
+        "method": "sum",
+        "density": None,
         "trained_on": None,
         "peft_version": None,
         "undo": None,
@@ -157,6 +159,8 @@ def test_a_dry_run_prints_the_plan_and_needs_no_output(run: Run, fake_api: FakeA
         "rounding": None,
         "seed": 0,
         "double_quant": False,
+        "method": "sum",
+        "density": None,
         "peft_version": None,
         "max_memory": "512MiB",
         "threads": None,
@@ -191,6 +195,7 @@ def test_check_says_yes_with_0(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert check.arguments == ("base", ["a=2", "b"])
     assert check.named == {
         "dtype": "float32",
+        "method": "sum",
         "peft_version": None,
         "quantize": None,
         "max_memory": "512MiB",

@@ -299,3 +299,42 @@ def test_della_is_refused_where_rows_are_columns(
 ) -> None:
     with pytest.raises(MismatchError, match="dare_ties"):
         regraft.merge(bases["float32"], adapters[0].folder, tmp_path / "out", method="della")
+
+
+def expert_parts(folder: Path, rows: int = 8) -> Path:
+    """Write an adapter of the older names, for one half of one expert alone."""
+    module = "model.layers.0.block_sparse_moe.experts.1.w1"
+    return toys.write_adapter(folder, toys.lora(module, rows, 6, 2), r=2, target_modules=["w1"])
+
+
+def expert_stack(folder: Path, leaf: str, out: int, inputs: int) -> Path:
+    """Write an adapter for a stack of three experts."""
+    factors = {
+        f"{PREFIX}{MOE}.lora_A.weight": draw(3 * 2, inputs, seed=3),
+        f"{PREFIX}{MOE}.lora_B.weight": draw(out, 2 * 3, seed=4),
+    }
+    chosen = {"r": 2, "target_modules": [], "target_parameters": [f"{MOE}.{leaf}"]}
+    return toys.write_adapter(folder, factors, **chosen)
+
+
+def test_a_half_and_a_whole_module_are_refused_together(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {f"{MOE}.gate_up_proj": draw(3, 16, 6)}, CONFIG)
+    stack, half = expert_stack(tmp_path / "s", "gate_up_proj", 16, 6), expert_parts(tmp_path / "h")
+    regraft.merge(base, [stack, half], tmp_path / "sum")
+    with pytest.raises(MismatchError, match="cut in other ways"):
+        regraft.merge(base, [stack, half], tmp_path / "out", method="ties")
+    assert not (tmp_path / "out").exists()
+
+
+def test_modules_of_other_names_for_the_same_elements_become_one(tmp_path: Path) -> None:
+    """An expert that one adapter has in a stack, and another one apart, under its older name."""
+    base = write_base(tmp_path / "base", {f"{MOE}.down_proj": draw(3, 6, 8)}, CONFIG)
+    stack = expert_stack(tmp_path / "stack", "down_proj", 6, 8)
+    module = "model.layers.0.block_sparse_moe.experts.1.w2"
+    factors = toys.lora(module, 6, 8, 2)
+    apart = toys.write_adapter(tmp_path / "apart", factors, r=2, target_modules=["w2"])
+    plan = regraft.plan(base, [stack, apart], method="ties")
+    assert [len(segment.deltas) for segment in plan.steps[0].segments] == [1, 2, 1]
+    regraft.merge(base, [stack, apart], tmp_path / "out", method="ties")
+    regraft.unmerge(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(base)

@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, Command] = {
     "overwrite": ("merge", ["../base", "../adapter", "out"], {"overwrite": True}),
     "unmerge": ("unmerge", ["../merged", "out"], {}),
     "swap": ("swap", ["../merged", "../other", "out"], {}),
+    "method": ("merge", ["../base", "../adapter", "out"], {"method": "dare_ties", "seed": 3}),
 }
 """What is called, by a name; relative paths are the same wherever it is done."""
 
@@ -110,7 +111,7 @@ def begin(folder: Path, inputs: Path, command: str) -> Path:
     ("command", "old_kernel", "points"),
     [
         ("merge", False, 9), ("overwrite", False, 5), ("overwrite", True, 5),
-        ("unmerge", False, 6), ("swap", False, 6),
+        ("unmerge", False, 6), ("swap", False, 6), ("method", False, 5),
     ],
 )  # fmt: skip
 def test_killed_anywhere_the_same_command_gives_the_same_bytes(

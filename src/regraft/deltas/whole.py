@@ -31,9 +31,9 @@ class Whole:
         return self.left.result[0], self.right.result[1]
 
     @property
-    def place(self) -> tuple[str, tuple[int, int], int, bool]:
-        """What deltas have in common that are on the same elements of one module."""
-        return self.name, self.shape, self.first, self.transposed
+    def place(self) -> tuple[tuple[int, int], int, bool]:
+        """What deltas on the same rows of a tensor have in common if modules are cut alike."""
+        return self.shape, self.first, self.transposed
 
 
 def whole_of(delta: Delta) -> Whole:

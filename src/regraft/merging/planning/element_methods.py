@@ -66,12 +66,18 @@ def _named(delta: Delta, adapters: Sequence[Adapter]) -> str:
 
 
 def _of_another_module(deltas: Sequence[Delta]) -> tuple[Delta, Delta] | None:
-    """Return two deltas that share rows of a stored tensor and are not of the same elements."""
+    """Return two deltas that share rows of a stored tensor and are not of the same elements.
+
+    An adapter that has two modules on the same rows, as of tied weights, has another one too.
+    """
     of_rows: dict[tuple[int, int], Delta] = {}
+    seen: dict[tuple[tuple[int, int], int], Delta] = {}
     for delta in sorted(deltas, key=lambda each: each.rows):
         first = of_rows.setdefault(delta.rows, delta)
         if whole_of(first).place != whole_of(delta).place:
             return first, delta
+        if (own := seen.setdefault((delta.rows, delta.adapter), delta)) is not delta:
+            return own, delta
     ranges = sorted(of_rows)
     for one, other in pairwise(ranges):
         if other[0] < one[1]:
