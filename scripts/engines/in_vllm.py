@@ -18,18 +18,31 @@ SPACE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
          "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
          "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
 
+ABSENT = Path(__file__).parent / "absent"
+"""Where what stands in for torchvision is."""
+
 Job = Mapping[str, Any]
 Answer = Mapping[str, Any]
 
 
+NATIVE = {"custom_ops": ["none"]}
+"""Torch's operations in place of its own: on CPUs, in float32, its kernel for the rotary embedding of
+DeepSeek gives other values, and the base alone answers otherwise than in transformers."""
+
+
 def engine(job: Job) -> Any:
     """Return vLLM with a base, and with the options of its server."""
-    from vllm import LLM
+    from vllm import LLM, envs
 
+    chosen = dict(job["options"])
+    for name in [name for name in chosen if name.startswith("VLLM_")]:
+        os.environ[name] = chosen.pop(name)
+    envs.disable_envs_cache()
     return LLM(
         job["base"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True,
         enable_lora="adapter" in job, max_model_len=128, max_num_seqs=2, max_logprobs=job["vocab"],
-        enable_prefix_caching=False, **_as_values(job["options"]), **job.get("engine", {}),
+        enable_prefix_caching=False, compilation_config=NATIVE, language_model_only=True,
+        **_as_values(chosen),
     )  # fmt: skip
 
 
@@ -71,7 +84,7 @@ def in_one_engine(jobs: Sequence[Job]) -> list[Answer]:
     """Answer jobs of one base and the same options."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = None
+    llm, before = None, dict(os.environ)
     try:
         llm = engine(jobs[0])
     except Exception as error:  # whatever stops a server from starting
@@ -82,11 +95,14 @@ def in_one_engine(jobs: Sequence[Job]) -> list[Answer]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def main() -> None:
     """Answer all jobs."""
-    os.environ.update(SPACE)
+    os.environ.update(SPACE | {"PYTHONPATH": str(ABSENT)})
+    sys.path.insert(0, str(ABSENT))
     jobs = json.loads(Path(sys.argv[1]).read_text())
     groups: dict[str, list[int]] = {}
     for number, job in enumerate(jobs):
