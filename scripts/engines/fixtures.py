@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engines.seeing import seeing
+
 VOCAB, HIDDEN, HEADS, LAYERS, INTER = 320, 64, 2, 2, 96
 TOKENS = (5, 17, 3, 201, 44, 90, 8, 131)
 """What every model is asked: the next token after these."""
@@ -45,6 +47,13 @@ class Fixture:
 
 
 PATTERNS = {"alpha_pattern": {"q_proj": 3, "down_proj": 20}, "rank_pattern": {"v_proj": 8}}
+LANGUAGE = {"target_modules": ["q_proj", "down_proj"], "exclude_modules": r".*(vision|visual).*"}
+
+
+def _as_text(name: str, tensor: Any) -> tuple[str, Any]:
+    """Call a tensor of the language model as its text model, trained alone, would."""
+    return name.replace(".language_model.layers", ".layers"), tensor
+
 
 FIXTURES: tuple[Fixture, ...] = (
     Fixture("as PEFT saves it"),
@@ -100,6 +109,15 @@ FIXTURES: tuple[Fixture, ...] = (
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
     Fixture("one stack of experts", "qwen3_moe", engines=("vllm",), config={
         "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
+    Fixture("the language model of Gemma 3", "gemma3", engines=("vllm",), config=LANGUAGE),
+    *(Fixture(f"{shown}, by the names of its text model", base, engines=("vllm",), config=LANGUAGE,
+              rename=_as_text)
+      for shown, base in (("Gemma 3", "gemma3"), ("Gemma 4", "gemma4"), ("Mistral 3", "mistral3"),
+                          ("Qwen3-VL", "qwen3_vl"))),
+    Fixture("keys that are values too", "gemma4", engines=("vllm",),
+            config=LANGUAGE | {"target_modules": ["k_proj"]}),
+    Fixture("keys that are not", "gemma4", engines=("vllm",),
+            config=LANGUAGE | {"target_modules": ["k_proj"], "layers_to_transform": [0]}),
 )  # fmt: skip
 
 
@@ -172,6 +190,7 @@ BASES: Mapping[str, Callable[[], Any]] = {
     "deepseek": _deepseek,
     "qwen2": _qwen2,
     "qwen3_moe": _qwen3_moe,
+    **seeing(_SIZES),
 }
 """Makers of the small models, by name; their weights are random, and large enough to tell."""
 

@@ -26,8 +26,8 @@ Answer = Mapping[str, Any]
 
 
 NATIVE = {"custom_ops": ["none"]}
-"""Torch's operations in place of its own: on CPUs, in float32, its kernel for the rotary embedding of
-DeepSeek gives other values, and the base alone answers otherwise than in transformers."""
+"""Torch's operations in place of its own: in float32 on CPUs, its kernel for DeepSeek's rotary
+embedding gives other values, so that the base alone answers otherwise than in transformers."""
 
 
 def engine(job: Job) -> Any:

