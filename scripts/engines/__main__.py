@@ -90,7 +90,7 @@ def _files(folder: Path, names: Sequence[str]) -> list[Made]:
     for number, fixture in enumerate(fixtures):
         base, own = bases[fixture.base], folder / f"{number}"
         served = make(fixture, base, own)
-        trained = answers(base, own / "adapter")
+        trained = answers(base, own / "adapter", fixture.grown)
         made.append(Made(fixture, base, served, trained, untrained[fixture.base]))
     return made
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engines.seeing import seeing
+
 VOCAB, HIDDEN, HEADS, LAYERS, INTER = 320, 64, 2, 2, 96
 TOKENS = (5, 17, 3, 201, 44, 90, 8, 131)
 """What every model is asked: the next token after these."""
@@ -40,9 +42,18 @@ class Fixture:
     options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     engines: tuple[str, ...] = ()
     form: str = "adapter"
+    grown: int = 0
+    """Rows that training added to the embeddings; vocabularies are resized by them."""
 
 
 PATTERNS = {"alpha_pattern": {"q_proj": 3, "down_proj": 20}, "rank_pattern": {"v_proj": 8}}
+LANGUAGE = {"target_modules": ["q_proj", "down_proj"], "exclude_modules": r".*(vision|visual).*"}
+
+
+def _as_text(name: str, tensor: Any) -> tuple[str, Any]:
+    """Call a tensor of the language model as its text model, trained alone, would."""
+    return name.replace(".language_model.layers", ".layers"), tensor
+
 
 FIXTURES: tuple[Fixture, ...] = (
     Fixture("as PEFT saves it"),
@@ -68,6 +79,8 @@ FIXTURES: tuple[Fixture, ...] = (
     Fixture("rank 20", config={"r": 20}, engines=("vllm",)),
     Fixture("rank 20, allowed", config={"r": 20}, engines=("vllm",),
             options={"vllm": {"max_lora_rank": "32"}}),
+    Fixture("rank 20 in the config alone", engines=("vllm",), config={
+        "r": 20, "rank_pattern": {"q_proj": 4}, "target_modules": ["q_proj"]}),
     Fixture("modules that the server leaves out", config={"target_modules": ["down_proj"]},
             engines=("vllm",), options={"vllm": {"lora_target_modules": "qkv_proj"}}),
     Fixture("names of another class", engines=("vllm",),
@@ -76,12 +89,46 @@ FIXTURES: tuple[Fixture, ...] = (
     Fixture("a transposed weight", "gpt2", config={"target_modules": ["c_attn"]}),
     Fixture("latent attention's kv_b_proj", "deepseek", engines=("vllm",),
             config={"target_modules": ["kv_b_proj"]}),
-    Fixture("latent attention", "deepseek", engines=("vllm",),
-            config={"target_modules": ["o_proj"]}),
+    Fixture("latent attention's kv_b_proj, not taken apart", "deepseek", engines=("vllm",),
+            config={"target_modules": ["kv_b_proj"]},
+            options={"vllm": {"VLLM_MLA_DISABLE": "1"}}),
+    Fixture("latent attention", "deepseek", engines=("vllm",), config={
+        "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}),
+    Fixture("LoRA biases", config={"lora_bias": True}, engines=("vllm",)),
+    Fixture("biases", "qwen2", config={"bias": "lora_only"}, engines=("vllm",)),
+    Fixture("PiSSA", config={"init_lora_weights": "pissa"}, engines=("vllm",)),
+    Fixture("an embedding that the class does not adapt", "qwen2", engines=("vllm",),
+            config={"target_modules": ["q_proj", "embed_tokens"]}),
+    Fixture("a grown vocabulary", grown=6, engines=("vllm",)),
+    Fixture("a grown vocabulary, its embedding adapted", grown=6, engines=("vllm",),
+            config={"target_modules": ["q_proj", "embed_tokens"]}),
+    Fixture("a grown vocabulary, its head adapted", grown=6, engines=("vllm",),
+            config={"target_modules": ["q_proj", "lm_head"]}),
+    Fixture("stacks of experts", "qwen3_moe", engines=("vllm",), config={
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    Fixture("one stack of experts", "qwen3_moe", engines=("vllm",), config={
+        "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
+    Fixture("the language model of Gemma 3", "gemma3", engines=("vllm",), config=LANGUAGE),
+    *(Fixture(f"{shown}, by the names of its text model", base, engines=("vllm",), config=LANGUAGE,
+              rename=_as_text)
+      for shown, base in (("Gemma 3", "gemma3"), ("Gemma 4", "gemma4"), ("Mistral 3", "mistral3"),
+                          ("Qwen3-VL", "qwen3_vl"))),
+    Fixture("keys that are values too", "gemma4", engines=("vllm",),
+            config=LANGUAGE | {"target_modules": ["k_proj"]}),
+    Fixture("keys that are not", "gemma4", engines=("vllm",),
+            config=LANGUAGE | {"target_modules": ["k_proj"], "layers_to_transform": [0]}),
 )  # fmt: skip
 
 
 # -- bases -----------------------------------------------------------------------------------------
+
+_SIZES = {
+    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INTER,
+    "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
+    "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
 
 
 def _llama(tied: bool = False) -> Any:
@@ -107,16 +154,32 @@ def _gpt2() -> Any:
 
 
 def _deepseek() -> Any:
+    """Return a model with latent attention, of the sizes that vLLM has a kernel for on CPUs."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
     return DeepseekV2ForCausalLM(
         DeepseekV2Config(
             vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INTER, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, num_key_value_heads=HEADS,
-            kv_lora_rank=512, q_lora_rank=None,
+            num_attention_heads=HEADS, num_key_value_heads=HEADS, kv_lora_rank=512, q_lora_rank=24,
             qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=LAYERS,
             max_position_embeddings=128, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
         )
+    )  # fmt: skip
+
+
+def _qwen2() -> Any:
+    """Return a model whose projections have biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**_SIZES))
+
+
+def _qwen3_moe() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_SIZES, head_dim=32, moe_intermediate_size=32, num_experts=4,
+                       num_experts_per_tok=2, decoder_sparse_step=1, mlp_only_layers=[])
     )  # fmt: skip
 
 
@@ -125,6 +188,9 @@ BASES: Mapping[str, Callable[[], Any]] = {
     "llama_tied": lambda: _llama(tied=True),
     "gpt2": _gpt2,
     "deepseek": _deepseek,
+    "qwen2": _qwen2,
+    "qwen3_moe": _qwen3_moe,
+    **seeing(_SIZES),
 }
 """Makers of the small models, by name; their weights are random, and large enough to tell."""
 
@@ -153,7 +219,8 @@ def make(fixture: Fixture, base: Path, folder: Path) -> Path:
     from regraft.translating import convert_adapter
 
     usual = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
-    made = make_adapter(base, folder / "adapter", LoraConfig(**(usual | dict(fixture.config))))
+    config = LoraConfig(**(usual | dict(fixture.config)))
+    made = make_adapter(base, folder / "adapter", config, prepare=_growing(fixture.grown))
     if fixture.rename is not None:
         made = rewrite_adapter(made, folder / "renamed", fixture.rename)
     if fixture.form == "uniform":
@@ -165,14 +232,30 @@ def make(fixture: Fixture, base: Path, folder: Path) -> Path:
     return made
 
 
-def answers(base: Path, adapter: Path | None) -> list[float]:
+def _growing(rows: int) -> Callable[[Any], None] | None:
+    """Return what adds rows to a model's embeddings, as for new tokens; None for none."""
+    if not rows:
+        return None
+
+    def grow(model: Any) -> None:
+        import torch
+
+        torch.manual_seed(3)
+        model.resize_token_embeddings(VOCAB + rows, mean_resizing=False)
+
+    return grow
+
+
+def answers(base: Path, adapter: Path | None, grown: int = 0) -> list[float]:
     """Return the log-probabilities of the next token by PEFT's live model, or by the base."""
     import torch
 
     from regraft.testing.adapters import live_model
     from regraft.testing.zoo import load_base
 
-    model = load_base(base) if adapter is None else live_model(base, adapter)
+    model = (
+        load_base(base) if adapter is None else live_model(base, adapter, prepare=_growing(grown))
+    )
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([TOKENS])).logits[0, -1].double()
     found: list[float] = torch.log_softmax(logits, -1).tolist()

