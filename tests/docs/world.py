@@ -118,7 +118,8 @@ def write_world(root: Path) -> Path:
     base = write_base(root / "base")
     copytree(base, root / "model")
     write_bins(base, root / "model-with-bin-files")
-    write_gguf(root / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "base.gguf"):
+        write_gguf(root / name)
     for name, seed in ADAPTERS.items():
         write_adapter(root / name, seed)
     for name in ("base-4bit", "model-4bit"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
-from exporting.engine import ask
+from asking_llama_cpp import ask
 from exporting.models import byte_level, digits, save_model, save_tokenizer, split
 from exporting.texts import texts
 from regraft.errors import FormatError, MismatchError, UnsupportedError

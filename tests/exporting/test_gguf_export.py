@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regraft
-from exporting.engine import ask
+from asking_llama_cpp import ask
 from exporting.models import ROWS, own_logs, save_model
 from regraft.errors import (
     AccessError,
@@ -101,6 +101,18 @@ def test_other_types_are_refused(kind: str, model: Path, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="cannot write type") as caught:
         export(model, tmp_path / "out.gguf", type=kind)
     assert ("llama-quantize" in str(caught.value)) == (kind != "f8")
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_blocks_whose_scale_would_be_infinite_are_refused(
+    kind: str, model: Path, tmp_path: Path
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e7
+    big = edited(model, tmp_path / "big")
+    save_file(weights, big / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NumericError, match=r"blk.0.ffn_up.weight.*1e\+07"):
+        export(big, tmp_path / "out.gguf", type=kind)
 
 
 def test_what_f16_cannot_hold_is_refused(model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporting.engine import ask
+from asking_llama_cpp import ask
 from exporting.models import OWN, ROWS, own_logs, save_model
 from regraft.exporting.verb import export
 from regraft.formats.checkpoint import open_checkpoint

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from engine_python import MLX, asked
 from exporting.models import own_logs, save_model
 from regraft.errors import OutputExistsError, UnsupportedError, UsageError
 from regraft.exporting.mlx import mlx_config
 from regraft.exporting.verb import export
 
 PROMPTS = [[1, 70, 300, 5], list(range(40, 64))]
-VARIABLE = "REGRAFT_MLX_PYTHON"
 
 _PROGRAM = """
 import json, sys
@@ -28,12 +24,12 @@ from pathlib import Path
 from mlx_lm.utils import load_model
 
 mx.set_default_device(mx.cpu)
-model, _ = load_model(Path(sys.argv[1]))
-prompts = json.loads(sys.argv[2])
+asked = json.load(open(sys.argv[1]))
+model, _ = load_model(Path(asked["model"]))
 def logs(ids):
     logits = model(mx.array([ids]))[0, -1].astype(mx.float32)
     return (logits - mx.logsumexp(logits)).tolist()
-print(json.dumps([logs(ids) for ids in prompts]))
+json.dump([logs(ids) for ids in asked["prompts"]], open(sys.argv[2], "w"))
 """
 
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
@@ -57,17 +53,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def answers(model: Path) -> list[list[float]]:
-    python = os.environ.get(VARIABLE) or (sys.executable if find_spec("mlx_lm") else None)
-    if python is None:
-        pytest.skip(
-            f"needs mlx-lm: pip install 'mlx[cpu]' mlx-lm here, or {VARIABLE} names a Python"
-        )
-    run = subprocess.run(
-        [python, "-c", _PROGRAM, str(model), json.dumps(PROMPTS)], capture_output=True, text=True,
-        timeout=120, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    found: list[list[float]] = json.loads(run.stdout.splitlines()[-1])
+    question = {"model": str(model), "prompts": PROMPTS}
+    found: list[list[float]] = asked(MLX, _PROGRAM, question, model.parent)
     return found
 
 

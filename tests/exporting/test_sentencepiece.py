@@ -12,7 +12,7 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from exporting.engine import ask
+from asking_llama_cpp import ask
 from exporting.models import CORPUS, SPECIAL, save_model, save_tokenizer
 from exporting.texts import texts
 from regraft.errors import FormatError, UnsupportedError

@@ -24,6 +24,11 @@ LONE = {
     "torchtune": {"layers.0.attn.q_proj.lora_a.weight": A, "layers.0.attn.q_proj.lora_b.weight": B},
     "mistral-finetune": {"layers.0.attention.wq.lora_A.weight": A,
                          "layers.0.attention.wq.lora_B.weight": B},
+    "LyCORIS": {"lycoris_img_in.lokr_w1": A, "lycoris_img_in.lokr_w2": B},
+    "ComfyUI": {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": A,
+                "diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight": B},
+    "XLabs": {"double_blocks.0.processor.qkv_lora1.down.weight": A,
+              "double_blocks.0.processor.qkv_lora1.up.weight": B},
 }  # fmt: skip
 
 IN_PEFTS_FILES = {

@@ -18,8 +18,10 @@ from merging import toys
 from merging.inputs.test_gguf_base import loaded, metadata, save, tiny
 from merging.toys import write_adapter
 from regraft.errors import (
+    BaseMismatchWarning,
     InputError,
     MismatchError,
+    NumericError,
     OutputExistsError,
     UnsupportedError,
     UsageError,
@@ -123,7 +125,8 @@ def test_metadata_and_tokenizer_travel_as_raw_bytes(adapter: Path, tmp_path: Pat
     digest = open_gguf(tmp_path / "out.gguf").metadata[PLAN_KEY]
     assert isinstance(digest, str)
     assert len(digest) == 64
-    regraft.merge(tmp_path / "out.gguf", [(adapter, 0.5)], tmp_path / "twice.gguf")
+    with pytest.warns(BaseMismatchWarning, match="is merged into .* already"):
+        regraft.merge(tmp_path / "out.gguf", [(adapter, 0.5)], tmp_path / "twice.gguf")
     again = open_gguf(tmp_path / "twice.gguf").metadata
     assert again[PLAN_KEY] != digest
     assert len(again) == one.keys + 1
@@ -167,7 +170,7 @@ def test_another_type_has_the_bytes_of_gguf(dtype: str, adapter: Path, tmp_path:
 def test_it_is_verified_by_receipt_and_by_doing_it_again(adapter: Path, tmp_path: Path) -> None:
     base, out = model(tmp_path / "base"), tmp_path / "out.gguf"
     regraft.merge(base, adapter, out)
-    assert {p.name for p in (tmp_path / "out.gguf.regraft").iterdir()} == {"receipt.json"}
+    assert {p.name for p in (tmp_path / "out.gguf.regraft").iterdir()} == {"receipt.json", "undo"}
     report = regraft.verify(out)
     assert (report.verdict, report.checked["judged"]) == ("exact", len(tensors_of(base)))
     assert regraft.verify(out, receipt_only=True).ok
@@ -199,6 +202,26 @@ def test_bytes_between_tensors_are_looked_at(adapter: Path, tmp_path: Path) -> N
     assert ["between tensors" in d.what for d in differences] == [True]
 
 
+def test_what_a_type_cannot_hold_is_refused_by_its_name(adapter: Path, tmp_path: Path) -> None:
+    base = model(tmp_path / "base", "F16")
+    with pytest.raises(NumericError, match=r"expected values that F16 can hold.*--dtype bf16"):
+        regraft.merge(base, [(adapter, 1e6)], tmp_path / "out.gguf")
+    base = model(tmp_path / "base", "Q8_0")
+    with pytest.raises(NumericError, match="values that F16 can hold"):
+        regraft.merge(base, [(adapter, 1e6)], tmp_path / "out.gguf", dtype="f16")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_blocks_whose_scale_would_be_infinite_are_refused(
+    dtype: str, adapter: Path, tmp_path: Path
+) -> None:
+    base = model(tmp_path / "base", "F16")
+    with pytest.raises(NumericError, match=f"values that {dtype.upper()} can hold"):
+        regraft.merge(base, [(adapter, 1e9)], tmp_path / "out.gguf", dtype=dtype)
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_types_without_a_grid_are_refused_where_they_are_touched(
     adapter: Path, tmp_path: Path
 ) -> None:
@@ -227,7 +250,6 @@ def _with(folder: Path, name: str, kind: str) -> Path:
 REFUSED = {
     "another format": ({"quantize": "nf4"}, UsageError, "does not hold this format"),
     "several files": ({"shard_size": "1MB"}, UsageError, "one file"),
-    "an undo": ({"undo": True}, UsageError, "undo is not kept"),
 }
 
 
@@ -269,6 +291,15 @@ def test_an_adapter_with_new_tensors_is_refused_by_name(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", tensors, modules_to_save=["lm_head"])
     with pytest.raises(MismatchError, match="replaces a quantized weight"):
         regraft.merge(model(tmp_path / "base"), adapter, tmp_path / "out.gguf")
+
+
+def test_tied_embeddings_that_come_apart_are_refused_by_name(tmp_path: Path) -> None:
+    base = save(tmp_path, "qwen2", "Q4_0")
+    key = f"{toys.PREFIX}model.embed_tokens.lora_embedding_"
+    factors = {f"{key}A": toys.draw(3, 96), f"{key}B": toys.draw(64, 3)}
+    adapter = write_adapter(tmp_path / "adapter", factors, target_modules=["embed_tokens"])
+    with pytest.raises(MismatchError, match=r"lm_head.weight: .* gets no new ones"):
+        regraft.merge(base, adapter, tmp_path / "out.gguf")
 
 
 # -- whole or not at all ---------------------------------------------------------------------------
@@ -337,12 +368,6 @@ def test_where_the_file_cannot_be_put_in_place_nothing_stays(
     receipt = tmp_path / "out.gguf.regraft" / "receipt.json"
     assert (out.read_bytes(), receipt.read_bytes()) == before
     assert json.loads(receipt.read_bytes())["options"]["seed"] == 0
-
-
-def test_it_cannot_be_taken_back_and_says_so(adapter: Path, tmp_path: Path) -> None:
-    regraft.merge(model(tmp_path / "base"), adapter, tmp_path / "out.gguf")
-    with pytest.raises(InputError, match="keeps nothing to take a merge back"):
-        regraft.unmerge(tmp_path / "out.gguf", tmp_path / "back")
 
 
 def test_it_may_lie_below_a_link_to_a_folder(adapter: Path, tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,8 @@ import pytest
 
 import regraft
 from merging import toys
-from merging.processes import environment, python
+from merging.killing import Command, Server
+from merging.processes import python
 from merging.toys import tree
 from regraft.errors import AccessError, BusyError, DiskSpaceError, OutputExistsError
 from regraft.merging import building
@@ -31,7 +30,7 @@ WORK = ".out.regraft"
 SHARD = "out/model-00001-of-00003.safetensors"
 PATCH = "out/regraft/undo/patch.safetensors"
 
-COMMANDS: Mapping[str, tuple[str, list[str], dict[str, Any]]] = {
+COMMANDS: Mapping[str, Command] = {
     "merge": ("merge", ["../base", "../adapter", "out"], {}),
     "overwrite": ("merge", ["../base", "../adapter", "out"], {"overwrite": True}),
     "unmerge": ("unmerge", ["../merged", "out"], {}),
@@ -86,100 +85,6 @@ def comparable(folder: Path) -> dict[str, Any]:
 
 # Killed
 
-SERVER = """
-import json, os, signal, sys
-from pathlib import Path
-import regraft
-from regraft.merging.execution import commit_log as ledger
-from regraft.merging.undo import patch
-from regraft.system import renaming
-
-ledger.SECONDS_BETWEEN_NOTES = -1
-calls = published = 0
-
-def counted(real, kill, publishes=False):
-    def call(*arguments, **named):
-        global calls, published
-        calls += 1
-        if publishes and not published:
-            published = calls
-        if calls == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **named)
-    return call
-
-def run(folder, kill, old_kernel, command, arguments, options):
-    os.chdir(folder)
-    for name in ("pwrite", "write", "fsync", "ftruncate", "posix_fallocate", "mkdir", "rename",
-                 "unlink", "rmdir"):
-        setattr(os, name, counted(getattr(os, name), kill))
-    real = (lambda *_: 38) if old_kernel else renaming.kernel_rename
-    renaming.kernel_rename = counted(real, kill, publishes=True)
-    for name in ("append", "flush", "close"):
-        setattr(patch.PatchWriter, name, counted(getattr(patch.PatchWriter, name), kill))
-    getattr(regraft, command)(*arguments, **options)
-
-def fork(wish):
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        status = 99
-        try:
-            run(**wish)
-            status = 0
-        except regraft.RegraftError as error:
-            status = error.exit_code
-        finally:
-            os.set_blocking(writer, False)
-            real_write(writer, f"{calls} {published}".encode())
-            os._exit(status)
-    os.close(writer)
-    with open(reader) as file:
-        counted = file.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), *map(int, (counted or "-1 -1").split())
-
-real_write = os.write
-os.chdir(sys.argv[1])
-regraft.merge("base", "adapter", "warm")  # has the kernels compiled, once for all children
-regraft.swap("warm", "other", "warmer")
-for line in sys.stdin:
-    print(json.dumps(fork(json.loads(line))), flush=True)
-"""
-"""Runs each command in a child that is killed at a call of the system."""
-
-
-class Server:
-    """Runs commands in children of a process that has imported everything."""
-
-    def __init__(self, folder: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(folder)],
-            env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.published = 0
-        """Which call of the last command was the first to put its folder into place."""
-
-    def run(
-        self, folder: Path, command: str, kill: int = 0, *, threads: int = 1,
-        old_kernel: bool = False,
-    ) -> tuple[int, int]:  # fmt: skip
-        """Run a command, killed at a call; return its exit code and how many calls there were."""
-        name, arguments, options = COMMANDS[command]
-        wish = {
-            "folder": str(folder), "kill": kill, "old_kernel": old_kernel, "command": name,
-            "arguments": arguments, "options": {**options, "threads": threads},
-        }  # fmt: skip
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(wish) + "\n")
-        self._process.stdin.flush()
-        code, calls, self.published = json.loads(self._process.stdout.readline())
-        return code, calls
-
-    def close(self) -> None:
-        """End it."""
-        self._process.communicate()
-
 
 @pytest.fixture(scope="module")
 def server(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -187,7 +92,8 @@ def server(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     folder = tmp_path_factory.mktemp("warm")
     for name in ("base", "adapter", "other"):
         shutil.copytree(inputs / name, folder / name)
-    started = Server(folder)
+    warm = [("merge", ["base", "adapter", "warm"]), ("swap", ["warm", "other", "warmer"])]
+    started = Server(folder, warm)
     yield started
     started.close()
 
@@ -216,7 +122,7 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(
     before, place = tree(inputs / "base") | tree(inputs / "merged"), begin(
         inputs / name, inputs, command
     )  # fmt: skip
-    code, calls = server.run(place, command, old_kernel=old_kernel)
+    code, calls = server.run(place, COMMANDS[command], old_kernel=old_kernel)
     expected, old = comparable(place / "out"), comparable(inputs / "old")
     assert (code, 0 < server.published < calls) == (0, True)
     assert [path.name for path in place.iterdir()] == ["out"]
@@ -224,7 +130,7 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(
     last = range(server.published - 1, calls + 1)  # every call that publishes and cleans up
     for kill in sorted({1 + n * (calls - 1) // (points - 1) for n in range(points)} | {*last}):
         place = begin(inputs / f"{name}-{kill}", inputs, command)
-        code, _ = server.run(place, command, kill, old_kernel=old_kernel)
+        code, _ = server.run(place, COMMANDS[command], kill, old_kernel=old_kernel)
         assert code == -9
         journal = place / WORK / "journal"
         kept += journal.exists() and journal.read_bytes().count(b"\n") > 1
@@ -232,7 +138,9 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(
         if not whole and (place / "out").exists():
             assert comparable(place / "out") == old
         assert (place / "out").exists() or command != "overwrite" or old_kernel
-        code, _ = server.run(place, command, threads=2 if kill % 2 else 1, old_kernel=old_kernel)
+        code, _ = server.run(
+            place, COMMANDS[command], threads=2 if kill % 2 else 1, old_kernel=old_kernel
+        )
         assert code == (3 if whole and command != "overwrite" else 0)
         found = comparable(place / "out")
         if command != "unmerge":
@@ -246,12 +154,11 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(
 
 @pytest.mark.slow
 def test_what_was_being_replaced_is_put_back_by_clean(inputs: Path, server: Server) -> None:
-    _, calls = server.run(
-        begin(inputs / "aside", inputs, "overwrite"), "overwrite", old_kernel=True
-    )
+    place = begin(inputs / "aside", inputs, "overwrite")
+    _, calls = server.run(place, COMMANDS["overwrite"], old_kernel=True)
     for kill in range(calls, 0, -1):
         place = begin(inputs / f"aside-{kill}", inputs, "overwrite")
-        server.run(place, "overwrite", kill, old_kernel=True)
+        server.run(place, COMMANDS["overwrite"], kill, old_kernel=True)
         if not (place / "out").exists():
             break
     regraft.clean(place)

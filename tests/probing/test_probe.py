@@ -46,17 +46,24 @@ def like_vllm(asked: dict[str, Any]) -> Any:
 
 @contextmanager
 def served(
-    reply: Reply, models: Any = ("base", "sql"), adapters: Any = None, raw: bytes | None = None
-) -> Iterator[str]:
-    """Run a server; ``reply`` gives an answer or a status, ``raw`` is sent in place of it."""
+    reply: Reply, models: Any = ("base", "sql"), adapters: Any = None, raw: bytes | None = None,
+    owner: str | None = "vllm", parent: str | None = None, ready: Callable[[], bool] | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """Run a server; ``reply`` gives an answer or a status, ``raw`` is sent in place of it.
+
+    ``owner`` and ``parent`` are what its list says of each model. Until ``ready`` it says 503.
+    """
+    said = {"owned_by": owner, "parent": parent}
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             """Say nothing."""
 
         def do_GET(self) -> None:
-            if self.path == "/v1/models":
-                self.send({"data": [{"id": name} for name in models]})
+            if ready is not None and not ready():
+                self.send(503)
+            elif self.path == "/v1/models":
+                self.send({"data": [{"id": name} | said for name in models]})
             elif self.path == "/lora-adapters" and adapters is not None:
                 self.send(adapters)
             else:
@@ -67,7 +74,8 @@ def served(
             self.send(reply(json.loads(self.rfile.read(size))), raw)
 
         def send(self, value: Any, raw: bytes | None = None) -> None:
-            status = value if isinstance(value, int) else 200
+            status, value = value if isinstance(value, tuple) else (200, value)
+            status = value if isinstance(value, int) else status
             body = raw if raw is not None else json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body) + (9 if raw else 0)))
@@ -137,16 +145,91 @@ def test_adapters_of_llama_cpp_are_switched_by_their_scale(name: str) -> None:
         return completion(" b", ADAPTER_TOP) if scales[0] else completion(" a", BASE_TOP)
 
     there = [{"id": 0, "path": "/models/sql.gguf"}, {"id": 1, "path": "/models/x.gguf"}]
-    with served(reply, models=["model"], adapters=there) as url:
+    with served(reply, models=["model"], adapters=there, owner="llamacpp") as url:
         assert regraft.probe(url, adapter=name).verdict == "acts"
+
+
+def test_adapters_of_llama_cpp_with_one_name_are_told_by_number() -> None:
+    there = [{"id": 0, "path": "a/adapter.gguf"}, {"id": 1, "path": "b/adapter.gguf"}]
+    with (
+        served(like_vllm, models=["model"], adapters=there, owner="llamacpp") as url,
+        pytest.raises(InputError, match=r"1: b/adapter.gguf.*give its number"),
+    ):
+        regraft.probe(url, adapter="adapter")
+
+
+def test_llama_cpp_may_ask_for_a_key() -> None:
+    with (
+        served(like_vllm, models=["model"], adapters=401, owner="llamacpp") as url,
+        pytest.raises(InputError, match=r"refused \(401\)"),
+    ):
+        regraft.probe(url, adapter="0")
+
+
+def test_a_part_of_a_character_is_left_out_by_llama_cpp() -> None:
+    """What it tells first is then the second token's."""
+
+    def reply(asked: dict[str, Any]) -> Any:
+        acts = asked["lora"][0]["scale"]
+        told = chat("\ufffd", ADAPTER_TOP if acts else BASE_TOP)["choices"][0]["logprobs"]
+        choice = {"text": "\ufffd\ufffd", "logprobs": told}
+        return {"choices": [choice], "usage": {"completion_tokens": 2}}
+
+    there = [{"id": 0, "path": "sql.gguf"}]
+    with served(reply, models=["model"], adapters=there, owner="llamacpp") as url:
+        report = regraft.probe(url, adapter="0")
+    assert report.verdict == "cannot be judged"
+    assert "hides the log-probabilities" in report.notes[0]
+
+
+def test_sglang_is_given_an_adapter_beside_the_model() -> None:
+    """With an adapter's name as the model it answers as the base."""
+
+    def reply(asked: dict[str, Any]) -> Any:
+        assert asked["model"] == "base"
+        return like_vllm({"model": asked.get("lora_path")})
+
+    with served(reply, owner="sglang") as url:
+        report = regraft.probe(url, adapter="sql")
+    assert (report.engine, report.verdict) == ("sglang", "acts")
+
+
+def test_the_base_is_the_adapters_parent() -> None:
+    with served(like_vllm, models=("other", "sql", "base"), parent="base") as url:
+        assert regraft.probe(url, adapter="sql").base == "base"
+
+
+def test_a_server_that_refuses_to_give_log_probabilities_is_asked_without() -> None:
+    def reply(asked: dict[str, Any]) -> Any:
+        return 400 if "logprobs" in asked else completion(asked["model"], None)
+
+    with served(reply) as url, pytest.raises(InputError, match=r"refused \(400\)"):
+        regraft.probe(url, adapter="sql")
+    with served(lambda asked: (400, {"error": "logprobs are disabled"}) if "logprobs" in asked
+                else completion(asked["model"], None)) as url:  # fmt: skip
+        report = regraft.probe(url, adapter="sql")
+    assert report.verdict == "acts"
+    assert "hides" in report.notes[0]
+
+
+def test_a_kind_of_server_can_be_named() -> None:
+    with served(like_vllm, owner="me") as url:
+        assert regraft.probe(url, adapter="sql").engine == "openai"
+        assert regraft.probe(url, adapter="sql", engine="vllm").engine == "vllm"
+    with served(like_vllm) as url:
+        with pytest.raises(InputError, match="says that it is another one"):
+            regraft.probe(url, adapter="sql", engine="sglang")
+        with pytest.raises(UsageError, match="no server of that name"):
+            regraft.probe(url, adapter="sql", engine="tgi")
 
 
 def test_a_folder_is_given_to_mlx_lms_server(tmp_path: Path) -> None:
     def reply(asked: dict[str, Any]) -> Any:
         return like_vllm({"model": "sql" if asked.get("adapters") == str(tmp_path) else "base"})
 
-    with served(reply, models=["model"]) as url:
-        assert regraft.probe(url, adapter=str(tmp_path)).verdict == "acts"
+    with served(reply, models=["model"], owner=None) as url:
+        report = regraft.probe(url, adapter=str(tmp_path))
+    assert (report.engine, report.verdict) == ("mlx", "acts")
 
 
 # -- faults ----------------------------------------------------------------------------------------

@@ -181,6 +181,11 @@ def test_dequantized_after_attaching_the_adapter_is_merged_and_saved(
 def test_dequantized_after_a_merge_stays_merged(base: Path) -> None:
     path, inputs = adapter(base, "lora"), zoo.example_inputs("llama")
     model = load(base, "nf4")
+    for module in model.modules():
+        # On processors with AVX512_BF16 a forward pass packs the codes anew, and transformers'
+        # dequantize does not know of it: what it makes of them are other weights.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     adapters = regraft.attach(model, path)
     adapters.merge_adapter()
     expected = zoo.logits(model, inputs)

@@ -225,7 +225,7 @@ undo = click.option(
     "--undo/--no-undo",
     default=None,
     help="Keep in OUT what `regraft unmerge` and `swap` need.  [default: undo, but not where "
-    "weights are put into another quantized format]",
+    "weights are put into another quantized format, or a GGUF file into another type]",
 )
 
 keep_adapter = click.option(

@@ -12,11 +12,11 @@ import numpy as np
 
 from regraft.adapters.dialects.form import Bits, LoraModule, Moved, PlainAdapter
 from regraft.combining.inputs import Inputs
-from regraft.combining.matching import Group, Replaced, values_of
-from regraft.combining.outcome import Choices, NewFactors, new_factors, rank_of
+from regraft.combining.matching import Group, NotFinite, Replaced, values_of
+from regraft.combining.outcome import Choices, NewFactors, made_of, measured, new_factors
 from regraft.concurrency import available_cores, for_each
 from regraft.deltas.rounding import encode
-from regraft.errors import NumericError, Problem
+from regraft.errors import AdapterError, NumericError, Problem
 from regraft.formats.files.reading import FilePool
 from regraft.formats.problems import capped
 from regraft.progress import ProgressMeter
@@ -49,19 +49,26 @@ class Maker:
         """Make all modules and return what is known of them, without the factors of most.
 
         Raises:
+            AdapterError: factors hold NaN or infinity; lists every one.
             NumericError: values are too large for the dtype; lists every module.
         """
         found: dict[str, NewFactors] = {}
+        bad = dict[str, Problem]()
 
         def measure(group: Group, _: None) -> None:
-            rank = rank_of(group, self._choices, self._files)
-            made = new_factors(group, rank, self._choices, self._files)
+            try:
+                rank, made = measured(group, self._choices, self._files)
+            except NotFinite as refused:
+                bad.update(refused.problems)
+                return
             self._keep(group.name, rank, made)
             found[group.name] = replace(made, a=_NOTHING, b=_NOTHING)
             told.add(size_of(group), group.name)
 
         threads = min(MOST_THREADS, available_cores())
         for_each(self._groups.values(), measure, threads, memory=lambda: None)
+        if bad:
+            raise AdapterError(capped([bad[name] for name in sorted(bad)], root))
         lost = {name: found[name].lost for name in self._groups if found[name].lost}
         if lost:
             raise NumericError(capped(list(starmap(self._too_large, lost.items())), root))
@@ -89,7 +96,8 @@ class Maker:
         if self._last is None or self._last[0] != name:
             self._last = None  # let go of the last module's before making the next
             group = self._groups[name]
-            made = new_factors(group, self._ranks[name], self._choices, self._files)
+            deltas = made_of(group, self._choices, self._files)
+            made = new_factors(group, self._ranks[name], self._choices, deltas)
             self._last = name, made
         return self._last[1]
 

@@ -175,11 +175,40 @@ def _not_combined(group: Group, method: str, known: Method, inputs: Inputs) -> I
 # -- factors ---------------------------------------------------------------------------------------
 
 
+class NotFinite(Exception):  # noqa: N818  (collected, and raised as one typed error)
+    """Factors that hold NaN or infinity, by their names."""
+
+    def __init__(self, problems: Mapping[str, Problem]) -> None:
+        super().__init__(", ".join(problems))
+        self.problems = problems
+
+
 def factors_of(group: Group, files: FilePool) -> Iterator[list[Factors]]:
-    """Yield the factors of all adapters, of each expert; of other layers once."""
+    """Yield the factors of all adapters, of each expert; of other layers once.
+
+    Raises:
+        NotFinite: some are no finite numbers.
+    """
     read = [(part, *_both(part.module, files)) for part in group.parts]
+    bad = {
+        f"{tensor.sources[0].path}: {tensor.sources[0].name}": _not_finite(tensor, values)
+        for part, b, a in read
+        for tensor, values in ((part.module.a, a), (part.module.b, b))
+        if not np.isfinite(values).all()
+    }
+    if bad:
+        raise NotFinite(bad)
     for expert in range(group.experts):
         yield [Factors(b[expert], a[expert], part.module.scale, part.weight) for part, b, a in read]
+
+
+def _not_finite(tensor: Moved, values: np.ndarray) -> Problem:
+    source, count = tensor.sources[0], int(values.size - np.count_nonzero(np.isfinite(values)))
+    return Problem(
+        "the adapter holds NaN or infinity", f"{source.path}: {source.name}", "finite numbers",
+        f"{count} of {values.size} values are not",
+        "Its training diverged; use an earlier checkpoint",
+    )  # fmt: skip
 
 
 def _both(module: LoraModule, files: FilePool) -> tuple[np.ndarray, np.ndarray]:

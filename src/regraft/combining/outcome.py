@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,16 +61,30 @@ class NewFactors:
     lost: int
 
 
-def rank_of(group: Group, choices: Choices, files: FilePool) -> int:
-    """Return the rank that a module gets: of a stack, the largest that one of its experts needs."""
+def measured(group: Group, choices: Choices, files: FilePool) -> tuple[int, NewFactors]:
+    """Return the rank that a module gets, and its factors; of a stack, experts have one rank.
+
+    Raises:
+        NotFinite: a factor holds NaN or infinity.
+    """
+    if group.experts > 1:  # one expert's delta is in memory at a time
+        rank = _rank_of(group, choices, made_of(group, choices, files))
+        return rank, new_factors(group, rank, choices, made_of(group, choices, files))
+    made = list(made_of(group, choices, files))
+    rank = _rank_of(group, choices, made)
+    return rank, new_factors(group, rank, choices, made)
+
+
+def _rank_of(group: Group, choices: Choices, made: Iterable[tuple[Joint, OneDelta]]) -> int:
+    """Return the rank of a module: of a stack, the largest that one of its experts needs."""
     if not choices.method.has_rank:
         return sum(group.ranks) if choices.method.exact else group.ranks[0]
     if choices.rank is not None:
         return min(choices.rank, choices.method.highest_rank(group.ranks, group.sizes))
-    return max(delta.needed(choices.energy) for _, delta in _made(group, choices, files))
+    return max(delta.needed(choices.energy) for _, delta in made)
 
 
-def _made(group: Group, choices: Choices, files: FilePool) -> Iterator[tuple[Joint, OneDelta]]:
+def made_of(group: Group, choices: Choices, files: FilePool) -> Iterator[tuple[Joint, OneDelta]]:
     """Yield the factors of each expert, and what the method makes of their deltas."""
     for expert, factors in enumerate(factors_of(group, files)):
         name = f"{group.name}[{expert}]"
@@ -79,11 +93,20 @@ def _made(group: Group, choices: Choices, files: FilePool) -> Iterator[tuple[Joi
         yield joint, one_delta(joint, method, options, name, choices.rank, choices.energy)
 
 
-def new_factors(group: Group, rank: int, choices: Choices, files: FilePool) -> NewFactors:
-    """Return the factors of a module at a rank, rounded to the dtype, and how far off they are."""
+def new_factors(
+    group: Group, rank: int, choices: Choices, made: Iterable[tuple[Joint, OneDelta]]
+) -> NewFactors:
+    """Return the factors of a module at a rank, rounded to the dtype, and how far off they are.
+
+    Args:
+        group: the module.
+        rank: its rank.
+        choices: how it is made.
+        made: as :func:`made_of` gives it.
+    """
     sides, squares, errors, kept, products = [], [], [], [], []
     signs, own, lost = [], [], 0
-    for joint, delta in _made(group, choices, files):
+    for joint, delta in made:
         b, a = delta.cut(rank)
         stored_b, stored_a = _rounded(b, choices.dtype), _rounded(a, choices.dtype)
         lost += _not_finite(stored_b) + _not_finite(stored_a)

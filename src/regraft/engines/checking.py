@@ -6,20 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from regraft import api
 from regraft.adapters.dialects.peft import read_adapter
+from regraft.api import check_opened
 from regraft.engines.facts import Engine
 from regraft.engines.registry import check_options, engine_named, judge
 from regraft.engines.report import EngineReport
 from regraft.engines.subject import Subject
 from regraft.errors import RegraftError, UsageError
+from regraft.formats.adapter_files import AdapterFiles
+from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.watching import watched
 from regraft.merging.inputs.base import see
 from regraft.merging.inputs.opening import AdapterArg, open_named, parse_adapters
+from regraft.merging.options import MergeOptions
 from regraft.merging.planning.report import CheckReport
 from regraft.shrinking.targets import read_pairs
 
 
+@watched(to_the_end=True)
 def check(
     base: str | Path | None,
     adapters: AdapterArg | Sequence[AdapterArg],
@@ -65,13 +69,17 @@ def check(
         EnvironmentShortfall: an input cannot be read, or needs an optional package.
     """
     asked = _asked(engine, engine_options, adapters)
-    report = api.check(
-        base, adapters, dtype=dtype, quantize=quantize, method=method, max_memory=max_memory,
-        peft_version=peft_version, token=token,
+    options = MergeOptions.of(
+        dtype=dtype, max_memory=max_memory, quantize=quantize, method=method,
+        peft_version=peft_version, undo=None,
     )  # fmt: skip
+    checkpoint, opened = open_named(
+        base, parse_adapters(adapters), token, peft_version, headers_only=True
+    )
+    report = check_opened(checkpoint, opened, options)
     if asked is None:
         return report
-    judged = _judged(asked, base, adapters, peft_version, engine_options, token)
+    judged = _judged(asked, checkpoint, opened[0][0], _texts(engine_options))
     if judged is None:  # it contradicts itself, as the report says
         return report
     return replace(report, ok=report.ok and judged.ok, engine=judged)
@@ -102,22 +110,24 @@ def _texts(options: Mapping[str, object] | None) -> dict[str, str]:
     return {name: str(value) for name, value in (options or {}).items()}
 
 
-@watched(to_the_end=True)
 def _judged(
     asked: tuple[Engine, str | None],
-    base: str | Path | None,
-    adapters: AdapterArg | Sequence[AdapterArg],
-    peft_version: str | None,
-    options: Mapping[str, object] | None,
-    token: str | None,
+    base: Checkpoint,
+    adapter: AdapterFiles,
+    options: Mapping[str, str],
 ) -> EngineReport | None:
     engine, version = asked
-    wanted = parse_adapters(adapters)
-    checkpoint, opened = open_named(base, wanted, token, peft_version, headers_only=True)
-    files = opened[0][0]
     try:
-        adapter = read_adapter(files)
-        subject = Subject(adapter, tuple(read_pairs(adapter)), see(checkpoint)[0], files.dialect)
-        return judge(engine, subject, _texts(options), version)
+        return judge(engine, subject_of(base, adapter), options, version)
     except RegraftError:
         return None
+
+
+def subject_of(base: Checkpoint, adapter: AdapterFiles) -> Subject:
+    """Return an adapter beside its base, as engines' facts are held against it.
+
+    Raises:
+        RegraftError: the adapter contradicts itself, or the base cannot be seen as plain weights.
+    """
+    read = read_adapter(adapter)
+    return Subject(read, tuple(read_pairs(read)), see(base)[0], adapter)

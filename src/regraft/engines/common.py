@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.resources import files
 
 from regraft.engines.facts import Check, Settings
 from regraft.engines.report import Finding
@@ -55,6 +58,45 @@ def scales(applied: Callable[[Subject, Pair], float], because: str, way_out: str
                 yield Finding("other scale", pair.name, because, way_out, pair.scale, used)
 
     return check
+
+
+@cache
+def _kinds() -> dict[str, frozenset[str]]:
+    text = files("regraft.engines").joinpath("model_kinds.json").read_text("utf-8")
+    return {engine: frozenset(kinds) for engine, kinds in json.loads(text).items()}
+
+
+def has_model(engine: str, kind: str | None) -> bool:
+    """Whether an engine has models of a kind, by the name that it looks for; True if none is known.
+
+    Args:
+        engine: its name, a key of ``model_kinds.json``.
+        kind: the class of transformers, or the model type for mlx-lm.
+    """
+    return kind is None or kind in _kinds()[engine]
+
+
+def model_is_known(engine: str, kind: Callable[[Subject], str | None]) -> Check:
+    """Return the check that an engine has models of the base's kind.
+
+    Args:
+        engine: its name.
+        kind: what the engine calls the kind of a base.
+    """
+
+    def check(subject: Subject, settings: Settings) -> Iterator[Finding]:
+        del settings
+        found = kind(subject)
+        if not has_model(engine, found):
+            because = f"it has no model of the kind {found}"
+            yield from (
+                Finding("refuses", name, because, ANOTHER_ENGINE) for name in every_part(subject)
+            )
+
+    return check
+
+
+ANOTHER_ENGINE = "Serve the model with an engine that has it; merging does not help here"
 
 
 def every_part(subject: Subject) -> list[str]:

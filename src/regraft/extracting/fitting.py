@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 
+from regraft.deltas.ranks.blas_threads import one_thread
 from regraft.deltas.ranks.range_finder import Approximation, approximate
 from regraft.deltas.ranks.reduction import Matrix, difference_norm, truncated
 from regraft.deltas.rounding import decode, encode
@@ -46,8 +48,18 @@ class Fit:
     rank: int
 
 
+LARGE = 2**22
+"""Elements of a matrix from which on several threads of the linear algebra library are worth it."""
+
+
 def fitted(difference: Difference, wanted: Wanted, seed: int) -> Fit:
     """Return the triples of a difference, as many as are wanted."""
+    rows, columns = difference.shape
+    with one_thread() if rows * columns < LARGE else nullcontext():
+        return _fitted(difference, wanted, seed)
+
+
+def _fitted(difference: Difference, wanted: Wanted, seed: int) -> Fit:
     most = min(difference.shape)
     if wanted.share is None:
         rank = min(wanted.rank or most, most)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.combining.verb import combine
 from regraft.errors import RegraftError
 from regraft.extracting.report import ExtractReport
 from regraft.formats.checkpoint import Checkpoint
@@ -82,6 +81,8 @@ def written_from_kept(kept: Kept, output: OutputFolder, progress: Progress | Non
     if kept.weights == (1.0,):
         _copy(kept.folders[0], output, progress)
     else:
+        from regraft.combining.verb import combine  # compiled loops; most extractions need none
+
         pairs = list(zip(kept.folders, kept.weights, strict=True))
         combine(pairs, output.path, method="cat", overwrite=output.overwrite, progress=progress)
     size = (output.path / ADAPTER_SAFE).stat().st_size

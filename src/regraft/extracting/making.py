@@ -11,6 +11,7 @@ import numpy as np
 
 from regraft.adapters.dialects.form import LoraModule, Moved, PlainAdapter, as_stored
 from regraft.deltas.rounding import encode
+from regraft.errors import NumericError, Problem
 from regraft.extracting.differences import Difference, Sides, read_values
 from regraft.extracting.fitting import Fit, Wanted, factors_of, fitted
 from regraft.extracting.pairing import TensorPair
@@ -33,6 +34,7 @@ class Extracted:
         records: one for each module.
         left_out: changed tensors that were not asked for.
         unchanged: how many tensors are the base's.
+        not_finite: tensors whose difference is no finite number.
     """
 
     modules: list[LoraModule] = field(default_factory=list)
@@ -40,6 +42,7 @@ class Extracted:
     records: list[ExtractedModule] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     unchanged: int = 0
+    not_finite: list[str] = field(default_factory=list)
 
     def plain(self, base: str | None, task_type: str | None) -> PlainAdapter:
         """Return the adapter."""
@@ -93,6 +96,9 @@ def extracted(
         chosen: whether a module is asked for.
         spool: keeps the factors.
         told: told of the bytes that are done.
+
+    Raises:
+        NumericError: a difference is NaN or infinite; lists every tensor.
     """
     found = Extracted()
     for pair in pairs:
@@ -101,8 +107,17 @@ def extracted(
         else:
             _take_factors(pair, sides, wanted, dtype, seed, chosen, spool, found)
         told.add(pair.tuned.nbytes, pair.name)
+    if found.not_finite:
+        raise NumericError(list(map(_no_numbers, found.not_finite)))
     _complete(pairs, sides, found)
     return found
+
+
+def _no_numbers(name: str) -> Problem:
+    return Problem(
+        "one of the models holds NaN or infinity", name, "finite numbers",
+        "a difference that is none", "Use models whose weights are finite numbers",
+    )  # fmt: skip
 
 
 def _take_whole(
@@ -113,7 +128,9 @@ def _take_whole(
     elif not chosen(pair.parameter.rpartition(".")[0]):
         found.left_out.append(pair.name)
     else:
-        found.whole[pair.parameter] = _all_of(pair.tuned, sides)
+        # Every name of it: PEFT replaces one side of a tie alone.
+        for parameter in (pair.parameter, *pair.shared_by):
+            found.whole[parameter] = _all_of(pair.tuned, sides)
 
 
 def _alike(pair: TensorPair, sides: Sides) -> bool:
@@ -158,18 +175,22 @@ def _take_factors(
     chosen: Callable[[str], bool], spool: Spool, found: Extracted,
 ) -> None:  # fmt: skip
     matrices, rows, columns = pair.matrices
+    wanted_here = chosen(pair.module)
     fits, squares, uncertain = list[Fit | None](), [], 0.0
     for number in range(matrices):
         difference = Difference(pair, number, sides)
         square, unsure = difference.survey()
         squares.append(square)
         uncertain += unsure
-        fits.append(fitted(difference, wanted, seed) if square and chosen(pair.module) else None)
+        fits.append(fitted(difference, wanted, seed) if _counts(square, wanted_here) else None)
         difference.release()
+    if not all(map(math.isfinite, squares)):
+        found.not_finite.append(pair.name)
+        return
     if not any(squares):
         found.unchanged += 1
         return
-    if not chosen(pair.module):
+    if not wanted_here:
         found.left_out.append(pair.name)
         return
     rank = max(fit.rank for fit in fits if fit is not None)
@@ -184,6 +205,11 @@ def _take_factors(
             math.sqrt(uncertain),
         )
     )  # fmt: skip
+
+
+def _counts(square: float, wanted: bool) -> bool:
+    """Whether a difference of this squared norm is to be fitted."""
+    return wanted and math.isfinite(square) and square > 0
 
 
 def _module(

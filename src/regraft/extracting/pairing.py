@@ -41,6 +41,7 @@ class TensorPair:
         role: what an adapter has for it.
         base: the base's; None where the base has none.
         tuned: the fine-tuned model's.
+        shared_by: other parameters that share it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class TensorPair:
     role: Role
     base: TensorSpec | None
     tuned: TensorSpec
+    shared_by: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -99,7 +101,11 @@ def _pair(index: BaseIndex, name: str, tuned: TensorSpec, base: TensorSpec | Non
     pieces = index.names.pieces(name)
     whole = len(pieces) == 1 and pieces[0].whole
     parameter = pieces[0].parameter if whole else name
-    return TensorPair(name, parameter, _role(index, parameter, tuned, base), base, tuned)
+    shared_by = tuple(other for other, source in index.aliases.items() if source == parameter)
+    role = _role(index, parameter, tuned, base)
+    if role == "embedding" and shared_by:  # factors would change one side alone
+        role = "whole"
+    return TensorPair(name, parameter, role, base, tuned, shared_by)
 
 
 def _role(index: BaseIndex, parameter: str, tuned: TensorSpec, base: TensorSpec | None) -> Role:
@@ -112,18 +118,13 @@ def _role(index: BaseIndex, parameter: str, tuned: TensorSpec, base: TensorSpec 
     module = parameter.removesuffix(".weight")
     last = re.sub(r"(\.\d+)+$", "", module).rpartition(".")[2]
     if _EMBEDDING.fullmatch(last):
-        return "whole" if len(tuned.shape) != 2 or _is_tied(index, parameter) else "embedding"
+        return "whole" if len(tuned.shape) != 2 else "embedding"
     if _NO_FACTORS.fullmatch(last):
         return "whole"
     if len(tuned.shape) > 2:
         return "convolution"
     kinds = model_types(index.base.config or {})
     return "conv1d" if any(is_conv1d(kind, module) for kind in kinds) else "linear"
-
-
-def _is_tied(index: BaseIndex, parameter: str) -> bool:
-    """Whether other parameters share an embedding: factors would change its own side alone."""
-    return parameter in index.aliases.values()
 
 
 def _missing(

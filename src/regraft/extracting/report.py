@@ -115,6 +115,10 @@ def warnings_of(
             f"{error:.0%} of what was learnt, by the norm. Give a higher --rank, or --max-error; "
             "or keep the fine-tuned model"
         )
+    if not modules:
+        found.append(
+            "the adapter has no factors, and PEFT loads none without: `regraft merge` takes it"
+        )
     if uncertain > 0.01:
         found.append(
             f"the fine-tuned weights were rounded to their dtype, which leaves {uncertain:.1%} of "

@@ -52,6 +52,7 @@ class AdapterFiles:
         seen: what the weights file was when it was opened, where it is to be read much later.
         dialect: what it was written in, such as ``"mlx"``; these files are in PEFT's format.
         origin: the folder or file in that dialect; None where it was PEFT's.
+        needs_base: why the base is needed to read it, where it was described without.
     """
 
     root: Path
@@ -65,6 +66,7 @@ class AdapterFiles:
     seen: Stamp | None = None
     dialect: str = "peft"
     origin: Path | None = None
+    needs_base: str = ""
 
     @property
     def weights_shown(self) -> str:

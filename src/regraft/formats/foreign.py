@@ -82,6 +82,24 @@ AUTOMODEL = Layout(
     "an adapter of grouped experts, as NeMo Automodel saved it",
     "Export it with a current NeMo Automodel, which writes PEFT's format expert by expert",
 )
+LYCORIS = Layout(
+    "lycoris",
+    "an adapter of LyCORIS that is no LoRA (LoHa, LoKr or OFT)",
+    "Merge it with LyCORIS (its tools/merge.py), and use the merged model; diffusers loads LoKr "
+    "for some transformers",
+)
+COMFYUI = Layout(
+    "comfyui",
+    "an adapter under ComfyUI's names (diffusion_model.)",
+    "Load it with diffusers' load_lora_weights, and write it with the pipeline's "
+    "save_lora_weights, whose layout is read",
+)
+XLABS = Layout(
+    "xlabs",
+    "an adapter of attention processors, as XLabs trains Flux",
+    "Load it with diffusers' load_lora_weights, and write it with the pipeline's "
+    "save_lora_weights, whose layout is read",
+)
 MEGATRON = Layout(
     "megatron",
     "an adapter in Megatron's layout (NeMo)",
@@ -119,15 +137,19 @@ _BY_FILE: tuple[tuple[re.Pattern[str], Layout], ...] = tuple(
 )
 """Names of files and folders, each with what it shows a folder to hold."""
 
+_OTHER_METHOD = r"(hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|b?oft_(blocks|diag))"
 _KOHYA_NAME = (
-    r"lora_(unet|te\d?|transformer|prior|refiner)_.*\.(lora_(down|up)\.weight|alpha)"
+    rf"lora_(unet|te\d?|transformer|prior|refiner)_.*\.(lora_(down|up)\.weight|alpha|{_OTHER_METHOD})"
     r"|.*\.lora_(down|up)\.weight"
 )
 
 _BY_TENSOR: tuple[tuple[re.Pattern[str], Layout], ...] = tuple(
     (re.compile(pattern), layout)
     for pattern, layout in (
+        (r"diffusion_model\..*\.(lora_.*|alpha)", COMFYUI),
         (_KOHYA_NAME, KOHYA),
+        (rf"(?!base_model\.).*\.{_OTHER_METHOD}", LYCORIS),
+        (r"(single|double)_blocks\.\d+\.processor\..*lora\d?\.(down|up)\.weight", XLABS),
         (r"(.*\.)?transformer\.h\.\d+\..*\.lora_[AB]|lm_head\.lora_[AB]", LITGPT),
         (r"(unet|transformer(_2)?|text_encoder(_\d)?)\..*[._]lora([._].*)?", DIFFUSERS),
         (r"blk\.\d+\..*\.lora_[ab]|(token_embd|output)\.weight\.lora_[ab]", GGUF),

@@ -9,11 +9,14 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from regraft.formats.gguf import GgufHead, gguf_package
+from regraft.formats.files.reading import open_regular, read_at
+from regraft.formats.gguf import GgufHead, gguf_package, read_head
 
 PLAN_KEY = "regraft.plan"
 """The key that regraft adds: the digest of the plan that made the tensors, which a receipt of the
@@ -21,6 +24,20 @@ same merge is of."""
 
 _FILE_TYPE = "general.file_type"
 _UINT32, _TEXT = 4, 8
+
+
+def raw_head(path: Path) -> bytes:
+    """Return all bytes of a GGUF file before its tensors.
+
+    Raises:
+        RegraftError: it cannot be read, or is malformed.
+    """
+    size = read_head(path).size
+    fd = open_regular(path)
+    try:
+        return read_at(fd, path, 0, size)
+    finally:
+        os.close(fd)
 
 
 @dataclass(frozen=True)

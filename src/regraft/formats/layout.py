@@ -133,13 +133,18 @@ def is_gguf(path: Path) -> bool:
 
 
 def record_of(path: Path) -> Path:
-    """Return the folder beside a GGUF file that regraft keeps its receipt in."""
+    """Return the folder beside a GGUF file that regraft keeps its receipt and undo in."""
     return path.with_name(f"{path.name}.regraft")
 
 
+def records_of(model: Path) -> Path:
+    """Return where receipt and undo of a merged model lie: in its folder, or beside a lone file."""
+    return model / Path(RECEIPT).parent if model.is_dir() else record_of(model)
+
+
 def receipt_path(model: Path) -> Path:
-    """Return where the receipt of a merged model lies: in its folder, or beside a lone file."""
-    return model / RECEIPT if model.is_dir() else record_of(model) / Path(RECEIPT).name
+    """Return where the receipt of a merged model lies."""
+    return records_of(model) / Path(RECEIPT).name
 
 
 def is_mostly_lora(names: Iterable[str]) -> bool:

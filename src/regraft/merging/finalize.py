@@ -64,7 +64,7 @@ def write_rest(
     """
     plan = task.plan
     if plan.is_gguf:
-        return _write_receipt_alone(task, outcome, folder, command, used)
+        return _write_receipt_alone(task, outcome, folder, command, used, patch, keeping)
     config = updated_config(plan.base.config or {}, plan.config_updates)
     rest = _Rest(folder)
     for name, path in sides.files.items():
@@ -80,27 +80,38 @@ def write_rest(
     )  # fmt: skip
     rest.write(CARD, card.encode())
     if patch is not None and keeping is not None:
-        kept = keep_base(plan, task.keeps, patch, folder, rest.digests, keeping)
-        totals = replace(receipt.totals, undo_bytes=patch.path.stat().st_size)
-        receipt = replace(receipt, totals=totals)
-        rest.digests |= kept
-        if keeping.adapters:
-            check_copies(folder, receipt, [Path(adapter.root) for adapter in plan.adapters])
+        receipt = _keep(task, receipt, patch, folder, rest.digests, keeping)
     receipt = replace(receipt, files=rest.digests, headers=_header_digests(task.targets))
     receipt = _with_usage(receipt, used)
     write_pieces(folder / RECEIPT, receipt_pieces(receipt))
     return receipt
 
 
+def _keep(
+    task: Task, receipt: Receipt, patch: PatchWriter, folder: Path, digests: dict[str, str],
+    keeping: UndoSettings,
+) -> Receipt:  # fmt: skip
+    """Keep what an undo needs; return the receipt with its size, and add its files' digests."""
+    digests |= keep_base(task.plan, task.keeps, patch, folder, digests, keeping)
+    if keeping.adapters:
+        check_copies(folder, receipt, [Path(adapter.root) for adapter in task.plan.adapters])
+    totals = replace(receipt.totals, undo_bytes=patch.path.stat().st_size)
+    return replace(receipt, totals=totals)
+
+
 def _write_receipt_alone(
-    task: Task, outcome: Outcome, folder: Path, command: str, used: Used
-) -> Receipt:
+    task: Task, outcome: Outcome, folder: Path, command: str, used: Used,
+    patch: PatchWriter | None, keeping: UndoSettings | None,
+) -> Receipt:  # fmt: skip
     """Write the receipt of a GGUF file: config, tokenizer and card are in the file, or the base's.
 
-    It is moved beside the file; its path here is that of every receipt.
+    It is moved beside the file, and what is kept for an undo with it; paths here are those of every
+    output.
     """
-    receipt = _receipt(task.plan, outcome, command, used)
-    receipt = replace(receipt, headers=_header_digests(task.targets))
+    receipt, digests = _receipt(task.plan, outcome, command, used), dict[str, str]()
+    if patch is not None and keeping is not None:
+        receipt = _keep(task, receipt, patch, folder, digests, keeping)
+    receipt = replace(receipt, files=digests, headers=_header_digests(task.targets))
     receipt = _with_usage(receipt, used)
     write_pieces(folder / RECEIPT, receipt_pieces(receipt))
     return receipt

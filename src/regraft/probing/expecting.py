@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,35 @@ from regraft.errors import UnsupportedError
 from regraft.formats.hub import locate
 from regraft.libraries import require
 from regraft.merging.inputs.base import open_base
+from regraft.probing.server import Token
 from regraft.verifying.prompting.file import Prompt
 from regraft.verifying.prompting.models import load_model
 
 
-def expectation(paths: Sequence[str | Path]) -> Callable[[Prompt], Mapping[str, float]]:
-    """Return what gives the log-probabilities of each next token, by its text.
+@dataclass(frozen=True)
+class Expected:
+    """What a server should answer to a prompt.
+
+    Attributes:
+        adapter: log-probabilities of the next token, by its number and by its text.
+        base: the same of the base, None where it was not computed.
+        prompt_tokens: into how many tokens the prompt is cut.
+    """
+
+    adapter: Mapping[Token, float]
+    base: Mapping[Token, float] | None
+    prompt_tokens: int
+
+
+def expected_answers(
+    paths: Sequence[str | Path], prompts: Sequence[Prompt]
+) -> tuple[Expected, ...]:
+    """Return what should be answered to each prompt.
 
     Args:
-        paths: a merged model; or a base and an adapter.
+        paths: a merged model; or a base and an adapter, of which the base's answers are computed,
+            too.
+        prompts: what is asked.
 
     Raises:
         MissingExtraError: torch or transformers are not there.
@@ -27,10 +48,15 @@ def expectation(paths: Sequence[str | Path]) -> Callable[[Prompt], Mapping[str, 
     """
     require("torch", "transformers", why="Computing what is expected", where="--expect")
     folder = locate(paths[0], kind="base")
-    model = load_model(open_base(folder)) if len(paths) == 1 else _merged(paths)
     tokenizer = _tokenizer(folder.path)
-    texts = _texts(tokenizer, int(model.config.get_text_config().vocab_size))
-    return lambda prompt: _answer(model, tokenizer, texts, prompt)
+    asked = [_ids(tokenizer, prompt) for prompt in prompts]
+    plain = _answers(load_model(open_base(folder)), tokenizer, asked)
+    if len(paths) == 1:
+        return tuple(Expected(ours, None, len(ids)) for ours, ids in zip(plain, asked, strict=True))
+    merged = _answers(_merged(paths), tokenizer, asked)
+    return tuple(
+        Expected(ours, base, len(ids)) for ours, base, ids in zip(merged, plain, asked, strict=True)
+    )
 
 
 def _merged(paths: Sequence[str | Path]) -> Any:
@@ -59,18 +85,29 @@ def _texts(tokenizer: Any, size: int) -> list[str | None]:
     return [text if counts[text] == 1 else None for text in texts]
 
 
-def _answer(
-    model: Any, tokenizer: Any, texts: Sequence[str | None], prompt: Prompt
-) -> dict[str, float]:
-    import torch
-
-    if prompt.messages:
-        ids = tokenizer.apply_chat_template(
+def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    found: list[int] = (
+        tokenizer.apply_chat_template(
             list(prompt.messages), add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    else:
-        ids = tokenizer(prompt.text)["input_ids"]
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
-    values = torch.log_softmax(logits, -1).tolist()
-    return {text: values[i] for i, text in enumerate(texts) if text is not None}
+        if prompt.messages
+        else tokenizer(prompt.text)["input_ids"]
+    )
+    return found
+
+
+def _answers(
+    model: Any, tokenizer: Any, asked: Sequence[Sequence[int]]
+) -> list[dict[Token, float]]:
+    """Return the log-probabilities after each prompt."""
+    import torch
+
+    texts = _texts(tokenizer, int(model.config.get_text_config().vocab_size))
+    found = []
+    for ids in asked:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+        values: list[float] = torch.log_softmax(logits, -1).tolist()
+        by: dict[Token, float] = dict(enumerate(values))
+        found.append(by | {text: values[i] for i, text in enumerate(texts) if text is not None})
+    return found

@@ -19,6 +19,7 @@ class PromptProbe:
             server hides them or they have no token in common.
         from_expected: the same between the adapter's and what regraft computes; None where nothing
             was expected.
+        base_from_expected: the same of the base; None where it was not computed.
     """
 
     prompt: str
@@ -26,6 +27,7 @@ class PromptProbe:
     adapter: str
     apart: float | None
     from_expected: float | None
+    base_from_expected: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,17 @@ class ProbeReport:
     """Whether the adapter of a running server acts.
 
     Attributes:
-        url, base, adapter: the server, and its names of both.
+        url: the server's address.
+        engine: its kind: ``vllm``, ``sglang``, ``llama.cpp`` or ``mlx``; ``openai`` for any other.
+        base, adapter: its names of both.
         verdict: what its answers say.
         prompts: what it answered.
-        tolerance: the largest difference from what was expected that counts as none.
+        tolerance: the largest difference from what was expected that counted as none.
         notes: what the user should know, such as hidden log-probabilities.
     """
 
     url: str
+    engine: str
     base: str
     adapter: str
     verdict: Verdict

@@ -1,27 +1,24 @@
-"""A client of servers that speak OpenAI's API: vLLM, SGLang, llama.cpp's, mlx_lm.server."""
+"""A server that speaks OpenAI's API, asked for the answers of a base and of an adapter."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import urllib.error
-import urllib.request
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
-from urllib.parse import urlsplit
 
 from regraft.errors import InputError, UsageError
-from regraft.formats.files.reading import expanded, is_there
 from regraft.formats.problems import quoted
+from regraft.probing.client import Client, Reply
+from regraft.probing.kinds import KINDS, TOP, Asked, Kind, Model, Side, Sides, kind_of
 from regraft.verifying.prompting.file import Prompt
 
-TOP = 5
-"""Log-probabilities that are asked for: no server refuses so few."""
+LOADING = 503
+"""The status of a server that is not ready."""
 
-MOST_BYTES = 2**24
-"""Of an answer no more is read than this."""
+Token = int | str
+"""A token by its number where a server gives it, else by its text."""
 
 
 @dataclass(frozen=True)
@@ -30,107 +27,52 @@ class Answer:
 
     Attributes:
         text: what it wrote.
-        logprobs: log-probabilities of the likeliest first tokens, by their text; None where it
-            hides them.
+        logprobs: log-probabilities of the likeliest first tokens; None where it hides them.
+        prompt_tokens: into how many tokens it cut the prompt; None where it does not say.
     """
 
     text: str
-    logprobs: Mapping[str, float] | None
-
-
-@dataclass(frozen=True)
-class Side:
-    """How to ask for the base, or for the adapter.
-
-    Attributes:
-        shown: its name.
-        fields: what a request has in it for that.
-    """
-
-    shown: str
-    fields: Mapping[str, Any]
+    logprobs: Mapping[Token, float] | None
+    prompt_tokens: int | None = None
 
 
 class Server:
     """A server at an address.
 
     Args:
-        url: its address, with or without ``/v1``.
-        timeout: seconds to wait for each answer.
-        key: what it is asked with, if it wants a key.
+        client: what asks it.
+        engine: its kind, a key of :data:`KINDS`; by default what it says itself.
 
     Raises:
-        UsageError: that is no address of a web server.
+        UsageError: there is no such kind.
+        InputError: no server answers there, it lists no models, or it is of another kind.
     """
 
-    def __init__(self, url: str, timeout: float, key: str | None = None) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError("this is no address of a server", where="URL",
-                             expected="http://HOST:PORT", found=quoted(url))  # fmt: skip
-        self.root = parts._replace(query="", fragment="").geturl().rstrip("/").removesuffix("/v1")
-        self.timeout, self.key = timeout, key
+    def __init__(self, client: Client, engine: str | None = None) -> None:
+        if engine is not None and engine not in KINDS:
+            raise UsageError("there is no server of that name", where="--for",
+                             expected=", ".join(KINDS), found=quoted(engine))  # fmt: skip
+        self.client = client
+        reply = _once_loaded(client)
+        # Without a cache of the Hub on its machine mlx_lm.server fails at its list, after the
+        # headers: the reply is empty.
+        is_empty = not reply.refused and not reply.raw
+        told = kind_of([], reply.software)
+        lists_none = is_empty and "mlx" in (engine, told.name)
+        self.models = () if lists_none else _models(reply)
+        told = kind_of(self.models, reply.software)
+        if engine is not None and told.owner is not None and told.name != engine:
+            raise InputError("the server says that it is another one", where=client.root,
+                             expected=engine, found=told.name, hint="Leave --for out")  # fmt: skip
+        self.kind = KINDS[engine] if engine is not None else told
 
-    # -- what it has -----------------------------------------------------------------------------
-
-    def sides(self, adapter: str, base: str | None) -> tuple[Side, Side]:
+    def sides(self, adapter: str, base: str | None) -> Sides:
         """Return how to ask for the base and for the adapter.
-
-        vLLM and SGLang list an adapter as a model; llama.cpp's server has a list of its own, and a
-        scale for each; mlx_lm.server is given its folder.
 
         Raises:
             InputError: it has no such model or adapter.
         """
-        models = self._models()
-        if adapter in models:
-            named = base or next((name for name in models if name != adapter), None)
-            if named is None or named not in models:
-                raise self._no_model(named or "of the base", models)
-            return Side(named, {"model": named}), Side(adapter, {"model": adapter})
-        named = base or next(iter(models), "")
-        if base is not None and base not in models:
-            raise self._no_model(base, models)
-        found = self._adapters()
-        number = next((i for i, names in found.items() if adapter in names), None)
-        if number is not None:
-            off = [{"id": i, "scale": 0.0} for i in found]
-            on = [{"id": i, "scale": float(i == number)} for i in found]
-            return (Side(named, {"model": named, "lora": off}),
-                    Side(adapter, {"model": named, "lora": on}))  # fmt: skip
-        if not found and is_there(expanded(adapter)):
-            return (Side(named, {"model": named}),
-                    Side(adapter, {"model": named, "adapters": adapter}))  # fmt: skip
-        raise self._no_model(adapter, [*models, *(max(n, key=len) for n in found.values())])
-
-    def _models(self) -> list[str]:
-        listed = self._ask("/v1/models")
-        entries = listed.get("data") if isinstance(listed, dict) else None
-        if not isinstance(entries, list):
-            raise self._strange("/v1/models", "a list of models")
-        return [str(entry["id"]) for entry in entries if isinstance(entry, dict) and "id" in entry]
-
-    def _adapters(self) -> dict[int, set[str]]:
-        """Return the names of each adapter of a llama.cpp server; none where it is another one."""
-        try:
-            listed = self._ask("/lora-adapters")
-        except InputError:
-            return {}
-        entries = listed if isinstance(listed, list) else []
-        return {
-            int(entry["id"]): {str(entry["id"]), str(entry.get("path", "")),
-                               PurePath(str(entry.get("path", ""))).stem}
-            for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), int)
-        }  # fmt: skip
-
-    def _no_model(self, name: str, there: list[str]) -> InputError:
-        return InputError(
-            "the server has no such model or adapter", where=self.root,
-            expected=", ".join(map(quoted, there[:10])) or "some", found=quoted(name),
-            hint="Start it with the adapter, or name it as the server does",
-        )  # fmt: skip
-
-    # -- asking ----------------------------------------------------------------------------------
+        return self.kind.sides(Asked(self.client, self.models, adapter, base))
 
     def answer(self, side: Side, prompt: Prompt, tokens: int) -> Answer:
         """Return what one side answers, greedily.
@@ -138,61 +80,85 @@ class Server:
         Raises:
             InputError: the server does not answer, or in another form.
         """
-        asked: dict[str, Any] = {**side.fields, "max_tokens": tokens, "temperature": 0, "seed": 0}
+        asked = {**side.fields, **self.kind.fields,
+                 "max_tokens": tokens, "temperature": 0, "seed": 0}  # fmt: skip
+        logprobs: Mapping[str, Any]
         if prompt.messages:
-            path = "/v1/chat/completions"
-            asked |= {"messages": list(prompt.messages), "logprobs": True, "top_logprobs": TOP}
+            path, logprobs = "/v1/chat/completions", {"logprobs": True, "top_logprobs": TOP}
+            asked["messages"] = list(prompt.messages)
         else:
-            path = "/v1/completions"
-            asked |= {"prompt": prompt.text, "logprobs": TOP}
-        told = self._ask(path, asked)
-        try:
-            choice = told["choices"][0]
-            text = choice["message"]["content"] if prompt.messages else choice["text"]
-            return Answer(text or "", _first(choice.get("logprobs")))
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            raise self._strange(path, "a choice with a text") from None
-
-    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.root + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                raw = response.read(MOST_BYTES)
-        except urllib.error.HTTPError as error:
-            said = error.read(300).decode("utf-8", "replace") if error.fp else ""
-            raise InputError(f"the server refused ({error.code})", where=self.root + path,
-                             found=quoted(said or str(error.reason)),
-                             hint="Its log says why") from None  # fmt: skip
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise InputError("the server does not answer", where=self.root + path,
-                             found=quoted(str(reason) or type(error).__name__),
-                             hint="Is it running, and is this its address? --timeout waits "
-                             "longer") from None  # fmt: skip
-        try:
-            return json.loads(raw)
-        except ValueError:
-            raise self._strange(path, "JSON") from None
-
-    def _strange(self, path: str, expected: str) -> InputError:
-        return InputError(
-            "the server answered in a form that is not OpenAI's", where=self.root + path,
-            expected=expected, hint="Is this the address of its API?",
-        )  # fmt: skip
+            path, logprobs = "/v1/completions", self.kind.logprobs
+            asked["prompt"] = prompt.text
+        reply = self.client.ask(path, {**asked, **logprobs})
+        if reply.refused and "logprobs" in reply.said:  # it gives none: its text is left
+            reply = self.client.ask(path, asked)
+        return _answer(reply, self.kind)
 
 
-def _first(told: Any) -> dict[str, float] | None:
+def _once_loaded(client: Client) -> Reply:
+    """Return a server's list of models; one that is still loading (503) is waited for."""
+    end = time.monotonic() + client.timeout
+    while (reply := client.ask("/v1/models")).status == LOADING and time.monotonic() < end:
+        time.sleep(min(1.0, client.timeout / 10))
+    return reply
+
+
+def _models(reply: Reply) -> tuple[Model, ...]:
+    listed = reply.value()
+    entries = listed.get("data") if isinstance(listed, dict) else None
+    if not isinstance(entries, list):
+        raise reply.strange("a list of models")
+    return tuple(
+        Model(str(each["id"]), str(each.get("owned_by") or ""), _text(each.get("parent")))
+        for each in entries if isinstance(each, dict) and "id" in each
+    )  # fmt: skip
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _answer(reply: Reply, kind: Kind) -> Answer:
+    told = reply.value(kind.hint)
+    try:
+        choice, usage = told["choices"][0], told.get("usage") or {}
+        text = (choice["message"]["content"] if "message" in choice else choice["text"]) or ""
+        if not isinstance(text, str):
+            raise TypeError(text)
+        logprobs = choice.get("logprobs")
+        if logprobs and _first_is_left_out(logprobs, text, usage):
+            logprobs = None
+        return Answer(text, _first(logprobs), usage.get("prompt_tokens"))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
+        raise reply.strange("a choice with a text") from None
+
+
+def _first_is_left_out(told: Any, text: str, usage: Mapping[str, Any]) -> bool:
+    """Whether the first of the tokens told is not the first of the answer.
+
+    llama.cpp's server leaves tokens out that are a part of a character.
+    """
+    content = told.get("content")
+    if not content or len(content) >= usage.get("completion_tokens", 0):
+        return False
+    token = str(content[0]["token"])
+    return "\ufffd" in token or not text.startswith(token)
+
+
+def _first(told: Any) -> dict[Token, float] | None:
     """Return the log-probabilities of the first token, in either of the API's forms."""
     if not told:
         return None
+    pairs: list[tuple[Token, Any]]
     if content := told.get("content"):
-        pairs = [(each["token"], each["logprob"]) for each in content[0].get("top_logprobs", ())]
+        pairs = [
+            (each["id"] if isinstance(each.get("id"), int) else str(each["token"]), each["logprob"])
+            for each in content[0].get("top_logprobs", ())
+        ]
     elif top := told.get("top_logprobs"):
         pairs = list((top[0] or {}).items())
     else:
         return None
-    return {str(token): float(value) for token, value in pairs} or None
+    numbers = ((token, float(value)) for token, value in pairs)
+    # NaN tells nothing, and a probability of 0 cannot be held against another.
+    return {token: value for token, value in numbers if math.isfinite(value)} or None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regraft.errors import UsageError
-from regraft.probing.report import ProbeReport, PromptProbe, Verdict
-from regraft.probing.server import Answer, Server
+from regraft.probing.client import Client
+from regraft.probing.judging import allowance, held, notes_on_answers, notes_on_verdict, verdict_of
+from regraft.probing.report import ProbeReport
+from regraft.probing.server import Server
 from regraft.verifying.prompting.file import Prompt, read_prompts
 
-APART = 1e-3
-"""Log-probabilities that differ by more are another model's: the same one, asked twice, differs by
-less."""
+if TYPE_CHECKING:
+    from regraft.probing.expecting import Expected
 
 ASKED = tuple(
     Prompt(number, text)
@@ -22,14 +24,13 @@ ASKED = tuple(
 )
 """What a server is asked where no prompts are given."""
 
-Expected = Callable[[Prompt], Mapping[str, float]]
-
 
 def probe(
     url: str,
     *,
     adapter: str,
     base: str | None = None,
+    engine: str | None = None,
     prompts: str | Path | None = None,
     expect: str | Path | Sequence[str | Path] | None = None,
     tokens: int = 16,
@@ -45,13 +46,18 @@ def probe(
     Args:
         url: the server's address, such as ``http://localhost:8000``.
         adapter: its name of the adapter: a model's name (vLLM, SGLang), the number or file of a
-            llama.cpp server's adapter, or the folder for mlx_lm.server.
-        base: its name of the base; by default the first model that is not the adapter.
+            llama.cpp server's adapter; for mlx_lm.server the folder, or ``default_model`` for what
+            it was started with.
+        base: its name of the base; by default the adapter's parent or the first model that is not
+            the adapter, and with mlx_lm.server the model that it was started with.
+        engine: the kind of server: ``vllm``, ``sglang``, ``llama.cpp`` or ``mlx``; by default what
+            the server says itself.
         prompts: a file of prompts, as for :func:`regraft.verify`; a few are at hand.
         expect: the merged model, or base and adapter, that it is to answer as; needs the torch
             extra, and a tokenizer beside the model.
         tokens: how many tokens each answer has at most.
-        tolerance: largest difference of a log-probability from the expected one.
+        tolerance: largest difference of a log-probability from the expected one; where base and
+            adapter are given, twice as much as the server's base differs from it is allowed, too.
         timeout: seconds to wait for each answer.
         key: what the server is asked with, if it wants a key.
 
@@ -66,19 +72,25 @@ def probe(
     """
     asked = tuple(read_prompts(Path(prompts))) if prompts is not None else ASKED
     paths = _paths(expect)
-    server = Server(url, timeout, key)
-    of_base, of_adapter = server.sides(adapter, base)
-    expected = _expectation(paths) if paths else None
-    found = []
-    hidden = False
-    for prompt in asked:
-        plain, adapted = (server.answer(side, prompt, tokens) for side in (of_base, of_adapter))
-        hidden |= adapted.logprobs is None or plain.logprobs is None
-        found.append(_held(prompt, plain, adapted, expected))
-    verdict = _verdict(found, expected is not None, tolerance)
+    client = Client(url, timeout, key)
+    server = Server(client, engine)
+    sides = server.sides(adapter, base)
+    expected = _expected(paths, asked) if paths else (None,) * len(asked)
+    # One side after the other: some servers load a model anew whenever another is asked for.
+    plain, adapted = (
+        [server.answer(side, prompt, tokens) for prompt in asked]
+        for side in (sides.base, sides.adapter)
+    )
+    found = tuple(map(held, asked, plain, adapted, expected))
+    allowed = max(tolerance, allowance(found, adapted, expected))
+    verdict = verdict_of(found, bool(paths), allowed)
+    notes = (
+        *sides.notes, *notes_on_answers(plain, adapted, expected),
+        *notes_on_verdict(verdict, len(paths), allowed, tolerance),
+    )  # fmt: skip
     return ProbeReport(
-        server.root, of_base.shown, of_adapter.shown, verdict, tuple(found), tolerance,
-        tuple(_notes(hidden, verdict, expected is not None)),
+        client.root, server.kind.name, sides.base.shown, sides.adapter.shown, verdict, found,
+        allowed, notes,
     )  # fmt: skip
 
 
@@ -93,49 +105,7 @@ def _paths(expect: str | Path | Sequence[str | Path] | None) -> tuple[str | Path
     return paths
 
 
-def _expectation(paths: Sequence[str | Path]) -> Expected:
-    from regraft.probing.expecting import expectation
+def _expected(paths: Sequence[str | Path], asked: Sequence[Prompt]) -> tuple[Expected, ...]:
+    from regraft.probing.expecting import expected_answers
 
-    return expectation(paths)
-
-
-def _held(prompt: Prompt, plain: Answer, adapted: Answer, expected: Expected | None) -> PromptProbe:
-    wanted = None if expected is None else _apart(adapted.logprobs, expected(prompt))
-    apart = _apart(plain.logprobs, adapted.logprobs)
-    return PromptProbe(prompt.text, plain.text, adapted.text, apart, wanted)
-
-
-def _apart(one: Mapping[str, float] | None, other: Mapping[str, float] | None) -> float | None:
-    """Return the largest difference over the tokens of both; None where there is none of both."""
-    common = (one or {}).keys() & (other or {}).keys()
-    if one is None or other is None or not common:
-        return None
-    return max(abs(one[token] - other[token]) for token in common)
-
-
-def _verdict(found: Sequence[PromptProbe], is_expected: bool, tolerance: float) -> Verdict:
-    differs = any(
-        each.base != each.adapter or (each.apart is not None and each.apart > APART)
-        for each in found
-    )
-    seen = all(each.apart is not None for each in found)
-    if not differs:
-        return "acts as the base" if seen else "cannot be judged"
-    if not is_expected:
-        return "acts"
-    off = [each.from_expected for each in found if each.from_expected is not None]
-    if not off:
-        return "cannot be judged"
-    return "acts" if max(off) <= tolerance else "otherwise than expected"
-
-
-def _notes(hidden: bool, verdict: Verdict, is_expected: bool) -> list[str]:
-    notes = []
-    if hidden:
-        notes.append(
-            "the server hides the log-probabilities of some answers; what is said of these rests "
-            "on their text alone"
-        )
-    if verdict == "cannot be judged" and is_expected:
-        notes.append("no answer has a token in common with what was computed")
-    return notes
+    return expected_answers(paths, asked)

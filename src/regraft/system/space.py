@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 from importlib import import_module
+from pathlib import Path
 
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
@@ -54,3 +55,18 @@ def taken(found: os.stat_result) -> int:
     """Return what a file takes on the disk, in bytes; its size where the system does not say."""
     blocks: int | None = getattr(found, "st_blocks", None)
     return found.st_size if blocks is None else blocks * 512
+
+
+def files_left(path: Path) -> int | None:
+    """Return how many more files the file system takes that a path lies in, or would lie in.
+
+    None where the system does not say, or the file system has no limit.
+    """
+    if not hasattr(os, "statvfs"):
+        return None
+    there = (each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    try:
+        found = os.statvfs(next(there, path))
+    except OSError:
+        return None
+    return found.f_favail if found.f_files else None

@@ -136,10 +136,10 @@ def _merged(
     Raises:
         RegraftError: one is not there, or is not what was merged.
     """
-    from regraft.merging.undo.manifest import MANIFEST, UNDO, read_manifest
+    from regraft.merging.undo.manifest import MANIFEST, read_manifest, undo_of
     from regraft.merging.undo.merged_adapters import check_adapter, open_kept, weights_of
 
-    kept = (folder / UNDO / MANIFEST).is_file()
+    kept = (undo_of(folder) / MANIFEST).is_file()
     names = read_manifest(folder, receipt).adapters if kept else (None,)
     weights = weights_of(receipt)
     if None in names:

@@ -20,7 +20,8 @@ from regraft.concurrency import for_each
 from regraft.errors import InputError
 from regraft.formats.files.inside import leads_outside
 from regraft.formats.files.reading import FilePool, open_regular, read_at, typed_os_errors
-from regraft.formats.gguf import open_gguf, read_head
+from regraft.formats.gguf import open_gguf
+from regraft.formats.gguf_header import raw_head
 from regraft.formats.layout import RECEIPT, is_gguf, record_of
 from regraft.formats.safetensors import MAX_HEADER_BYTES, read_header
 from regraft.merging.files.receipt import Receipt, TensorRecord, file_key
@@ -282,7 +283,7 @@ def _weight_jobs(
     try:
         if digest is not None:
             check.headers += 1
-            raw = _raw_gguf_head(path) if in_gguf else _raw_header(path)
+            raw = raw_head(path) if in_gguf else _raw_header(path)
             check.bytes += len(raw)
             same = blake3(raw).hexdigest() == digest
             check.differences += _unless(same, name, "", "its header has changed")
@@ -312,16 +313,6 @@ def _weight_jobs(
 def _tensors_of_gguf(path: Path) -> dict[str, TensorSpec]:
     """Return the blocks of a GGUF file's tensors, by name."""
     return {name: tensor.stored for name, tensor in open_gguf(path).tensors.items()}
-
-
-def _raw_gguf_head(path: Path) -> bytes:
-    """Return all bytes of a GGUF file before its tensors."""
-    size = read_head(path).size
-    fd = open_regular(path)
-    try:
-        return read_at(fd, path, 0, size)
-    finally:
-        os.close(fd)
 
 
 def _is_padded(path: Path, tensors: Iterable[TensorSpec], begin: int) -> bool:

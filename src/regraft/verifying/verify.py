@@ -215,10 +215,11 @@ def _against_receipt(
 
 def _unusable_undo(folder: Path, receipt: Receipt, check: ReceiptCheck) -> list[Difference]:
     """Return what is wrong with a manifest of the undo that the receipt has just so."""
-    from regraft.merging.undo.manifest import MANIFEST, UNDO, read_manifest
+    from regraft.merging.undo.manifest import MANIFEST, UNDO, read_manifest, undo_of
 
     name = f"{UNDO}/{MANIFEST}"
-    if not (folder / name).is_file() or any(found.file == name for found in check.differences):
+    kept = (undo_of(folder) / MANIFEST).is_file()
+    if not kept or any(found.file == name for found in check.differences):
         return []
     try:
         read_manifest(folder, receipt)

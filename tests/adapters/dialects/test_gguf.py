@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 import regraft
 from adapters.dialects import llama_cpp
+from engine_python import LLAMA_CPP, python_of
 from merging import toys
 from regraft.errors import AdapterError, MismatchError, UnsupportedError, UsageError
 
@@ -134,7 +135,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, bool]:
 def test_llama_cpp_answers_with_the_adapter_as_with_the_merge(
     base: Path, case: tuple[Path, bool], tmp_path: Path
 ) -> None:
-    llama_cpp.python()
+    python_of(LLAMA_CPP)
     peft, uniform = case
     done = regraft.convert(peft, tmp_path / "out", to="gguf", base=base)
     assert done.uniform == uniform
@@ -194,7 +195,7 @@ def test_an_adapter_of_two_scales_as_llama_cpp_converts_it_answers_wrong(
     base: Path, tmp_path: Path
 ) -> None:
     """The fault that the uniform form is for: the config's alpha, over the rank of each tensor."""
-    llama_cpp.python()
+    python_of(LLAMA_CPP)
     peft = write_adapter(tmp_path / "peft", factors(), use_rslora=True)
     plain = write_adapter(tmp_path / "as-if-plain", factors())  # what its converter makes of it
     for adapter in (peft, plain):
@@ -220,7 +221,7 @@ def test_without_an_alpha_the_scale_is_one(base: Path, tmp_path: Path, alpha: fl
     assert (facts.scale, facts.dialect) == (1.0, "gguf")
     as_rank = {"adapter.lora.alpha": float(toys.RANK)}
     other = by_hand(tmp_path / "other.gguf", one_module(), **as_rank)
-    llama_cpp.python()
+    python_of(LLAMA_CPP)
     served = write_gguf(base, tmp_path / "base.gguf")
     one, same = (llama_cpp.answers(tmp_path, served, PROMPTS, VOCAB, f) for f in (file, other))
     assert np.array_equal(one, same)
@@ -230,7 +231,7 @@ def test_llama_cpp_stops_at_an_adapter_of_a_tied_embedding(tied: Path, tmp_path:
     peft = write_adapter(tmp_path / "peft", toys.embedding("model.embed_tokens", VOCAB, HIDDEN))
     with pytest.raises(UnsupportedError, match="one tensor for the embedding and the head"):
         regraft.convert(peft, tmp_path / "out", to="gguf", base=tied)
-    llama_cpp.python()
+    python_of(LLAMA_CPP)
     a, b = toys.embedding("model.embed_tokens", VOCAB, HIDDEN).values()
     tensors = {"token_embd.weight.lora_a": a.T, "token_embd.weight.lora_b": b}
     file = by_hand(tmp_path / "lora.gguf", tensors, **{"adapter.lora.alpha": 6.0})

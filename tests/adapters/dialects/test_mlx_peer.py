@@ -162,6 +162,10 @@ MADE_BY_PEFT = {
     "stacks of Mixtral": ("mixtral", lora(target_modules=["q_proj"], target_parameters=[
         "mlp.experts.gate_up_proj", "mlp.experts.down_proj"])),
     "GPT-2": ("gpt2", lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "positions of GPT-2": ("gpt2", lora(target_modules=["wpe"])),
+    "embedding and head of GPT-NeoX": ("gpt_neox", lora(target_modules=["embed_in", "lm_head"])),
+    "router of Mixtral": ("mixtral", lora(target_parameters=["mlp.gate.weight"])),
+    "head of a model that sees": ("llava", lora(target_modules=["lm_head"])),
 }  # fmt: skip
 
 

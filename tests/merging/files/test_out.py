@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from click.testing import CliRunner
 
 import regraft
 from merging import toys
+from mounting import run
 from regraft.cli.app import app
-from regraft.errors import OutputExistsError
+from regraft.errors import AccessError, DiskSpaceError, OutputExistsError
 from regraft.merging.files import publish as output
 
 Verb = Callable[[Path, str], object]
@@ -131,3 +133,62 @@ def test_a_link_is_called_a_link_and_home_is_not_replaced(
                            "home": r"the home folder is not replaced"}.items():  # fmt: skip
             with pytest.raises(OutputExistsError, match=words):
                 regraft.merge(inputs / "base", inputs / "a", tmp_path / out, overwrite=overwrite)
+
+
+# -- what a plan says of the place -----------------------------------------------------------------
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nothing can be made in: for root, who may write anywhere, a read-only disk."""
+    place = tmp_path / "closed"
+    place.mkdir()
+    if os.geteuid():
+        place.chmod(0o555)
+        yield place
+        place.chmod(0o755)
+        return
+    run("mount", "-t", "tmpfs", "-o", "ro", "none", place)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("out", ["out", "made/on/the/way/out"])
+def test_a_plan_refuses_a_folder_that_may_not_be_written_to(
+    inputs: Path, closed: Path, out: str
+) -> None:
+    with pytest.raises(AccessError, match="cannot write"):
+        regraft.plan(inputs / "base", inputs / "a", closed / out)
+    with pytest.raises(AccessError, match="cannot write"):
+        regraft.merge(inputs / "base", inputs / "a", closed / out)
+    assert not list(closed.iterdir())
+
+
+@pytest.mark.parametrize("out", ["n" * 250, "made/" + "n" * 250, "n" * 300 + "/out"])
+def test_a_plan_refuses_a_name_that_is_too_long(inputs: Path, tmp_path: Path, out: str) -> None:
+    """The name of the folder beside it, in which it is built, is longer by nine."""
+    for verb in (regraft.plan, regraft.merge):
+        with pytest.raises(AccessError, match="too long"):
+            verb(inputs / "base", inputs / "a", tmp_path / out)
+    assert regraft.plan(inputs / "base", inputs / "a", tmp_path / ("n" * 200)).disk is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_says_so_in_a_dry_run(inputs: Path, closed: Path) -> None:
+    arguments = ["merge", str(inputs / "base"), str(inputs / "a"), "--dry-run"]
+    done = CliRunner().invoke(app, [*arguments, "-o", str(closed / "out")])
+    assert done.exit_code == 4
+    assert f"{closed}: cannot write" in done.stderr
+
+
+def test_a_file_system_without_room_for_another_file_says_so(inputs: Path, tmp_path: Path) -> None:
+    place = tmp_path / "few"
+    place.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "nr_inodes=6", "none", place)
+    try:
+        with pytest.raises(DiskSpaceError, match="no more files"):
+            regraft.merge(inputs / "base", inputs / "a", place / "out")
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

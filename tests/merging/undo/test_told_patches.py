@@ -105,7 +105,7 @@ def test_what_layout_1_can_tell_is_written_in_it(tmp_path: Path, kind: str) -> N
     assert '"format": 1' in (tmp_path / "out/regraft/undo/undo.json").read_text()
 
 
-@pytest.mark.parametrize("layout", [0, 3, True, "2", None])
+@pytest.mark.parametrize("layout", [0, 4, True, "2", None])
 def test_a_layout_that_is_not_known_is_refused(layout: Any) -> None:
     from regraft.merging.undo.manifest import _manifest
 

@@ -22,7 +22,12 @@ from regraft.adapters.dialects.form import (
     as_stored,
     stacked,
 )
-from regraft.adapters.dialects.shared.base_facts import model_type, needed
+from regraft.adapters.dialects.shared.base_facts import (
+    has_parts,
+    is_other_part,
+    model_type,
+    needed,
+)
 from regraft.adapters.dialects.shared.experts import Stack, by_stack, leaf_of, single_experts
 from regraft.adapters.dialects.shared.gathering import Gathering, Parts
 from regraft.adapters.dialects.shared.tied import EMBEDDINGS, as_one, as_two
@@ -176,6 +181,9 @@ _FROM_PEFT = (
 _OF_GPT2 = ("gpt2", "gptj")
 """Model types whose ``transformer`` is ``model``; those of others keep the name."""
 
+_SPARSE = ("mixtral", "phimoe", "minimax")
+"""Model types whose ``block_sparse_moe`` is ``mlp`` in transformers since 5."""
+
 
 def _peft_name(name: str) -> str:
     for pattern, into in _TO_PEFT:
@@ -191,6 +199,12 @@ def _mlx_name(name: str, base: Checkpoint | None) -> str:
     if name.startswith("transformer.h.") or name in ("transformer.wte", "transformer.wpe"):
         known = model_type(needed(base, f"it says what mlx-lm calls {name}"))
         return name.replace("transformer.", "model.", 1) if known in _OF_GPT2 else name
+    if name == "lm_head" and model_type(base) == "gpt_neox":
+        return "model.embed_out"
+    if name == "lm_head" and has_parts(base):
+        return f"language_model.{name}"
+    if name.endswith(".mlp.gate") and model_type(base) in _SPARSE:
+        return f"{name.removesuffix('.mlp.gate')}.block_sparse_moe.gate"
     return name
 
 
@@ -202,7 +216,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
     forms = {(module.rank, module.scale) for module in adapter.modules}
     if len(forms) > 1:
         raise ValueError("the form is not uniform")  # whoever calls makes it so first
-    _refuse(_unsayable(adapter))
+    _refuse([*_unsayable(adapter), *_without_place(adapter, base)])
     single = as_one(single_experts(adapter, base), base)
     plain, stacks, problems = by_stack(single.modules)
     _refuse([*problems, *_unlike_dora(plain, stacks)])
@@ -262,6 +276,16 @@ def _unsayable(adapter: PlainAdapter) -> list[Problem]:
     return problems
 
 
+def _without_place(adapter: PlainAdapter, base: Checkpoint | None) -> Iterator[Problem]:
+    """Yield the modules that mlx-lm's models do not have."""
+    for module in adapter.modules:
+        if module.kind == "linear" and module.name.endswith(".experts"):
+            yield Problem("mlx-lm has no LoRA for the biases of experts", module.name, hint=_MERGE)
+        elif is_other_part(module.name, base):
+            yield Problem("mlx-lm has a model's language part alone, and stops at an adapter of "
+                          "another", module.name, hint=_MERGE)  # fmt: skip
+
+
 def _unlike_dora(plain: Iterable[LoraModule], stacks: Iterable[Stack]) -> Iterator[Problem]:
     """Yield the modules without magnitudes of an adapter that has some: mlx-lm gives them theirs.
 
@@ -287,7 +311,7 @@ def _of_stack(stack: Stack, base: Checkpoint | None) -> dict[str, Moved]:
     known = model_type(base)
     where = "experts" if known in _STACK_IS_EXPERTS else "switch_mlp"
     owner = stack.owner
-    if known in ("mixtral", "phimoe", "minimax"):  # whose module is mlp in transformers since 5
+    if known in _SPARSE:
         owner = re.sub(r"\.mlp$", ".block_sparse_moe", owner)
     leaf = next(leaf for leaf, role in _ROLES.items() if role == stack.role)
     name = f"{_mlx_name(owner, base)}.{where}.{leaf}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from regraft.formats import foreign
 from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.layout import ADAPTER_SAFE, MLX_WEIGHTS
 
 if TYPE_CHECKING:  # to say what a file is takes no arrays
     from regraft.adapters.dialects.form import NewFile, PlainAdapter
@@ -61,6 +62,8 @@ class Dialect:
         reads, writes: whether it does.
         uniform: whether it has one rank and one scale for all modules, or what its module calls
             sayable (``is_sayable``).
+        weights: the usual name of its file of tensors.
+        turned: whether its A is (in, r) and its B (r, out).
         notes: what to say to whoever writes it.
     """
 
@@ -70,6 +73,8 @@ class Dialect:
     reads: bool = True
     writes: bool = True
     uniform: bool = False
+    weights: str = ""
+    turned: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -107,21 +112,31 @@ _MISTRAL = (
     "mistral-inference reads no params.json: call load_lora with scaling= its lora.scaling",
 )
 
+_KOHYA = (
+    "diffusers loses some of what it may say (alphas, DoRA): see regraft check --for diffusers",
+)
+
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
         Dialect("peft", "an adapter in PEFT's format", f"{_HERE}.as_peft", reads=False),
-        Dialect("mlx", foreign.MLX.name, f"{_HERE}.mlx", uniform=True),
-        Dialect("torchtune", foreign.TORCHTUNE.name, f"{_HERE}.torchtune", uniform=True),
-        Dialect("litgpt", foreign.LITGPT.name, f"{_HERE}.litgpt", uniform=True, notes=_LITGPT),
-        Dialect("tinker", foreign.TINKER.name, f"{_HERE}.tinker", uniform=True),
-        Dialect("automodel", foreign.AUTOMODEL.name, f"{_HERE}.automodel", uniform=True),
-        Dialect("mistral", foreign.MISTRAL.name, f"{_HERE}.mistral", uniform=True, notes=_MISTRAL),
-        Dialect("kohya", foreign.KOHYA.name, f"{_HERE}.images.kohya"),
+        Dialect("mlx", foreign.MLX.name, f"{_HERE}.mlx", uniform=True, weights=MLX_WEIGHTS,
+                turned=True),
+        Dialect("torchtune", foreign.TORCHTUNE.name, f"{_HERE}.torchtune", uniform=True,
+                weights="adapter_model.pt"),
+        Dialect("litgpt", foreign.LITGPT.name, f"{_HERE}.litgpt", uniform=True,
+                weights="lit_model.pth.lora", notes=_LITGPT),
+        Dialect("tinker", foreign.TINKER.name, f"{_HERE}.tinker", uniform=True,
+                weights=ADAPTER_SAFE),
+        Dialect("automodel", foreign.AUTOMODEL.name, f"{_HERE}.automodel", uniform=True,
+                weights=ADAPTER_SAFE),
+        Dialect("mistral", foreign.MISTRAL.name, f"{_HERE}.mistral", uniform=True,
+                weights="lora.safetensors", notes=_MISTRAL),
+        Dialect("kohya", foreign.KOHYA.name, f"{_HERE}.images.kohya", notes=_KOHYA),
         Dialect("diffusers", foreign.DIFFUSERS.name, f"{_HERE}.images.diffusers"),
         Dialect("gguf", foreign.GGUF.name, f"{_HERE}.gguf", uniform=True),
     )
-}
+}  # fmt: skip
 """Every dialect that is read or written, by name."""
 
 

@@ -7,6 +7,7 @@ product exactly, else in float32. Ranks are filled up with zeros, which add noth
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,24 @@ def uniform_form(adapter: PlainAdapter) -> tuple[PlainAdapter, float]:
     return replace(adapter, modules=tuple(made)), (errors / norms) ** 0.5 if norms else 0.0
 
 
+def shape_of_uniform(adapter: PlainAdapter) -> PlainAdapter:
+    """Return an adapter as large as its uniform form, whose values are not: nothing is read."""
+    rank = max((module.rank for module in adapter.modules), default=1)
+    return replace(
+        adapter,
+        modules=tuple(
+            replace(module, scale=1.0, **_with_rank(module, module.b, rank))
+            for module in adapter.modules
+        ),
+    )
+
+
+def _with_rank(module: LoraModule, b: Moved, rank: int) -> dict[str, Any]:
+    """Return a module's rank and factors, filled up with zeros to a rank."""
+    axis = 0 if module.kind != "experts" else 1
+    return {"rank": rank, "a": _filled(module.a, axis, rank), "b": _filled(b, axis + 1, rank)}
+
+
 def _folded(module: LoraModule, rank: int, files: FilePool) -> tuple[LoraModule, float, float]:
     scale = module.scale
     values = _values(module.b, files)
@@ -50,10 +69,7 @@ def _folded(module: LoraModule, rank: int, files: FilePool) -> tuple[LoraModule,
     error = float(np.sum((stored - exact.ravel()) ** 2))
     b = _scaled(module.b, scale, dtype)
     bias = None if module.bias is None else _folded_bias(module, module.bias, files)
-    axis = 0 if module.kind != "experts" else 1
-    a = _filled(module.a, axis, rank)
-    b = _filled(b, 1 if module.kind != "experts" else 2, rank)
-    folded = replace(module, rank=rank, scale=1.0, a=a, b=b, bias=bias)
+    folded = replace(module, scale=1.0, bias=bias, **_with_rank(module, b, rank))
     return folded, error, float(np.sum(exact**2))
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 )
 @options.token
 @options.as_json
+@options.quiet
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -46,6 +47,7 @@ def command(
     engine: str | None,
     engine_options: tuple[str, ...],
     as_json: bool,
+    quiet: bool,
     **chosen: Any,
 ) -> None:
     """Say whether adapters would merge into a base, and if not, everything that stands in the way.
@@ -63,31 +65,16 @@ def command(
       regraft check org/model ./adapter=0.5 ./other --json
       regraft check ./base ./adapter --for vllm --engine-option max_lora_rank=64
     """
-    from regraft import api
+    from regraft.engines.checking import check
 
-    output = Output(as_json=as_json)
+    output = Output(as_json=as_json, quiet=quiet)
     output.mute_repeated()
     found, adapters = options.base_named(output, base, adapters, chosen["token"])
-    if engine is None and not engine_options:
-        report = api.check(found, list(adapters), **chosen)
-    else:
-        report = _with_engine(found, adapters, engine, engine_options, chosen)
+    given = dict(option.partition("=")[::2] for option in engine_options)
+    report = check(found, list(adapters), engine=engine, engine_options=given, **chosen)
     output.warn(report.warnings)
     output.data(report.to_json(), _render(report))
     ctx.exit(0 if report.ok else 1)
-
-
-def _with_engine(
-    base: str,
-    adapters: tuple[str, ...],
-    engine: str | None,
-    given: tuple[str, ...],
-    chosen: dict[str, Any],
-) -> CheckReport:
-    from regraft.engines.checking import check
-
-    options = dict(option.partition("=")[::2] for option in given)
-    return check(base, list(adapters), engine=engine, engine_options=options, **chosen)
 
 
 def _render(report: CheckReport) -> str:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @click.argument("sources", metavar="PATH_OR_ID...", nargs=-1, required=True)
 @options.token
 @options.as_json
-def command(sources: tuple[str, ...], token: str | None, as_json: bool) -> None:
+@options.quiet
+def command(sources: tuple[str, ...], token: str | None, as_json: bool, quiet: bool) -> None:
     """Say what a checkpoint or an adapter is, from its headers and configs alone.
 
     For a base or merged model: architecture, parameters, dtypes, files, quantization, and what it
@@ -36,7 +37,7 @@ def command(sources: tuple[str, ...], token: str | None, as_json: bool) -> None:
 
     found = [inspection.inspect(source, token=token) for source in sources]
     text = "\n\n".join(map(inspection_text.render, found))
-    Output(as_json=as_json).data(_payload(found), text)
+    Output(as_json=as_json, quiet=quiet).data(_payload(found), text)
 
 
 def _payload(found: list[Inspection]) -> dict[str, object]:

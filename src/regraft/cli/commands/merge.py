@@ -59,7 +59,8 @@ def command(
     says how much survived.
 
     With -o OUT.gguf a BASE.gguf stays one GGUF file: its metadata, tokenizer and types are kept,
-    and so are the scales of its blocks, as with --quantize keep.
+    and so are the scales of its blocks, as with --quantize keep. Receipt and undo lie in the folder
+    OUT.gguf.regraft beside it.
 
     \b
     Examples:

@@ -22,7 +22,7 @@ from regraft.cli.writing import write_model
     metavar="ADAPTER[=WEIGHT]",
     help="An adapter that was merged, if no copy was kept. Once for each, in their order.",
 )
-@options.dtype
+@options.dtype_or_blocks
 @options.shard_size
 @options.max_memory
 @options.threads
@@ -45,7 +45,8 @@ from regraft.cli.writing import write_model
 def command(ctx: click.Context, /, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Take a merge back and merge other adapters, in one pass and without the base.
 
-    MERGED is what `regraft merge` or `swap` wrote, with its regraft/ subfolder. The ADAPTERs take
+    MERGED is what `regraft merge` or `swap` wrote, with its regraft/ subfolder, or a GGUF file with
+    the folder MERGED.gguf.regraft beside it, whose OUT may be a GGUF file too. The ADAPTERs take
     the place of all that were merged. OUT is byte for byte what merging them into the base makes,
     and its receipt names that base. By default its dtype and files are the base's, whatever those
     of MERGED are.
@@ -54,6 +55,7 @@ def command(ctx: click.Context, /, as_json: bool, quiet: bool, **chosen: Any) ->
     Examples:
       regraft swap ./merged ./adapter-v2 -o ./merged-v2
       regraft swap ./merged ./style=0.3 ./facts -o ./both
+      regraft swap ./merged.gguf ./adapter-v2 -o ./merged-v2.gguf
     """
     output = Output(as_json=as_json, quiet=quiet)
     output.mute_downloads()

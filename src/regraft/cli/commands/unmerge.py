@@ -35,13 +35,15 @@ from regraft.cli.output import Output
 def command(*, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Take a merge back: give back the base that a model was merged from, without that base.
 
-    MERGED is what `regraft merge` or `swap` wrote, with its regraft/ subfolder. The files of the
-    base come back byte for byte, and each tensor is held against the digest that the receipt has
+    MERGED is what `regraft merge` or `swap` wrote, with its regraft/ subfolder; a GGUF file is one
+    with the folder MERGED.gguf.regraft beside it, and BASE.gguf is one file. The files of the base
+    come back byte for byte, and each tensor is held against the digest that the receipt has
     of it. Weights, adapter or patch that were changed since are refused, tensor by tensor.
 
     \b
     Examples:
       regraft unmerge ./merged -o ./base
+      regraft unmerge ./merged.gguf -o ./base.gguf
       regraft unmerge ./merged -o ./base --adapter ./style=0.5 --adapter ./facts
     """
     output = Output(as_json=as_json, quiet=quiet)

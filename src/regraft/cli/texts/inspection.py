@@ -7,12 +7,15 @@ from typing import Any
 
 from regraft.cli.text import count, pairs, percent, plural, size, table
 from regraft.formats.problems import quoted
-from regraft.inspection import AdapterFacts, Inspection, MergeFacts, ModelFacts
+from regraft.inspection import GGUF, AdapterFacts, Inspection, MergeFacts, ModelFacts
 
 _KINDS = {"base": "a base model", "merged": "a merged model", "adapter": "an adapter"}
 
 FEW_FILES = 8
 """Up to this many files are listed one by one."""
+
+_SHOWN = 12
+"""Up to so many names of a list are shown."""
 
 
 def render(inspection: Inspection) -> str:
@@ -22,7 +25,7 @@ def render(inspection: Inspection) -> str:
     kind = "a converted model" if merged and not merged.adapters else _KINDS[inspection.kind]
     title = f"{inspection.source}{revision}: {kind}"
     rows = [
-        *(_merge_rows(inspection.merge) if inspection.merge else []),
+        *(_merge_rows(inspection.merge) if inspection.merge else _unknown_merge(inspection)),
         *(_model_rows(inspection.model) if inspection.model else []),
         *(_adapter_rows(inspection.adapter) if inspection.adapter else []),
         *_size_rows(inspection),
@@ -38,16 +41,31 @@ def _indented(text: str) -> str:
 def _size_rows(inspection: Inspection) -> list[tuple[str, str]]:
     total = inspection.bytes or 1
     shares = [f"{d.dtype} {percent(d.bytes / total)}" for d in inspection.dtypes]
-    elements = "elements stored" if _quantized(inspection) else "parameters"
+    if _in_gguf(inspection):
+        counted = zip(shares, inspection.dtypes, strict=True)
+        shares = [f"{share} in {plural(d.tensors, 'tensor')}" for share, d in counted]
+    packed = _quantized(inspection) and not _in_gguf(inspection)
+    elements = "elements stored" if packed else "parameters"
     files = plural(len(inspection.files), "file")
     return [
         ("size", f"{count(inspection.parameters)} {elements}, {size(inspection.bytes)} in {files}"),
-        ("dtypes", ", ".join(shares)),
+        ("types" if _in_gguf(inspection) else "dtypes", ", ".join(shares)),
     ]
 
 
 def _quantized(inspection: Inspection) -> bool:
     return inspection.model is not None and inspection.model.quantization is not None
+
+
+def _in_gguf(inspection: Inspection) -> bool:
+    return inspection.model is not None and inspection.model.quantization == GGUF
+
+
+def _unknown_merge(inspection: Inspection) -> list[tuple[str, str]]:
+    """Return what to say of a merged GGUF file without its receipt."""
+    if inspection.kind != "merged":
+        return []
+    return [("merged from", "not known: there is no receipt of it in its folder NAME.gguf.regraft")]
 
 
 def _model_rows(model: ModelFacts) -> list[tuple[str, str]]:
@@ -87,7 +105,7 @@ def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
     return [
         ("adapter", ", ".join(filter(None, [_kind(adapter), adapter.task_type or ""]))),
         ("dialect", adapter.dialect if adapter.dialect != "peft" else ""),
-        ("claims base", f"{adapter.base}{revision}" if adapter.base else "none"),
+        ("claims base", f"{adapter.base}{revision}" if adapter.base else _no_base(adapter)),
         ("fingerprint", _of_base(adapter)),
         ("rank", _rank(adapter)),
         ("scale", _scale(adapter)),
@@ -101,7 +119,12 @@ def _adapter_rows(adapter: AdapterFacts) -> list[tuple[str, str]]:
         ("trained with", f"peft {adapter.peft_version}" if adapter.peft_version else ""),
         ("not known", ", ".join(map(quoted, adapter.unknown_settings))),
         ("cannot merge", "; ".join(adapter.unmergeable)),
+        ("needs its base", adapter.needs_base),
     ]
+
+
+def _no_base(adapter: AdapterFacts) -> str:
+    return "" if adapter.needs_base else "none"
 
 
 def _kind(adapter: AdapterFacts) -> str:
@@ -124,7 +147,7 @@ def _rank(adapter: AdapterFacts) -> str:
     if list(adapter.ranks) in ([], [adapter.r]):
         return stated
     seen = ", ".join(f"{rank} in {plural(n, 'module')}" for rank, n in adapter.ranks.items())
-    return f"{stated} in the config; seen: {seen}"
+    return f"{stated} in the config; seen: {seen}" if stated else seen
 
 
 def _scale(adapter: AdapterFacts) -> str:
@@ -146,7 +169,12 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _names(names: Any) -> str:
-    return names if isinstance(names, str) else ", ".join(names)
+    """Return an expression as it is; of a list the first names, sorted, and how many more."""
+    if isinstance(names, str):
+        return names
+    rest = len(names) - _SHOWN
+    listed = sorted(names)[: _SHOWN if rest > 1 else None]
+    return ", ".join(listed) + (f", and {rest} more" if rest > 1 else "")
 
 
 def _files(inspection: Inspection) -> str:

@@ -16,15 +16,26 @@ _SHOWN = 32
 
 def render(report: ProbeReport) -> str:
     """Return the verdict, a line for each prompt, and the notes."""
-    head = ("prompt", "base", "adapter", "apart", "off")
-    rows = [head, *map(_row, report.prompts)]
-    lines = [_WORDS[report.verdict], "", table(rows, "lllrr")]
+    expected = any(each.from_expected is not None for each in report.prompts)
+    head = ("prompt", "base", "adapter", "apart", *(("off",) if expected else ()))
+    rows = [head, *(_row(each, expected) for each in report.prompts)]
+    lines = [_WORDS[report.verdict], "", table(rows, "lllrr"[: len(head)]), "", _LEGEND]
+    if expected:
+        lines.append(_OFF.format(report.tolerance))
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 
-def _row(each: PromptProbe) -> tuple[str, ...]:
+_LEGEND = (
+    "apart: the largest difference of a log-probability of the first token between base and "
+    "adapter;\nmore than 0.001 is another model's"
+)
+_OFF = "off: the same between the adapter and what was computed of the files; up to {:g} is allowed"
+
+
+def _row(each: PromptProbe, expected: bool) -> tuple[str, ...]:
     texts = (_short(each.prompt), _short(each.base), _short(each.adapter))
-    return (*texts, _number(each.apart), _number(each.from_expected))
+    off = (_number(each.from_expected),) if expected else ()
+    return (*texts, _number(each.apart), *off)
 
 
 def _short(text: str) -> str:

@@ -110,7 +110,9 @@ def _undo(receipt: Receipt) -> str:
     if not totals.undo_bytes:
         return ""
     share = totals.undo_bytes / totals.bytes_written if totals.bytes_written else None
-    command = f"regraft unmerge {path_word(unspelled(receipt.output))} -o BASE"
+    out = unspelled(receipt.output)
+    base = "BASE.gguf" if out.endswith(".gguf") else "BASE"
+    command = f"regraft unmerge {path_word(out)} -o {base}"
     return f"{size(totals.undo_bytes)} ({percent(share)} of the model): `{command}`"
 
 

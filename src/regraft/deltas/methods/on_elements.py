@@ -123,7 +123,7 @@ def _chances(delta: Floats, options: MethodOptions) -> Floats:
     steps = np.arange(delta.shape[1], dtype=np.float32)[None, :]
     np.put_along_axis(ranks, order, np.broadcast_to(steps, delta.shape), axis=1)
     ranks /= np.float32(max(1, delta.shape[1] - 1))
-    spread = min(options.epsilon, options.density / 2, (1 - options.density) / 2)
+    spread = min(options.epsilon, 0.9 * options.density, 0.9 * (1 - options.density))
     low = np.float32(options.density - spread)
     return np.asarray(low + ranks * np.float32(2 * spread), np.float32)
 

@@ -22,9 +22,9 @@ once for each pass."""
 
 OVERSAMPLING = 16
 
-MOST_PASSES = 12
+MOST_PASSES = 24
 
-_ENOUGH = 2e-4
+_ENOUGH = 5e-5
 """Passes end when the next one finds less than this share of the squared error more: the error is
 then within a thousandth of the least there is, unless the spectrum hides what it has."""
 

@@ -64,7 +64,7 @@ def _from_wheel(folder: DemoFolder, *, fresh: bool) -> Base:
     if facts is not None:
         return Base(folder.base, source, facts["seconds"], kept=True)
     start = time.perf_counter()
-    gguf = _find_gguf(folder.path / "wheel")
+    gguf = find_gguf(folder.path / "wheel")
     with folder.building("base") as unfinished:
         _convert(gguf, unfinished)
     taken = time.perf_counter() - start
@@ -72,7 +72,7 @@ def _from_wheel(folder: DemoFolder, *, fresh: bool) -> Base:
     return Base(folder.base, source, taken, kept=False)
 
 
-def _find_gguf(downloads: Path) -> Path:
+def find_gguf(downloads: Path) -> Path:
     """Return the GGUF file: of the installed wheel, else of one downloaded for the demo alone."""
     spec = find_spec(_PACKAGE)
     homes = [Path(home) for home in (spec.submodule_search_locations or [])] if spec else []

@@ -47,11 +47,11 @@ def _train(base: Path, out: Path, lesson: Lesson, progress: Progress) -> Trainin
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapters = regraft.attach(model, _config(settings), lesson.name)
     batches = [
-        _batch(tokenizer, examples[i : i + settings.batch])
+        batch_of(tokenizer, examples[i : i + settings.batch])
         for i in range(0, len(examples), settings.batch)
     ]
     trained = list(adapters.parameters())
-    losses = _optimize(model, trained, batches, settings, progress)
+    losses = optimize(model, trained, batches, settings, progress)
     regraft.save(model, out)
     return Training(
         steps=settings.steps,
@@ -72,7 +72,7 @@ def _config(settings: Settings) -> regraft.LoraConfig:
     )
 
 
-def _batch(tokenizer: Any, examples: list[Example]) -> dict[str, Any]:
+def batch_of(tokenizer: Any, examples: list[Example]) -> dict[str, Any]:
     """Return token ids, mask and labels, each (batch, length); only answers have labels."""
     prompts = [prompt_ids(tokenizer, example.sentence) for example in examples]
     answers = [_answer_ids(tokenizer, example) for example in examples]
@@ -94,7 +94,7 @@ def _answer_ids(tokenizer: Any, example: Example) -> list[int]:
     return ids
 
 
-def _optimize(
+def optimize(
     model: Any,
     weights: list[Any],
     batches: list[dict[str, Any]],

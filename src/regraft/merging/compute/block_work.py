@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from regraft.deltas.kernels.weights import Bytes, Floats, Weights
+from regraft.deltas.undo.exceptions import keep_exceptions
+from regraft.deltas.undo.units import TileCorrection
+from regraft.merging.compute.block_inverse import (
+    codes_before,
+    decoder_of,
+    first_number,
+    in_stored_order,
+    strips,
+)
 from regraft.merging.compute.factors import FactorSource
 from regraft.merging.compute.requantize import block_of, noise_key
 from regraft.merging.compute.step_math import StepMath
@@ -29,7 +37,7 @@ class BlockWork(TileWork):
 
     def __init__(
         self, step: Step, store: FactorSource, source: DequantizingSource, rounding: str, seed: int,
-        tile_bytes: int,
+        tile_bytes: int, *, keeps: bool = False,
     ) -> None:  # fmt: skip
         """Take a step.
 
@@ -40,8 +48,9 @@ class BlockWork(TileWork):
             rounding: of :data:`regraft.quant.weight.ROUNDINGS`.
             seed: says, with the weight's name, which random bits are taken.
             tile_bytes: the size that its tiles were cut by.
+            keeps: whether what takes tiles back is wanted; the type has to be the base's.
         """
-        super().__init__(step, StepMath(step, store, self._read, tile_bytes), keeps=False)
+        super().__init__(step, StepMath(step, store, self._read, tile_bytes), keeps=keeps)
         if step.coded is None:
             raise TypeError("blocks are of a weight that is kept")
         self._source, self._rounding, self._seed = source, rounding, seed
@@ -64,10 +73,10 @@ class BlockWork(TileWork):
         else:
             values[:] = weights.floats()
         self._write(_Rows(self._into, at, weights.floats(), values), stored, done, into)
-        return done
+        return replace(done, kept=self._keep(tile, memory, done, into))
 
     def _stored_bytes(self, at: Block) -> Bytes:
-        offset, length = _decoder(self._stored).place(self._stored, at)
+        offset, length = decoder_of(self._stored).place(self._stored, at)
         stored = np.empty(length, np.uint8)
         self._source.read_stored(self._stored.codes, offset, stored)
         return stored
@@ -75,7 +84,7 @@ class BlockWork(TileWork):
     def _write(self, rows: _Rows, stored: Bytes, done: Computed, into: Bytes) -> None:
         """Fill the result, and add what became of values to the sums."""
         decoder, was, values = rows.decoder, rows.stored(rows.was), rows.stored(rows.values)
-        if decoder == _decoder(self._stored) and decoder.type in GRIDDED:
+        if decoder == decoder_of(self._stored) and decoder.type in GRIDDED:
             from regraft.quant.formats.gguf_rounding import rounded  # compiled; only here
 
             key = noise_key(self._seed, self._into.name)
@@ -86,8 +95,45 @@ class BlockWork(TileWork):
             return
         _make(decoder, values, done, into)
         after = decoder.decoded(into)
+        if decoder.type not in UNQUANTIZED:  # a scale beyond float16 spoils its whole block
+            lost = np.isfinite(values) & ~np.isfinite(after)
+            done.sums[3] += np.count_nonzero(lost)
         done.sums[2] = np.count_nonzero(after != was)
         account(was, values, after, done.coded)
+
+    def _keep(
+        self, tile: Tile, memory: TileMemory, done: Computed, into: Bytes
+    ) -> TileCorrection | None:
+        """Return what takes a tile back; None where that is not wanted."""
+        if self._units is None:
+            return None
+        if decoder_of(self._into).type in UNQUANTIZED:
+            return self._keep_numbers(tile, memory, done)
+        from regraft.quant.formats.gguf_rounding import codes_in  # compiled; only here
+
+        decoder, at, told = decoder_of(self._into), block_of(tile), list[Bytes]()
+        begin = decoder.place(self._into, at)[0]
+        for strip in strips(self.step, at):
+            first, size = decoder.place(self._into, strip)
+            blocks = into[first - begin : first - begin + size]
+            told.append(
+                codes_before(
+                    self.step, strip, blocks, self._rounding, self._seed, self.math.again
+                )
+            )  # fmt: skip
+        units = self._units.of_tile(tile.rows, tile.columns)
+        before = codes_in(decoder.type, done.stored)
+        return keep_exceptions(self._units, *units, np.concatenate(told), before)
+
+    def _keep_numbers(
+        self, tile: Tile, memory: TileMemory, done: Computed
+    ) -> TileCorrection | None:
+        """Return the same of plain numbers: they are merged once more, into their own type."""
+        keeping = self._begin_keeping(tile, memory)
+        assert done.weights is not None
+        merged = Weights.of_bytes(memory.take("again", tile.read), decoder_of(self._into).type)
+        self.math.run(tile, done.weights, merged, np.zeros(4, np.float64), keeping)
+        return keeping.finish(done.raw) if keeping is not None else None
 
 
 def _make(decoder: GgufDecoder, values: Floats, done: Computed, into: Bytes) -> None:
@@ -114,24 +160,13 @@ class _Rows:
     @property
     def decoder(self) -> GgufDecoder:
         """How they are to be stored."""
-        return _decoder(self.weight)
+        return decoder_of(self.weight)
 
     @property
     def first(self) -> int:
-        """Number of the first element as stored; of whole heads it is that of the model."""
-        width = self.weight.shape[-1] if len(self.weight.shape) > 1 else 1
-        return self.at.rows[0] * width + self.at.columns[0]
+        """Number of the first element as stored."""
+        return first_number(self.weight, self.at)
 
     def stored(self, values: Floats) -> Floats:
         """Return values in the order in which rows are stored, flat."""
-        order = self.decoder.stored_order(self.weight, self.at)
-        if order is None:
-            return np.ascontiguousarray(values)
-        rows: Any = values.reshape(self.at.height, self.at.width)[order]
-        return np.ascontiguousarray(rows).reshape(-1)
-
-
-def _decoder(weight: QuantizedWeight) -> GgufDecoder:
-    if not isinstance(weight.codec, GgufDecoder):
-        raise TypeError("a weight in GGUF is wanted")
-    return weight.codec
+        return in_stored_order(self.weight, self.at, values.view(np.uint8)).view(np.float32)

@@ -104,8 +104,9 @@ class PlanContext:
                 raise TypeError("codes come from a quantized base")
             if isinstance(step.coded.codec, Decoder):
                 return BlockWork(
-                    step, self.store, source, options["rounding"], options["seed"], self.tile_bytes
-                )
+                    step, self.store, source, options["rounding"], options["seed"],
+                    self.tile_bytes, keeps=keeps,
+                )  # fmt: skip
             coder = Coder(step.coded, options["rounding"], options["seed"])
             return CodedWork(
                 step, self.store, source, coder, self.tile_bytes, keeps=keeps, checks=self._checks

@@ -33,6 +33,7 @@ from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.planning.plan import Step
 from regraft.merging.planning.tiles import Tile
 from regraft.quant.grid import Codes
+from regraft.quant.weight import Decoder
 
 if TYPE_CHECKING:
     from regraft.merging.compute.two_pass_quantize import Gathering
@@ -126,6 +127,14 @@ class TileWork(ABC):
             Abandoned: another thread failed that this one waited for.
         """
 
+    def _begin_keeping(self, tile: Tile, memory: TileMemory) -> Encoder | None:
+        """Begin to collect what takes back a tile of plain values; None where it is not wanted."""
+        if self._units is None or tile.kind != "rows":
+            return None
+        first, last = self._units.of_tile(tile.rows, tile.columns)
+        memory.encoder.begin(self._units, first, last, self.step.source.itemsize)
+        return memory.encoder
+
 
 class PlainWork(TileWork):
     """A result of plain values, or a copy."""
@@ -197,13 +206,6 @@ class PlainWork(TileWork):
         done = replace(done, kept=keeping.finish(raw))
         weights.bits[negative] = weights.sign_bit
         return done if np.all(merged.bits[negative] & ~merged.sign_bit) else None
-
-    def _begin_keeping(self, tile: Tile, memory: TileMemory) -> Encoder | None:
-        if self._units is None or tile.kind != "rows":
-            return None
-        first, last = self._units.of_tile(tile.rows, tile.columns)
-        memory.encoder.begin(self._units, first, last, self.step.source.itemsize)
-        return memory.encoder
 
 
 class CodedWork(TileWork):
@@ -302,12 +304,21 @@ def check_finite(step: Step, raw: Bytes) -> None:
 WRITE_WIDER = "Write a wider dtype (--dtype bfloat16 or float32), or lower the weight"
 
 
+WIDER_BLOCKS = "Write a wider type (--dtype bf16 or f32), or lower the weight"
+
+
 def overflow(step: Step, bad: int, where: str, hint: str = WRITE_WIDER) -> NumericError:
     """Return the error for a step that made ``bad`` numbers of the base NaN or infinite."""
+    in_gguf = step.coded is not None and isinstance(step.coded.codec, Decoder)
     return NumericError(
         "the merge would hold NaN or infinity where the base held a number",
         where=where,
-        expected=f"values that {step.dtype} can hold",
+        expected=f"values that {_type_name(step)} can hold",
         found=f"{bad} of {step.source.numel} that it cannot",
-        hint=hint,
+        hint=WIDER_BLOCKS if in_gguf else hint,
     )
+
+
+def _type_name(step: Step) -> str:
+    """Return what a result is stored as: its dtype, or the format of its codes."""
+    return step.dtype if step.coded is None else step.coded.codec.name

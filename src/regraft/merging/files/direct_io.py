@@ -25,7 +25,7 @@ from regraft.system.opening import open_to_write
 from regraft.system.past_cache import REFUSED, open_past_cache
 from regraft.system.positioned import write_all
 from regraft.system.sharing import WIDEST, block_of, share_blocks
-from regraft.system.space import give_size
+from regraft.system.space import files_left, give_size
 from regraft.system.syncing import sync_file
 
 BLOCK = 4096
@@ -40,6 +40,11 @@ Origin = tuple[int, int]
 
 def write_error(path: Path, error: OSError) -> RegraftError:
     """Return the typed error for a failed write."""
+    if error.errno == errno.ENOSPC and files_left(path) == 0:
+        return DiskSpaceError(
+            "the file system takes no more files: its inodes are used up", where=str(path),
+            hint="Remove some files and run the same command again; the inputs are untouched",
+        )  # fmt: skip
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskSpaceError(
             "the disk is full", where=str(path), found=error.strerror or "",

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from regraft.errors import AccessError, InputError
 from regraft.formats.files.reading import access_error, typed_os_errors
-from regraft.merging.files.publish import REPLACED, SUFFIX, place_of, put_back
-from regraft.merging.files.staging import BASE, BUILT, JOURNAL
+from regraft.merging.files.publish import SUFFIX, place_of, put_back
+from regraft.merging.files.single_file import JOURNAL, REPLACED
+from regraft.merging.files.staging import BASE, BUILT
 from regraft.system.locks import OpenFolder, is_lock
 from regraft.system.opening import is_link
 from regraft.system.owners import is_own, is_shared

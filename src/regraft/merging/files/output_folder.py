@@ -6,12 +6,14 @@ Every verb that makes a folder begins with one of these, in this order: ``asked_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.errors import EnvironmentShortfall
+from regraft.errors import AccessError, EnvironmentShortfall
+from regraft.merging.files.direct_io import write_error
 from regraft.merging.files.publish import (
     SLACK_BYTES,
     Kind,
@@ -20,6 +22,7 @@ from regraft.merging.files.publish import (
     folder_there,
     free_bytes,
     out_path,
+    place_of,
     replaced_inputs,
 )
 from regraft.merging.files.staging import Workplace, workplace
@@ -66,6 +69,28 @@ class OutputFolder:
             UsageError, OutputExistsError: it would.
         """
         check_output(self.path, inputs, overwrite=self.overwrite, kind=self.kind)
+
+    def check_place(self) -> None:
+        """Refuse a place where the system would let nothing be made: it is looked at, not tried.
+
+        Raises:
+            AccessError: the folder may not be written to, or a name is too long for it.
+        """
+        there = folder_there(self.path)
+        place = place_of(self.path)
+        missing = [path for path in place.parents if there in path.parents]
+        for name in (place.name, *(path.name for path in missing)):
+            try:
+                os.lstat(there / name)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise write_error(there / name, error) from None
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise AccessError(
+                "cannot write", where=str(there), expected="a folder that this user may write to",
+                hint="Check permissions and the disk, or give another -o; nothing was written",
+            )  # fmt: skip
 
     def shares(self, paths: Iterable[Path], reflink: str) -> bool:
         """Whether files of the output may share blocks of the disk with input files.

@@ -19,7 +19,13 @@ from regraft.formats.files.watching import current
 from regraft.formats.layout import DESCRIPTIONS, Looks, looks_like
 from regraft.formats.problems import quoted
 from regraft.merging.files.direct_io import write_error
-from regraft.merging.files.single_file import check_file, publish_file
+from regraft.merging.files.single_file import (
+    REPLACED,
+    check_file,
+    is_lone_file,
+    publish_file,
+    put_back_file,
+)
 from regraft.system.names import are_one, same_names, taken_by, trouble_of_name
 from regraft.system.opening import open_to_write
 from regraft.system.renaming import exchange_at_once, move_to_absent, take_empty
@@ -28,9 +34,6 @@ from regraft.system.syncing import sync_file, sync_folder, sync_place
 
 SLACK_BYTES = 64 * 2**20
 """Room asked for beyond the weights: tokenizer, headers, the file system's own needs."""
-
-REPLACED = "replaced"
-"""What lies beside a folder that takes another one's place, until it has."""
 
 
 Kind = Literal["model", "adapter", "gguf", "ollama"]
@@ -245,6 +248,9 @@ def publish(folder: Path, out: Path, *, overwrite: bool, kind: Kind = "model") -
 
 def put_back(folder: Path, out: Path) -> None:
     """Put back what was being replaced if its successor did not come into place; else remove it."""
+    if is_lone_file(folder, out):
+        put_back_file(folder, out)
+        return
     aside = _aside(folder)
     if not os.path.lexists(aside):
         return

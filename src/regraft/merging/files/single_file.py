@@ -1,9 +1,10 @@
 """An output that is one file, and what is known of it in a folder beside.
 
-Of ``OUT.gguf`` the receipt lies in ``OUT.gguf.regraft``. Both are built in the work folder. That
-folder is put in place first and the file last, by one rename: a file that is there is whole, and
-has its receipt. A folder without its file is what a kill between the two has left; the same
-command takes its place.
+Of ``OUT.gguf`` receipt and undo lie in ``OUT.gguf.regraft``. Both are built in the work folder.
+That folder is put in place first and the file last, by one rename: a file that is there is whole,
+and has its receipt. Where a file is replaced, the old folder is set aside first and the new one put
+in place last, so that neither file ever lies beside the other's. What a kill between two renames
+has left is put in order by whoever works on the same output next, or cleans up.
 """
 
 from __future__ import annotations
@@ -11,19 +12,29 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.errors import OutputExistsError, UsageError
 from regraft.formats.layout import is_gguf, record_of
 from regraft.formats.problems import quoted
 from regraft.system.locks import remove_all
-from regraft.system.renaming import exchange_at_once
 from regraft.system.syncing import sync_folder, sync_place
+
+SUFFIX = ".gguf"
+"""What the name of an output ends in that is one file."""
 
 RECORD = "regraft"
 """Name, in the folder that is built, of what comes to lie beside the file."""
 
-_KNOWN = frozenset(("receipt.json",))
+REPLACED = "replaced"
+"""What lies beside an output that takes another one's place, until it has."""
+
+JOURNAL = "journal"
+"""Name of the journal in a work folder."""
+
+_RECEIPT = "receipt.json"
+_KNOWN = frozenset((_RECEIPT, "undo"))
 
 
 def check_file(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
@@ -81,27 +92,82 @@ def _check_record(record: Path) -> None:
 
 
 def publish_file(folder: Path, out: Path) -> None:
-    """Flush what was built, and put it in place: the receipt first, the file last.
+    """Flush what was built, and put it in place: the file, and its folder of records if it has one.
 
     Raises:
-        OSError: the system refused. The file is then as it was, and so is the receipt where that
-            can be said.
+        OSError: the system refused. File and records are then as they were, where that can be said.
     """
-    built, record = folder / RECORD, record_of(out)
-    sync_folder(built)
-    sync_folder(folder)
-    swapped = os.path.lexists(record)
-    if swapped:
-        if not exchange_at_once(built, record):
-            remove_all(record)
-            built.rename(record)
-            swapped = False
-    else:
-        built.rename(record)
+    parts = _Parts.of(folder, out)
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_folder(path)
+    if os.path.lexists(parts.record):
+        parts.record.rename(parts.aside)
+    elif not os.path.lexists(out) and os.path.lexists(parts.built):
+        parts.built.rename(parts.record)
     try:
-        (folder / out.name).replace(out)
+        parts.file.replace(out)
     except OSError:
         with contextlib.suppress(OSError):
-            exchange_at_once(built, record) if swapped else record.rename(built)
+            put_back_file(folder, out)
         raise
+    put_back_file(folder, out)
     sync_place(out.parent)
+
+
+def put_back_file(folder: Path, out: Path) -> None:
+    """Put file and records in order, whichever of the renames was the last.
+
+    Raises:
+        OSError: the system refused.
+    """
+    parts = _Parts.of(folder, out)
+    if os.path.lexists(parts.file):  # it did not come into place
+        if not os.path.lexists(out) and parts.is_own_record:
+            parts.record.rename(parts.built)
+        if os.path.lexists(parts.aside) and not os.path.lexists(parts.record):
+            parts.aside.rename(parts.record)
+    elif (parts.built / _RECEIPT).is_file() and not os.path.lexists(parts.record):
+        parts.built.rename(parts.record)
+    if os.path.lexists(parts.aside):
+        remove_all(parts.aside)
+
+
+def is_lone_file(folder: Path, out: Path) -> bool:
+    """Whether what is built in a folder is one file, for ``out``, and not a folder of this name."""
+    if out.suffix != SUFFIX or out.is_dir() or not folder.is_dir():
+        return False
+    return {path.name for path in folder.iterdir()} <= {out.name, RECORD}
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Where file and records lie, before and after they are put in place.
+
+    Attributes:
+        file, built: both as they were built.
+        record: where the records go.
+        aside: the records that are replaced.
+        journal: of the work.
+    """
+
+    file: Path
+    built: Path
+    record: Path
+    aside: Path
+    journal: Path
+
+    @classmethod
+    def of(cls, folder: Path, out: Path) -> _Parts:
+        aside, journal = folder.with_name(REPLACED), folder.with_name(JOURNAL)
+        return cls(folder / out.name, folder / RECORD, record_of(out), aside, journal)
+
+    @property
+    def is_own_record(self) -> bool:
+        """Whether the records in place were put there by this work, which wrote them last."""
+        if os.path.lexists(self.built) or os.path.lexists(self.aside):
+            return False
+        try:
+            written = (self.record / _RECEIPT).stat().st_mtime_ns
+            return written >= self.journal.stat().st_mtime_ns
+        except OSError:
+            return False

@@ -33,11 +33,12 @@ from regraft.merging.files.publish import (
     publish,
     put_back,
 )
+from regraft.merging.files.single_file import JOURNAL
 from regraft.system.locks import OpenFolder, is_lock, remove_all
 from regraft.system.opening import open_to_write
 from regraft.system.owners import is_own
 
-JOURNAL, BUILT, BASE = "journal", "out", "base"
+BUILT, BASE = "out", "base"
 KEPT = "the work so far is kept: the same command goes on from there, `regraft clean {}` removes it"
 
 _TRIES = 20

@@ -20,7 +20,8 @@ from regraft.adapters.dialects.registry import DIALECTS, Dialect, dialect_of
 from regraft.errors import UsageError
 from regraft.formats import adapter_files
 from regraft.formats.adapter_files import AdapterFiles, adapter_folder, layout_of
-from regraft.formats.checkpoint import Checkpoint
+from regraft.formats.checkpoint import CONFIG_BYTES, Checkpoint
+from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import FilePool
 from regraft.formats.foreign import Layout, of_tensors
 from regraft.formats.hub import Located
@@ -48,7 +49,7 @@ def open_adapter(
         base: the model it is for; some dialects cannot be read without.
         dialect: what it is written in; None for what its files show.
         described: it is looked at and not used: no tensor has a place to be read from, and the base
-            is not missed.
+            is neither used nor missed.
 
     Raises:
         UnsupportedError: a layout that is not read; says how to come to one that is.
@@ -66,9 +67,9 @@ def open_adapter(
         return adapter_files.open_adapter(located)
     from regraft.merging.inputs.base import see
 
-    plain = shown.reader(found.path, None if base is None else see(base, None)[0])
     if described:
-        return _described(found, shown, plain, notes)
+        return _described(found, shown, notes)
+    plain = shown.reader(found.path, None if base is None else see(base, None)[0])
     if plain.needs_base:
         raise UsageError(
             f"{shown.shown} cannot be read without the model that it is for: {plain.needs_base}",
@@ -79,14 +80,20 @@ def open_adapter(
     return _opened_as_peft(found, shown, plain, (*notes, *plain.notes))
 
 
-def _described(
-    located: Located, dialect: Dialect, plain: PlainAdapter, notes: tuple[str, ...]
-) -> AdapterFiles:
-    """Return an adapter's config and tensors in PEFT's names and shapes, with nothing written."""
+def _described(located: Located, dialect: Dialect, notes: tuple[str, ...]) -> AdapterFiles:
+    """Return an adapter's config and tensors in PEFT's names and shapes, with nothing written.
+
+    Where its reader cannot do without the base, modules have the names that the file has.
+    """
     from regraft.adapters.dialects.as_peft import config_of, tensors_of
+    from regraft.adapters.dialects.shared.base_facts import BaseNeededError
 
     path = located.path
     root = path if path.is_dir() else path.parent
+    try:
+        plain = dialect.reader(path, None)
+    except BaseNeededError as missing:
+        return _as_stored(located, dialect, missing.why, notes)
     moved = tensors_of(plain)
     tensors = {
         name: TensorSpec(name, each.dtype, each.shape, path, VIRTUAL, each.nbytes)
@@ -96,6 +103,23 @@ def _described(
     return AdapterFiles(
         root, located.source, located.revision, config_of(plain), tensors, ", ".join(files),
         dict(plain.metadata), (*notes, *plain.notes), dialect=dialect.name, origin=path,
+        needs_base=plain.needs_base,
+    )  # fmt: skip
+
+
+def _as_stored(
+    located: Located, dialect: Dialect, why: str, notes: tuple[str, ...]
+) -> AdapterFiles:
+    from regraft.adapters.dialects.shared.as_stored import stored_tensors
+
+    path = located.path
+    file, tensors = stored_tensors(path, dialect)
+    config = file.parent / ADAPTER_CONFIG
+    said = read_json_object(config, max_bytes=CONFIG_BYTES) if config.is_file() else {}
+    said = said if "r" in said else {}  # of mlx-lm, whose words are others
+    return AdapterFiles(
+        file.parent, located.source, located.revision, {"peft_type": "LORA", **said}, tensors,
+        file.name, {}, notes, dialect=dialect.name, origin=path, needs_base=why,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from regraft.errors import Problem, UnsupportedError, UsageError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.gguf import read_head
 from regraft.formats.gguf_header import BuiltHead, build_head
+from regraft.merging.files.single_file import SUFFIX
 from regraft.merging.inputs.base import whole_gguf
 from regraft.merging.inputs.dequantized_view import GGUF, Quantization
 from regraft.merging.inputs.gguf_types import target_type
@@ -18,9 +19,6 @@ from regraft.merging.options import KEEP, MergeOptions, parse_dtype
 from regraft.merging.planning.match import Work
 from regraft.merging.planning.plan import Plan, Step
 from regraft.quant.formats.gguf import keeps
-
-SUFFIX = ".gguf"
-"""What the name of an output ends in that is one GGUF file."""
 
 _FOLDER = "Give a folder as -o: weights are then written as plain values, in safetensors"
 _FILE_TYPES = {
@@ -76,7 +74,7 @@ def check_gguf_output(out: Path, base: Checkpoint, options: MergeOptions) -> Non
 
     Raises:
         UnsupportedError: the base is no GGUF model.
-        UsageError: another format is asked for, several files, or an undo.
+        UsageError: another format is asked for, or several files.
     """
     where = str(out)
     if base.container != GGUF:
@@ -93,11 +91,6 @@ def check_gguf_output(out: Path, base: Checkpoint, options: MergeOptions) -> Non
         raise UsageError(
             "a GGUF model is written as one file", where="--shard-size",
             hint="Leave it out; llama-gguf-split splits the file",
-        )  # fmt: skip
-    if options.undo:
-        raise UsageError(
-            "an undo is not kept beside a GGUF file", where="--undo", found=where,
-            hint="Keep the base's file; " + _FOLDER[0].lower() + _FOLDER[1:],
         )  # fmt: skip
 
 
@@ -118,15 +111,15 @@ def unfit_for_gguf(
     """Return what an adapter asks for that cannot be done to the tensors of a GGUF file."""
     problems = []
     for work in works:
-        if work.base is None:
+        weight = quantization.weights.get(work.name)
+        if weight is None:  # also the head of tied embeddings that the adapter parts
             problems.append(
                 Problem("the base has no such tensor, and a GGUF file gets no new ones", work.name,
                         hint=_FOLDER)
             )  # fmt: skip
             continue
-        weight = quantization.weights.get(work.name)
-        type_ = target_type(weight, dtype) if weight is not None else ""
-        if weight is not None and not keeps(type_):
+        type_ = target_type(weight, dtype)
+        if not keeps(type_):
             problems.append(
                 Problem("the values of this type lie on no grid that merged ones could be kept on",
                         f"{work.name} ({weight.codes.name})", found=type_,

@@ -82,6 +82,7 @@ class Step:
         coded: the quantized weight whose codes the result is; it keeps its scales. None for a
             result of plain values.
         made: the weight that is put into a format, if the result is a part of one.
+        retyped: whether the blocks of ``coded`` are of another type than the base's.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Step:
     patches: tuple[RowPatch, ...] = ()
     coded: QuantizedWeight | None = None
     made: Made | None = None
+    retyped: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +128,10 @@ class Step:
         """Whether the base's tensor is computed back from the result, with what is kept of it."""
         named = self.source.name == self.name or self.coded is not None
         own = self.source_adapter is None and named
-        return own and self.made is None and bool(self.segments or self.patches)
+        made = self.made is not None or self.retyped
+        # Of norms in GGUF that were stored with a constant added, too few digits are left.
+        shifted = self.coded is not None and getattr(self.coded.codec, "added", 0.0) != 0.0
+        return own and not (made or shifted) and bool(self.segments or self.patches)
 
     @property
     def is_copy(self) -> bool:
@@ -399,6 +404,8 @@ CODED_SHARE = 0.2
 def _undo_bytes(original: TensorSpec, step: Step | None) -> int:
     """Return about what an undo keeps of a base's tensor, rather too much than too little."""
     if step is not None and step.made is not None:
+        return original.nbytes
+    if step is not None and step.retyped:
         return original.nbytes
     if step is not None and step.coded is not None:
         return int(CODED_SHARE * original.nbytes)

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from regraft.merging.options import KEEP, SUM, ElementMethod, MergeOptions, dtyp
 from regraft.merging.planning.base_drift import TrainedOn
 from regraft.merging.planning.completeness import notes_of_class
 from regraft.merging.planning.config_updates import (
+    Chosen,
     choose_class,
     class_updates,
     left_out_of,
@@ -67,11 +68,13 @@ def settled(options: MergeOptions, quantization: Quantization | None) -> MergeOp
     """Return options in which it is settled whether an undo is kept.
 
     Not, if not asked for, where weights are put into another format: nothing in the output tells
-    of what they were, so an undo would be a copy of them. Nor beside a GGUF file.
+    of what they were, so an undo would be a copy of them. Nor where those of a GGUF file are put
+    into another of its types.
     """
     format = _format(options, quantization)
     in_gguf = format == KEEP and quantization is not None and quantization.method == GGUF
-    undo = format in (None, KEEP) and not in_gguf if options.undo is None else options.undo
+    usual = format in (None, KEEP) and not (in_gguf and options.dtype is not None)
+    undo = usual if options.undo is None else options.undo
     return replace(options, quantize=format, undo=undo, keep_adapter=options.keep_adapter and undo)
 
 
@@ -106,9 +109,92 @@ def make_plan(
         MismatchError: adapters and base do not fit; every misfit is listed.
         MemoryCapError: a step cannot fit under the cap.
     """
-    transposed: frozenset[str] = frozenset()
     options = replace(options, quantize=_format(options, quantization))
-    ggml_type = None
+    view = _view(base, adapters, options, quantization, trained_on)
+    quantization, trained_on, options = view.quantization, view.trained_on, view.options
+    index, works = view.index, view.works
+    updates = _config_updates(index, works, view.ties, options, view.matching)
+    updates |= class_updates(index, adapters, works, view.chosen)
+    left_out = left_out_of(view.base, index)
+    _check_fit(view, adapters, left_out)
+    made = None
+    if options.quantize not in (None, KEEP):
+        made = MadeSteps(index, options.quantize or "", options.double_quant)
+    of_type = OfType(view.ggml_type) if view.in_gguf else None
+    shards = _shards(view.base, works, options, left_out, quantization, made, of_type)
+    if view.in_gguf:
+        shards = [replace(shards[0], name=gguf_name(view.base, out))]
+        options = replace(options, dtype=view.ggml_type)
+    steps = [step for shard in shards for step in shard.steps]
+    if trained_on is not None:
+        trained_on.check(steps)
+    read = (quantization, trained_on and trained_on.quantization)
+    room += sum(room_of(each.stacks.values()) for each in read if each)
+    threads, tile, memory = fit_memory(
+        steps, options, undone, compare=trained_on is not None, room=room
+    )
+    if made is not None:
+        check_made(steps, view.base, made.format)
+        updates |= made.config(steps, view.base.config or {})
+    elif view.merged_out:
+        updates |= dict.fromkeys(removed(view.base.config or {}))
+    return Plan(
+        view.base, tuple(adapters), tuple(shards), updates, _recorded(options), memory, threads,
+        tile, _warnings(view, adapters, left_out), out=str(out) if out else None,
+        quantization=quantization, trained_on=trained_on,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _View:
+    """The base as a plan reads it, and what the adapters mean in it.
+
+    Attributes:
+        base: the base, with the names and shapes that are planned with.
+        quantization: how it is quantized, if it is.
+        trained_on: the base that the adapters were trained on, if another one was named.
+        options: what was asked for; without a dtype where that is a type of GGUF.
+        ggml_type: the type that a GGUF file's matrices are to have, if one was asked for.
+        chosen: the class that the output's config names.
+        index: the base's tensors by name.
+        matching: which tensor gets which delta, and what does not fit.
+        ties: what becomes of tied tensors.
+        works: what is done to each tensor that changes.
+    """
+
+    base: Checkpoint
+    quantization: Quantization | None
+    trained_on: TrainedOn | None
+    options: MergeOptions
+    ggml_type: str | None
+    chosen: Chosen
+    index: BaseIndex
+    matching: Matching
+    ties: TieOutcome
+    works: Mapping[str, Work]
+
+    @property
+    def in_gguf(self) -> bool:
+        """Whether the output is one GGUF file."""
+        is_kept = self.options.quantize == KEEP
+        return is_kept and self.quantization is not None and self.quantization.method == GGUF
+
+    @property
+    def merged_out(self) -> bool:
+        """Whether a quantized base becomes plain weights."""
+        return self.options.quantize is None and self.quantization is not None
+
+
+def _view(
+    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions,
+    quantization: Quantization | None, trained_on: TrainedOn | None,
+) -> _View:  # fmt: skip
+    """Return what a plan is made of.
+
+    Raises:
+        UnsupportedError: weights cannot stay quantized as they are.
+    """
+    transposed, ggml_type = frozenset[str](), None
     if options.quantize == KEEP:
         kept = kept_format(base, quantization)
         if kept.method == GGUF:
@@ -125,52 +211,41 @@ def make_plan(
     matching = match(index, adapters)
     ties = settle_ties(index, matching, base.config)
     works = {**matching.works, **{work.name: work for work in ties.parted}}
-    updates = _config_updates(index, works, ties, options, matching)
-    updates |= class_updates(index, adapters, works, chosen)
-    left_out = left_out_of(base, index)
-    matching.problems += [*chosen.problems, *missing_head(index, adapters, works, left_out)]
-    matching.problems += unfit_for_codes(works.values(), kept=options.quantize == KEEP)
-    in_gguf = options.quantize == KEEP and quantization is not None and quantization.method == GGUF
-    if in_gguf and quantization is not None:
-        matching.problems += unfit_for_gguf(works.values(), quantization, ggml_type)
-    if options.element_method is not None:
-        matching.problems += unfit_for_method(works.values(), adapters, options.element_method)
-    if matching.problems:
-        raise MismatchError(matching.problems)
-    made = None
-    if options.quantize not in (None, KEEP):
-        made = MadeSteps(index, options.quantize or "", options.double_quant)
-    of_type = OfType(ggml_type) if in_gguf else None
-    shards = _shards(base, works, options, left_out, quantization, made, of_type)
-    if in_gguf:
-        shards = [replace(shards[0], name=gguf_name(base, out))]
-        options = replace(options, dtype=ggml_type)
-    steps = [step for shard in shards for step in shard.steps]
-    if trained_on is not None:
-        trained_on.check(steps)
-    read = (quantization, trained_on and trained_on.quantization)
-    room += sum(room_of(each.stacks.values()) for each in read if each)
-    threads, tile, memory = fit_memory(
-        steps, options, undone, compare=trained_on is not None, room=room
+    return _View(
+        base, quantization, trained_on, options, ggml_type, chosen, index, matching, ties, works
     )
-    if made is not None:
-        check_made(steps, base, made.format)
-        updates |= made.config(steps, base.config or {})
-    elif options.quantize is None and quantization is not None:
-        updates |= dict.fromkeys(removed(base.config or {}))
-    warnings = [
-        *matching.warnings, *_notes(adapters, ties), *note_left_out(index, left_out), *chosen.notes,
-        *notes_of_class(
-            index, works, left_out,
-            merged_out=options.quantize is None and quantization is not None,
-        ),
+
+
+def _check_fit(view: _View, adapters: Sequence[Adapter], left_out: frozenset[str]) -> None:
+    """Refuse adapters that do not fit.
+
+    Raises:
+        MismatchError: some do not; lists every misfit.
+    """
+    problems, works = view.matching.problems, view.works
+    problems += view.chosen.problems
+    problems += missing_head(view.index, adapters, works, left_out)
+    problems += unfit_for_codes(works.values(), kept=view.options.quantize == KEEP)
+    if view.in_gguf and view.quantization is not None:
+        problems += unfit_for_gguf(works.values(), view.quantization, view.ggml_type)
+    if view.options.element_method is not None:
+        problems += unfit_for_method(works.values(), adapters, view.options.element_method)
+    if problems:
+        raise MismatchError(problems)
+
+
+def _warnings(
+    view: _View, adapters: Sequence[Adapter], left_out: frozenset[str]
+) -> tuple[str, ...]:
+    """Return what the user should know."""
+    quantization = view.quantization
+    is_quantized = bool(quantization or view.trained_on)
+    return (
+        *view.matching.warnings, *_notes(adapters, view.ties),
+        *note_left_out(view.index, left_out), *view.chosen.notes,
+        *notes_of_class(view.index, view.works, left_out, merged_out=view.merged_out),
         *(quantization.warnings if quantization is not None else ()),
-        *_notes_of_base(adapters, quantized=bool(quantization or trained_on)),
-    ]  # fmt: skip
-    return Plan(
-        base, tuple(adapters), tuple(shards), updates, _recorded(options), memory, threads, tile,
-        tuple(warnings), out=str(out) if out else None, quantization=quantization,
-        trained_on=trained_on,
+        *_notes_of_base(adapters, quantized=is_quantized),
     )  # fmt: skip
 
 

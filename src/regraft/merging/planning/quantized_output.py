@@ -124,7 +124,10 @@ class KeptSteps:
         action: Action = "convert" if work is None else "merge"
         source = virtual(weight) if work is None else work.source
         shape, segments = (of_type.nbytes(weight),), () if work is None else self.segments(work)
-        return Step(name, action, source, None, stored.dtype, shape, segments, (), into)
+        return Step(
+            name, action, source, None, stored.dtype, shape, segments, (), into,
+            retyped=into is not weight,
+        )  # fmt: skip
 
 
 # -- another format --------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class UnmergeReport:
     Attributes:
         merged: the merged model, as the user named it.
         base: the base, as it was named at the merge.
-        output: the folder.
+        output: the folder, or the GGUF file.
         files: the base's files, now in the output.
         left_out: files of the base's folder that a merge does not keep, such as weights in other
             formats.

@@ -99,9 +99,9 @@ def corrections_of(plan: Plan, layout: int = UNDO_FORMAT) -> list[Correction]:
         step = steps.get(name)
         if name in packed:
             found.append(packed[name])
-        elif step is not None and step.coded is not None:
+        elif step is not None and step.coded is not None and step.is_invertible:
             continue
-        elif step is None or step.made is not None:
+        elif step is None or step.made is not None or step.coded is not None:
             found.append(Correction(original))
         elif step.source_adapter is not None or step.source.name != name:
             other = step.source if step.source_adapter is not None else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -21,6 +21,7 @@ from regraft.errors import MismatchError, Problem
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.inside import LARGEST, contents_of, file_pieces, read_whole
 from regraft.formats.files.reading import open_regular, read_at, typed_os_errors
+from regraft.formats.gguf_header import raw_head
 from regraft.formats.hub import Located
 from regraft.formats.problems import capped
 from regraft.merging.files.direct_io import write_error
@@ -31,7 +32,9 @@ from regraft.merging.inputs.base import open_base
 from regraft.merging.planning.plan import OutputShard, Plan, Step, kept_name
 from regraft.merging.planning.targets import Target, plan_digest
 from regraft.merging.undo.corrections import Correction, layout_of
+from regraft.merging.undo.gguf_head import lengthened, shortened
 from regraft.merging.undo.manifest import (
+    IN_GGUF,
     MANIFEST,
     PATCH,
     SIDE_FILES,
@@ -40,6 +43,7 @@ from regraft.merging.undo.manifest import (
     SideFile,
     WeightFile,
     belongs,
+    undo_of,
 )
 from regraft.merging.undo.patch import (
     CHUNKS,
@@ -58,6 +62,8 @@ from regraft.tensors import TensorSpec
 SMALL_TENSOR = 4096
 """Of a quantized base, tensors of up to so many bytes are kept with the headers."""
 
+
+CONFIG = "config.json"
 
 _ALWAYS_KEPT_BYTES = 64 * 2**10
 """Side files up to this size are kept even where the output has the same file."""
@@ -111,7 +117,8 @@ def keep_base(
     for spec in plan.stored.tensors.values():
         of_file[spec.path].append(spec)
     paths = [shard.path for shard in plan.stored.shards]
-    weights = [_keep_gaps(plan, path, of_file[path], patch) for path in paths]
+    like = raw_head(folder / plan.shards[0].name) if plan.is_gguf else None
+    weights = [_keep_gaps(plan, path, of_file[path], patch, like) for path in paths]
     patch.close()
     written: dict[str, str] = {}
 
@@ -120,7 +127,7 @@ def keep_base(
         written[file_key(f"{UNDO}/{name}")] = blake3(content).hexdigest()
 
     side, left_out = [], list(keeping.left_out)
-    for name, path in ({} if plan.base.single_file else _side_files(plan.base)).items():
+    for name, path in _sides_to_keep(plan).items():
         if file_key(name) != name:
             left_out.append(file_key(name))
             continue
@@ -130,7 +137,7 @@ def keep_base(
         if kept:
             write(f"{SIDE_FILES}/{name}", content)
         side.append(SideFile(name, digest, kept))
-    left_out += [] if plan.base.single_file else _others(plan.base)
+    left_out += [] if plan.base.single_file or plan.is_gguf else _others(plan.base)
     adapters: list[str | None] = []
     for number, adapter in enumerate(plan.adapters):
         place = copy_name(number) if keeping.adapters else None
@@ -140,11 +147,22 @@ def keep_base(
     single = plan.base.shards[0].name if plan.base.single_file else None
     manifest = Manifest(
         plan_digest(plan), single, tuple(weights), tuple(side), tuple(left_out), tuple(adapters),
-        layout_of(keeps),
+        IN_GGUF if plan.is_gguf else layout_of(keeps),
     )  # fmt: skip
-    write(MANIFEST, json_bytes(asdict(manifest)))
+    write(MANIFEST, json_bytes(manifest.to_json()))
     written[f"{UNDO}/{PATCH}"] = _digest_file(folder / UNDO / PATCH)
     return written
+
+
+def _sides_to_keep(plan: Plan) -> dict[str, Path]:
+    """Return the base's files beside its weights that are kept, by name.
+
+    Beside a GGUF file they are none of its own; of its config the old merge could be planned.
+    """
+    if plan.base.single_file:
+        return {}
+    found = _side_files(plan.base)
+    return {n: path for n, path in found.items() if not plan.is_gguf or n == CONFIG}
 
 
 def gaps_of(size: int, tensors: Sequence[TensorSpec]) -> list[tuple[int, int]]:
@@ -158,17 +176,21 @@ def gaps_of(size: int, tensors: Sequence[TensorSpec]) -> list[tuple[int, int]]:
 
 
 def _keep_gaps(
-    plan: Plan, path: Path, tensors: Sequence[TensorSpec], patch: PatchWriter
+    plan: Plan, path: Path, tensors: Sequence[TensorSpec], patch: PatchWriter, like: bytes | None
 ) -> WeightFile:
-    if plan.quantization is not None:  # small ones say what the large ones are: to plan, read them
+    """Keep what a weights file holds besides tensors; ``like`` is the head of a GGUF output."""
+    if plan.quantization is not None and like is None:
+        # Small tensors say what the large ones are: to plan, they are read. A GGUF head says it.
         tensors = [spec for spec in tensors if spec.nbytes > SMALL_TENSOR]
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         gaps = gaps_of(size, tensors)
         content = b"".join(read_at(file.fileno(), path, at, n) for at, n in gaps)
-    patch.append(compression.compress(content))
+    kept = content if like is None else shortened(content, like)
+    patch.append(compression.compress(kept))
     patch.end(file_section(path.name))
-    return WeightFile(path.name, size, tuple(gaps), blake3(content).hexdigest())
+    length = None if like is None else len(kept)
+    return WeightFile(path.name, size, tuple(gaps), blake3(content).hexdigest(), length)
 
 
 def _side_files(base: Checkpoint) -> dict[str, Path]:
@@ -210,14 +232,19 @@ def _digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def pieces_of(file: WeightFile, patch: PatchReader) -> list[tuple[int, bytes]]:
+def pieces_of(file: WeightFile, patch: PatchReader, merged: Path) -> list[tuple[int, bytes]]:
     """Return what a weights file of the base holds besides tensors: offset and bytes.
 
     Raises:
         FormatError: the patch does not hold it.
     """
     name, total = file_section(file.name), sum(length for _, length in file.gaps)
-    content = patch.table(name, total)
+    content = patch.table(name, total if file.kept is None else file.kept)
+    if file.kept is not None:
+        try:
+            content = lengthened(content, raw_head(merged))
+        except ValueError as error:
+            raise patch.damaged(name, "a part of a head", str(error)) from None
     if blake3(content).hexdigest() != file.blake3:
         raise patch.damaged(name, f"blake3 {file.blake3}", blake3(content).hexdigest())
     pieces, at = [], 0
@@ -236,7 +263,7 @@ def side_files(merged: Path, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     """
     problems = []
     for file in manifest.side_files:
-        path = (merged / UNDO / SIDE_FILES if file.kept else merged) / file.name
+        path = (undo_of(merged) / SIDE_FILES if file.kept else merged) / file.name
         content = b""
         if path.is_file() and path.stat().st_size <= LARGEST:
             content = read_whole(path)
@@ -265,7 +292,7 @@ def stand_in(merged: Path, manifest: Manifest, patch: PatchReader, folder: Path)
         try:
             with path.open("wb") as made:
                 made.truncate(file.size)
-                for start, content in pieces_of(file, patch):
+                for start, content in pieces_of(file, patch, merged):
                     write_all(made.fileno(), memoryview(content), start)
         except OSError as error:
             raise write_error(path, error) from error
@@ -276,7 +303,9 @@ def stand_in(merged: Path, manifest: Manifest, patch: PatchReader, folder: Path)
     return open_base(Located(place, str(place), None, None))
 
 
-def base_targets(base: Checkpoint, manifest: Manifest, patch: PatchReader) -> list[Target]:
+def base_targets(
+    base: Checkpoint, manifest: Manifest, patch: PatchReader, merged: Path
+) -> list[Target]:
     """Return the base's weight files as they are to be written again."""
     targets = []
     for shard, file in zip(base.shards, sorted(manifest.files, key=lambda f: f.name), strict=True):
@@ -286,9 +315,8 @@ def base_targets(base: Checkpoint, manifest: Manifest, patch: PatchReader) -> li
             places.setdefault((spec.start, spec.nbytes), spec)
         steps = [Step(s.name, "copy", s, None, s.dtype, s.shape) for s in places.values()]
         offsets = tuple(start for start, _ in places)
-        targets.append(
-            Target(file.name, file.size, tuple(pieces_of(file, patch)), tuple(steps), offsets)
-        )
+        pieces = tuple(pieces_of(file, patch, merged))
+        targets.append(Target(file.name, file.size, pieces, tuple(steps), offsets))
     return targets
 
 

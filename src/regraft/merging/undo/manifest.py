@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +17,7 @@ from blake3 import blake3
 from regraft.errors import FormatError, InputError, MismatchError
 from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import open_regular, typed_os_errors
-from regraft.formats.layout import RECEIPT
+from regraft.formats.layout import RECEIPT, receipt_path, records_of
 from regraft.formats.problems import quoted
 from regraft.merging.files.receipt import Receipt, file_key
 from regraft.merging.files.side_files import TEMPLATES, travels
@@ -27,9 +27,13 @@ UNDO = "regraft/undo"
 """Where an output keeps what an undo needs."""
 
 MANIFEST, PATCH, SIDE_FILES = "undo.json", "patch.safetensors", "base"
-UNDO_FORMAT = 2
+UNDO_FORMAT = 3
 """The newest layout; each one's readers know those before it. From 2 on codes that lie transposed
-are told from values, too; what needs no such thing is written in layout 1."""
+are told from values, too, and 3 is that of outputs that are one GGUF file; what needs no such thing
+is written in layout 1."""
+
+IN_GGUF = 3
+"""The layout of the undo of an output that is one GGUF file."""
 
 _READ_BYTES = 2**20
 _MOST_GAP_BYTES = 512 * 2**20
@@ -45,12 +49,19 @@ class WeightFile:
         size: its bytes.
         gaps: offset and length of what is no tensor, in order.
         blake3: of those bytes, one after the other.
+        kept: of a GGUF file how many bytes are kept of them, see
+            :mod:`regraft.merging.undo.gguf_head`; None where all are.
     """
 
     name: str
     size: int
     gaps: tuple[tuple[int, int], ...]
     blake3: str
+    kept: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``undo.json`` says of it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -90,11 +101,20 @@ class Manifest:
     adapters: tuple[str | None, ...]
     format: int = UNDO_FORMAT
 
+    def to_json(self) -> dict[str, Any]:
+        """Return ``undo.json``."""
+        return asdict(self) | {"files": [file.to_json() for file in self.files]}
+
 
 def belongs(name: str) -> bool:
     """Whether a file is one of a model's: nobody wants to publish notes and logs with a merge."""
     own = name == "config.json" or name.endswith((".index.json", ".md")) or name == ".gitattributes"
     return own or travels(name, code=True)
+
+
+def undo_of(merged: Path) -> Path:
+    """Return where a merged model keeps what an undo needs; of a GGUF file beside it."""
+    return records_of(merged) / Path(UNDO).name
 
 
 def check_undo(folder: Path, digests: Mapping[str, str]) -> None:
@@ -104,18 +124,18 @@ def check_undo(folder: Path, digests: Mapping[str, str]) -> None:
     needs it: adapters can be given instead.
 
     Args:
-        folder: the merged model.
+        folder: the merged model, a folder or a GGUF file.
         digests: blake3 (hex) of its files besides weights, as the receipt has them.
 
     Raises:
         MismatchError: files have been changed or added since the merge; lists them.
         AccessError: one cannot be read.
     """
-    root = folder / UNDO
+    root = undo_of(folder)
     told = {name: digest for name, digest in digests.items() if name.startswith(f"{UNDO}/")}
     with typed_os_errors(root):
         there = {
-            file_key(path.relative_to(folder).as_posix()): path
+            file_key(f"{UNDO}/{path.relative_to(root).as_posix()}"): path
             for path in root.rglob("*")
             if path.is_symlink() or not path.is_dir()
         }
@@ -141,23 +161,26 @@ def _is_as_told(path: Path, digest: str | None) -> bool:
 
 
 def check_kept(folder: Path) -> None:
-    """Refuse a folder that keeps nothing for an undo.
+    """Refuse a folder, or a GGUF file, that keeps nothing for an undo.
 
     Raises:
         InputError: it does not.
     """
-    path = folder / UNDO / MANIFEST
-    if not (folder / RECEIPT).is_file() and not path.is_file():
+    path = undo_of(folder) / MANIFEST
+    in_folder = folder.is_dir()
+    where = "its regraft/ subfolder" if in_folder else f"{records_of(folder).name}/ beside it"
+    if not receipt_path(folder).is_file() and not path.is_file():
         raise InputError(
-            "is no model that regraft merged", where=str(folder), expected=f"{RECEIPT} and {UNDO}/",
-            hint="A plain base takes adapters with regraft merge; fetch a merged one with its "
-            "regraft/ subfolder",
+            "is no model that regraft merged", where=str(folder),
+            expected=f"{RECEIPT} and {UNDO}/" if in_folder else where,
+            hint=f"A plain base takes adapters with regraft merge; fetch a merged one with {where}",
         )  # fmt: skip
     if not path.is_file():
         raise InputError(
-            "cannot be un-merged: it keeps no undo patch", where=str(folder), expected=f"{UNDO}/",
+            "cannot be un-merged: it keeps no undo patch", where=str(folder),
+            expected=f"{UNDO}/" if in_folder else f"undo/ in {where}",
             hint="Merge with --undo, which is the default unless weights are put into another "
-            "quantized format; or fetch the folder with its regraft/ subfolder",
+            f"quantized format; or fetch it with {where}",
         )  # fmt: skip
 
 
@@ -173,10 +196,11 @@ def read_manifest(folder: Path, receipt: Receipt) -> Manifest:
         FormatError: ``undo.json`` is not what regraft writes.
     """
     check_kept(folder)
-    path = folder / UNDO / MANIFEST
+    path = undo_of(folder) / MANIFEST
     value = read_json_object(path, max_bytes=_PATCH_FILES)
     try:
         manifest = _manifest(value)
+        _check_layout(manifest, in_gguf=not folder.is_dir())
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(
             "the undo manifest cannot be read", where=str(path),
@@ -197,7 +221,9 @@ def _manifest(value: dict[str, Any]) -> Manifest:
     if type(layout) is not int or not 1 <= layout <= UNDO_FORMAT:
         raise ValueError(f"layout {layout!r}")
     files = tuple(
-        WeightFile(_plain(f["name"]), size, _gaps(f["gaps"], size), str(f["blake3"]))
+        WeightFile(
+            _plain(f["name"]), size, _gaps(f["gaps"], size), str(f["blake3"]), _kept(f.get("kept"))
+        )
         for f in value["files"]
         for size in (_count(f["size"]),)
     )
@@ -212,6 +238,17 @@ def _manifest(value: dict[str, Any]) -> Manifest:
         str(value["plan"]), None if single is None else _plain(single), files, side, left_out,
         adapters, layout,
     )  # fmt: skip
+
+
+def _check_layout(manifest: Manifest, *, in_gguf: bool) -> None:
+    """Hold a manifest against the kind of output that it lies beside.
+
+    Raises:
+        ValueError: it is of the other kind.
+    """
+    lengths = [file.kept for file in manifest.files]
+    if (manifest.format == IN_GGUF) != in_gguf or any((n is not None) != in_gguf for n in lengths):
+        raise ValueError(f"layout {manifest.format}, of an output of another kind")
 
 
 def _plain(name: Any) -> str:
@@ -244,6 +281,14 @@ def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**62:
         raise ValueError(f"the number {quoted(value)}")
     return value
+
+
+def _kept(value: Any) -> int | None:
+    if value is None:
+        return None
+    if _count(value) > _MOST_GAP_BYTES:
+        raise ValueError("more than 512 MiB besides tensors")
+    return _count(value)
 
 
 def _gaps(value: Any, size: int) -> tuple[tuple[int, int], ...]:

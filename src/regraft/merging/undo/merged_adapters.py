@@ -13,7 +13,7 @@ from regraft.formats.hub import Located
 from regraft.formats.problems import quoted
 from regraft.merging.files.receipt import InputRecord, Receipt
 from regraft.merging.undo.keeping import copy_name
-from regraft.merging.undo.manifest import UNDO
+from regraft.merging.undo.manifest import undo_of
 from regraft.merging.undo.patch import digest_of
 from regraft.tensors import TensorSpec
 
@@ -35,7 +35,7 @@ def open_kept(folder: Path, names: Sequence[str], receipt: Receipt) -> list[Adap
         RegraftError: one cannot be opened.
     """
     return [
-        open_adapter(Located(folder / UNDO / name, record.source, None, record.revision))
+        open_adapter(Located(undo_of(folder) / name, record.source, None, record.revision))
         for name, record in zip(names, receipt.adapters, strict=True)
     ]
 

@@ -14,8 +14,9 @@ from regraft.errors import RegraftError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.json_file import read_json_object
 from regraft.formats.files.reading import FilePool, expanded, is_there
-from regraft.formats.layout import RECEIPT
+from regraft.formats.layout import RECEIPT, receipt_path
 from regraft.merging.files.receipt import InputRecord, read_receipt
+from regraft.merging.inputs.dequantized_view import GGUF
 
 _LOOKED_AT = 4
 """So many factors of an adapter tell whether a receipt speaks of it."""
@@ -57,8 +58,9 @@ def _of_kind(adapter: Adapter, base: Checkpoint) -> str:
 
 def _of_receipt(adapters: Sequence[Adapter], base: Checkpoint) -> list[str]:
     """Return what to say of adapters that are merged into the base already."""
-    path = base.root / RECEIPT
-    if base.single_file or not path.is_file():
+    in_gguf = base.container == GGUF
+    path = receipt_path(base.shards[0].path) if in_gguf else base.root / RECEIPT
+    if (base.single_file and not in_gguf) or not path.is_file():
         return []
     try:
         records = read_receipt(path).adapters

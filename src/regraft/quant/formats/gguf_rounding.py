@@ -90,6 +90,21 @@ def rounded(
     return blocks.reshape(-1), changed
 
 
+def codes_in(kind: str, blocks: Bytes) -> Bytes:
+    """Return the codes of blocks of a type, uint8 in their order; of :data:`GRIDS`."""
+    grid = GRIDS[kind]
+    rows = blocks.reshape(-1, grid.nbytes)
+    return np.ascontiguousarray(grid.unpack(rows[:, grid.begin : grid.end])).reshape(-1)
+
+
+def with_codes(kind: str, blocks: Bytes, codes: Bytes) -> Bytes:
+    """Return blocks with other codes under their scales; what :func:`codes_in` gives back."""
+    grid = GRIDS[kind]
+    rows = blocks.reshape(-1, grid.nbytes).copy()
+    rows[:, grid.begin : grid.end] = grid.pack(codes.reshape(-1, grid.elements))
+    return rows.reshape(-1)
+
+
 def _round(
     grid: Grid, blocks: Blocks, codes: Bytes, was: Floats, values: Floats, rounding: int,
     key: np.uint64, index: np.uint64, new: Bytes, after: Floats,

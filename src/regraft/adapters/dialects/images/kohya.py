@@ -2,7 +2,8 @@
 
 Each module has ``.lora_down.weight`` (A), ``.lora_up.weight`` (B) and a number ``.alpha``; without
 it alpha is the rank. Which module a name means is looked up among those of the base, where
-Stability's names of a UNet count too; nothing is guessed. DoRA's ``.dora_scale`` is (out, 1).
+Stability's names of a UNet count too, and their makers' names of Flux and Stable Diffusion 3, in
+which several modules of diffusers are one; nothing is guessed. DoRA's ``.dora_scale`` is (out, 1).
 Facts: kohya's ``networks/lora.py``, diffusers' ``loaders/lora_conversion_utils.py``.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from regraft.adapters.dialects.as_peft import alpha_of
-from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter
+from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter, joined
 from regraft.adapters.dialects.images.diffusers import module_of, trouble_of
+from regraft.adapters.dialects.images.mmdit_names import OF_TRANSFORMERS, Place, places
 from regraft.adapters.dialects.images.parts import (
     MERGE,
     PART,
@@ -37,14 +39,14 @@ from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 WEIGHTS = "lora.safetensors"
 
-_PREFIXES = {
+PREFIXES = {
     "lora_unet_": "unet", "lora_transformer_": "transformer", "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3", "lora_te_": "text_encoder",
 }  # fmt: skip
 """What names begin with, and the part of a pipeline that it means."""
 
 _KEY = re.compile(
-    rf"(?P<prefix>{'|'.join(_PREFIXES)})(?P<module>[^.]+)"
+    rf"(?P<prefix>{'|'.join(PREFIXES)})(?P<module>[^.]+)"
     r"\.(?P<what>lora_down\.weight|lora_up\.weight|alpha|dora_scale)"
 )
 _SLOTS = {"lora_down.weight": "a", "lora_up.weight": "b", "alpha": "alpha",
@@ -55,9 +57,24 @@ _ROOTS = ("", "model.diffusion_model.")
 _TEXT = "text_model."
 """What CLIP's text models have their layers below, up to transformers 4, and kohya's names have."""
 
+_T5, _OF_FLUX = "text_encoder_3", re.compile(r"lora_unet_(double|single)_blocks_")
+"""kohya's scripts number T5 as in Stable Diffusion 3, also for Flux, which names show."""
+
 _NEEDS_BASE = (
     "dots in the names of its modules became underscores, and the base's modules say where"
 )
+
+_NO_LORA = {
+    "hada_": "LoHa, whose delta is the product, element by element, of two products",
+    "lokr_": "LoKr, whose delta is a Kronecker product",
+    "lora_mid": "LoCon in Tucker's form, whose delta is a product of three tensors",
+    "oft_": "OFT, which rotates the base's weight",
+    "boft_": "BOFT, which rotates the base's weight",
+    "diff": "a whole difference of weights (LyCORIS' full)",
+}
+"""What a name has after its module's where it is another method's, and what that is."""
+
+_LYCORIS = "Merge it with LyCORIS (its tools/merge.py), and use the merged model; or train a LoRA"
 
 Found = dict[str, dict[str, TensorSpec]]
 """Tensors by the name of their module as it is written, and what they are of it."""
@@ -71,7 +88,7 @@ def read(path: Path, base: Checkpoint | None) -> PlainAdapter:
     part, notes = chosen(list(parts), base, file)
     if part is None or base is None:
         found = {name: each for modules in parts.values() for name, each in modules.items()}
-        names, shapes = {name: name for name in found}, dict[str, tuple[int, ...]]()
+        names, shapes = {name: Place((name,)) for name in found}, dict[str, tuple[int, ...]]()
     else:
         found, shapes = parts[part], dict(shapes_of(base))
         names = _resolved(found, shapes, base, file)
@@ -104,40 +121,65 @@ def _gathered(tensors: Mapping[str, TensorSpec], file: Path) -> dict[str, Found]
         UnsupportedError: some are not LoRA's, such as those of LoHa, LoKr or Tucker's form.
     """
     parts: dict[str, Found] = defaultdict(lambda: defaultdict(dict))
-    problems = []
+    odd = []
     for name, spec in tensors.items():
         match = _KEY.fullmatch(name)
         if match is None or (match["what"] != "alpha" and spec.dtype not in WORKING_DTYPES):
-            problems.append(
-                Problem("not a tensor of kohya's LoRA", f"{file}, {quoted(name)}",
-                        f"{', '.join(_PREFIXES)}; lora_down, lora_up, alpha or dora_scale",
-                        f"{spec.dtype} {spec.shape}",
-                        "LoHa, LoKr and Tucker's form (hada, lokr, lora_mid) are no LoRA: extract "
-                        "one with LyCORIS' own tools, or convert with diffusers")
-            )  # fmt: skip
+            odd.append(spec)
             continue
         module = match["prefix"] + match["module"]
-        parts[_PREFIXES[match["prefix"]]][module][_SLOTS[match["what"]]] = spec
-    if problems:
-        raise UnsupportedError(capped(problems, file))
-    return {part: dict(modules) for part, modules in parts.items()}
+        parts[_part(match["prefix"], match["module"])][module][_SLOTS[match["what"]]] = spec
+    if odd:
+        raise UnsupportedError(capped(_no_lora(odd, file), file))
+    if _T5 in parts and any(map(_OF_FLUX.match, parts["transformer"])):
+        parts["text_encoder_2"] = parts.pop(_T5)  # Flux has no other one beside CLIP
+    return {part: dict(modules) for part, modules in parts.items() if modules}
+
+
+def _part(prefix: str, module: str) -> str:
+    """Return the part that a name is of: kohya's scripts call Flux's transformer a UNet, too."""
+    of_transformer = prefix == "lora_unet_" and OF_TRANSFORMERS.fullmatch(module)
+    return "transformer" if of_transformer else PREFIXES[prefix]
+
+
+def _no_lora(odd: Sequence[TensorSpec], file: Path) -> list[Problem]:
+    """Return what tensors are that are no LoRA's: a problem for each method, or for each tensor."""
+    methods: dict[str, list[TensorSpec]] = defaultdict(list)
+    problems = []
+    for spec in odd:
+        kind = next((k for k in _NO_LORA if spec.name.partition(".")[2].startswith(k)), None)
+        if kind is not None:
+            methods[kind].append(spec)
+            continue
+        problems.append(
+            Problem("not a tensor of kohya's LoRA", f"{file}, {quoted(spec.name)}",
+                    f"{', '.join(PREFIXES)}; lora_down, lora_up, alpha or dora_scale",
+                    f"{spec.dtype} {spec.shape}",
+                    "Convert it with the program that wrote it, or with diffusers")
+        )  # fmt: skip
+    return [
+        Problem(f"is no LoRA but {_NO_LORA[kind]}", str(file), "lora_down and lora_up",
+                f"{quoted(specs[0].name)} and {len(specs) - 1} more", _LYCORIS)
+        for kind, specs in methods.items()
+    ] + problems  # fmt: skip
 
 
 def _resolved(
     found: Found, shapes: Mapping[str, tuple[int, ...]], base: Checkpoint, file: Path
-) -> dict[str, str]:
-    """Return the base's module that each name means.
+) -> dict[str, Place]:
+    """Return the base's module that each name means, or the modules that it is made of there.
 
     Raises:
         MismatchError: a name means none, or several; lists them all.
     """
-    known = _underscored(shapes, base)
+    known, fused = kohya_names(shapes, base), places(shapes.keys())
     names, problems = {}, []
     for written in found:
-        prefix = next(prefix for prefix in _PREFIXES if written.startswith(prefix))
-        meant = known.get(written.removeprefix(prefix), [])
-        if len(meant) == 1:
-            names[written] = meant[0]
+        prefix = next(prefix for prefix in PREFIXES if written.startswith(prefix))
+        name = written.removeprefix(prefix)
+        meant = known.get(name, [])
+        if len(meant) == 1 or (not meant and name in fused):
+            names[written] = Place((meant[0],)) if meant else fused[name]
             continue
         several = ", ".join(map(quoted, meant))
         problems.append(
@@ -154,8 +196,13 @@ def _resolved(
     return names
 
 
-def _underscored(shapes: Mapping[str, tuple[int, ...]], base: Checkpoint) -> dict[str, list[str]]:
-    """Return the base's modules by every name that kohya's files may have for them."""
+def kohya_names(shapes: Mapping[str, tuple[int, ...]], base: Checkpoint) -> dict[str, list[str]]:
+    """Return the base's modules by every name that kohya's files may have for one of them.
+
+    Args:
+        shapes: the shapes of all the base's weights, by module.
+        base: the base.
+    """
     known: dict[str, list[str]] = defaultdict(list)
     layers = (base.config or {}).get("layers_per_block")
     for module in shapes:
@@ -173,13 +220,17 @@ def _with_text_model(module: str) -> str:
 
 
 def _modules(
-    found: Found, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], file: Path
+    found: Found, names: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]], file: Path
 ) -> Iterator[LoraModule]:
     modules, problems = [], []
     with FilePool() as files:
-        for written, name in names.items():
+        for written, place in names.items():
             each = found[written]
-            trouble = trouble_of(written, each, file) or _odd_magnitude(written, each, file)
+            trouble = (
+                trouble_of(written, each, file)
+                or _odd_magnitude(written, each, file)
+                or _odd_rows(written, each, place, shapes, file)
+            )
             if trouble is not None:
                 problems.append(trouble)
                 continue
@@ -188,11 +239,56 @@ def _modules(
             if alpha is None:
                 problems.append(Problem("alpha is no number", f"{file}, {quoted(written)}"))
                 continue
-            module = module_of(name, alpha / rank, each)
-            modules.append(_with_magnitude(_as_the_base_is(module, shapes.get(name))))
+            for module in _parts_of(module_of("", alpha / rank, each), place, shapes):
+                shaped = _as_the_base_is(module, shapes.get(module.name))
+                modules.append(_with_magnitude(shaped))
     if problems:
         raise AdapterError(capped(problems, file))
     yield from modules
+
+
+def _odd_rows(
+    name: str,
+    found: Mapping[str, TensorSpec],
+    place: Place,
+    shapes: Mapping[str, tuple[int, ...]],
+    file: Path,
+) -> Problem | None:
+    """Return the problem of rows that are not those of the modules that they are of."""
+    if len(place.modules) == 1 and not place.exchanged:
+        return None  # which is told where it is matched with the base
+    wanted, rows = [shapes[module][0] for module in place.modules], found["b"].shape[0]
+    if rows == sum(wanted):
+        return None
+    return Problem(
+        "B has other rows than the modules of the base that it is for",
+        f"{file}, {quoted(name)}", " + ".join(f"{n} ({m})" for n, m in zip(
+            wanted, place.modules, strict=True)), str(rows),
+    )  # fmt: skip
+
+
+def _parts_of(
+    whole: LoraModule, place: Place, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[LoraModule]:
+    """Yield the modules of the base that a module of the file is: all have its A, and rows of B."""
+    if len(place.modules) == 1 and not place.exchanged:
+        yield replace(whole, name=place.modules[0])
+        return
+    first = 0
+    for name in place.modules:
+        end = first + shapes[name][0]
+        b, m = whole.b.rows(first, end), whole.magnitude
+        m = None if m is None else m.rows(first, end)
+        if place.exchanged:
+            b, m = _exchanged(b), None if m is None else _exchanged(m)
+        yield replace(whole, name=name, b=b, magnitude=m)
+        first = end
+
+
+def _exchanged(tensor: Moved) -> Moved:
+    """Return a tensor whose two halves of rows lie the other way round."""
+    half = tensor.shape[0] // 2
+    return joined([tensor.rows(half, tensor.shape[0]), tensor.rows(0, half)])
 
 
 def _odd_magnitude(name: str, found: Mapping[str, TensorSpec], file: Path) -> Problem | None:
@@ -264,7 +360,7 @@ def _prefix(part: str, base: Checkpoint | None) -> str:
     alone = base is None or not (base.root.parent / "text_encoder_2").is_dir()
     if part == "text_encoder" and alone:
         return "lora_te_"
-    found = next((prefix for prefix, meant in _PREFIXES.items() if meant == part), None)
+    found = next((prefix for prefix, meant in PREFIXES.items() if meant == part), None)
     if found is None:
         raise UnsupportedError(
             "kohya's layout has no name for this part of a pipeline", where=part, hint=MERGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,11 @@ from regraft.errors import AdapterError, UsageError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.problems import quoted
 from regraft.names import NameMap
+
+_LANGUAGE = re.compile(
+    r"(^|\.)(language_model|text_model)\.|^(model\.)?(lm_head|layers|embed_tokens)\b"
+)
+"""What the names of a language model's modules have in them, where the model has other parts."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,20 @@ class Heads:
     size: int
 
 
+class BaseNeededError(UsageError):
+    """An adapter cannot be read or written without its base, and there is none.
+
+    Attributes:
+        why: what the base would say, as the end of a sentence.
+    """
+
+    def __init__(self, why: str) -> None:
+        """Say what the base would say."""
+        super().__init__(f"the base is needed: {why}", where="base",
+                         hint="Name the base, as a folder or a Hub id")  # fmt: skip
+        self.why = why
+
+
 def text_config(base: Checkpoint) -> Mapping[str, Any]:
     """Return the config of a base's language model."""
     config = base.config or {}
@@ -40,15 +60,24 @@ def model_type(base: Checkpoint | None) -> str:
     return found if isinstance(found, str) else ""
 
 
+def has_parts(base: Checkpoint | None) -> bool:
+    """Whether a model is known to have other parts beside its language model, as one that sees."""
+    return base is not None and isinstance((base.config or {}).get("text_config"), Mapping)
+
+
+def is_other_part(module: str, base: Checkpoint | None) -> bool:
+    """Whether a module is no part of the language model of a base that has other parts."""
+    return has_parts(base) and not _LANGUAGE.search(module)
+
+
 def needed(base: Checkpoint | None, why: str) -> Checkpoint:
     """Return the base.
 
     Raises:
-        UsageError: there is none.
+        BaseNeededError: there is none.
     """
     if base is None:
-        raise UsageError(f"the base is needed: {why}", where="base",
-                         hint="Name the base, as a folder or a Hub id")  # fmt: skip
+        raise BaseNeededError(why)
     return base
 
 
@@ -60,7 +89,7 @@ def heads_of(base: Checkpoint | None, why: str) -> Heads:
         why: what for, as the end of a sentence.
 
     Raises:
-        UsageError: there is no base.
+        BaseNeededError: there is no base.
         AdapterError: its config does not say.
     """
     config = text_config(needed(base, why))

@@ -10,6 +10,9 @@ import click
 from regraft.cli import options
 from regraft.cli.output import Output
 
+KINDS = ("vllm", "sglang", "llama.cpp", "mlx")
+"""Servers that are known by name; the table itself is in :mod:`regraft.probing.kinds`."""
+
 EXIT_CODES = {
     "acts": 0,
     "acts as the base": 1,
@@ -28,6 +31,12 @@ KEY_VARIABLE = "OPENAI_API_KEY"
     "--base",
     metavar="NAME",
     help="The server's name of the base.  [default: the first model that is not the adapter]",
+)
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(list(KINDS)),
+    help="The kind of server.  [default: what it says itself]",
 )
 @click.option(
     "--prompts",
@@ -53,7 +62,8 @@ KEY_VARIABLE = "OPENAI_API_KEY"
     type=click.FloatRange(min=0),
     default=0.1,
     metavar="X",
-    help="Largest difference of a log-probability from what is expected.  [default: 0.1]",
+    help="Largest difference of a log-probability from what is expected; twice that of the "
+    "server's base, where that is more.  [default: 0.1]",
 )
 @click.option(
     "--timeout",
@@ -71,7 +81,9 @@ def command(
 
     The server may be vLLM, SGLang, llama.cpp's or mlx_lm.server. It is asked the same prompts
     with and without the adapter; with --expect, its log-probabilities are held against what regraft
-    computes of the files, too. Exits with 0 when the adapter acts, and as expected; 1 when it
+    computes of the files, too. An adapter is named as the server does: a model's name (vLLM,
+    SGLang), the number or file of llama.cpp's, for mlx_lm.server the folder, or default_model for
+    what it was started with. Exits with 0 when the adapter acts, and as expected; 1 when it
     answers as the base, or otherwise than expected; 3 when this cannot be judged. A key is taken
     from OPENAI_API_KEY.
 
@@ -79,6 +91,8 @@ def command(
     Examples:
       regraft probe http://localhost:8000 --adapter sql
       regraft probe http://localhost:8000 --adapter sql --expect ./base --expect ./sql
+      regraft probe http://localhost:8080 --adapter 0
+      regraft probe http://localhost:8080 --adapter ./adapter-mlx
     """
     from regraft.cli.texts import probe as text
     from regraft.probing.verb import probe

@@ -1,0 +1,1 @@
+"""Combining and extracting adapters, against PEFT and mergekit."""
