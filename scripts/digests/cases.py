@@ -166,6 +166,7 @@ def cases() -> Iterator[Case]:
     """Yield all cases."""
     yield from _plain_cases()
     yield from _layout_cases()
+    yield from _method_cases()
     yield from _converting_cases()
     yield from _quantizing_cases()
     yield from _quantized_cases()
@@ -203,6 +204,18 @@ def _layout_cases() -> Iterator[Case]:
     yield Case("tied embeddings", Merged("llama-tied", (("llama-embedding", 1.0),)))
     yield Case("experts stored apart", Merged("mixtral", (("mixtral-lora", 1.0),)))
     yield Case("fused queries, keys and values", Merged("phi3", (("phi3-lora", 1.0),)))
+
+
+def _method_cases() -> Iterator[Case]:
+    """Yield merges by methods on elements; ``della`` where rows are rows, in a llama."""
+    two: Adapters = (("lora", 1.0), ("rslora", -0.35))
+    options = {"density": 0.4, "seed": 5}
+    for method, base in (("ties", "bfloat16"), ("dare", "float32"), ("dare_ties", "float16"),
+                         ("breadcrumbs", "bfloat16"), ("magnitude_prune", "float32")):  # fmt: skip
+        merged = Merged(f"odd-{base}", two, {"method": method, **options})
+        yield Case(f"{method}, {base}", merged, in_brief=method in ("ties", "dare_ties"))
+    della = {"method": "della", **options}
+    yield Case("della, bfloat16", Merged("llama-bfloat16", _one("llama"), della))
 
 
 def _converting_cases() -> Iterator[Case]:

@@ -110,6 +110,9 @@ def test_blocks_of_gguf_are_kept_and_verified(kind: str, tmp_path: Path) -> None
     assert regraft.verify(tmp_path / "out.gguf").verdict == "exact"
     regraft.merge(base, given, tmp_path / "again.gguf", method="ties", threads=1)
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+    regraft.merge(base, given, tmp_path / "undo.gguf", method="ties", undo=True)
+    regraft.unmerge(tmp_path / "undo.gguf", tmp_path / "back.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == base.read_bytes()
 
 
 def test_codes_that_lie_as_columns_refuse_della(
