@@ -175,7 +175,7 @@ TABLE: Mapping[str, tuple[Feature, Verdicts]] = {
     "a start from the base": (
         lambda f: str(f.config["init_lora_weights"]).lower() in ("pissa", "olora"),
         (REF, WRONG, WRONG, REF)),
-    "a copy of a grown embedding": (lambda f: bool(f.copies()), (OUT, OUT, _, REF)),
+    "a copy of a grown embedding": (lambda f: bool(f.copies()), (REF, OUT, _, REF)),
     "such a copy, adapted": (lambda f: any("base_layer" in c for c in f.copies()), (_, _, OUT, _)),
     "such a copy, not adapted": (
         lambda f: any("base_layer" not in c for c in f.copies()), (_, _, REF, _)),

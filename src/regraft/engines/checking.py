@@ -107,7 +107,7 @@ def _asked(
 
 
 def _texts(options: Mapping[str, object] | None) -> dict[str, str]:
-    return {name: str(value) for name, value in (options or {}).items()}
+    return {name.replace("-", "_"): str(value) for name, value in (options or {}).items()}
 
 
 def _judged(

@@ -18,7 +18,9 @@ from regraft.shrinking.targets import Pair
 _LIKE_A_NORM = re.compile(r"_layernorm|\.norm")
 _CLASSIFIER = re.compile(r"\.(classifier|score|pooler)(\.|$)")
 
-FOLD = "Write it with the scale in the factors: `regraft convert ADAPTER --to gguf -o OUT`"
+FOLD = (
+    "Write it with the scale in the factors: `regraft convert ADAPTER -o OUT --to gguf --base BASE`"
+)
 
 
 def scale_of(alpha: float, rank: int) -> float:

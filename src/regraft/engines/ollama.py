@@ -11,7 +11,7 @@ from regraft.engines.subject import Subject
 
 _EXPORT = (
     "Merge it (`regraft merge BASE ADAPTER -o MERGED`), and export the merged model with its "
-    "Modelfile (`regraft export MERGED -o OUT.gguf --for ollama`)"
+    "Modelfile (`regraft export MERGED -o OUT --for ollama`)"
 )
 
 

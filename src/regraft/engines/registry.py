@@ -23,6 +23,13 @@ ENGINES: Mapping[str, Engine] = {
 """Every engine, by name."""
 
 
+OTHER_NAMES = {
+    "mlx-lm": "mlx", "mlx_lm": "mlx", "llamacpp": "llama.cpp", "llama-cpp": "llama.cpp",
+    "llama_cpp": "llama.cpp", "gguf": "llama.cpp", "transformers": "peft",
+}  # fmt: skip
+"""What people call an engine, and its name."""
+
+
 def engine_named(asked: str) -> tuple[Engine, str | None]:
     """Return an engine and the version that was asked about, from ``"vllm"`` or ``"vllm==0.32.0"``.
 
@@ -30,7 +37,8 @@ def engine_named(asked: str) -> tuple[Engine, str | None]:
         UsageError: no engine of that name is known.
     """
     name, _, version = asked.partition("==")
-    found = ENGINES.get(name.strip().lower())
+    plain = name.strip().lower()
+    found = ENGINES.get(OTHER_NAMES.get(plain, plain))
     if found is None:
         raise UsageError("there is no engine of that name", where="--for",
                          expected=", ".join(ENGINES), found=asked)  # fmt: skip
@@ -69,7 +77,11 @@ def judge(
     asked = version or _installed(engine)
     findings = (*_by_rules(engine, subject), *_by_checks(engine, subject, settings))
     notes = (*_of_version(engine, asked), *_of_dialect(engine, subject), *engine.notes)
-    return EngineReport(engine.name, engine.version, asked, tuple(dict.fromkeys(findings)), notes)
+    foreign = engine.dialect is not None and subject.dialect != engine.dialect
+    return EngineReport(
+        engine.name, engine.version, asked, tuple(dict.fromkeys(findings)), notes,
+        engine.dialect if foreign else None,
+    )  # fmt: skip
 
 
 def _by_rules(engine: Engine, subject: Subject) -> Iterator[Finding]:
@@ -93,18 +105,30 @@ def _installed(engine: Engine) -> str | None:
 
 
 def _of_version(engine: Engine, asked: str | None) -> Iterator[str]:
-    if asked is not None and asked.partition("+")[0] != engine.version:
+    if asked is not None and not _is_version(asked, engine):
         yield (
             f"what {engine.shown} {asked} does is not known: these facts were read from "
             f"{engine.version}"
         )
 
 
+def _is_version(asked: str, engine: Engine) -> bool:
+    """Whether a version is the one that an engine's facts were read from.
+
+    llama.cpp counts builds (``b11549``); packages of it end in that number (``2026.10.11549``).
+    """
+    plain = asked.partition("+")[0]
+    build = engine.version.removeprefix("b")
+    return plain == engine.version or (
+        build != engine.version and plain.rpartition(".")[2] == build
+    )
+
+
 def _of_dialect(engine: Engine, subject: Subject) -> Iterator[str]:
     if engine.dialect is not None and subject.dialect != engine.dialect:
         yield (
             f"{engine.shown} reads adapters in another format: `regraft convert ADAPTER "
-            f"--to {engine.dialect} -o OUT` writes it"
+            f"-o OUT --to {engine.dialect} --base BASE` writes it"
         )
     if engine.has_class is not None and not engine.has_class(subject.architecture):
         yield (

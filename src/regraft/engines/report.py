@@ -44,7 +44,9 @@ class EngineReport:
         version: the version that its facts were read from.
         asked: the version that was asked about or is installed, None where neither is known.
         findings: everything that it would leave out, refuse or apply otherwise.
-        notes: what to know beside them, such as the conversion that comes first.
+        notes: what to know beside them.
+        converts_to: the dialect that the adapter has to be written in first; None where the engine
+            reads it as it is.
     """
 
     engine: str
@@ -52,6 +54,7 @@ class EngineReport:
     asked: str | None
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    converts_to: str | None = None
 
     @property
     def ok(self) -> bool:

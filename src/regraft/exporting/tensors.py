@@ -73,14 +73,23 @@ class ExportedTensor:
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
+_LONG = {
+    "float32": "f32", "fp32": "f32", "float16": "f16", "fp16": "f16", "bfloat16": "bf16",
+}  # fmt: skip
+"""Names of dtypes elsewhere, and GGUF's."""
+
+
 def parse_type(name: str | None) -> str | None:
     """Return the type that is meant, such as ``Q8_0`` by ``q8_0``.
 
     Raises:
         UsageError: it is none that is written.
     """
-    if name is None or name.upper() in TYPES:
-        return name and name.upper()
+    if name is None:
+        return None
+    name = _LONG.get(name.lower(), name)
+    if name.upper() in TYPES:
+        return name.upper()
     known = _known_to_llama(name)
     raise UsageError(
         f"cannot write type {name!r}", where="--type",

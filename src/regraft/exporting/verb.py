@@ -83,9 +83,9 @@ def export(
             quantized model, what its codes stand for is exported to GGUF.
         out: what to make; it appears whole or not at all. For ``gguf`` a file with the suffix
             ``.gguf``, else a folder.
-        engine: ``"gguf"`` for llama.cpp and what is made of it; ``"ollama"`` for a folder with such
-            a file and a Modelfile; ``"mlx"`` for mlx-lm: the same weights with the keys that it
-            looks for in the config.
+        engine: ``"gguf"`` or ``"llama.cpp"`` for llama.cpp and what is made of it; ``"ollama"`` for
+            a folder with such a file and a Modelfile; ``"mlx"`` for mlx-lm: the same weights with
+            the keys that it looks for in the config.
         type: type of the matrices in GGUF: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``,
             ``q5_0``, ``q4_1`` or ``q4_0``; by default the dtype that most values have.
         like: a GGUF file of the same model, whose tokenizer is taken instead of the folder's.
@@ -100,6 +100,7 @@ def export(
         UnsupportedError: a kind of model or tokenizer that the program does not follow.
         RegraftError: another of :mod:`regraft.errors`; ``out`` is then as it was before the call.
     """
+    engine = OTHER_NAMES.get(engine.lower(), engine)
     if engine not in ENGINES:
         raise UsageError(f"cannot export for {engine!r}", where="--for",
                          expected=", ".join(ENGINES))  # fmt: skip
@@ -187,6 +188,9 @@ def _changes(old: dict[str, object], new: dict[str, object]) -> tuple[str, ...]:
             found += tuple(f"{key}.{each}" for each in below if each not in inner)
     return found
 
+
+OTHER_NAMES = {"llama.cpp": "gguf", "mlx-lm": "mlx"}
+"""What engines are called elsewhere, and what is written for them."""
 
 ENGINES: dict[str, Callable[[_Call, float], ExportReport]] = {
     "gguf": _for_gguf, "ollama": _for_ollama, "mlx": _for_mlx,

@@ -20,7 +20,8 @@ def render(report: EngineReport) -> str:
     shown = f"{ENGINES[report.engine].shown} {report.version}"
     notes = [f"  note: {note}" for note in report.notes]
     if report.ok:
-        return "\n".join([f"{shown}: ok, it would answer with all of the adapter", *notes])
+        first = "" if report.converts_to is None else "once it is converted, "
+        return "\n".join([f"{shown}: ok, {first}it would answer with all of the adapter", *notes])
     count = plural(len(report.findings), "part")
     told = [f"{shown}: no, it would not answer with {count} as trained"]
     causes = list(_by(report.findings, lambda f: (f.effect, f.because, f.way_out)))

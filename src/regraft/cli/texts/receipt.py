@@ -73,6 +73,8 @@ def _formats(receipt: Receipt) -> str:
     format = options.get("quantize")
     how = f"rounded {options['rounding']}" if format else ""
     into = f"kept, {how}" if format == "keep" else f"{format}, {how}" if format else "dequantized"
+    if receipt.output.endswith(".gguf") and options.get("dtype"):
+        into = f"written as {options['dtype']}"
     if receipt.base_formats:
         return f"{', '.join(receipt.base_formats)}: {into}"
     return into if format else ""
@@ -81,7 +83,9 @@ def _formats(receipt: Receipt) -> str:
 def _survived(totals: Totals) -> str:
     if totals.survived is None:
         return ""
-    return f"{percent(totals.survived)} of the delta, noise {percent(totals.noise)} of |W|"
+    noise, delta = totals.noise or 0.0, totals.relative_delta
+    beside = f" ({noise / delta:.2g} x |delta|, spread at random)" if 0 < delta < noise else ""
+    return f"{percent(totals.survived)} of the delta, noise {percent(noise)} of |W|{beside}"
 
 
 def _gap(totals: Totals) -> str:

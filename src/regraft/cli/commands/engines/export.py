@@ -23,10 +23,10 @@ from regraft.cli.output import Output
 @click.option(
     "--for",
     "engine",
-    type=click.Choice(["gguf", "ollama", "mlx"]),
+    type=click.Choice(["gguf", "llama.cpp", "ollama", "mlx"]),
     default="gguf",
     show_default=True,
-    help="Program to write it for.",
+    help="Program to write it for; gguf and llama.cpp are the same.",
 )
 @click.option(
     "--type",
