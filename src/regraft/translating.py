@@ -8,12 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.dialects.form import Bits, LoraModule, PlainAdapter, as_stored
+from regraft.adapters.dialects.form import (
+    Bits,
+    LoraModule,
+    PlainAdapter,
+    as_stored,
+    whole_tensor,
+)
 from regraft.adapters.dialects.peft import read_adapter
 from regraft.adapters.dialects.registry import DIALECTS, Dialect
 from regraft.adapters.dialects.uniform import UniformError, uniform_form
 from regraft.adapters.model import Adapter
 from regraft.adapters.settings import LoraSettings
+from regraft.adapters.wrappers import plain_config
 from regraft.errors import AdapterError, Problem, UnsupportedError, UsageError
 from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
@@ -237,7 +244,7 @@ def plain_adapter(files: AdapterFiles, adapter: Adapter) -> PlainAdapter:
     _check_targeted(settings, pairs, files)
     return PlainAdapter(
         modules=tuple(map(_module, pairs)),
-        whole={each.parameter: as_stored(each.spec) for each in adapter.whole},
+        whole={each.parameter: whole_tensor(each.spec, each.origin) for each in adapter.whole},
         token_rows={
             each.module: (each.indices, as_stored(each.spec)) for each in adapter.token_rows
         },
@@ -245,6 +252,7 @@ def plain_adapter(files: AdapterFiles, adapter: Adapter) -> PlainAdapter:
         task_type=settings.task_type,
         metadata={key: value for key, value in files.metadata.items() if key != "format"},
         ensure_weight_tying=settings.ensure_weight_tying,
+        config=plain_config(files.config),
     )
 
 

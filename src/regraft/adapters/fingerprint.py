@@ -36,11 +36,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from regraft.adapters.model import FINGERPRINT
+from regraft.errors import FormatError
+from regraft.formats.files.json_file import json_object_in
 
 KEY = FINGERPRINT
 
@@ -95,12 +97,12 @@ class Fingerprint:
 def parsed(text: str) -> Fingerprint | None:
     """Return the fingerprint in a header; None for what is none: it comes from strangers."""
     try:
-        fields: Any = json.loads(text)
+        fields = json_object_in(text, KEY)
         version, shapes = fields["version"], dict(fields["sampled"])
         raw = np.frombuffer(base64.b64decode(fields["values"], validate=True), "<f4")
         counts = [min(VALUES, math.prod(shape)) for shape in shapes.values()]
         coded = bool(fields["coded"])
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+    except (FormatError, KeyError, TypeError, ValueError, OverflowError):
         return None
     good = all(isinstance(count, int) and count > 0 for count in counts)
     if version != _VERSION or not counts or not good or sum(counts) != raw.size:

@@ -19,6 +19,7 @@ from regraft.adapters.dialects.shared.base_facts import model_type
 from regraft.adapters.dialects.shared.experts import Stack, by_stack, leaf_of, single_experts
 from regraft.adapters.dialects.shared.gathering import Gathering
 from regraft.adapters.dialects.shared.limits import magnitudes, refuse, unsayable
+from regraft.adapters.dialects.shared.once import NewTensors
 from regraft.adapters.dialects.shared.peft_files import FACTOR, PeftFiles, new_files, open_files
 from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.errors import Problem
@@ -49,7 +50,9 @@ def read(path: Path, base: Checkpoint | None) -> PlainAdapter:
         if pair is not None:
             gathering.add(name, *pair, files.scale)
     _add_experts(gathering, grouped, files, base)
-    return PlainAdapter(gathering.done(), base=files.base, task_type="CAUSAL_LM")
+    return PlainAdapter(
+        gathering.done(), base=files.base, task_type="CAUSAL_LM", metadata=files.metadata
+    )
 
 
 def _add_experts(
@@ -116,12 +119,12 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
     with FilePool() as files:
         problems += [problem for group in groups for problem in group.problems(files)]
     refuse(problems, ADAPTER_SAFE)
-    tensors = dict[str, Moved]()
+    tensors = NewTensors()
     for module in plain:
-        tensors |= {f"{module.name}.lora_A.weight": module.a,
-                    f"{module.name}.lora_B.weight": module.b}  # fmt: skip
+        tensors[f"{module.name}.lora_A.weight"] = module.a
+        tensors[f"{module.name}.lora_B.weight"] = module.b
     for group in groups:
-        tensors |= group.tensors()
+        tensors.add(group.tensors())
     names = [module.name for module in plain] + [f"{owner}.experts" for owner in layers]
     return new_files(adapter, tensors, names)
 

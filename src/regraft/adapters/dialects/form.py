@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from regraft.adapters.model import Origin
 from regraft.formats.files.reading import FilePool
 from regraft.tensors import DTYPES, TensorSpec, nbytes_of
 
@@ -83,6 +84,30 @@ class Moved:
     def reshaped(self, shape: tuple[int, ...]) -> Moved:
         """Return it with its elements, in their order, in another shape."""
         return self.then(shape, lambda bits: bits.reshape(shape))
+
+
+@dataclass(frozen=True)
+class Whole(Moved):
+    """A tensor that takes the place of a parameter, and why it travels in the adapter.
+
+    Attributes:
+        origin: see :data:`regraft.adapters.model.Origin`. A copy of an embedding is the base's own
+            parameter, and no module of ``modules_to_save``: LoRA can be on that embedding, too.
+    """
+
+    origin: Origin = "saved"
+
+
+def whole_tensor(spec: TensorSpec, origin: Origin) -> Whole:
+    """Return a stored tensor as one that takes the place of a parameter."""
+    return Whole(spec.dtype, spec.shape, (spec,), lambda bits: bits, origin)
+
+
+def origin_of(parameter: str, tensor: Moved) -> Origin:
+    """Return why a tensor travels; of one that does not say, by its parameter's name."""
+    if isinstance(tensor, Whole):
+        return tensor.origin
+    return "bias" if parameter.endswith(".bias") else "saved"
 
 
 def as_stored(spec: TensorSpec) -> Moved:
@@ -163,12 +188,14 @@ class PlainAdapter:
 
     Attributes:
         modules: adapted modules.
-        whole: trained tensors by the parameter that they take the place of.
+        whole: trained tensors by the parameter that they take the place of; see :class:`Whole`.
         token_rows: trained rows of embeddings by the embedding's module: row numbers and rows.
         base: what it calls its base, None for nothing.
         task_type: PEFT's word for what it was trained for, None for none.
         metadata: strings that travel with its tensors, such as the fingerprint of its base.
         ensure_weight_tying: whether what it adds to one side of tied embeddings is for both.
+        config: PEFT's config of it, as far as that is known: what of it is still right is kept
+            where the adapter is written in PEFT's format.
         notes: what a user should know of how it was read.
         needs_base: why its tensors, or their names, cannot be told without the base, as a sentence;
             "" where they can. All else of it holds, so that it can be described.
@@ -181,6 +208,7 @@ class PlainAdapter:
     task_type: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     ensure_weight_tying: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     needs_base: str = ""
 

@@ -27,6 +27,8 @@ from regraft.adapters.dialects.form import (
     PlainAdapter,
     as_stored,
 )
+from regraft.adapters.dialects.shared.once import NewTensors
+from regraft.adapters.dialects.shared.peft_config import with_config
 from regraft.errors import (
     AdapterError,
     InputError,
@@ -282,14 +284,14 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
     alphas = {alpha_of(module.scale, module.rank) for module in adapter.modules}
     if len(alphas) != 1:
         raise ValueError("modules have several alphas")  # whoever calls makes them one first
-    tensors: dict[str, Moved] = {}
+    tensors = NewTensors()
     for module in adapter.modules:
         placed = module
         if family.rearranged and _is_rearranged(module.name):
             placed = _in_order(module, config, Path(WEIGHTS), to_llama=True)
         a = placed.a.transposed if module.kind == "embedding" else placed.a
         name = names[_plain_name(module.name, names)]
-        tensors |= {f"{name}{_PAIR}a": a, f"{name}{_PAIR}b": placed.b}
+        tensors.add({f"{name}{_PAIR}a": a, f"{name}{_PAIR}b": placed.b})
     return (_gguf_file(architecture, float(alphas.pop()), adapter, tensors),)
 
 
@@ -387,7 +389,7 @@ def _header(
     if adapter.base:
         writer.add_uint32("general.base_model.count", 1)
         writer.add_string(_BASE, adapter.base)
-    for key, value in adapter.metadata.items():
+    for key, value in with_config(adapter).items():
         writer.add_string(_KEPT + key, value)
     for name, tensor in tensors.items():
         kind = gguf.GGMLQuantizationType[tensor.dtype]

@@ -32,6 +32,7 @@ from regraft.adapters.dialects.shared.base_facts import (
 from regraft.adapters.dialects.shared.experts import single_experts
 from regraft.adapters.dialects.shared.gathering import Gathering
 from regraft.adapters.dialects.shared.limits import magnitudes, refuse, unnamed, unsayable
+from regraft.adapters.dialects.shared.once import NewTensors
 from regraft.adapters.dialects.shared.torch_files import read_tensors, torch_file
 from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.adapters.dialects.writing import bytes_file
@@ -256,7 +257,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
         grouped[lit][part] = module
     refuse(_incomplete(grouped, base), WEIGHTS)
     trained = {part for parts in grouped.values() for part in parts if part}
-    tensors = dict[str, Moved]()
+    tensors = NewTensors()
     for lit, parts in grouped.items():
         a, b = _fused(parts, trained, heads) if "" not in parts else (parts[""].a, parts[""].b)
         tensors[f"{lit}.lora_A"], tensors[f"{lit}.lora_B"] = a, b

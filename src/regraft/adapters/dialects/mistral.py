@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.dialects.form import Moved, NewFile, PlainAdapter
+from regraft.adapters.dialects.form import NewFile, PlainAdapter
 from regraft.adapters.dialects.shared.base_facts import Heads, heads_of, needed, text_config
 from regraft.adapters.dialects.shared.experts import single_experts
 from regraft.adapters.dialects.shared.gathering import Gathering
 from regraft.adapters.dialects.shared.limits import magnitudes, refuse, unnamed, unsayable
+from regraft.adapters.dialects.shared.once import NewTensors
+from regraft.adapters.dialects.shared.peft_config import travelling, with_config
 from regraft.adapters.dialects.shared.rope_rows import as_neighbours, as_transformers, fits
 from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.adapters.dialects.writing import json_file, safetensors_file
@@ -53,9 +55,8 @@ def read(path: Path, base: Checkpoint | None) -> PlainAdapter:
     scale = _scaling(weights.parent, params)
     heads = _heads(weights.parent, params, base)
     gathering = Gathering(weights)
-    found = gathering.parts(
-        read_header(weights).tensors, _PART, "layers.N.attention.wq.lora_A.weight, ..."
-    )
+    header = read_header(weights)
+    found = gathering.parts(header.tensors, _PART, "layers.N.attention.wq.lora_A.weight, ...")
     for name, parts in found.items():
         pair = gathering.pair(name, parts, ("lora_A.weight", "lora_B.weight"))
         if pair is None:
@@ -70,7 +71,9 @@ def read(path: Path, base: Checkpoint | None) -> PlainAdapter:
         else:
             b = b if count is None else as_transformers(b, count)
             gathering.add(peft, a, b, scale, stored=name)
-    return PlainAdapter(gathering.done(), task_type="CAUSAL_LM")
+    return PlainAdapter(
+        gathering.done(), task_type="CAUSAL_LM", metadata=travelling(header.metadata)
+    )
 
 
 def _weights(path: Path) -> Path:
@@ -143,7 +146,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
     heads = heads_of(base, "rows of q and k lie otherwise here, by heads")
     names = {module.name: _own_name(module.name) for module in modules}
     refuse(unnamed((m.name for m in modules if names[m.name] is None), _PROGRAM), WEIGHTS)
-    tensors, problems = dict[str, Moved](), []
+    tensors, problems = NewTensors(), []
     for module in modules:
         name = str(names[module.name])
         count = _turned(name, heads)
@@ -158,8 +161,8 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
         raise UnsupportedError(problems)
     params = _new_params(adapter, heads, needed(base, "its sizes stand in params.json"))
     # mistral-inference wants one dtype, and nothing but factors.
-    tensors = dict(zip(tensors, as_one_dtype(list(tensors.values())), strict=True))
-    return json_file(PARAMS, params), safetensors_file(WEIGHTS, tensors, dict(adapter.metadata))
+    even = dict(zip(tensors, as_one_dtype(list(tensors.values())), strict=True))
+    return json_file(PARAMS, params), safetensors_file(WEIGHTS, even, with_config(adapter))
 
 
 def _own_name(name: str) -> str | None:

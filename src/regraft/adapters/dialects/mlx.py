@@ -25,6 +25,8 @@ from regraft.adapters.dialects.form import (
 from regraft.adapters.dialects.shared.base_facts import model_type, needed
 from regraft.adapters.dialects.shared.experts import Stack, by_stack, leaf_of, single_experts
 from regraft.adapters.dialects.shared.gathering import Gathering, Parts
+from regraft.adapters.dialects.shared.once import NewTensors
+from regraft.adapters.dialects.shared.peft_config import travelling, with_config
 from regraft.adapters.dialects.shared.tied import EMBEDDINGS, as_one, as_two
 from regraft.adapters.dialects.shared.widening import as_one_dtype
 from regraft.adapters.dialects.writing import json_file, safetensors_file
@@ -56,13 +58,15 @@ def read(path: Path, base: Checkpoint | None) -> PlainAdapter:
     _check_kind(root, config)
     scale = _scale(root, config)
     gathering = Gathering(weights)
-    found = gathering.parts(read_header(weights).tensors, _PART, "lora_a, lora_b or m")
+    header = read_header(weights)
+    found = gathering.parts(header.tensors, _PART, "lora_a, lora_b or m")
     for name, parts in found.items():
         _add(gathering, name, parts, scale, base)
     named = config.get("model")
     adapter = PlainAdapter(
-        gathering.done(), base=named if isinstance(named, str) else None, task_type="CAUSAL_LM"
-    )
+        gathering.done(), base=named if isinstance(named, str) else None, task_type="CAUSAL_LM",
+        metadata=travelling(header.metadata),
+    )  # fmt: skip
     if any(module.name.rpartition(".")[2] == "lm_head" for module in adapter.modules):
         return adapter  # mlx-lm has this module where the embeddings are not tied, and only there
     return as_two(adapter, base)
@@ -206,18 +210,17 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
     single = as_one(single_experts(adapter, base), base)
     plain, stacks, problems = by_stack(single.modules)
     _refuse([*problems, *_unlike_dora(plain, stacks)])
-    tensors = dict[str, Moved]()
+    tensors = NewTensors()
     for module in plain:
-        tensors |= _of_module(_mlx_name(module.name, base), module)
+        tensors.add(_of_module(_mlx_name(module.name, base), module))
     for stack in stacks:
-        tensors |= _of_stack(stack, base)
-    if any(name.startswith("language_model.") for name in tensors):
-        tensors = {
-            f"language_model.{name}" if name.startswith("lm_head.") else name: tensor
-            for name, tensor in tensors.items()
-        }
-    weights = safetensors_file(MLX_WEIGHTS, tensors, {**adapter.metadata, "format": "mlx"})
-    return json_file(ADAPTER_CONFIG, _new_config(adapter, forms.pop(), tensors)), weights
+        tensors.add(_of_stack(stack, base))
+    within = any(name.startswith("language_model.") for name in tensors)
+    new = NewTensors()
+    for name, tensor in tensors.items():
+        new[f"language_model.{name}" if within and name.startswith("lm_head.") else name] = tensor
+    weights = safetensors_file(MLX_WEIGHTS, new, {**with_config(adapter), "format": "mlx"})
+    return json_file(ADAPTER_CONFIG, _new_config(adapter, forms.pop(), new)), weights
 
 
 _MERGE = "Merge it (`regraft merge`), and give mlx-lm the merged model"

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
+from regraft.adapters.dialects.shared.once import twice
 from regraft.adapters.fingerprint import KEY
 from regraft.adapters.model import Adapter, LoraTarget, TokenRows, WholeTensor
 from regraft.adapters.settings import LoraSettings, read_settings
@@ -92,16 +93,8 @@ def _gather(
         else:
             same = rest.setdefault(name, spec)
         if same is not spec:
-            problems.append(_twice(same, spec, where))
+            problems.append(twice(same.name, spec.name, where))
     return parts, rest
-
-
-def _twice(first: TensorSpec, second: TensorSpec, where: str) -> Problem:
-    return Problem(
-        "two tensors of the file are one of the adapter", where, "one tensor",
-        f"{first.name!r} and {second.name!r}",
-        "They differ in what training put into the names; keep the one that was trained last",
-    )  # fmt: skip
 
 
 def _unusable(key: str, spec: TensorSpec, where: str) -> list[Problem]:

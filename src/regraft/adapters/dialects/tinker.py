@@ -21,11 +21,14 @@ from regraft.adapters.dialects.shared.base_facts import model_type, needed, tied
 from regraft.adapters.dialects.shared.experts import Stack, by_stack, leaf_of, single_experts
 from regraft.adapters.dialects.shared.gathering import Gathering, Parts
 from regraft.adapters.dialects.shared.limits import magnitudes, refuse, unnamed, unsayable
+from regraft.adapters.dialects.shared.once import NewTensors, modules_twice
 from regraft.adapters.dialects.shared.peft_files import FACTOR, new_files, open_files
 from regraft.adapters.dialects.shared.tied import as_one, as_two
 from regraft.adapters.dialects.shared.widening import as_one_dtype
+from regraft.errors import AdapterError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.layout import ADAPTER_SAFE
+from regraft.formats.problems import capped
 
 _PROGRAM = "Tinker"
 _STACK = re.compile(r"(?P<owner>.+)\.experts\.(?P<leaf>w[123])")
@@ -59,8 +62,10 @@ def read(path: Path, base: Checkpoint | None) -> PlainAdapter:
             gathering.add(_peft_name(name, base), *pair, files.scale, stored=name)
     for owner, pairs in split.items():
         _add_split(gathering, owner, pairs, files.scale)
-    adapter = PlainAdapter(gathering.done(), base=files.base, task_type="CAUSAL_LM")
-    return _with_head(adapter, base)
+    adapter = PlainAdapter(
+        gathering.done(), base=files.base, task_type="CAUSAL_LM", metadata=files.metadata
+    )
+    return _with_head(adapter, base, files.weights)
 
 
 def _is_empty(parts: Parts) -> bool:
@@ -136,13 +141,18 @@ def _peft_name(name: str, base: Checkpoint | None) -> str:
     return _VISION + name.removeprefix("model.") if sees else name
 
 
-def _with_head(adapter: PlainAdapter, base: Checkpoint | None) -> PlainAdapter:
+def _with_head(adapter: PlainAdapter, base: Checkpoint | None, file: Path) -> PlainAdapter:
     """Return an adapter with transformers' name for its output layer.
 
     Where the base has none of its own, Tinker's own export adds to the embedding, and so to both.
+
+    Raises:
+        AdapterError: the adapter has several.
     """
-    heads = [m for m in adapter.modules if m.name.rpartition(".")[2] == _HEAD]
-    if not heads:
+    heads = [m for m in adapter.modules if m.name.rpartition(".")[2] in (_HEAD, "lm_head")]
+    if problems := modules_twice((replace(m, name="lm_head") for m in heads), file):
+        raise AdapterError(capped(problems, file))
+    if not heads or heads[0].name.rpartition(".")[2] != _HEAD:
         return adapter
     sides = tied_sides(needed(base, f"it says whether {_HEAD} is the embedding too"))
     rest = tuple(module for module in adapter.modules if module not in heads)
@@ -170,7 +180,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
         or (module.kind == "embedding" and not (sides and module.name == sides[0]))
     ]  # fmt: skip
     refuse([*problems, *unnamed(unknown, _PROGRAM)], ADAPTER_SAFE)
-    tensors, names = dict[str, Moved](), list[str]()
+    tensors, names = NewTensors(), list[str]()
     for module in plain:
         a, b, name = module.a, module.b, module.name.replace(_VISION, "model.", 1)
         if module.kind == "embedding":
@@ -178,9 +188,9 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
         elif name == "lm_head":
             name = f"model.{_HEAD}"
         names.append(name)
-        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        tensors.add({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b})
     for stack in stacks:
-        tensors |= _of_stack(stack)
+        tensors.add(_of_stack(stack))
         names.append(f"{stack.owner}.experts")
     return new_files(adapter, tensors, names)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapters.dialects.as_peft import alpha_of
-from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter, as_stored
+from regraft.adapters.dialects.form import LoraModule, NewFile, PlainAdapter, as_stored
 from regraft.adapters.dialects.shared.base_facts import (
     Heads,
     heads_of,
@@ -26,6 +26,7 @@ from regraft.adapters.dialects.shared.base_facts import (
 )
 from regraft.adapters.dialects.shared.gathering import Gathering, Parts
 from regraft.adapters.dialects.shared.limits import refuse, unlike, unnamed, unsayable
+from regraft.adapters.dialects.shared.once import NewTensors
 from regraft.adapters.dialects.shared.rope_rows import as_neighbours, as_transformers, fits
 from regraft.adapters.dialects.shared.torch_files import read_tensors, torch_file
 from regraft.adapters.dialects.writing import json_file
@@ -214,7 +215,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
         for m in adapter.modules if m.magnitude is not None and f"{m.name}.bias" in base.tensors
     ]  # fmt: skip
     refuse(biased, WEIGHTS)
-    tensors = dict[str, Moved]()
+    tensors = NewTensors()
     for module in adapter.modules:
         turned = _turned(module, rows)
         tensors[f"{names[module.name]}.lora_a.weight"] = turned.a

@@ -1,7 +1,8 @@
 """The uniform form: one rank, one scale, for engines that know no other.
 
 Scales are multiplied into B in float64, and B is stored in its own dtype where that holds every
-product exactly, else in float32. Ranks are filled up with zeros, which add nothing.
+product exactly, else in float32. Ranks are filled up with zeros, which add nothing. Where both
+sides of a tie have the same factors, they still have: the output layer's A is the embedding's B.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from regraft.adapters.dialects.form import Bits, LoraModule, Moved, PlainAdapter
+from regraft.adapters.dialects.shared.tied import mirrored
 from regraft.deltas.rounding import decode, encode
 from regraft.formats.files.reading import FilePool
 from regraft.tensors import DTYPES
@@ -27,24 +29,30 @@ def uniform_form(adapter: PlainAdapter) -> tuple[PlainAdapter, float]:
     rounding to float32.
 
     Raises:
-        UniformError: a product is beyond float32; the message names its module.
+        UniformError: a product is beyond float32, or below it; the message names its module.
         FormatError, InputError, AccessError: a tensor cannot be read.
     """
     rank = max((module.rank for module in adapter.modules), default=1)
-    made, errors, norms = [], 0.0, 0.0
+    made, errors, norms, tied = [], 0.0, 0.0, mirrored(adapter)
     with FilePool() as files:
         for module in adapter.modules:
-            new, error, norm = _folded(module, rank, files)
-            made.append(new)
+            turned = module.name in tied
+            new, error, norm = _folded(_turned(module) if turned else module, rank, files)
+            made.append(_turned(new) if turned else new)
             errors, norms = errors + error, norms + norm
     return replace(adapter, modules=tuple(made)), (errors / norms) ** 0.5 if norms else 0.0
+
+
+def _turned(module: LoraModule) -> LoraModule:
+    """Return a module with its factors transposed, in each other's place."""
+    return replace(module, a=module.b.transposed, b=module.a.transposed)
 
 
 def _folded(module: LoraModule, rank: int, files: FilePool) -> tuple[LoraModule, float, float]:
     scale = module.scale
     values = _values(module.b, files)
     exact = values.astype(np.float64) * scale
-    _check_range(module, exact)
+    _check_range(module, values, exact)
     dtype = module.b.dtype if _holds(exact, module.b.dtype) else "F32"
     stored = decode(encode(exact.astype(np.float32).ravel(), dtype), dtype).astype(np.float64)
     error = float(np.sum((stored - exact.ravel()) ** 2))
@@ -58,20 +66,30 @@ def _folded(module: LoraModule, rank: int, files: FilePool) -> tuple[LoraModule,
 
 
 def _folded_bias(module: LoraModule, bias: Moved, files: FilePool) -> Moved:
-    exact = _values(bias, files).astype(np.float64) * module.scale
-    _check_range(module, exact)
+    values = _values(bias, files)
+    exact = values.astype(np.float64) * module.scale
+    _check_range(module, values, exact)
     return _scaled(bias, module.scale, bias.dtype if _holds(exact, bias.dtype) else "F32")
 
 
-def _check_range(module: LoraModule, exact: np.ndarray) -> None:
-    """Refuse products that no float32 holds: they would become infinite.
+def _check_range(module: LoraModule, values: np.ndarray, exact: np.ndarray) -> None:
+    """Refuse products that no float32 holds: they would become infinite, or all of them nothing.
+
+    Args:
+        module: the module.
+        values: what is scaled.
+        exact: the products, in float64, where they may have become nothing already.
 
     Raises:
-        UniformError: there is one.
+        UniformError: there is one that is too large, or none that is large enough.
     """
     largest = np.abs(exact).max(initial=0.0, where=np.isfinite(exact))
     if largest > np.finfo(np.float32).max:
         raise UniformError(f"{module.name}: {largest:.3g}, its scale times B, is beyond float32")
+    if largest < np.finfo(np.float32).tiny and module.scale and np.any(values):
+        raise UniformError(
+            f"{module.name}: its scale ({module.scale:.3g}) times B is below what float32 holds"
+        )
 
 
 def _values(tensor: Moved, files: FilePool) -> np.ndarray:

@@ -56,10 +56,11 @@ def read_json(
         InputError: there is no such file.
         AccessError: the system refused to read it.
     """
-    return _parsed(path, _content(path, max_bytes), max_bytes, max_depth, unique=unique)
+    content = _content(path, max_bytes)
+    return _parsed(str(path), content, max_bytes, max_depth, unique=unique)
 
 
-def _parsed(path: Path, content: bytes, max_bytes: int, max_depth: int, *, unique: bool) -> Any:
+def _parsed(where: str, content: bytes, max_bytes: int, max_depth: int, *, unique: bool) -> Any:
     try:
         _check_values(content, 1000 + max_bytes // _BYTES_PER_VALUE)
         value = json.loads(
@@ -71,12 +72,32 @@ def _parsed(path: Path, content: bytes, max_bytes: int, max_depth: int, *, uniqu
     except (ValueError, RecursionError) as error:
         raise FormatError(
             "cannot be read as JSON",
-            where=str(path),
+            where=where,
             expected=f"UTF-8 JSON, no key twice, at most {max_depth} levels deep",
             found=json_trouble(error),
             hint=DOWNLOAD_AGAIN,
         ) from None
     return value
+
+
+def json_object_in(
+    text: str, where: str, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH
+) -> dict[str, Any]:
+    """Return the JSON object in a text, such as a string of a file's header.
+
+    Args:
+        text: the text.
+        where: the file, and what of it this is, for messages.
+        max_bytes: the longest text accepted.
+        max_depth: how deep objects and lists may nest.
+
+    Raises:
+        FormatError: as :func:`read_json`, and for any other value.
+    """
+    content = text.encode(errors="surrogatepass")
+    if len(content) > max_bytes:
+        raise _too_large(where, len(content), max_bytes)
+    return _object(_parsed(where, content, max_bytes, max_depth, unique=True), where)
 
 
 def read_json_object(
@@ -91,16 +112,20 @@ def read_object_and_bytes(
 ) -> tuple[dict[str, Any], bytes]:
     """Return the object in a JSON file and the file's content; raises as the above."""
     content = _content(path, max_bytes)
-    value = _parsed(path, content, max_bytes, max_depth, unique=True)
+    value = _parsed(str(path), content, max_bytes, max_depth, unique=True)
+    return _object(value, str(path)), content
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(
             "holds the wrong kind of JSON value",
-            where=str(path),
+            where=where,
             expected="an object, {...}",
             found=f"a {type(value).__name__}",
             hint=DOWNLOAD_AGAIN,
         )
-    return value, content
+    return value
 
 
 def json_trouble(error: ValueError | RecursionError) -> str:
@@ -121,18 +146,22 @@ def _content(path: Path, max_bytes: int) -> bytes:
     try:
         size = os.fstat(fd).st_size
         if size > max_bytes:
-            raise FormatError(
-                "is too large for a JSON file of its kind",
-                where=str(path),
-                expected=f"at most {max_bytes} bytes",
-                found=f"{size} bytes",
-                hint="Check that this is the file you mean",
-            )
+            raise _too_large(str(path), size, max_bytes)
         content = read_at(fd, path, 0, size)
         note_content(path, content)
         return content
     finally:
         os.close(fd)
+
+
+def _too_large(where: str, size: int, max_bytes: int) -> FormatError:
+    return FormatError(
+        "is too large for a JSON file of its kind",
+        where=where,
+        expected=f"at most {max_bytes} bytes",
+        found=f"{size} bytes",
+        hint="Check that this is the file you mean",
+    )
 
 
 def _check_values(content: bytes, limit: int) -> None:

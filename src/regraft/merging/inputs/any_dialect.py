@@ -66,7 +66,8 @@ def open_adapter(
         return adapter_files.open_adapter(located)
     from regraft.merging.inputs.base import see
 
-    plain = shown.reader(found.path, None if base is None else see(base, None)[0])
+    seen = None if base is None else see(base, None)[0]
+    plain = shown.reader(found.path, seen)
     if described:
         return _described(found, shown, plain, notes)
     if plain.needs_base:
@@ -76,7 +77,7 @@ def open_adapter(
             hint="Name the base, where the command takes one; else write the adapter in PEFT's "
             "format first: regraft convert ADAPTER -o OUT --base BASE",
         )  # fmt: skip
-    return _opened_as_peft(found, shown, plain, (*notes, *plain.notes))
+    return _opened_as_peft(found, shown, plain, seen, (*notes, *plain.notes))
 
 
 def _described(
@@ -132,13 +133,17 @@ def _by_tensors(located: Located) -> tuple[Layout, str] | None:
 
 
 def _opened_as_peft(
-    located: Located, dialect: Dialect, plain: PlainAdapter, notes: tuple[str, ...]
+    located: Located,
+    dialect: Dialect,
+    plain: PlainAdapter,
+    base: Checkpoint | None,
+    notes: tuple[str, ...],
 ) -> AdapterFiles:
     from regraft.adapters.dialects.as_peft import write
 
     folder = Path(tempfile.mkdtemp(dir=_scratch()))
     with FilePool() as files:
-        write_files(folder, write(plain), files)
+        write_files(folder, write(plain, base), files)
     for name, path in _side_files(located.path).items():
         copy_file(path, folder / name)
     opened = adapter_files.open_adapter(replace(located, path=folder))

@@ -27,11 +27,13 @@ from regraft.adapters.dialects.images.parts import (
     refuse_unsayable,
     several,
 )
+from regraft.adapters.dialects.shared.peft_config import KEPT
 from regraft.adapters.dialects.writing import safetensors_file
 from regraft.adapters.settings import read_settings
 from regraft.adapters.wrappers import PREFIX
 from regraft.errors import AdapterError, InputError, Problem, UnsupportedError
-from regraft.formats.checkpoint import Checkpoint, open_weights
+from regraft.formats.checkpoint import CONFIG_BYTES, Checkpoint, open_weights
+from regraft.formats.files.json_file import json_object_in
 from regraft.formats.files.reading import FilePool
 from regraft.formats.problems import capped, quoted
 from regraft.tensors import WORKING_DTYPES, TensorSpec
@@ -123,15 +125,7 @@ def _configs(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, Any
     text = metadata.get(METADATA)
     if text is None:
         return {}
-    try:
-        said = json.loads(text)
-    except ValueError:
-        said = None
-    if not isinstance(said, dict):
-        raise AdapterError(
-            "the config in the header is malformed", where=f"{file}, {METADATA}",
-            expected="JSON: an object", found=quoted(text[:60]),
-        )  # fmt: skip
+    said = json_object_in(text, f"{file}, {METADATA}", max_bytes=CONFIG_BYTES)
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in said.items():
         part, _, field = key.partition(".")
@@ -215,7 +209,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
         f"{part}.{name.removeprefix(PREFIX)}": tensor
         for name, tensor in tensors_of(adapter).items()
     }
-    config = config_of(replace(adapter, metadata={}))
+    config = config_of(replace(adapter, metadata={}, config={}))
     said = json.dumps({f"{part}.{key}": config[key] for key in sorted(config)}, indent=2)
-    kept = {key: value for key, value in adapter.metadata.items() if key != PART}
+    kept = {key: value for key, value in adapter.metadata.items() if key not in (PART, KEPT)}
     return (safetensors_file(WEIGHTS, tensors, {**kept, "format": "pt", METADATA: said}),)

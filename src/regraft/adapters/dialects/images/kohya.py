@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft.adapters.dialects.as_peft import alpha_of
-from regraft.adapters.dialects.form import LoraModule, Moved, NewFile, PlainAdapter
+from regraft.adapters.dialects.form import LoraModule, NewFile, PlainAdapter
 from regraft.adapters.dialects.images.diffusers import module_of, trouble_of
 from regraft.adapters.dialects.images.parts import (
     MERGE,
@@ -28,6 +28,8 @@ from regraft.adapters.dialects.images.parts import (
     shapes_of,
 )
 from regraft.adapters.dialects.images.sgm_names import sgm_name
+from regraft.adapters.dialects.shared.once import NewTensors, modules_twice
+from regraft.adapters.dialects.shared.peft_config import with_config
 from regraft.adapters.dialects.writing import safetensors_file
 from regraft.errors import AdapterError, InputError, MismatchError, Problem, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint, open_weights
@@ -190,7 +192,7 @@ def _modules(
                 continue
             module = module_of(name, alpha / rank, each)
             modules.append(_with_magnitude(_as_the_base_is(module, shapes.get(name))))
-    if problems:
+    if problems := problems + modules_twice(modules, file):
         raise AdapterError(capped(problems, file))
     yield from modules
 
@@ -244,7 +246,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
     refuse_unsayable(adapter, ("linear", "convolution"), WEIGHTS, biases=False)
     prefix = _prefix(part, base)
     _refuse_clashes(adapter, base)
-    tensors: dict[str, Moved] = {}
+    tensors = NewTensors()
     for module in adapter.modules:
         plain = _with_text_model(module.name) if part.startswith("text_encoder") else module.name
         name = prefix + plain.replace(".", "_")
@@ -255,7 +257,7 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
             out = module.b.shape[0]
             shape = (out, *(1,) * (len(module.a.shape) - 1))
             tensors[f"{name}.dora_scale"] = module.magnitude.reshaped(shape)
-    kept = {key: value for key, value in adapter.metadata.items() if key != PART}
+    kept = {key: value for key, value in with_config(adapter).items() if key != PART}
     return (safetensors_file(WEIGHTS, tensors, {**kept, "format": "pt"}),)
 
 

@@ -6,6 +6,7 @@ base of a command is the folder of one part, and its name says which part that i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -142,7 +143,12 @@ _NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"
 
 
 def number_in(files: FilePool, spec: TensorSpec) -> float | None:
-    """Return the one number that a tensor holds, None where it holds none, or several."""
+    """Return the finite number that a tensor holds, None where it holds none, or several."""
+    number = _number(files, spec)
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _number(files: FilePool, spec: TensorSpec) -> float | None:
     raw = np.empty(spec.nbytes, np.uint8)
     files.read_into(spec, 0, raw.data)
     if spec.dtype == "BF16" and raw.size == 2:

@@ -155,7 +155,11 @@ def by_stack(
             problems.append(Problem("the experts have gate and up in one matrix, or names that are "
                                     "not known", module.name, hint=_MERGE))  # fmt: skip
         else:
-            numbered[match["owner"], ROLES[match["leaf"]]][int(match["number"])] = module
+            held = numbered[match["owner"], ROLES[match["leaf"]]]
+            other = held.setdefault(int(match["number"]), module)
+            if other is not module:
+                problems.append(Problem("two modules of the adapter are one matrix of an expert",
+                                        other.name, "one", module.name, _MERGE))  # fmt: skip
     counts = {owner: 0 for owner, _ in numbered}
     for (owner, _), members in numbered.items():
         counts[owner] = max(counts[owner], *(number + 1 for number in members))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from regraft.adapters.dialects.form import Kind, LoraModule, Moved, as_stored
+from regraft.adapters.dialects.shared.once import modules_twice
 from regraft.errors import AdapterError, Problem
 from regraft.formats.problems import capped, quoted
 from regraft.tensors import WORKING_DTYPES, TensorSpec
@@ -123,10 +124,8 @@ class Gathering:
         Raises:
             AdapterError: something was wrong, or there are none, or two have one name.
         """
-        names = Counter(module.name for module in self.modules)
-        for name in sorted(name for name, count in names.items() if count > 1):
-            self.refuse("two modules of the file are one of the model", name, "one module")
-        if not names and not self.problems:
+        self.problems += modules_twice(self.modules, self.weights)
+        if not self.modules and not self.problems:
             self.problems.append(Problem("the adapter holds no tensors", str(self.weights)))
         if self.problems:
             raise AdapterError(capped(self.problems, self.weights))

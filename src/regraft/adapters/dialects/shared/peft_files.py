@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.dialects.as_peft import alpha_of, config_of
 from regraft.adapters.dialects.form import Moved, NewFile, PlainAdapter
+from regraft.adapters.dialects.shared.once import by_own_name
+from regraft.adapters.dialects.shared.peft_config import (
+    alpha_of,
+    config_of,
+    travelling,
+    with_config,
+)
 from regraft.adapters.dialects.shared.torch_files import read_tensors
 from regraft.adapters.dialects.writing import json_file, safetensors_file
 from regraft.adapters.wrappers import PREFIX, plain_key
@@ -19,6 +25,7 @@ from regraft.formats.checkpoint import CONFIG_BYTES
 from regraft.formats.files.json_file import read_json_object
 from regraft.formats.layout import ADAPTER_CONFIG, ADAPTER_SAFE, ADAPTER_TORCH
 from regraft.formats.problems import quoted
+from regraft.formats.safetensors import read_header
 from regraft.tensors import TensorSpec
 
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<what>lora_[AB])(\.weight)?")
@@ -36,12 +43,14 @@ class PeftFiles:
         tensors: by name, without PEFT's prefix.
         scale: alpha / r, or alpha / sqrt(r), of all modules.
         base: what it calls its base.
+        metadata: strings that travel with the tensors.
     """
 
     weights: Path
     tensors: Mapping[str, TensorSpec]
     scale: float
     base: str | None
+    metadata: Mapping[str, str]
 
 
 def open_files(path: Path) -> PeftFiles:
@@ -60,10 +69,16 @@ def open_files(path: Path) -> PeftFiles:
         raise InputError(f"{ADAPTER_CONFIG} is missing", where=str(root),
                          expected="rank and alpha in it")  # fmt: skip
     config = read_json_object(root / ADAPTER_CONFIG, max_bytes=CONFIG_BYTES)
-    tensors = {plain_key(name): spec for name, spec in read_tensors(weights).items()}
+    tensors = by_own_name(read_tensors(weights), plain_key, weights)
     named = config.get("base_model_name_or_path")
     scale = _scale(root / ADAPTER_CONFIG, config)
-    return PeftFiles(weights, tensors, scale, named if isinstance(named, str) and named else None)
+    metadata = travelling(read_header(weights).metadata) if _is_safe(weights) else {}
+    said = named if isinstance(named, str) and named else None
+    return PeftFiles(weights, tensors, scale, said, metadata)
+
+
+def _is_safe(weights: Path) -> bool:
+    return weights.suffix == ".safetensors"
 
 
 def _scale(path: Path, config: Mapping[str, Any]) -> float:
@@ -95,10 +110,10 @@ def new_files(
         targets: the names of adapted modules.
     """
     first = adapter.modules[0]
-    config = config_of(adapter) | {
+    config = config_of(replace(adapter, config={}, metadata={})) | {
         "r": first.rank, "lora_alpha": alpha_of(first.scale, first.rank), "rank_pattern": {},
         "alpha_pattern": {}, "target_modules": sorted({t.rpartition(".")[2] for t in targets}),
     }  # fmt: skip
     named = {PREFIX + name: tensor for name, tensor in tensors.items()}
-    weights = safetensors_file(ADAPTER_SAFE, named, {**adapter.metadata, "format": "pt"})
+    weights = safetensors_file(ADAPTER_SAFE, named, {**with_config(adapter), "format": "pt"})
     return json_file(ADAPTER_CONFIG, config), weights

@@ -77,6 +77,21 @@ def as_one(adapter: PlainAdapter, base: Checkpoint | None) -> PlainAdapter:
     return replace(adapter, modules=tuple(modules.values()), ensure_weight_tying=False)
 
 
+def mirrored(adapter: PlainAdapter) -> frozenset[str]:
+    """Return the output layers whose factors are those of an embedding, transposed.
+
+    What is done to B of the embedding has to be done to A of such a layer.
+
+    Raises:
+        FormatError, InputError, AccessError: a tensor cannot be read.
+    """
+    embeddings = [module for module in adapter.modules if module.kind == "embedding"]
+    return frozenset(
+        module.name for module in adapter.modules
+        if module.kind == "linear" and any(_same(one, module) for one in embeddings)
+    )  # fmt: skip
+
+
 def _same(one: LoraModule, other: LoraModule) -> bool:
     """Whether an output layer's factors are those of the embedding, each the other's transposed."""
     if (one.scale, one.magnitude, one.bias) != (other.scale, None, None):
