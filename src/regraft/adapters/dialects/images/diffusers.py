@@ -27,7 +27,7 @@ from regraft.adapters.dialects.images.parts import (
     refuse_unsayable,
     several,
 )
-from regraft.adapters.dialects.shared.peft_config import with_config
+from regraft.adapters.dialects.shared.peft_config import KEPT
 from regraft.adapters.dialects.writing import safetensors_file
 from regraft.adapters.settings import read_settings
 from regraft.adapters.wrappers import PREFIX
@@ -211,5 +211,5 @@ def write(adapter: PlainAdapter, base: Checkpoint | None) -> tuple[NewFile, ...]
     }
     config = config_of(replace(adapter, metadata={}, config={}))
     said = json.dumps({f"{part}.{key}": config[key] for key in sorted(config)}, indent=2)
-    kept = {key: value for key, value in with_config(adapter).items() if key != PART}
+    kept = {key: value for key, value in adapter.metadata.items() if key not in (PART, KEPT)}
     return (safetensors_file(WEIGHTS, tensors, {**kept, "format": "pt", METADATA: said}),)
