@@ -10,13 +10,14 @@ from functools import lru_cache
 import numpy as np
 
 from regraft.combining.matching import Group, factors_of
-from regraft.combining.one_delta import OneDelta, one_delta
 from regraft.combining.report import CombinedModule
 from regraft.deltas.methods.form import Factors, Joint, MethodOptions, cosines, inner_products
+from regraft.deltas.methods.one_delta import OneDelta, one_delta
 from regraft.deltas.methods.registry import Method
 from regraft.deltas.ranks.reduction import Matrix, difference_norm
 from regraft.deltas.rounding import decode, encode
 from regraft.formats.files.reading import FilePool
+from regraft.merging.compute.requantize import delta_keys
 
 SAMPLED_ROWS = 64
 """Rows of a delta whose signs are compared; smaller ones are looked at whole."""
@@ -87,10 +88,9 @@ def _rank_of(group: Group, choices: Choices, made: Iterable[tuple[Joint, OneDelt
 def made_of(group: Group, choices: Choices, files: FilePool) -> Iterator[tuple[Joint, OneDelta]]:
     """Yield the factors of each expert, and what the method makes of their deltas."""
     for expert, factors in enumerate(factors_of(group, files)):
-        name = f"{group.name}[{expert}]"
-        joint = Joint(factors)
-        method, options = choices.method, choices.options
-        yield joint, one_delta(joint, method, options, name, choices.rank, choices.energy)
+        joint, method, options = Joint(factors), choices.method, choices.options
+        keys = delta_keys(options.seed, group.name, expert, len(factors))
+        yield joint, one_delta(joint, method, options, keys, choices.rank, choices.energy)
 
 
 def new_factors(

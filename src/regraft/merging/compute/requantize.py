@@ -33,6 +33,11 @@ def noise_key(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
+def delta_keys(seed: int, module: str, expert: int, count: int) -> list[int]:
+    """Return what tells the random bits of a module's deltas, one for each adapter that has it."""
+    return [noise_key(seed, f"{module}[{expert}] {number}") for number in range(count)]
+
+
 @dataclass(frozen=True)
 class Coder:
     """Rounds values of one weight to codes.

@@ -22,7 +22,6 @@ from regraft.deltas.ranks.reduction import (
     truncated,
 )
 from regraft.deltas.rounding import Floats
-from regraft.merging.compute.requantize import noise_key
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class OneDelta:
 
 
 def one_delta(
-    joint: Joint, method: Method, options: MethodOptions, name: str, rank: int | None,
+    joint: Joint, method: Method, options: MethodOptions, keys: Sequence[int], rank: int | None,
     energy: float | None,
 ) -> OneDelta:  # fmt: skip
     """Return what a method makes of the deltas of one matrix.
@@ -74,14 +73,14 @@ def one_delta(
         joint: the factors, one pair for each adapter that has it.
         method: the method.
         options: what it is told.
-        name: tells its random bits from those of other matrices.
+        keys: one for each delta: tell its random bits from those of others.
         rank, energy: what will be asked of it, for methods whose outcome is of no low rank.
     """
     if method.on_factors is not None:
         return _as_it_is(method.on_factors(joint, options))
     if method.on_cores is not None:
         return _of_core(method.on_cores(joint, options))
-    return _of_elements(joint.factors, method, options, name, rank or joint.rank, energy)
+    return _of_elements(joint.factors, method, options, keys, rank or joint.rank, energy)
 
 
 def _as_it_is(factors: Factors) -> OneDelta:
@@ -109,14 +108,14 @@ def _of_core(reduced: Reduced) -> OneDelta:
 
 
 def _of_elements(
-    factors: Sequence[Factors], method: Method, options: MethodOptions, name: str, rank: int,
-    energy: float | None,
+    factors: Sequence[Factors], method: Method, options: MethodOptions, keys: Sequence[int],
+    rank: int, energy: float | None,
 ) -> OneDelta:  # fmt: skip
     """Return the outcome of a method on elements, fitted by factors.
 
     For a share of the energy, as many triples are found as it takes.
     """
-    combined = _elements(factors, method, options, name)
+    combined = _elements(factors, method, options, keys)
     most = min(combined.shape)
     found = min(rank, most)
     while True:
@@ -129,13 +128,12 @@ def _of_elements(
 
 
 def _elements(
-    factors: Sequence[Factors], method: Method, options: MethodOptions, name: str
+    factors: Sequence[Factors], method: Method, options: MethodOptions, keys: Sequence[int]
 ) -> Elements:
-    """Return what a method makes of the elements; ``name`` tells its random bits from others'."""
+    """Return what a method makes of the elements."""
     members = []
-    for number, each in enumerate(factors):
+    for each, key in zip(factors, keys, strict=True):
         delta = DenseDelta(_single(each.b), _single(each.a), float(np.float32(each.scale)))
-        key = noise_key(options.seed, f"{name} {number}")
         limits = limits_of(delta, method, options)
         members.append(Member(delta, np.float32(each.weight), key, limits))
     return Elements(members, method, options)
