@@ -317,7 +317,7 @@ def test_no_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(model, "find_spec", lambda _: None)
     monkeypatch.setattr(model.subprocess, "run", offline)
     with pytest.raises(EnvironmentShortfall, match=r"no route to host.*--hub-id"):
-        model._find_gguf(tmp_path)
+        model.find_gguf(tmp_path)
 
 
 def test_a_missing_package_is_named_before_anything_is_made(

@@ -30,10 +30,9 @@ from regraft.combining.report import (
     overall_disagreement,
     overall_error,
 )
-from regraft.deltas.methods.form import MethodOptions
-from regraft.deltas.methods.registry import METHODS, Method
+from regraft.deltas.methods.registry import Method
 from regraft.deltas.ranks.blas_threads import one_thread
-from regraft.errors import Problem, UsageError
+from regraft.errors import UsageError
 from regraft.formats.files.reading import FilePool
 from regraft.formats.files.watching import watched
 from regraft.formats.layout import ADAPTER_SAFE
@@ -41,7 +40,7 @@ from regraft.merging.files.output_folder import OutputFolder
 from regraft.merging.files.publish import copy_file, write_file, write_pieces
 from regraft.merging.files.side_files import CARD, adapter_side_files
 from regraft.merging.inputs.opening import AdapterArg
-from regraft.merging.options import density_problems, parse_dtype
+from regraft.merging.options import combining_options, parse_dtype
 from regraft.progress import Progress, ProgressMeter, tell
 from regraft.system.memory import peak_memory
 from regraft.tensors import DTYPES, TensorSpec
@@ -100,8 +99,10 @@ def combine(
     """
     started = time.perf_counter()
     output = _output(out, adapters, base, overwrite=overwrite, dry_run=dry_run)
-    known = _method(method)
-    choices = _choices(known, method, rank, energy, density, seed, dtype)
+    known, told_method = combining_options(
+        method, rank=rank, energy=energy, density=density, seed=seed
+    )
+    choices = Choices(known, told_method, rank, energy, parse_dtype(dtype) or "F32")
     tell(progress, "read", 0)
     inputs = open_inputs(adapters, base, token)
     if output is not None:
@@ -152,45 +153,6 @@ def _output(
             found="none", hint="Give one (-o OUT), or --dry-run for the report alone",
         )  # fmt: skip
     return OutputFolder.asked_for(out, adapters, base, overwrite=overwrite, kind="adapter")
-
-
-def _method(name: str) -> Method:
-    found = METHODS.get(name)
-    if found is None:
-        raise UsageError(
-            "there is no such method", where="method", expected=", ".join(METHODS), found=name
-        )
-    return found
-
-
-def _choices(
-    method: Method, name: str, rank: int | None, energy: float | None, density: float | None,
-    seed: int, dtype: str,
-) -> Choices:  # fmt: skip
-    """Return the options, checked.
-
-    Raises:
-        UsageError: one is out of range, has no meaning for the method, or two contradict.
-    """
-    problems = []
-    if rank is not None and energy is not None:
-        problems.append(Problem("rank and energy are two ways to say the same", "--energy",
-                                "one of them", "both"))  # fmt: skip
-    if rank is not None and rank < 1:
-        problems.append(Problem("the rank has to be at least 1", "--rank", found=str(rank)))
-    if energy is not None and not 0 < energy <= 1:
-        problems.append(Problem("the energy has to be a share", "--energy", "above 0, up to 1",
-                                f"{energy:g}"))  # fmt: skip
-    problems += density_problems(name, density)
-    if (rank is not None or energy is not None) and not method.has_rank:
-        problems.append(Problem(f"the method {name} has the rank of its factors",
-                                "--rank" if rank is not None else "--energy", "none",
-                                hint="Choose --method svd, or shrink the outcome"))  # fmt: skip
-    if problems:
-        raise UsageError(problems)
-    kept = density if density is not None else (method.density or 1.0)
-    options = MethodOptions(density=kept, seed=seed, rank=rank)
-    return Choices(method, options, rank, energy, parse_dtype(dtype) or "F32")
 
 
 def _check_rank(groups: Sequence[Group], method: Method, rank: int | None) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.deltas.methods.names import METHOD_NAMES
 from regraft.errors import Problem, UsageError
 from regraft.merging.inputs.expert_stacks import check_version
 from regraft.quant.weight import FORMATS, ROUNDINGS
 from regraft.tensors import BY_CONFIG_NAME, DTYPE_ALIASES, DTYPES, WORKING_DTYPES, parse_size
+
+if TYPE_CHECKING:  # numpy; most merges choose no method
+    from regraft.deltas.methods.form import MethodOptions
+    from regraft.deltas.methods.registry import Method
 
 KEEP = "keep"
 """The format of the base, with its scales."""
@@ -181,6 +186,47 @@ def density_problems(name: str, density: float | None) -> list[Problem]:
         problems.append(Problem(f"the method {name} takes no elements out", "--density",
                                 "no density", f"{density:g}"))  # fmt: skip
     return problems
+
+
+def combining_options(
+    name: str, *, rank: int | None, energy: float | None, density: float | None, seed: int
+) -> tuple[Method, MethodOptions]:
+    """Return a method by which adapters become one, and what it is told; checked.
+
+    Raises:
+        UsageError: there is no such method, or options are out of range, mean nothing to it, or
+            contradict each other; all of these at once.
+    """
+    from regraft.deltas.methods.form import MethodOptions
+    from regraft.deltas.methods.registry import METHODS
+
+    method = METHODS.get(name)
+    if method is None:
+        raise UsageError(
+            "there is no such method", where="method", expected=", ".join(METHODS), found=name
+        )
+    problems = [*_rank_problems(name, method, rank, energy), *density_problems(name, density)]
+    if problems:
+        raise UsageError(problems)
+    kept = density if density is not None else (method.density or 1.0)
+    return method, MethodOptions(density=kept, seed=seed, rank=rank)
+
+
+def _rank_problems(
+    name: str, method: Method, rank: int | None, energy: float | None
+) -> Iterator[Problem]:
+    if rank is not None and energy is not None:
+        yield Problem("rank and energy are two ways to say the same", "--energy", "one of them",
+                      "both")  # fmt: skip
+    if rank is not None and rank < 1:
+        yield Problem("the rank has to be at least 1", "--rank", found=str(rank))
+    if energy is not None and not 0 < energy <= 1:
+        yield Problem("the energy has to be a share", "--energy", "above 0, up to 1",
+                      f"{energy:g}")  # fmt: skip
+    if (rank is not None or energy is not None) and not method.has_rank:
+        yield Problem(f"the method {name} has the rank of its factors",
+                      "--rank" if rank is not None else "--energy", "none",
+                      hint="Choose --method svd, or shrink the outcome")  # fmt: skip
 
 
 def _density(name: str, density: float | None) -> float | None:

@@ -201,6 +201,51 @@ class Adapters(Handle):
         self._library.check_new(name)
         self._take_whole(self._held(new_adapter(self._base, as_config(config), name)))
 
+    def combine_adapters(
+        self,
+        adapters: Choice,
+        name: str,
+        *,
+        method: str = "sum",
+        rank: int | None = None,
+        energy: float | None = None,
+        density: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        """Make one more adapter of several; the active adapters stay active.
+
+        What is combined is the deltas, each with its weight, as :func:`regraft.combine` does it
+        with files, by the same methods.
+
+        Args:
+            adapters: names, or names with weights.
+            name: what the new one is called.
+            method, rank, energy, density, seed: as for :func:`regraft.combine`.
+            dtype: of its tensors; float32 by default.
+
+        Raises:
+            UsageError: the name is taken, one is unknown, none is named, or options contradict
+                each other.
+            UnsupportedError: something of theirs is combined in files alone, or not at all.
+            MismatchError: the adapters do not fit each other.
+        """
+        from regraft.merging.options import combining_options
+        from regraft.runtime.combined import combined
+
+        self._follow(thoroughly=True)
+        self._library.check_new(name)
+        found, options = combining_options(
+            method, rank=rank, energy=energy, density=density, seed=seed
+        )
+        parts = named(adapters)
+        if not parts:
+            hint = "Name two or more, such as {'sql': 0.7, 'json': 0.3}"
+            raise UsageError("no adapter was named", where="adapters", hint=hint)
+        with self._library.choose([each for each, _ in parts]) as chosen:
+            made = combined(name, chosen.parts(parts), found, options, energy)
+        self._take_whole(self._held(loading.prepared(made, self._base, dtype)))
+
     def _held(self, adapter: LiveAdapter) -> LoadedAdapter:
         return LoadedAdapter(adapter, self._together([(adapter, 1.0)]))
 
