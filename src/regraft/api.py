@@ -24,14 +24,14 @@ from regraft.merging.inputs.dequantized_view import check_scales
 from regraft.merging.inputs.opening import AdapterArg, open_named, parse_adapters, read_adapters
 from regraft.merging.options import MergeOptions
 from regraft.merging.planning.base_drift import TrainedOn
-from regraft.merging.planning.gguf_output import (
+from regraft.merging.planning.plan import Plan
+from regraft.merging.planning.planner import make_plan, settled
+from regraft.merging.planning.quantized.gguf_output import (
     check_container,
     decoded_to,
     format_of,
     is_gguf_output,
 )
-from regraft.merging.planning.plan import Plan
-from regraft.merging.planning.planner import make_plan, settled
 from regraft.merging.planning.report import CheckReport
 from regraft.merging.planning.targets import merge_targets, shared_bytes
 from regraft.progress import Progress, tell

@@ -22,7 +22,7 @@ from regraft.merging.inputs.base import open_base, see
 from regraft.merging.inputs.dequantized_view import Quantization, check_scales
 from regraft.merging.options import KEEP, MergeOptions
 from regraft.merging.planning.planner import make_plan
-from regraft.merging.planning.quantized_output import resolved
+from regraft.merging.planning.quantized.quantized_output import resolved
 from regraft.progress import Progress, tell
 
 if TYPE_CHECKING:

@@ -26,14 +26,14 @@ from regraft.merging.inputs.base import see
 from regraft.merging.inputs.dequantized_view import Quantization
 from regraft.merging.inputs.opening import AdapterArg, open_adapters, parse_adapters
 from regraft.merging.options import SUM, MergeOptions, parse_dtype
-from regraft.merging.planning.gguf_output import (
+from regraft.merging.planning.plan import Plan, Step
+from regraft.merging.planning.planner import fit_memory, make_plan, settled
+from regraft.merging.planning.quantized.gguf_output import (
     check_container,
     decoded_to,
     format_of,
     is_gguf_output,
 )
-from regraft.merging.planning.plan import Plan, Step
-from regraft.merging.planning.planner import fit_memory, make_plan, settled
 from regraft.merging.planning.report import UnmergeReport
 from regraft.merging.planning.targets import Target, merge_targets, plan_digest, shared_bytes
 from regraft.merging.undo.corrections import corrections_of

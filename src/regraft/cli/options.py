@@ -169,6 +169,34 @@ merging_method = click.option(
     "dare, dare_ties, della, breadcrumbs or magnitude_prune; docs/how-to-combine.md says more.",
 )
 
+
+def energy_to_keep(of: str) -> Callable[[Function], Function]:
+    """Return the option ``--energy``; ``of`` is what has a squared norm."""
+    return click.option(
+        "--energy",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        metavar="F",
+        help=f"Instead of --rank: the share of each {of}'s squared norm to keep, such as 0.99.",
+    )
+
+
+def factor_dtype(default: str) -> Callable[[Function], Function]:
+    """Return the option ``--dtype`` of an adapter's factors."""
+    return click.option(
+        "--dtype",
+        type=Dtype(),
+        default=default,
+        show_default=True,
+        help="Element type of the factors.",
+    )
+
+
+replace_adapter = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace OUT, if it holds an adapter, once the new one is complete.",
+)
+
 density = click.option(
     "--density",
     type=click.FloatRange(min=0, max=1, min_open=True),

@@ -103,3 +103,16 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
+
+
+def some_of(names: Sequence[str], shown: int) -> str:
+    """Return how many names there are, and the first of them: ``"3: a, b and 1 more"``; "" of none.
+
+    Args:
+        names: the names.
+        shown: how many are listed before the rest is counted.
+    """
+    if not names:
+        return ""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{len(names)}: {', '.join(names[:shown])}{more}"

@@ -12,7 +12,7 @@ from regraft.errors import MismatchError, Problem, UnsupportedError
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.problems import capped
 from regraft.merging.inputs.base_index import BaseIndex
-from regraft.merging.planning.linear_layers import model_types
+from regraft.merging.planning.quantized.linear_layers import model_types
 from regraft.names import NameMap
 from regraft.names.conv1d import is_conv1d
 from regraft.tensors import WORKING_DTYPES, TensorSpec

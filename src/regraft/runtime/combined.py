@@ -11,14 +11,17 @@ import numpy as np
 import torch
 
 from regraft.adapters.dialects.as_peft import config_of, tensors_of
-from regraft.adapters.dialects.form import LoraModule, Moved, PlainAdapter
+from regraft.adapters.dialects.form import Kind, LoraModule, Moved, PlainAdapter
 from regraft.adapters.model import LoraTarget
 from regraft.deltas.methods.form import Factors, Joint, MethodOptions
 from regraft.deltas.methods.one_delta import one_delta
 from regraft.deltas.methods.registry import Method
 from regraft.deltas.ranks.blas_threads import one_thread
-from regraft.errors import MismatchError, Problem, UnsupportedError
+from regraft.deltas.ranks.reduction import Matrix
+from regraft.errors import MismatchError, Problem, UnsupportedError, UsageError
 from regraft.merging.compute.requantize import delta_keys
+from regraft.merging.options import combining_options
+from regraft.runtime.forward.selection import Named
 from regraft.runtime.model.matching import LiveAdapter, adapter_of
 from regraft.tensors import nbytes_of
 
@@ -50,38 +53,70 @@ class _Part:
         return Factors(b.reshape(out, rank), a.reshape(rank, columns), self.scale, self.weight)
 
 
-def combined(
-    name: str, adapters: Sequence[tuple[LiveAdapter, float]], method: Method,
-    options: MethodOptions, energy: float | None,
-) -> LiveAdapter:  # fmt: skip
-    """Return one adapter of several, in float32 and with the scale 1.
+@dataclass(frozen=True)
+class Combining:
+    """How adapters become one.
 
-    Args:
-        name: what it is called.
-        adapters: with their weights.
-        method: how deltas become one.
+    Attributes:
+        method: how deltas do.
         options: what the method is told.
         energy: the share of each delta's squared norm to keep; None for all, or ``options.rank``.
-
-    Raises:
-        UnsupportedError: something of theirs cannot be combined in memory; lists every module.
-        MismatchError: factors of one module have other shapes; lists every one.
     """
-    parts: dict[str, list[_Part]] = defaultdict(list)
-    for adapter, weight in adapters:
-        for target in adapter.adapter.targets:
-            parts[target.module].append(_Part(adapter, target, weight))
-    problems = [problem for adapter, _ in adapters for problem in _not_combined(adapter)]
-    problems += _of_ranks(parts, method)
-    if problems:
-        raise UnsupportedError(problems)
-    if problems := list(_unlike(parts)):
-        raise MismatchError(problems)
-    with one_thread():
-        modules = tuple(
-            _module(module, of, method, options, energy) for module, of in parts.items()
+
+    method: Method
+    options: MethodOptions
+    energy: float | None
+
+    @classmethod
+    def of(
+        cls, adapters: Named, method: str, rank: int | None, energy: float | None,
+        density: float | None, seed: int,
+    ) -> Combining:  # fmt: skip
+        """Return how adapters that were named become one, checked.
+
+        Raises:
+            UsageError: none is named, or options contradict each other.
+        """
+        found, options = combining_options(
+            method, rank=rank, energy=energy, density=density, seed=seed
         )
-    return _live(name, modules, adapters[0][0])
+        if not adapters:
+            hint = "Name two or more, such as {'sql': 0.7, 'json': 0.3}"
+            raise UsageError("no adapter was named", where="adapters", hint=hint)
+        return cls(found, options, energy)
+
+    def made(self, name: str, adapters: Sequence[tuple[LiveAdapter, float]]) -> LiveAdapter:
+        """Return one adapter of several, in float32 and with the scale 1.
+
+        Args:
+            name: what it is called.
+            adapters: with their weights.
+
+        Raises:
+            UnsupportedError: something of theirs cannot be combined in memory; lists every module.
+            MismatchError: factors of one module have other shapes; lists every one.
+        """
+        parts: dict[str, list[_Part]] = defaultdict(list)
+        for adapter, weight in adapters:
+            for target in adapter.adapter.targets:
+                parts[target.module].append(_Part(adapter, target, weight))
+        problems = [problem for adapter, _ in adapters for problem in _not_combined(adapter)]
+        problems += _of_ranks(parts, self.method)
+        if problems:
+            raise UnsupportedError(problems)
+        if problems := list(_unlike(parts)):
+            raise MismatchError(problems)
+        with one_thread():
+            made = [self._module(module, of) for module, of in parts.items()]
+        return _live(name, tuple(made), adapters[0][0])
+
+    def _module(self, module: str, of: Sequence[_Part]) -> LoraModule:
+        joint, asked = Joint([part.factors() for part in of]), self.options
+        keys = delta_keys(asked.seed, module, 0, len(of))
+        delta = one_delta(joint, self.method, asked, keys, asked.rank, self.energy)
+        highest = self.method.highest_rank(joint.ranks, of[0].sizes)
+        rank = min(asked.rank, highest) if asked.rank else delta.needed(self.energy)
+        return _laid_out(module, of[0].target, *delta.cut(rank))
 
 
 def _not_combined(adapter: LiveAdapter) -> Iterator[Problem]:
@@ -124,24 +159,14 @@ def _unlike(parts: Mapping[str, Sequence[_Part]]) -> Iterator[Problem]:
                               f"{part.sizes} in {part.owner.name!r}")  # fmt: skip
 
 
-def _module(
-    module: str, of: Sequence[_Part], method: Method, options: MethodOptions, energy: float | None
-) -> LoraModule:
-    joint = Joint([part.factors() for part in of])
-    keys = delta_keys(options.seed, module, 0, len(of))
-    delta = one_delta(joint, method, options, keys, options.rank, energy)
-    highest = method.highest_rank(joint.ranks, of[0].sizes)
-    rank = min(options.rank, highest) if options.rank else delta.needed(energy)
-    b, a = delta.cut(rank)
-    target, rank = of[0].target, a.shape[0]
-    kernel = target.a.shape[1:]
-    kind = "embedding" if target.kind == "embedding" else "linear"
+def _laid_out(module: str, target: LoraTarget, b: Matrix, a: Matrix) -> LoraModule:
+    """Return factors in the layout that a target's kind of layer has."""
+    rank, kernel = a.shape[0], target.a.shape[1:]
+    kind: Kind = "embedding" if target.kind == "embedding" else "linear"
     if len(kernel) > 1:
         kind = "convolution"
-    return LoraModule(
-        module, rank, 1.0, _held(a.reshape(rank, *kernel)),
-        _held(b.reshape(b.shape[0], rank, *target.b.shape[2:])), kind,  # type: ignore[arg-type]
-    )  # fmt: skip
+    stored_b = b.reshape(b.shape[0], rank, *target.b.shape[2:])
+    return LoraModule(module, rank, 1.0, _held(a.reshape(rank, *kernel)), _held(stored_b), kind)
 
 
 def _held(values: Any) -> Moved:

@@ -230,20 +230,14 @@ class Adapters(Handle):
             UnsupportedError: something of theirs is combined in files alone, or not at all.
             MismatchError: the adapters do not fit each other.
         """
-        from regraft.merging.options import combining_options
-        from regraft.runtime.combined import combined
+        from regraft.runtime.combined import Combining
 
         self._follow(thoroughly=True)
         self._library.check_new(name)
-        found, options = combining_options(
-            method, rank=rank, energy=energy, density=density, seed=seed
-        )
         parts = named(adapters)
-        if not parts:
-            hint = "Name two or more, such as {'sql': 0.7, 'json': 0.3}"
-            raise UsageError("no adapter was named", where="adapters", hint=hint)
+        combining = Combining.of(parts, method, rank, energy, density, seed)
         with self._library.choose([each for each, _ in parts]) as chosen:
-            made = combined(name, chosen.parts(parts), found, options, energy)
+            made = combining.made(name, chosen.parts(parts))
         self._take_whole(self._held(loading.prepared(made, self._base, dtype)))
 
     def _held(self, adapter: LiveAdapter) -> LoadedAdapter:

@@ -19,7 +19,7 @@ from regraft.formats.adapter_files import AdapterFiles
 from regraft.formats.checkpoint import Checkpoint
 from regraft.formats.files.reading import FilePool
 from regraft.merging.inputs.base_index import BaseIndex
-from regraft.merging.planning.placement import whole_part
+from regraft.merging.planning.whole_parts import whole_part
 from regraft.names import NameMap
 from regraft.shrinking.report import Outcome
 from regraft.tensors import WORKING_DTYPES, TensorSpec

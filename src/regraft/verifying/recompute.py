@@ -32,9 +32,9 @@ from regraft.merging.inputs.base import decoded_like, see
 from regraft.merging.inputs.dequantized_view import GGUF, see_through
 from regraft.merging.inputs.source import FileSource
 from regraft.merging.options import MergeOptions
-from regraft.merging.planning.gguf_output import decoded_to
 from regraft.merging.planning.plan import Plan, Step
 from regraft.merging.planning.planner import make_plan
+from regraft.merging.planning.quantized.gguf_output import decoded_to
 from regraft.merging.planning.tiles import Tile
 from regraft.numerics.conversions import KINDS
 from regraft.progress import Progress, ProgressMeter

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from regraft.merging.inputs.base_index import BaseIndex
-from regraft.merging.planning.linear_layers import is_linear, model_types, plain_modules
+from regraft.merging.planning.quantized.linear_layers import is_linear, model_types, plain_modules
 from regraft.names import NameMap
 
 CLASSES = (

@@ -20,12 +20,7 @@ from regraft.cli.output import Output
     metavar="N",
     help="Rank of the new adapter; modules whose deltas have less get less.",
 )
-@click.option(
-    "--energy",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    metavar="F",
-    help="Instead of --rank: the share of each delta's squared norm to keep, such as 0.99.",
-)
+@options.energy_to_keep("delta")
 @click.option(
     "--exact",
     is_flag=True,
@@ -39,13 +34,7 @@ from regraft.cli.output import Output
     metavar="N",
     help="Which random bits are used where a method draws.  [default: 0]",
 )
-@click.option(
-    "--dtype",
-    type=options.Dtype(),
-    default="float32",
-    show_default=True,
-    help="Element type of the factors.",
-)
+@options.factor_dtype("float32")
 @click.option(
     "--base",
     metavar="BASE",
@@ -53,11 +42,7 @@ from regraft.cli.output import Output
     "and for adapters that have no module in common.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the report; write nothing.")
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace OUT, if it holds an adapter, once the new one is complete.",
-)
+@options.replace_adapter
 @options.token
 @options.as_json
 @options.quiet

@@ -20,12 +20,7 @@ from regraft.cli.output import Output
     metavar="N",
     help="Rank of the factors.  [default: 64]",
 )
-@click.option(
-    "--energy",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    metavar="F",
-    help="Instead of --rank: the share of each difference's squared norm to keep, such as 0.99.",
-)
+@options.energy_to_keep("difference")
 @click.option(
     "--max-error",
     type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
@@ -37,13 +32,7 @@ from regraft.cli.output import Output
     metavar="NAMES",
     help="Names of modules, or ends of them, such as q_proj,v_proj.  [default: all that changed]",
 )
-@click.option(
-    "--dtype",
-    type=options.Dtype(),
-    default="bfloat16",
-    show_default=True,
-    help="Element type of the factors.",
-)
+@options.factor_dtype("bfloat16")
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
@@ -51,11 +40,7 @@ from regraft.cli.output import Output
     metavar="N",
     help="Which random start the search for the factors takes.  [default: 0]",
 )
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace OUT, if it holds an adapter, once the new one is complete.",
-)
+@options.replace_adapter
 @options.token
 @options.as_json
 @options.quiet

@@ -13,25 +13,14 @@ from regraft.cli.output import Output
 @click.command(short_help="Make an adapter smaller, and say how far off it then is.")
 @click.argument("adapter", metavar="ADAPTER")
 @options.out
-@click.option(
-    "--dtype",
-    type=options.Dtype(),
-    default="bfloat16",
-    show_default=True,
-    help="Element type of the factors.",
-)
+@options.factor_dtype("bfloat16")
 @click.option(
     "--rank",
     type=click.IntRange(min=1),
     metavar="N",
     help="Highest rank of a module; lower ones stay.  [default: every rank stays]",
 )
-@click.option(
-    "--energy",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    metavar="F",
-    help="Instead of --rank: the share of each delta's squared norm to keep, such as 0.99.",
-)
+@options.energy_to_keep("delta")
 @click.option(
     "--uniform/--no-uniform",
     default=None,
@@ -43,11 +32,7 @@ from regraft.cli.output import Output
     metavar="BASE",
     help="The base it was trained on: copies of its embeddings are then left out.",
 )
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace OUT, if it holds an adapter, once the new one is complete.",
-)
+@options.replace_adapter
 @options.token
 @options.as_json
 @options.quiet

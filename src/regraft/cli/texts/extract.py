@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from regraft.cli.text import memory, pairs, percent, plural, ranges, seconds, size, table
+from regraft.cli.text import (
+    memory,
+    pairs,
+    percent,
+    plural,
+    ranges,
+    seconds,
+    size,
+    some_of,
+    table,
+)
 from regraft.extracting.report import ExtractedModule, ExtractReport
 
 _OFF = "|delta-delta'|/|delta|"
@@ -29,8 +39,8 @@ def _overview(report: ExtractReport) -> str:
         ("base", report.base),
         ("fine-tuned", report.tuned),
         ("factors", "the adapter that was merged, exactly" if report.exact else found),
-        ("whole", _listed(report.whole)),
-        ("left out", _listed(report.left_out)),
+        ("whole", some_of(report.whole, SHOWN)),
+        ("left out", some_of(report.left_out, SHOWN)),
         ("unchanged", plural(report.unchanged, "tensor")),
         ("error", "" if report.exact else f"{_OFF} {percent(report.error)} over all modules"),
         ("uncertain", _uncertain(report)),
@@ -45,13 +55,6 @@ def _uncertain(report: ExtractReport) -> str:
     if report.exact or not report.modules:
         return ""
     return f"{percent(report.uncertain)} of the difference is the rounding of TUNED"
-
-
-def _listed(names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)}: {', '.join(names[:SHOWN])}{more}"
 
 
 def _farthest(modules: Sequence[ExtractedModule]) -> str:

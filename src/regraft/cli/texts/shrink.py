@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from regraft.cli.text import memory, pairs, percent, plural, ranges, seconds, size, table
+from regraft.cli.text import (
+    memory,
+    pairs,
+    percent,
+    plural,
+    ranges,
+    seconds,
+    size,
+    some_of,
+    table,
+)
 from regraft.shrinking.report import EmbeddingCopy, ShrinkReport, ShrunkModule
 
 FARTHEST = 5
@@ -30,8 +40,8 @@ def _overview(report: ShrinkReport) -> str:
         ("error", _error(report)),
         ("copies", _copies(report.copies)),
         ("size", _sizes(report)),
-        ("files", _listed(report.files)),
-        ("left out", _listed(report.left_out)),
+        ("files", some_of(report.files, SHOWN)),
+        ("left out", some_of(report.left_out, SHOWN)),
         ("time", seconds(report.seconds)),
         ("memory", f"{memory(report.peak_memory)} at peak"),
     ]
@@ -80,13 +90,6 @@ def _sizes(report: ShrinkReport) -> str:
     before, after = report.bytes_before, report.bytes_after
     share = percent(after / before) if before else "-"
     return f"{size(before)} -> {size(after)} ({share}), {plural(report.tensors, 'tensor')}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)}: {', '.join(names[:SHOWN])}{more}"
 
 
 def _farthest(modules: Sequence[ShrunkModule]) -> str:

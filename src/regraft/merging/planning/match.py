@@ -18,13 +18,12 @@ from regraft.merging.planning.placement import (
     Placement,
     bias_delta,
     embedding_delta,
-    expert_row,
     linear_deltas,
     residual_delta,
     stack_orientation,
-    whole_part,
 )
 from regraft.merging.planning.prefixes import PrefixChange, changes_for, moved, several
+from regraft.merging.planning.whole_parts import expert_row, whole_part
 from regraft.tensors import WORKING_DTYPES, TensorSpec
 
 _Item = TypeVar("_Item", WholeTensor, LoraTarget, TokenRows)

@@ -33,10 +33,10 @@ from regraft.merging.planning.config_updates import (
     note_left_out,
 )
 from regraft.merging.planning.element_methods import combining_bytes, unfit_for_method
-from regraft.merging.planning.gguf_output import gguf_name, unfit_for_gguf, whole
 from regraft.merging.planning.match import Matching, Work, match
 from regraft.merging.planning.plan import OutputShard, Plan, Segment, Step
-from regraft.merging.planning.quantized_output import (
+from regraft.merging.planning.quantized.gguf_output import gguf_name, unfit_for_gguf, whole
+from regraft.merging.planning.quantized.quantized_output import (
     KeptSteps,
     MadeSteps,
     check_made,

@@ -60,7 +60,7 @@ def merge_targets(plan: Plan) -> list[Target]:
 
 def _gguf_target(plan: Plan) -> Target:
     """Return the one GGUF file of a plan; what lies between its tensors are zeros."""
-    from regraft.merging.planning.gguf_output import gguf_head  # which few plans need
+    from regraft.merging.planning.quantized.gguf_output import gguf_head  # which few plans need
 
     head, shard = gguf_head(plan, plan_digest(plan)), plan.shards[0]
     offsets = tuple(head.offsets[step.name] for step in shard.steps)

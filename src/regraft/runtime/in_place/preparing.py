@@ -18,7 +18,7 @@ from regraft.merging.inputs.dequantize import DequantizingSource
 from regraft.merging.planning.match import Work
 from regraft.merging.planning.plan import Step
 from regraft.merging.planning.planner import action_of, segments_of
-from regraft.merging.planning.quantized_output import unfit_for_codes
+from regraft.merging.planning.quantized.quantized_output import unfit_for_codes
 from regraft.merging.planning.ties import cannot_part
 from regraft.runtime.forward.layers.served import check_mergeable
 from regraft.runtime.in_place.changes import Change, dequantized, plain_linear, untied

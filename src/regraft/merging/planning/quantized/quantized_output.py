@@ -20,9 +20,9 @@ from regraft.merging.inputs.dequantized_view import (
 )
 from regraft.merging.inputs.gguf_types import OfType
 from regraft.merging.options import KEEP
-from regraft.merging.planning.linear_layers import is_linear, plain_modules
 from regraft.merging.planning.match import Work
 from regraft.merging.planning.plan import Made, Segment, Step
+from regraft.merging.planning.quantized.linear_layers import is_linear, plain_modules
 from regraft.quant.registry import maker_of
 from regraft.quant.weight import FORMATS, QuantizedWeight
 from regraft.tensors import WORKING_DTYPES
