@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast check bench bench-huge bench-quantized bench-qlora bench-gguf bench-live practice torture mutants digests engines arm docs clean help
+.PHONY: demo test test-fast check bench bench-huge bench-quantized bench-qlora bench-gguf bench-combine bench-live practice torture mutants digests engines arm docs clean help
 
 help:
 	@echo "make demo    train two adapters on a real model, switch, merge, take back (under 3 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-quantized  work on 4-bit models against PEFT and bitsandbytes; writes its page"
 	@echo "make bench-qlora      what survives of a QLoRA adapter, on a real model; writes its page"
 	@echo "make bench-gguf       what survives in a GGUF file, in llama.cpp, which is built; writes its page"
+	@echo "make bench-combine    combining and extracting adapters against PEFT; writes its page"
 	@echo "make bench-live       adapters on a running model against PEFT; writes its page"
 	@echo "make practice    PEFT's toy models, Trainer, serving, beside PEFT; counts of docs/faithfulness.md"
 	@echo "make torture kills, bad input, flipped bits: the figures of docs/reliability.md (an hour)"
@@ -70,6 +71,9 @@ bench-qlora: $(VENV)/.model
 bench-gguf: $(VENV)/.model
 	$(PY) -m benchmarks.gguf.build .bench/llama.cpp
 	$(PY) -m benchmarks.gguf --llama-cpp .bench/llama.cpp
+
+bench-combine: $(VENV)/.dev
+	$(PY) -m benchmarks.combine
 
 bench-live: $(VENV)/.dev
 	$(PY) -m benchmarks.live
