@@ -68,7 +68,8 @@ class Difference:
     def bands(self) -> Iterator[tuple[int, Floats]]:
         """Yield its rows from the front, float32, with the number of the first of each band."""
         if self._held is not None:
-            yield 0, self._held
+            for first in range(0, self.shape[0], self._each):
+                yield first, self._held[first : first + self._each]
         else:
             for first, band, _ in self._read():
                 yield first, band
