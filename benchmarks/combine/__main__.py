@@ -16,8 +16,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.combine.synthetic import RANK, Shape, write_adapters, write_models
 from benchmarks.shared import page
@@ -25,6 +28,8 @@ from benchmarks.shared.figures import Figure, mib, missing
 from benchmarks.shared.machine import ROOT, describe
 from benchmarks.shared.process import Sample, measured
 from benchmarks.shared.running import say, versions, work_folder
+
+Made = TypeVar("Made")
 
 PAGE = ROOT / "docs" / "benchmarks-combine.md"
 ADAPTERS = 8
@@ -73,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def combining(work: Path, shape: Shape) -> list[Figure]:
     """Return the figures of combining."""
     say("adapters")
-    adapters = write_adapters(work / "adapters", shape, ADAPTERS)
+    adapters = _apart(write_adapters, work / "adapters", shape, ADAPTERS)
     one_layer = Shape(shape.hidden, shape.inner, 1)
-    few = write_adapters(work / "few", one_layer, ADAPTERS)
+    few = _apart(write_adapters, work / "few", one_layer, ADAPTERS)
     say("regraft")
     whole, single = _combined(work, adapters), _combined(work, few)
     say("PEFT")
@@ -98,6 +103,12 @@ def combining(work: Path, shape: Shape) -> list[Figure]:
     ]  # fmt: skip
 
 
+def _apart(function: Callable[..., Made], *arguments: object) -> Made:
+    """Call a function in a process of its own: the memory of whoever measures counts too."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+        return apart.submit(function, *arguments).result()
+
+
 def _combined(work: Path, adapters: Sequence[Path]) -> Sample:
     return measured(_regraft(
         "combine", *map(str, adapters), "-o", str(work / "out"), "--method", "svd", "--rank",
@@ -112,7 +123,7 @@ def _regraft(*arguments: str) -> list[str]:
 def extracting(work: Path, shape: Shape, mergekit: Path | None) -> list[Figure]:
     """Return the figures of extracting."""
     say("models")
-    base, tuned = write_models(work / "models", shape)
+    base, tuned = _apart(write_models, work / "models", shape)
     say("extract")
     out = str(work / "extracted")
     ours = measured(_regraft("extract", str(base), str(tuned), "-o", out, "--rank", "64",
