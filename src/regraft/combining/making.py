@@ -28,7 +28,7 @@ MOST_THREADS = 4
 
 _NOTHING = np.empty(0, np.float32)
 
-KEPT_BYTES = 64 * 2**20
+KEPT_BYTES = 40 * 2**20
 """Factors that are kept from the time they are measured until they are written; those beyond are
 made again, which takes a little longer."""
 
